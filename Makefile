@@ -1,0 +1,65 @@
+# flowtilt needs bash, make and Python 3.11 or newer; `make help` lists what it does.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+# The newest Python that runs; a version manager's stand-in for one that is not installed does not.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { command -v "$$python"; break; }; done)
+VENV ?= .venv
+CORES ?= all
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
+
+.PHONY: help env results quick test benchmark clean distclean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Variables: PYTHON (interpreter for the environment), VENV (its folder, $(VENV)), CORES ($(CORES))."
+
+env: $(STAMP) ## make the environment in .venv, with the pinned versions
+
+results: $(STAMP) ## run everything: models, samples, tables, figures
+	$(SNAKEMAKE)
+
+quick: $(STAMP) ## run every stage at smoke size, a first look in a few minutes
+	$(SNAKEMAKE) --configfile config/smoke.yaml
+
+test: $(STAMP) ## lint, type check, unit tests and the smoke pipeline
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakemake --lint
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/python -m pytest
+
+benchmark: $(STAMP) ## measure speed and memory
+	$(BIN)/python -m benchmarks
+
+clean: ## remove caches and intermediate results; tables and figures stay
+	rm -rf .snakemake .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf results/{configs,runs,logs,benchmarks,smoke,paper} results/resolution.json
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment as well
+	rm -rf $(VENV)
+
+# Made again only when what it should hold has changed.
+$(STAMP): pyproject.toml envs/constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found as python3.13, python3.12," \
+		"python3.11 or python3. Install one, or name it: make env PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) does not run, or is older than Python 3.11; name another: PYTHON=/path/to/python3" >&2; \
+		exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make environments:" \
+		"its module venv or ensurepip is missing. On Debian and Ubuntu: apt-get install python3-venv" >&2; \
+		exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e '.[workflow,dev]'
+	@touch $@

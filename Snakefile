@@ -1,0 +1,73 @@
+# From pretraining to the tables beside the papers' numbers. Each stage's rules are in their own
+# file; a rule calls one stage of the command `flowtilt`. config/config.yaml says what is run.
+from snakemake.utils import min_version
+
+min_version("9.17")
+
+
+configfile: "config/config.yaml"
+
+
+report: "workflow/report/workflow.rst"
+
+
+# Validates the configuration and every experiment, before any job starts.
+include: "workflow/rules/common.smk"
+
+
+pathvars:
+    results=config["results"],
+    logs="<results>/logs",
+    benchmarks="<results>/benchmarks",
+
+
+wildcard_constraints:
+    experiment=one_of(EXPERIMENTS),
+    method=one_of(METHODS),
+    name=one_of(FILES),
+    seed=r"\d+",
+
+
+localrules:
+    all,
+    tables,
+    figures,
+    pretrained_models,
+    resolution,
+    table,
+    compare,
+    experiment_figures,
+    study_figure,
+    provenance,
+
+
+include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/finetune.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        TABLES,
+        FIGURES,
+        RUNS,
+        "<results>/provenance.json",
+
+
+rule tables:
+    input:
+        TABLES,
+        RUNS,
+
+
+rule figures:
+    input:
+        FIGURES,
+        RUNS,
+
+
+rule pretrained_models:
+    input:
+        MODELS,

@@ -1,0 +1,52 @@
+"""Model weights on disk, as safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import nn
+
+from flowtilt.files import atomic_path
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message names the file and the fix."""
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's weights; the file appears whole or not at all."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary)
+
+
+def load_weights(model: Module, path: Path) -> Module:
+    """Load weights into ``model`` and return it, frozen.
+
+    Raises:
+        CheckpointError: if the file is missing, cut short, or made for another network.
+    """
+    remake = "delete it and run the workflow again, which makes it anew"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; run the stage that writes it first")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error}); {remake}") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        differing = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        first = differing[0]
+        raise CheckpointError(
+            f"{path}: made for another network: {first} is {found.get(first, 'absent')} in the file "
+            f"and {expected.get(first, 'absent')} in the configured one; "
+            f"set key network.widths to match, or {remake}"
+        )
+    model.load_state_dict(tensors)
+    return model.requires_grad_(False)

@@ -1,0 +1,293 @@
+"""The command line: one subcommand per pipeline stage, nothing else.
+
+Heavy imports wait until a stage is chosen, so that ``--help`` and the light stages start fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Handler = Callable[[argparse.Namespace], None]
+
+log = logging.getLogger("flowtilt")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one stage; returns 0, or 1 after an error that the user can mend."""
+    arguments = _parser().parse_args(argv)
+    _start_logging(arguments.log)
+    try:
+        arguments.handler(arguments)
+    except KeyboardInterrupt:
+        log.error("interrupted; outputs that were not finished were not written")
+        return 130
+    except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+        log.error("%s: %s", arguments.stage, error)
+        log.debug("traceback", exc_info=True)
+        return 1
+    log.info("%s: done", arguments.stage)
+    return 0
+
+
+def _start_logging(file: Path | None) -> None:
+    """Messages go to standard error, and with tracebacks to the log file."""
+    log.setLevel(logging.DEBUG)
+    log.handlers.clear()
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(logging.INFO)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(console)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(file, mode="w")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(to_file)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flowtilt", description="Fine-tune flow models beyond the average reward, one stage at a time."
+    )
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+
+    def add(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
+        stage = stages.add_parser(name, help=text, description=text)
+        stage.add_argument("--log", type=Path, help="also write messages, with tracebacks, to this file")
+        stage.set_defaults(handler=handler)
+        return stage
+
+    def on_config(name: str, handler: Handler, text: str, *options: str) -> argparse.ArgumentParser:
+        stage = add(name, handler, text)
+        stage.add_argument("config", type=Path, help="an experiment's file, resolved or as written")
+        for option in options:
+            kind: Any = {"--seed": int, "--method": str}.get(option, Path)
+            stage.add_argument(option, type=kind, required=True, help=_HELP[option])
+        return stage
+
+    stage = add("resolve", _resolve, "Validate a file and write one of its experiments, overrides merged in.")
+    stage.add_argument("file", type=Path, help="a file of config/experiments")
+    stage.add_argument("--name", help="the experiment or case; may be left out for an ordinary file")
+    stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
+    stage.add_argument("--output", type=Path, required=True)
+
+    stage = add("calibrate", _calibrate, "Print where the pretrained row puts the landscape's right edge.")
+    stage.add_argument("config", type=Path, help="an experiment's file")
+
+    on_config("pretrain", _pretrain, "Pretrain the network.", "--seed", "--output", "--history")
+    on_config("density", _density, "Grid a pretrained model's log-density.", "--model", "--output")
+    on_config("offline", _offline, "Draw the offline batch.", "--seed", "--model", "--output")
+    on_config("threshold", _threshold, "Solve TFFT's dual.", "--method", "--offline", "--output")
+
+    stage = on_config(
+        "finetune",
+        _finetune,
+        "Fine-tune by am, fdc or tfft.",
+        *("--method", "--seed", "--pretrained", "--output", "--history"),
+    )
+    stage.add_argument("--start", type=Path, help="weights of the fdc run to continue")
+    stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
+
+    on_config("sample", _sample, "Sample a run's model.", "--method", "--seed", "--model", "--output")
+
+    stage = on_config(
+        "evaluate", _evaluate, "Metrics of a run.", "--method", "--samples", "--density", "--output"
+    )
+    stage.add_argument("--history", type=Path, help="the fine-tuning's history")
+    stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
+
+    stage = on_config("exact", _exact, "Solve every method on the grid.", "--density", "--output", "--laws")
+    stage.add_argument("--resolution", type=Path, help="resolution file: solve at that finite resolution")
+
+    stage = add("resolution", _resolution, "Measure the width that the network resolves.")
+    for option in ("--config", "--samples", "--density"):
+        stage.add_argument(option, type=Path, nargs="+", required=True, help="one a run, in the same order")
+    stage.add_argument("--output", type=Path, required=True)
+
+    for name, handler, text in (
+        ("table", _table, "Write an experiment's or a study's table."),
+        ("figures", _figures, "Draw an experiment's or a study's figures."),
+    ):
+        stage = add(name, handler, text)
+        stage.add_argument("file", type=Path, help="a file of config/experiments")
+        stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
+        stage.add_argument("--results", type=Path, required=True, help="results folder to read")
+        stage.add_argument("--reported", type=Path, required=True, help="table of the papers' values")
+        stage.add_argument("--output-prefix", type=Path, required=True)
+
+    stage = add("compare", _compare, "Write the comparison with the papers' values.")
+    stage.add_argument("files", type=Path, nargs="+", help="files of config/experiments")
+    stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
+    stage.add_argument("--results", type=Path, required=True, help="results folder to read")
+    stage.add_argument("--reported", type=Path, required=True, help="table of the papers' values")
+    stage.add_argument("--output", type=Path, required=True)
+
+    stage = add("provenance", _provenance, "Record what made the results.")
+    stage.add_argument("--config-hash", required=True)
+    stage.add_argument("--benchmarks", type=Path, required=True, help="folder of the workflow's benchmarks")
+    stage.add_argument("--output", type=Path, required=True)
+    return parser
+
+
+_HELP = {
+    "--seed": "seed of the run",
+    "--method": "name of one of the experiment's methods",
+    "--model": "weights to read (safetensors)",
+    "--pretrained": "weights of the pretrained model (safetensors)",
+    "--offline": "the offline batch (npz)",
+    "--samples": "the run's samples (npz)",
+    "--density": "gridded log-density of the pretrained model (npz)",
+    "--output": "file to write",
+    "--history": "history to write (csv), a row an update",
+    "--laws": "file for the solved laws (npz)",
+}
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON mapping")
+    return value
+
+
+def _resolve(a: argparse.Namespace) -> None:
+    from flowtilt.experiment import ConfigError, dump, load_file
+    from flowtilt.files import atomic_path
+
+    experiments = load_file(a.file, a.override)
+    name = a.name or (next(iter(experiments)) if len(experiments) == 1 else None)
+    if name not in experiments:
+        raise ConfigError(f"{a.file}: --name must be one of {', '.join(experiments)}")
+    with atomic_path(a.output) as temporary:
+        temporary.write_text(dump(experiments[name]))
+
+
+def _calibrate(a: argparse.Namespace) -> None:
+    from flowtilt.domains.planar.calibration import calibrated_edge
+    from flowtilt.experiment import load_resolved
+
+    print(f"right_edge: {calibrated_edge(load_resolved(a.config)):.5f}")
+
+
+def _training() -> Any:
+    """The stages that run networks, with torch held to the threads that the job was given."""
+    import torch
+
+    from flowtilt.stages import training
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return training
+
+
+class _Bar:
+    """A progress bar over updates that shows the loss."""
+
+    def __init__(self, total: int, label: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, desc=label, unit="update", mininterval=1.0, disable=None)
+
+    def __call__(self, row: dict[str, float]) -> None:
+        self._bar.set_postfix(loss=f"{row['loss']:.3g}", refresh=False)
+        self._bar.update()
+
+
+def _load(a: argparse.Namespace) -> Any:
+    from flowtilt.experiment import load_resolved
+
+    return load_resolved(a.config)
+
+
+def _pretrain(a: argparse.Namespace) -> None:
+    experiment = _load(a)
+    bar = _Bar(experiment.pretrain.updates, "pretrain")
+    _training().pretrain(experiment, a.seed, a.output, a.history, bar)
+
+
+def _density(a: argparse.Namespace) -> None:
+    from flowtilt.stages import truth
+
+    truth.density(_load(a), a.model, a.output)
+
+
+def _offline(a: argparse.Namespace) -> None:
+    _training().offline(_load(a), a.seed, a.model, a.output)
+
+
+def _threshold(a: argparse.Namespace) -> None:
+    _training().threshold(_load(a), a.method, a.offline, a.output)
+
+
+def _finetune(a: argparse.Namespace) -> None:
+    from flowtilt.experiment import method_of
+
+    experiment = _load(a)
+    iterations = method_of(experiment, a.method).iterations or 1
+    bar = _Bar(experiment.solver.updates * iterations, f"{experiment.name} {a.method}")
+    _training().finetune(
+        experiment, a.method, a.seed, a.pretrained, a.output, a.history, a.start, a.threshold, bar
+    )
+
+
+def _sample(a: argparse.Namespace) -> None:
+    _training().sample(_load(a), a.method, a.seed, a.model, a.output)
+
+
+def _evaluate(a: argparse.Namespace) -> None:
+    from flowtilt.stages import evaluation
+
+    evaluation.evaluate(_load(a), a.method, a.samples, a.density, a.output, a.history, a.threshold)
+
+
+def _exact(a: argparse.Namespace) -> None:
+    from flowtilt.stages import truth
+
+    truth.exact(_load(a), a.density, a.output, a.laws, a.resolution)
+
+
+def _resolution(a: argparse.Namespace) -> None:
+    from flowtilt.experiment import load_resolved
+
+    if not len(a.config) == len(a.samples) == len(a.density):
+        raise ValueError("--config, --samples and --density must name one file a run each")
+    runs = zip(map(load_resolved, a.config), a.samples, a.density, strict=True)
+    from flowtilt.stages import truth
+
+    truth.measure_resolution(runs, a.output)
+
+
+def _table(a: argparse.Namespace) -> None:
+    from flowtilt.tables import write_table
+
+    write_table(a.file, a.override, a.results, a.reported, a.output_prefix)
+
+
+def _figures(a: argparse.Namespace) -> None:
+    from flowtilt.figures import write_figures
+
+    write_figures(a.file, a.override, a.results, a.reported, a.output_prefix)
+
+
+def _compare(a: argparse.Namespace) -> None:
+    from flowtilt.tables import write_comparison
+
+    write_comparison(a.files, a.override, a.results, a.reported, a.output)
+
+
+def _provenance(a: argparse.Namespace) -> None:
+    from flowtilt.provenance import write_provenance
+
+    write_provenance(a.config_hash, a.benchmarks, a.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""Adjoint Matching (Domingo-Enrich et al. 2025): fine-tune a flow towards a tilted law.
+
+The problem ``max_p E_p[f] - lambda KL(p || p_base)`` is solved by ``p_base exp(f / lambda)``.
+With memoryless noise it is a control problem whose optimal control is found by regression:
+
+1. sample trajectories of the memoryless process under the current model;
+2. solve the lean adjoint backwards through the *base* model,
+   ``a_k = (d mean_base / d x)^T a_{k+1}`` with ``a_N = -grad f(X_N) / lambda``;
+3. regress the fine-tuned velocity so that the mean of each step moves by ``-noise^2 a_{k+1}``.
+
+The minus signs cancel: the model moves *towards* larger ``f``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowtilt.functionals.base import FirstVariation
+from flowtilt.interpolants import MemorylessStep
+from flowtilt.model import Context, FlowModel
+from flowtilt.sampling import memoryless_steps, sample_sde, time_grid
+
+Progress = Callable[[dict[str, float]], None]
+
+
+class TrainingDiverged(ArithmeticError):
+    """A loss stopped being finite."""
+
+
+@dataclass(frozen=True)
+class AdjointMatchingSettings:
+    """How the regression is run.
+
+    Attributes:
+        updates: optimiser steps.
+        batch: trajectories that enter each update.
+        pool: trajectories sampled for each update of a sparse tilt, at least ``batch``. The pool is
+            thinned to the batch by drawing active and inactive endpoints separately and
+            reweighting, which keeps the estimator unbiased when few endpoints carry a gradient.
+            A tilt that is active everywhere needs no pool beyond its batch.
+        steps: time steps of the memoryless process.
+        learning_rate: of Adam, warmed up over ``warmup`` of the updates and annealed to zero by a cosine.
+        warmup: share of the updates.
+        ramp: share of the updates over which the tilt grows linearly to its full strength, so that
+            the sampled law follows the tilted one instead of overshooting it; the last update
+            solves the problem itself.
+        gradient_clip: bound on the norm of the parameters' gradient.
+        last_share: share of the time steps, nearest to the data, that are always in the loss.
+        rest_share: share of the remaining steps drawn at random for each update.
+    """
+
+    updates: int = 400
+    batch: int = 256
+    pool: int = 256
+    steps: int = 40
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    ramp: float = 0.5
+    gradient_clip: float = 1.0
+    last_share: float = 0.25
+    rest_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.pool < self.batch:
+            raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
+
+
+@dataclass
+class Solution:
+    """A fine-tuned model and what happened on the way, one dictionary an update."""
+
+    model: FlowModel
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The trajectories of one update, and how much each counts.
+
+    Attributes:
+        index: positions in the pool, (batch,).
+        weights: not negative, mean 1 in expectation, (batch,).
+    """
+
+    index: Tensor
+    weights: Tensor
+
+
+def stratified_draw(active: Tensor, batch: int, generator: torch.Generator) -> Draw:
+    """Thin a pool to a batch without losing the few that carry a gradient.
+
+    Up to half of the batch is drawn, without replacement, from the active part of the pool and
+    the rest from the inactive part; each stratum is weighted by its share of the pool over its
+    share of the batch, so weighted batch means are unbiased for pool means.
+
+    Args:
+        active: bool, (pool,).
+        batch: number to keep, at most the pool.
+        generator: source of randomness.
+    """
+    pool = len(active)
+    order = torch.randperm(pool, generator=generator)
+    on, off = order[active[order]], order[~active[order]]
+    n_on = min(len(on), max(batch // 2, batch - len(off)))
+    n_off = min(len(off), batch - n_on)
+    index = torch.cat([on[:n_on], off[:n_off]])
+    kept = n_on + n_off
+    weights = torch.cat(
+        [
+            torch.full((n_on,), len(on) / pool * kept / max(n_on, 1)),
+            torch.full((n_off,), len(off) / pool * kept / max(n_off, 1)),
+        ]
+    )
+    return Draw(index, weights)
+
+
+def lean_adjoint(
+    base: FlowModel,
+    trajectories: Tensor,
+    terminal: Tensor,
+    steps: list[MemorylessStep],
+    context: Context = None,
+) -> tuple[Tensor, Tensor]:
+    """Lean adjoint and base velocities along trajectories.
+
+    Args:
+        base: the model that is being tilted.
+        trajectories: states, (steps + 1, batch, ...).
+        terminal: adjoint at the endpoint, (batch, ...).
+        steps: coefficients of the process.
+        context: the trajectories' context.
+
+    Returns:
+        ``a_{k+1}`` and the base velocity at ``x_k`` for k = 0..steps-1, each (steps, batch, ...).
+    """
+    times = time_grid(len(steps))
+    adjoints, velocities = [terminal], []
+    for k in range(len(steps) - 1, -1, -1):
+        x = trajectories[k].detach().requires_grad_(True)
+        with torch.enable_grad():
+            v = base.velocity(x, x.new_tensor(times[k]), context)
+        velocities.append(v.detach())
+        if k == 0:
+            break
+        a, step = adjoints[-1], steps[k]
+        pulled = torch.autograd.grad(v, x, a)[0] if v.requires_grad else torch.zeros_like(a)
+        adjoints.append(step.state * a + step.velocity * pulled)
+    return torch.stack(adjoints[::-1]), torch.stack(velocities[::-1])
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """Per-step factors of the loss ``|| mean v_diff + noise a ||^2``, each (steps,).
+
+    ``mean`` and ``noise`` are the discrete forms of ``2 / sigma`` and ``sigma``.
+    """
+
+    mean: Tensor
+    noise: Tensor
+
+
+def loss_scale(base: FlowModel, steps: list[MemorylessStep]) -> LossScale:
+    """Factors that turn velocity differences and adjoints into one regression residual.
+
+    Step k moves its mean by ``velocity_k (v - v_base)`` and the optimal move is ``-noise_k^2 a``.
+    The final step has no noise; there the continuous-time relation ``v - v_base = -eta a`` holds
+    the place of the discrete one, so that the model's last move is trained too.
+    """
+    h = 1 / len(steps)
+    mean, noise = [], []
+    for k, step in enumerate(steps):
+        if step.noise > 0:
+            nu = step.noise
+        else:
+            nu = math.sqrt(step.velocity * float(base.path.eta(torch.tensor(k * h, dtype=torch.float64))))
+        mean.append(step.velocity / nu / math.sqrt(h))
+        noise.append(nu / math.sqrt(h))
+    return LossScale(torch.tensor(mean), torch.tensor(noise))
+
+
+def _chosen_steps(settings: AdjointMatchingSettings, generator: torch.Generator) -> Tensor:
+    """All of the last share of the steps and a random share of the rest."""
+    last = max(1, round(settings.last_share * settings.steps))
+    rest = settings.steps - last
+    drawn = torch.randperm(rest, generator=generator)[: round(settings.rest_share * rest)]
+    return torch.cat([drawn, torch.arange(rest, settings.steps)])
+
+
+def _residuals(
+    model: FlowModel,
+    states: Tensor,
+    times: Tensor,
+    base_velocities: Tensor,
+    adjoints: Tensor,
+    scale: LossScale,
+    context: Context,
+) -> tuple[Tensor, Tensor]:
+    """Squared residuals and squared controls at (chosen, batch), from one batched network pass."""
+    chosen, batch = states.shape[:2]
+    v = model.velocity(states.flatten(0, 1), times.repeat_interleave(batch), context)
+    shape = (chosen,) + (1,) * (states.ndim - 1)
+    moved = scale.mean.view(shape) * (v.view_as(states) - base_velocities)
+    residual = moved + scale.noise.view(shape) * adjoints
+    return residual.flatten(2).square().sum(2), moved.detach().flatten(2).square().sum(2)
+
+
+def _control_energy(squares: Tensor, settings: AdjointMatchingSettings) -> float:
+    """Path-space KL divergence ``E 1/2 int |u|^2 dt`` from squared controls at the chosen steps.
+
+    The last share of the steps is there whole; the drawn rest stands for all of the rest.
+    """
+    last = max(1, round(settings.last_share * settings.steps))
+    per_step = squares.double().mean(1)
+    drawn = len(per_step) - last
+    total = per_step[drawn:].sum()
+    if drawn:
+        total = total + per_step[:drawn].mean() * (settings.steps - last)
+    return float(0.5 * total / settings.steps)
+
+
+def _learning_rate_factor(update: int, settings: AdjointMatchingSettings) -> float:
+    warmup = max(1, round(settings.warmup * settings.updates))
+    if update < warmup:
+        return (update + 1) / warmup
+    progress = (update - warmup) / max(1, settings.updates - warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def solve(
+    base: FlowModel,
+    tilt: FirstVariation,
+    kl_weight: float,
+    settings: AdjointMatchingSettings,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> Solution:
+    """Fine-tune a copy of ``base`` to the law proportional to ``p_base exp(tilt / kl_weight)``.
+
+    Args:
+        base: the model to tilt; left unchanged.
+        tilt: what to tilt by.
+        kl_weight: positive, in units of the tilt a nat.
+        settings: of the regression.
+        generator: source of all randomness.
+        progress: called with each update's row of the history.
+
+    Returns:
+        The fine-tuned model and its history: ``loss``, ``active_share`` (of the pool, the
+        endpoints that carry a gradient), ``control_energy`` (the path-space KL divergence from
+        the base, in nats, estimated on the steps of the loss), ``gradient_norm``, ``seconds``.
+
+    Raises:
+        ValueError: if ``kl_weight`` is not positive.
+        TrainingDiverged: if the loss stops being finite; the message names the update.
+    """
+    if not kl_weight > 0:
+        raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
+    base = copy.deepcopy(base).requires_grad_(False)
+    model = copy.deepcopy(base).requires_grad_(True)
+    optimiser = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda u: _learning_rate_factor(u, settings))
+    steps = memoryless_steps(base, settings.steps)
+    scale = loss_scale(base, steps)
+    times = torch.tensor(time_grid(settings.steps))[:-1]
+    solution = Solution(model)
+    started = time.perf_counter()
+    pool_size = settings.pool if tilt.sparse else settings.batch
+    for update in range(settings.updates):
+        pool_context = model.draw_context(pool_size, generator)
+        pool = sample_sde(model, pool_size, settings.steps, generator, pool_context)
+        active = tilt.active(pool[-1], pool_context)
+        draw = stratified_draw(active, settings.batch, generator)
+        trajectories = pool[:, draw.index]
+        context = model.select_context(pool_context, draw.index)
+
+        strength = min(1.0, (update + 1) / max(1.0, settings.ramp * settings.updates))
+        terminal = -strength * tilt.gradient(trajectories[-1], context) / kl_weight
+        adjoints, base_velocities = lean_adjoint(base, trajectories, terminal, steps, context)
+        chosen = _chosen_steps(settings, generator)
+        squares, energies = _residuals(
+            model,
+            trajectories[chosen],
+            times[chosen],
+            base_velocities[chosen],
+            adjoints[chosen],
+            LossScale(scale.mean[chosen], scale.noise[chosen]),
+            context,
+        )
+        loss = (squares * draw.weights).mean()
+        if not bool(torch.isfinite(loss)):
+            raise TrainingDiverged(
+                f"the Adjoint Matching loss is {float(loss)} at update {update} of {settings.updates}; "
+                "lower learning_rate, or raise the KL weight"
+            )
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        optimiser.step()
+        schedule.step()
+        row: dict[str, Any] = {
+            "update": update,
+            "loss": float(loss.detach()),
+            "active_share": float(active.double().mean()),
+            "control_energy": _control_energy(energies * draw.weights, settings),
+            "gradient_norm": float(norm),
+            "seconds": time.perf_counter() - started,
+        }
+        solution.history.append(row)
+        if progress is not None:
+            progress(row)
+    model.requires_grad_(False)
+    return solution

@@ -1,0 +1,92 @@
+"""Metrics of a law in the plane, by one estimator for network, exact and resolved rows.
+
+This module and what it imports stay clear of torch: evaluating a run takes less time than
+importing it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.interpolate import RectBivariateSpline
+
+from flowtilt.experiment import Experiment
+from flowtilt.metrics.tails import lower_tail_mean, upper_tail_mean
+
+Metrics = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class GriddedDensity:
+    """A log-density on a coarse square grid of points, interpolated by a cubic spline.
+
+    A pretrained density is smooth: a coarse grid and a spline give it anywhere to a few 1e-3 nats.
+
+    Attributes:
+        axis: coordinates along either side, rising, (n,).
+        log_density: in nats at the points, first axis x, (n, n).
+    """
+
+    axis: np.ndarray
+    log_density: np.ndarray
+
+    def at(self, points: np.ndarray) -> np.ndarray:
+        """Log-density at points (n, 2), (n,); points off the grid take the value at its border."""
+        clipped = np.clip(points, self.axis[0], self.axis[-1])
+        return self._spline.ev(clipped[:, 0], clipped[:, 1])
+
+    def on(self, axis: np.ndarray) -> np.ndarray:
+        """Log-density at all points of a square grid with this axis inside the own one, (m, m)."""
+        return self._spline(axis, axis)
+
+    @property
+    def _spline(self) -> RectBivariateSpline:
+        return RectBivariateSpline(self.axis, self.axis, self.log_density)
+
+
+def zone_masses(experiment: Experiment, x: np.ndarray, bumps: np.ndarray, weights: np.ndarray) -> Metrics:
+    """Where a law puts its mass: left of the plateau, right of it, and on the bumps.
+
+    Args:
+        experiment: with the landscape's edges.
+        x: first coordinates, (n,).
+        bumps: the bumps' profile in [0, 1] there, (n,).
+        weights: probabilities, (n,).
+    """
+    reward = experiment.reward
+    return {
+        "mass_left": float(weights[x < reward.left_edge].sum()),
+        "mass_right": float(weights[x > reward.right_edge].sum()),
+        "mass_bumps": float(weights[bumps > 0.5].sum()),
+    }
+
+
+def reward_metrics(
+    experiment: Experiment, kind: str, rewards: np.ndarray, weights: np.ndarray | None, kl: float | None
+) -> Metrics:
+    """Metrics of a law from rewards, weights and its KL divergence; one estimator for all rows.
+
+    ``objective`` is what a method of this kind maximises (the regularised mean reward for ``am``,
+    the regularised tail mean for all others), ``tail_objective`` is the latter for every row.
+
+    Args:
+        experiment: whose objective it is.
+        kind: of the method.
+        rewards: (n,).
+        weights: probabilities, (n,), or None for samples.
+        kl: from the pretrained law, in nats.
+    """
+    problem, sign = experiment.objective, experiment.reward.sign
+    tail_mean = lower_tail_mean if problem.tail == "lower" else upper_tail_mean
+    tail = tail_mean(rewards, problem.mass, weights)
+    mean = float(np.average(rewards, weights=weights))
+    divergence = 0.0 if kl is None else kl
+    mean_objective, tail_objective = mean - problem.alpha * divergence, tail - problem.tail_alpha * divergence
+    return {
+        experiment.mean_metric: sign * mean,
+        experiment.tail_metric: sign * tail,
+        "kl": divergence,
+        "objective": mean_objective if kind == "am" else tail_objective,
+        "tail_objective": tail_objective,
+    }

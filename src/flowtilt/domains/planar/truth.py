@@ -1,0 +1,143 @@
+"""The truth beside every method: gridded pretrained densities, and rows solved exactly on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flowtilt.domains.planar.build import build_grid, build_reward
+from flowtilt.domains.planar.grid import (
+    Blur,
+    Grid,
+    expected_reward_tilt,
+    gaussian_blur,
+    kl_divergence,
+    mirror_ascent,
+    no_blur,
+    normalise,
+    tail_tilt,
+)
+from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
+from flowtilt.experiment import Experiment, MethodConfig
+from flowtilt.model import FlowModel
+from flowtilt.sampling import OdeSettings, log_likelihood
+
+
+def gridded_density(model: FlowModel, experiment: Experiment) -> GriddedDensity:
+    """The pretrained model's own log-density, by the probability-flow ODE at each grid point."""
+    axis = np.linspace(-experiment.grid.extent, experiment.grid.extent, experiment.grid.density_cells)
+    points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+    settings = OdeSettings(steps=experiment.evaluation.ode_steps)
+    parts = torch.from_numpy(points).float().split(1024)
+    values = torch.cat([log_likelihood(model, part, settings=settings) for part in parts])
+    return GriddedDensity(axis, values.double().numpy().reshape(len(axis), len(axis)))
+
+
+def _laws(
+    experiment: Experiment, log_p: np.ndarray, rewards: np.ndarray, blur: Blur
+) -> dict[str, np.ndarray]:
+    """The law of every method, solved on the grid; log cell probabilities by method name."""
+    problem = experiment.objective
+    tail = (problem.tail_alpha, problem.mass, problem.tail)
+
+    def solve(method: MethodConfig) -> np.ndarray:
+        if method.kind == "pretrained":
+            return log_p
+        if method.kind == "am":
+            return expected_reward_tilt(log_p, rewards, problem.alpha, blur)
+        if method.kind == "tfft":
+            return tail_tilt(log_p, rewards, *tail, blur)[0]
+        step_weight = problem.tail_alpha / (method.step or 1.0)
+        iterations = method.iterations or 1
+        return mirror_ascent(log_p, rewards, tail[0], step_weight, *tail[1:], iterations, blur)[-1]
+
+    return {name: solve(method) for name, method in experiment.methods.items()}
+
+
+@dataclass(frozen=True)
+class ExactRows:
+    """Metrics and laws of all methods of an experiment, solved on the grid.
+
+    Attributes:
+        metrics: by row name (``am_exact``, ...).
+        laws: cell probabilities by row name.
+        grid: of the laws.
+        rewards: at the cell centres.
+    """
+
+    metrics: dict[str, Metrics]
+    laws: dict[str, np.ndarray]
+    grid: Grid
+    rewards: np.ndarray
+
+
+def exact_rows(experiment: Experiment, density: GriddedDensity, resolution: float | None = None) -> ExactRows:
+    """Every method's steps, each solved exactly for the gridded pretrained density.
+
+    Args:
+        experiment: whose methods to solve.
+        density: of the pretrained model.
+        resolution: standard deviation of the Gaussian that blurs the tilts' exponents, for rows
+            at finite resolution (``am_resolved``, ...); None for exact rows.
+    """
+    grid, reward = build_grid(experiment), build_reward(experiment)
+    rewards, log_p = grid.rewards(reward), normalise(density.on(grid.axis))
+    blur = gaussian_blur(resolution, grid) if resolution else no_blur
+    suffix = "exact" if resolution is None else "resolved"
+    points = grid.points.reshape(-1, 2)
+    bumps = reward.bumps(torch.from_numpy(points)).numpy()
+    metrics, laws = {}, {}
+    for name, log_q in _laws(experiment, log_p, rewards, blur).items():
+        law = np.exp(log_q)
+        row = f"{name}_{suffix}"
+        kl = kl_divergence(log_q, log_p)
+        kind = experiment.methods[name].kind
+        metrics[row] = reward_metrics(experiment, kind, rewards.ravel(), law.ravel(), kl)
+        metrics[row] |= zone_masses(experiment, points[:, 0], bumps, law.ravel())
+        laws[row] = law
+    return ExactRows(metrics, laws, grid, rewards)
+
+
+def coarsen(law: np.ndarray, cells: int) -> np.ndarray:
+    """Sum cell probabilities over square blocks, down to about ``cells`` along a side."""
+    block = max(1, law.shape[0] // cells)
+    side = law.shape[0] // block
+    trimmed = law[: side * block, : side * block]
+    return trimmed.reshape(side, block, side, block).sum(axis=(1, 3))
+
+
+def total_variation(p: np.ndarray, q: np.ndarray) -> float:
+    """Half the sum of absolute differences of two vectors of probabilities."""
+    return 0.5 * float(np.abs(p - q).sum())
+
+
+def resolution_mismatch(
+    experiment: Experiment, density: GriddedDensity, samples: np.ndarray, widths: Sequence[float]
+) -> list[float]:
+    """Distance between a network's samples and Adjoint Matching's law at each blur width.
+
+    Total variation between histograms along both axes in bins of about a tenth.
+
+    Args:
+        experiment: one whose network was fine-tuned by Adjoint Matching.
+        density: of its pretrained model.
+        samples: of the fine-tuned network, (n, 2).
+        widths: candidates for the width of the blur; 0 is no blur.
+    """
+    grid, reward = build_grid(experiment), build_reward(experiment)
+    rewards, log_p = grid.rewards(reward), normalise(density.on(grid.axis))
+    bins = max(8, round(2 * grid.extent / 0.1))
+    edges = np.linspace(-grid.extent, grid.extent, bins + 1)
+    inside = np.clip(samples, -grid.extent, grid.extent)
+    drawn = np.histogram2d(inside[:, 0], inside[:, 1], bins=[edges, edges])[0]
+    mismatches = []
+    for width in widths:
+        blur = gaussian_blur(width, grid) if width else no_blur
+        law = np.exp(expected_reward_tilt(log_p, rewards, experiment.objective.alpha, blur))
+        along = [np.histogram(grid.axis, edges, weights=law.sum(1 - axis))[0] for axis in (0, 1)]
+        seen = [drawn.sum(1 - axis) / len(samples) for axis in (0, 1)]
+        mismatches.append(float(np.mean([total_variation(a, b) for a, b in zip(along, seen, strict=True)])))
+    return mismatches

@@ -1,0 +1,420 @@
+"""One validated configuration per experiment.
+
+An experiment is one YAML file; a study is a file whose ``study`` block lists cases, each an
+experiment derived from another file and complete in itself. Scales (smoke, paper) are overrides
+that are merged in last. This module imports neither torch nor the numerics: a workflow reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Model = TypeVar("Model", bound=BaseModel)
+Row = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file, the key and the fix."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PathConfig(_Section):
+    """The interpolant; the rates belong to the variance-preserving one."""
+
+    kind: Literal["linear", "variance_preserving"] = "variance_preserving"
+    rate_min: Positive = 0.1
+    rate_max: Positive = 12.0
+
+
+class NetworkConfig(_Section):
+    """The velocity network."""
+
+    widths: Annotated[list[Count], Field(min_length=1)]
+    activation: Literal["relu", "silu"]
+    prediction: Literal["velocity", "score"]
+
+
+class DataConfig(_Section):
+    """A mixture of axis-aligned Gaussians in the plane that the model is pretrained on."""
+
+    weights: Annotated[list[Positive], Field(min_length=1)]
+    means: list[Row]
+    deviations: list[Row]
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> DataConfig:
+        if not len(self.weights) == len(self.means) == len(self.deviations):
+            raise ValueError("weights, means and deviations must have one entry per component")
+        if any(d <= 0 for row in self.deviations for d in row):
+            raise ValueError("deviations must be positive")
+        return self
+
+
+class PretrainConfig(_Section):
+    """Flow-matching pretraining."""
+
+    updates: Count
+    batch: Count
+    learning_rate: Positive
+
+
+class RewardConfig(_Section):
+    """A landscape; see :mod:`flowtilt.domains.planar.landscapes` for the fields."""
+
+    landscape: Literal["stripes", "spikes"]
+    left: float
+    plateau: float
+    right: float
+    bump: float
+    left_edge: float
+    right_edge: float
+    softness: Positive
+    width: Positive
+    spacing: Positive
+    inset: float
+    row: float = 0.0
+    sign: Literal[-1, 1]
+
+
+class CalibrationConfig(_Section):
+    """The pretrained row that the landscape's right edge is fitted to."""
+
+    target: float
+    bracket: Row
+
+
+class ObjectiveConfig(_Section):
+    """The KL-regularised problem.
+
+    ``alpha`` is the KL weight of a sample's reward, in reward units a nat. The tail problems
+    divide it by the mass of the tail, since their first variation is a reward divided by it: all
+    methods then tilt a sample that counts by the same exponent a unit of reward.
+    """
+
+    tail: Literal["lower", "upper"]
+    level: Annotated[float, Field(gt=0, lt=1)]
+    alpha: Positive
+
+    @property
+    def mass(self) -> float:
+        """Probability of the tail."""
+        return self.level if self.tail == "lower" else 1 - self.level
+
+    @property
+    def tail_alpha(self) -> float:
+        """KL weight of the tail problem."""
+        return self.alpha / self.mass
+
+
+class OfflineConfig(_Section):
+    """Samples of the offline batch, and of the batch that FDC linearises at."""
+
+    samples: Count
+
+
+class SolverConfig(_Section):
+    """Adjoint Matching; see :class:`flowtilt.control.adjoint_matching.AdjointMatchingSettings`."""
+
+    updates: Count
+    batch: Count
+    pool: Count
+    steps: Annotated[int, Field(ge=2)]
+    learning_rate: Positive
+    warmup: Share
+    ramp: Share
+    gradient_clip: Positive
+    last_share: Share
+    rest_share: Share
+
+    @model_validator(mode="after")
+    def _pool_holds_batch(self) -> SolverConfig:
+        if self.pool < self.batch:
+            raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
+        return self
+
+
+class MethodConfig(_Section):
+    """One method of an experiment.
+
+    ``step`` is alpha over the KL weight of FDC's steps: 1 is the largest that the theory allows.
+    ``continue_from`` names an fdc method with fewer iterations to start from.
+    """
+
+    kind: Literal["pretrained", "am", "fdc", "tfft"]
+    iterations: Count | None = None
+    step: Annotated[float, Field(gt=0, le=1)] | None = None
+    continue_from: str | None = None
+
+    @model_validator(mode="after")
+    def _fields_of_kind(self) -> MethodConfig:
+        given = {k for k in ("iterations", "step", "continue_from") if getattr(self, k) is not None}
+        if self.kind == "fdc":
+            if missing := {"iterations", "step"} - given:
+                raise ValueError(f"an fdc method needs {' and '.join(sorted(missing))}")
+        elif given:
+            raise ValueError(f"{', '.join(sorted(given))} belong to fdc, not to {self.kind}")
+        return self
+
+
+class EvaluationConfig(_Section):
+    """Samples of each run, and how many of them get a log-density for the KL divergence."""
+
+    samples: Count
+    density_samples: Count
+    ode_steps: Count
+
+
+class GridConfig(_Section):
+    """The fine grid of the exact rows, and the coarse one where the model's density is computed."""
+
+    extent: Positive
+    cells: Annotated[int, Field(ge=16)]
+    density_cells: Annotated[int, Field(ge=8)]
+
+
+class Experiment(_Section):
+    """Everything that one experiment, or one case of a study, needs."""
+
+    name: str
+    title: str
+    base: str
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    path: PathConfig
+    network: NetworkConfig
+    data: DataConfig
+    pretrain: PretrainConfig
+    reward: RewardConfig
+    calibration: CalibrationConfig
+    objective: ObjectiveConfig
+    offline: OfflineConfig
+    solver: SolverConfig
+    methods: Annotated[dict[str, MethodConfig], Field(min_length=1)]
+    evaluation: EvaluationConfig
+    grid: GridConfig
+    axis_value: float | None = None
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count_of_seeds(cls, value: Any) -> Any:
+        return list(range(value)) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> Experiment:
+        for name, method in self.methods.items():
+            if method.continue_from is None:
+                continue
+            earlier = self.methods.get(method.continue_from)
+            if earlier is None or earlier.kind != "fdc":
+                raise ValueError(
+                    f"methods.{name}.continue_from names {method.continue_from!r}, "
+                    f"which is no fdc method of this experiment ({', '.join(self.methods)})"
+                )
+            if (earlier.iterations or 0) >= (method.iterations or 0) or earlier.step != method.step:
+                raise ValueError(
+                    f"methods.{name} must have more iterations than {method.continue_from!r}, "
+                    "and the same step"
+                )
+        return self
+
+    @property
+    def tail_metric(self) -> str:
+        """Name of the tail metric, as in the papers' tables: ``worst_1pct_cost``, ``top_1pct_reward``."""
+        which = "worst" if self.objective.tail == "lower" else "top"
+        percent = f"{100 * self.objective.mass:.6g}"
+        return f"{which}_{percent}pct_{self.unit}"
+
+    @property
+    def mean_metric(self) -> str:
+        return f"mean_{self.unit}"
+
+    @property
+    def unit(self) -> str:
+        """What the landscape's height is: ``cost`` or ``reward``."""
+        return "cost" if self.reward.sign < 0 else "reward"
+
+
+_STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
+    "pretrain": ("base", "path", "network", "data", "pretrain"),
+    "density": ("path", "network", "grid", "evaluation"),
+    "offline": ("name", "path", "network", "reward", "offline", "solver"),
+    "threshold": ("objective",),
+    "finetune": ("name", "path", "network", "reward", "objective", "offline", "solver"),
+    "sample": ("name", "path", "network", "reward", "evaluation"),
+    "evaluate": ("reward", "objective", "grid"),
+    "exact": ("reward", "objective", "grid", "methods"),
+}
+
+
+def stage_digest(experiment: Experiment, stage: str, method: str | None = None) -> str:
+    """Hash of just the sections that a stage reads, so that a change reruns only what it touches."""
+    data = experiment.model_dump()
+    read: dict[str, Any] = {section: data[section] for section in _STAGE_SECTIONS[stage]}
+    if method is not None:
+        read["method"] = data["methods"][method]
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def dump(experiment: Experiment) -> str:
+    """The experiment as YAML that :func:`load_resolved` reads back."""
+    return yaml.safe_dump(experiment.model_dump(), sort_keys=False)
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` merged in; mappings merge key by key, all else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file, without any code in it being run."""
+    if not path.is_file():
+        near = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
+        raise ConfigError(f"{path}: no such file; experiments in {path.parent}: {near}")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold a mapping of keys, not {type(data).__name__}")
+    return data
+
+
+class Case(_Section):
+    """One case of a study: another experiment with some keys changed."""
+
+    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    of: str
+    value: float | None = None
+    set: dict[str, Any] = {}
+    methods: dict[str, dict[str, Any]]
+
+
+class StudyConfig(_Section):
+    """What a study varies, and its cases."""
+
+    axis: str
+    cases: Annotated[list[Case], Field(min_length=1)]
+
+
+class Study(_Section):
+    """A file whose cases are experiments."""
+
+    name: str
+    title: str
+    seeds: int | list[int]
+    study: StudyConfig
+
+
+def read_study(path: Path) -> Study | None:
+    """The study in a file, or None for an ordinary experiment."""
+    data = read_yaml(path)
+    return _validated(Study, data, path) if "study" in data else None
+
+
+def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Experiment]:
+    """The experiments of one file by name: one, or one per case of a study.
+
+    Args:
+        path: the YAML file; its ``name`` must be the file's.
+        overrides: merged into every experiment last.
+
+    Raises:
+        ConfigError: naming the file, the key and the fix.
+    """
+    path = Path(path)
+    overrides = dict(overrides or {})
+    data = read_yaml(path)
+    if data.get("name") != path.stem:
+        raise ConfigError(
+            f"{path}: key name: must be the file's own, {path.stem!r}, got {data.get('name')!r}"
+        )
+    study = read_study(path)
+    if study is None:
+        merged = merge({"base": path.stem, **data}, overrides)
+        return {path.stem: _validated(Experiment, merged, path)}
+    experiments = {}
+    for case in study.study.cases:
+        parent = read_yaml(path.parent / f"{case.of}.yaml")
+        name = f"{study.name}/{case.label}"
+        if name in experiments:
+            raise ConfigError(f"{path}: key study.cases: the label {case.label!r} occurs twice")
+        changed = merge(parent, case.set)
+        own = {
+            "name": name,
+            "title": f"{study.title}: {case.label}",
+            "base": case.of,
+            "seeds": study.seeds,
+            "methods": case.methods,
+            "axis_value": case.value,
+        }
+        experiments[name] = _validated(Experiment, merge({**changed, **own}, overrides), path, case.label)
+    return experiments
+
+
+def load_resolved(path: str | Path) -> Experiment:
+    """An experiment from a file that :func:`dump` wrote, or from an ordinary experiment file."""
+    path = Path(path)
+    data = read_yaml(path)
+    if "study" in data:
+        raise ConfigError(f"{path}: is a study; name one of its cases' resolved files instead")
+    return _validated(Experiment, {"base": path.stem, **data}, path)
+
+
+def method_of(experiment: Experiment, name: str) -> MethodConfig:
+    """A method of the experiment by name."""
+    if name not in experiment.methods:
+        known = ", ".join(experiment.methods)
+        raise ConfigError(f"experiment {experiment.name}: unknown method {name!r}; it has {known}")
+    return experiment.methods[name]
+
+
+def _validated(kind: type[Model], data: Any, path: Path, case: str | None = None) -> Model:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        where = f"{path} (case {case})" if case else str(path)
+        raise ConfigError("; ".join(_explain(where, kind, e) for e in error.errors()[:3])) from None
+
+
+def _explain(where: str, kind: type[BaseModel], error: Any) -> str:
+    """One validation error as a sentence with the file, the key and the fix."""
+    key = ".".join(str(part) for part in error["loc"]) or "(whole file)"
+    if error["type"] == "extra_forbidden":
+        return (
+            f"{where}: key {key}: unknown; known keys here: {', '.join(_known_keys(kind, error['loc'][:-1]))}"
+        )
+    if error["type"] == "missing":
+        return f"{where}: key {key}: missing; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], dict):
+        return f"{where}: key {key}: {message}"
+    return f"{where}: key {key}: {message} (got {error['input']!r})"
+
+
+def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section at ``location``."""
+    section: Any = kind
+    for part in location:
+        fields = getattr(section, "model_fields", {})
+        if part not in fields:
+            continue  # an index, or a name chosen by the file
+        annotation = fields[part].annotation
+        inner = [a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")]
+        section = inner[0] if inner else annotation
+    return list(getattr(section, "model_fields", {}))

@@ -1,0 +1,129 @@
+"""Utilities of the reward's distribution: its mean and the means of its two tails.
+
+First variations are those of FDC (De Santi et al. 2025, table 1), up to constants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtilt.functionals.base import FirstVariation, Functional, Law
+from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
+from flowtilt.model import Context
+from flowtilt.rewards import Reward
+
+Side = Literal["lower", "upper"]
+
+
+@dataclass(frozen=True)
+class RewardVariation(FirstVariation):
+    """The reward itself: first variation of the expected reward."""
+
+    reward: Reward
+
+    def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        return self.reward.gradient(x, context)
+
+
+@dataclass(frozen=True)
+class Hinge(FirstVariation):
+    """A reward cut at a threshold and divided by the mass of the tail.
+
+    ``-(threshold - r)_+ / mass`` for the lower side and ``(r - threshold)_+ / mass`` for the
+    upper: the first variation of a tail mean when the threshold is the quantile, and TFFT's
+    pseudo-reward when it is the dual solution.
+
+    Attributes:
+        reward: the reward.
+        threshold: where the hinge bends, in units of the reward.
+        mass: probability of the tail, in (0, 1].
+        side: the tail on which the hinge is not flat.
+    """
+
+    reward: Reward
+    threshold: float
+    mass: float
+    side: Side
+
+    def of_rewards(self, rewards: np.ndarray) -> np.ndarray:
+        """The hinge as a function of reward values, any shape."""
+        excess = np.asarray(rewards, dtype=np.float64) - self.threshold
+        cut = np.minimum(excess, 0.0) if self.side == "lower" else np.maximum(excess, 0.0)
+        return cut / self.mass
+
+    @property
+    def sparse(self) -> bool:
+        return True
+
+    def active(self, x: Tensor, context: Context = None) -> Tensor:
+        rewards = self.reward(x, context)
+        return rewards < self.threshold if self.side == "lower" else rewards > self.threshold
+
+    def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        gradient = torch.zeros_like(x)
+        active = self.active(x, context)
+        if bool(active.any()):
+            gradient[active] = self.reward.gradient(x, context)[active] / self.mass
+        return gradient
+
+
+@dataclass(frozen=True)
+class ExpectedReward(Functional):
+    """``E_p[r]``; linear in the law."""
+
+    reward: Reward
+
+    def value(self, law: Law) -> float:
+        return float(self.reward(law.samples, law.context).double().mean())
+
+    def linearise(self, law: Law) -> RewardVariation:
+        return RewardVariation(self.reward)
+
+
+@dataclass(frozen=True)
+class _TailMean(Functional):
+    """A mean of one tail of the reward.
+
+    Attributes:
+        reward: the reward.
+        level: the quantile level b in (0, 1) where the tail begins.
+    """
+
+    reward: Reward
+    level: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.level < 1:
+            raise ValueError(f"a tail level must lie in (0, 1), got {self.level}")
+
+    def _rewards(self, law: Law) -> np.ndarray:
+        return self.reward(law.samples, law.context).double().numpy(force=True)
+
+
+@dataclass(frozen=True)
+class CVaR(_TailMean):
+    """Mean of the worst share ``level`` of the reward; convex in the law."""
+
+    def value(self, law: Law) -> float:
+        return lower_tail_mean(self._rewards(law), self.level)
+
+    def linearise(self, law: Law) -> Hinge:
+        threshold = quantile(self._rewards(law), self.level)
+        return Hinge(self.reward, threshold, mass=self.level, side="lower")
+
+
+@dataclass(frozen=True)
+class SQ(_TailMean):
+    """Superquantile: mean of the best share ``1 - level`` of the reward; concave in the law."""
+
+    def value(self, law: Law) -> float:
+        return upper_tail_mean(self._rewards(law), 1 - self.level)
+
+    def linearise(self, law: Law) -> Hinge:
+        threshold = quantile(self._rewards(law), self.level)
+        return Hinge(self.reward, threshold, mass=1 - self.level, side="upper")

@@ -1,0 +1,217 @@
+"""Interpolants between noise and data, and the quantities that follow from them.
+
+A path is ``x_t = alpha(t) x_1 + beta(t) x_0`` with ``x_0 ~ N(0, I)`` and time running from noise
+(``t = 0``) to data (``t = 1``). The rates ``kappa = alpha'/alpha`` and
+``eta = beta (kappa beta - beta')`` turn a velocity into a score and back,
+``v = kappa x + eta s``, and the noise that makes the two ends of the generative process
+independent ("memoryless") is ``sigma^2 = 2 eta`` (Domingo-Enrich et al. 2025, section 4.3).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["velocity", "score", "noise", "endpoint"]
+
+
+class Interpolant(ABC):
+    """The coefficients of a path, as functions of a tensor of times in [0, 1].
+
+    All methods take times of any shape and return a tensor of the same shape.
+    """
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Coefficient of the data, rising to ``alpha(1) = 1``."""
+
+    @abstractmethod
+    def beta(self, t: Tensor) -> Tensor:
+        """Coefficient of the noise, falling to ``beta(1) = 0``."""
+
+    @abstractmethod
+    def alpha_rate(self, t: Tensor) -> Tensor:
+        """Time derivative of ``alpha``."""
+
+    @abstractmethod
+    def beta_rate(self, t: Tensor) -> Tensor:
+        """Time derivative of ``beta``; may be infinite at ``t = 1``."""
+
+    def kappa(self, t: Tensor) -> Tensor:
+        """``alpha' / alpha``; may be infinite at ``t = 0``."""
+        return self.alpha_rate(t) / self.alpha(t)
+
+    def eta(self, t: Tensor) -> Tensor:
+        """``beta (kappa beta - beta')``: half the squared memoryless noise."""
+        beta = self.beta(t)
+        return beta * (self.kappa(t) * beta - self.beta_rate(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Memoryless noise ``sqrt(2 eta)``."""
+        return torch.sqrt(2 * self.eta(t))
+
+
+@dataclass(frozen=True)
+class Linear(Interpolant):
+    """The straight path of flow matching: ``alpha = t``, ``beta = 1 - t``."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t
+
+    def beta(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def alpha_rate(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def beta_rate(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def eta(self, t: Tensor) -> Tensor:
+        return (1 - t) / t
+
+
+@dataclass(frozen=True)
+class VariancePreserving(Interpolant):
+    """The path of the variance-preserving SDE (Song et al. 2021) with a linear noise rate.
+
+    The rate rises from ``rate_min`` at the data to ``rate_max`` at the noise;
+    ``alpha^2 + beta^2 = 1`` throughout, and ``kappa = eta = rate / 2`` is finite at both ends.
+    ``alpha(0)`` is small and not zero: 0.049 for the rates 0.1 and 12.
+    """
+
+    rate_min: float = 0.1
+    rate_max: float = 12.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate_min <= self.rate_max:
+            raise ValueError(
+                f"noise rates must satisfy 0 < rate_min <= rate_max, got {self.rate_min} and {self.rate_max}"
+            )
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        remaining = 1 - t
+        growth = self.rate_max - self.rate_min
+        return -0.5 * (self.rate_min * remaining + 0.5 * growth * remaining**2)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(self._log_alpha(t))
+
+    def beta(self, t: Tensor) -> Tensor:
+        # expm1 keeps the small values near the data exact.
+        return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+
+    def kappa(self, t: Tensor) -> Tensor:
+        return 0.5 * (self.rate_min + (1 - t) * (self.rate_max - self.rate_min))
+
+    def alpha_rate(self, t: Tensor) -> Tensor:
+        return self.kappa(t) * self.alpha(t)
+
+    def beta_rate(self, t: Tensor) -> Tensor:
+        return -self.kappa(t) * self.alpha(t) ** 2 / self.beta(t)
+
+    def eta(self, t: Tensor) -> Tensor:
+        return self.kappa(t)
+
+
+def broadcast_time(t: Tensor, x: Tensor) -> Tensor:
+    """View times of shape () or (batch,) so that they broadcast against ``x`` (batch, ...)."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)) if t.ndim else t
+
+
+def convert(
+    value: Tensor, x: Tensor, t: Tensor, path: Interpolant, source: Prediction, target: Prediction
+) -> Tensor:
+    """Turn one prediction at ``(x, t)`` into another.
+
+    The four are linear in each other: with noise ``n`` and endpoint ``y``,
+    ``x = alpha y + beta n``, ``v = alpha' y + beta' n`` and ``s = -n / beta``.
+
+    Args:
+        value: the prediction, of the shape of ``x``.
+        x: states, (batch, ...).
+        t: times in (0, 1), () or (batch,). At an end where a coefficient of the path diverges
+            or vanishes the conversion that divides by it is not defined.
+        path: the interpolant.
+        source: what ``value`` is.
+        target: what to return.
+    """
+    if source == target:
+        return value
+    t = broadcast_time(t, x)
+    if {source, target} == {"velocity", "score"}:
+        # The short form keeps its accuracy at the end where the noise vanishes.
+        kappa, eta = path.kappa(t), path.eta(t)
+        return kappa * x + eta * value if source == "score" else (value - kappa * x) / eta
+    alpha, beta = path.alpha(t), path.beta(t)
+    alpha_rate, beta_rate = path.alpha_rate(t), path.beta_rate(t)
+    if source == "endpoint":
+        noise = (x - alpha * value) / beta
+    elif source == "score":
+        noise = -beta * value
+    elif source == "velocity":
+        # Solves x = alpha y + beta n, v = alpha' y + beta' n for n.
+        noise = (alpha_rate * x - alpha * value) / (alpha_rate * beta - alpha * beta_rate)
+    else:
+        noise = value
+    if target == "noise":
+        return noise
+    if target == "score":
+        return -noise / beta
+    endpoint = (x - beta * noise) / alpha
+    if target == "endpoint":
+        return endpoint
+    return alpha_rate * endpoint + beta_rate * noise
+
+
+@dataclass(frozen=True)
+class MemorylessStep:
+    """One step ``x_s = state x_t + velocity v(x_t, t) + noise xi`` of the memoryless process."""
+
+    state: float
+    velocity: float
+    noise: float
+
+
+def memoryless_step(path: Interpolant, t: float, s: float, data_variance: float = 0.0) -> MemorylessStep:
+    """Coefficients of the memoryless step from time ``t`` to the later time ``s``.
+
+    Reversed in time, the memoryless process is the Markov chain that adds noise to data, so the
+    law of ``x_s`` given ``x_t`` and the endpoint is a Gaussian known exactly. The step draws from
+    it with the endpoint replaced by its prediction, and widens it by the variance that the
+    endpoint would have if the data were isotropic Gaussian with ``data_variance``. With 0 this is
+    DDPM's ancestral step (DDIM with eta = 1), with 1 the other end of DDPM's range (Ho et al.
+    2020, section 3.2), exact for standard normal data on the variance-preserving path.
+
+    It agrees with Euler-Maruyama on ``dX = (2 v - kappa X) dt + sigma dB`` to first order, and
+    stays finite at both ends: at ``t = 0`` where ``sigma`` may diverge, and at ``s = 1`` where
+    the step becomes the predicted endpoint itself, without noise.
+
+    Raises:
+        ValueError: unless ``0 <= t < s <= 1``.
+    """
+    if not 0 <= t < s <= 1:
+        raise ValueError(f"a memoryless step needs 0 <= t < s <= 1, got t={t}, s={s}")
+    at, to = (torch.tensor(u, dtype=torch.float64) for u in (t, s))
+    alpha_t, beta_t, alpha_s, beta_s = (
+        float(c) for c in (path.alpha(at), path.beta(at), path.alpha(to), path.beta(to))
+    )
+    ratio = alpha_t / alpha_s
+    added = beta_t**2 - ratio**2 * beta_s**2  # variance that noising adds from s back to t
+    on_state = ratio * beta_s**2 / beta_t**2
+    on_endpoint = alpha_s * added / beta_t**2
+    endpoint_variance = data_variance * beta_t**2 / (data_variance * alpha_t**2 + beta_t**2)
+    variance = added * beta_s**2 / beta_t**2 + on_endpoint**2 * endpoint_variance
+    # endpoint = (beta v - beta' x) / (alpha' beta - alpha beta')
+    alpha_rate, beta_rate = float(path.alpha_rate(at)), float(path.beta_rate(at))
+    wronskian = alpha_rate * beta_t - alpha_t * beta_rate
+    return MemorylessStep(
+        state=on_state - on_endpoint * beta_rate / wronskian,
+        velocity=on_endpoint * beta_t / wronskian,
+        noise=math.sqrt(variance) if s < 1 else 0.0,
+    )

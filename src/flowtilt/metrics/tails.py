@@ -1,0 +1,60 @@
+"""Quantiles and tail means of weighted samples, in float64.
+
+A tail of mass ``b`` holds exactly the probability ``b``: the sample on its boundary counts with
+the fraction of its weight that still fits. So the mean over the lower tail is
+``max_t t - E (t - r)_+ / b``, also for a handful of samples and for gridded densities.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def _sorted_with_weights(values: ArrayLike, weights: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
+    v = np.asarray(values, dtype=np.float64).ravel()
+    if v.size == 0:
+        raise ValueError("a tail statistic needs at least one value")
+    if not np.isfinite(v).all():
+        raise ValueError(f"tail statistics need finite values; {int((~np.isfinite(v)).sum())} are not")
+    w = np.full(v.size, 1.0) if weights is None else np.asarray(weights, dtype=np.float64).ravel()
+    if w.shape != v.shape:
+        raise ValueError(f"got {v.size} values and {w.size} weights")
+    total = w.sum()
+    if not (w >= 0).all() or not 0 < total < np.inf:
+        raise ValueError("weights must not be negative, and their sum must be positive and finite")
+    order = np.argsort(v, kind="stable")
+    return v[order], w[order] / total
+
+
+def quantile(values: ArrayLike, level: float, weights: ArrayLike | None = None) -> float:
+    """Smallest value whose cumulative probability reaches ``level`` (the left-continuous inverse).
+
+    Args:
+        values: any shape.
+        level: in (0, 1].
+        weights: not negative, of the shape of ``values``; equal if not given.
+    """
+    _check_mass(level)
+    v, w = _sorted_with_weights(values, weights)
+    index = int(np.searchsorted(np.cumsum(w), level * (1 - 1e-12)))
+    return float(v[min(index, v.size - 1)])
+
+
+def lower_tail_mean(values: ArrayLike, mass: float, weights: ArrayLike | None = None) -> float:
+    """Mean of the worst share ``mass`` in (0, 1] of the values; see :func:`quantile` for the rest."""
+    _check_mass(mass)
+    v, w = _sorted_with_weights(values, weights)
+    before = np.concatenate([[0.0], np.cumsum(w)[:-1]])
+    inside = np.clip(mass - before, 0.0, w)
+    return float(np.dot(inside, v) / inside.sum())
+
+
+def upper_tail_mean(values: ArrayLike, mass: float, weights: ArrayLike | None = None) -> float:
+    """Mean of the best share ``mass`` in (0, 1] of the values."""
+    return -lower_tail_mean(-np.asarray(values, dtype=np.float64), mass, weights)
+
+
+def _check_mass(mass: float) -> None:
+    if not 0 < mass <= 1:
+        raise ValueError(f"a tail mass must lie in (0, 1], got {mass}")

@@ -1,0 +1,65 @@
+"""The one interface that samplers and control solvers see."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowtilt.interpolants import Interpolant, broadcast_time, convert
+
+Context = Any
+"""What does not move along a trajectory (masks, prompts, guidance); opaque to solvers."""
+
+
+class FlowModel(nn.Module, ABC):
+    """A pretrained or fine-tuned flow: a prior, a velocity field and the path it was trained on.
+
+    Attributes:
+        path: the interpolant.
+        data_variance: rough variance of the data, which sets the noise of the memoryless steps
+            (see :func:`flowtilt.interpolants.memoryless_step`); 0 gives DDIM's.
+    """
+
+    path: Interpolant
+    data_variance: float = 0.0
+
+    @abstractmethod
+    def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
+        """Draw ``count`` states of the noise at time 0, shape (count, ...)."""
+
+    @abstractmethod
+    def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        """Velocity of the probability flow at states ``x`` (batch, ...) and times ``t`` () or (batch,)."""
+
+    def noise_like(self, x: Tensor, generator: torch.Generator, context: Context = None) -> Tensor:
+        """Standard normal noise in the space where the model's states live, shaped as ``x``."""
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+    def score(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        """Score of the path's law at ``(x, t)``, 0 < t < 1, from the velocity."""
+        return convert(self.velocity(x, t, context), x, t, self.path, "velocity", "score")
+
+    def draw_context(self, count: int, generator: torch.Generator) -> Context:
+        """Draw the contexts of ``count`` new samples; models without one return ``None``."""
+        return None
+
+    def select_context(self, context: Context, index: Tensor) -> Context:
+        """The context of the samples at ``index`` (long, (n,)) of a batch."""
+        return None
+
+    def matching_loss(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        """The model's native conditional flow-matching loss, one number a sample, (batch,).
+
+        Args:
+            x1: data, (batch, ...).
+            x0: noise of the same shape.
+            t: times in (0, 1), (batch,).
+            context: of the data.
+        """
+        at = broadcast_time(t, x1)
+        x = self.path.alpha(at) * x1 + self.path.beta(at) * x0
+        target = self.path.alpha_rate(at) * x1 + self.path.beta_rate(at) * x0
+        return (self.velocity(x, t, context) - target).flatten(1).square().mean(1)

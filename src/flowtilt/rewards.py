@@ -1,0 +1,64 @@
+"""Rewards: one number a sample, and its gradient."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from flowtilt.model import Context
+
+
+class RewardError(ValueError):
+    """A reward returned something that is not one finite number a sample."""
+
+
+class Reward(ABC):
+    """A function of the endpoint to be raised, in units that the domain states.
+
+    Subclasses implement :meth:`value`; the gradient is by automatic differentiation unless a
+    subclass overrides :meth:`gradient` with an analytic one.
+    """
+
+    @abstractmethod
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        """Rewards of the samples ``x`` (batch, ...), shape (batch,)."""
+
+    def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        """Gradient of each sample's reward, of the shape of ``x``."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            values = check_rewards(self.value(x, context), x, self)
+            if not values.requires_grad:  # constant in x
+                return torch.zeros_like(x)
+            (gradient,) = torch.autograd.grad(values.sum(), x)
+        return gradient
+
+    def __call__(self, x: Tensor, context: Context = None) -> Tensor:
+        """Checked rewards without a graph, shape (batch,).
+
+        Raises:
+            RewardError: if the values have another shape or are not all finite.
+        """
+        with torch.no_grad():
+            return check_rewards(self.value(x, context), x, self)
+
+
+def check_rewards(values: Tensor, x: Tensor, reward: Reward) -> Tensor:
+    """Return ``values`` if they are one finite number a sample, else raise :class:`RewardError`."""
+    name = type(reward).__name__
+    if values.shape != x.shape[:1]:
+        raise RewardError(
+            f"reward {name} returned shape {tuple(values.shape)} for a batch of {len(x)}; "
+            f"it must return shape ({len(x)},): one number a sample"
+        )
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        first = x[~finite][0].flatten()[:4].tolist()
+        raise RewardError(
+            f"reward {name} is not finite on {bad} of {len(x)} samples, the first at {first}; "
+            "make it finite wherever the model can sample"
+        )
+    return values

@@ -1,0 +1,46 @@
+"""Metrics of a run from its files; imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
+from flowtilt.experiment import Experiment, method_of
+from flowtilt.stages.files import read_arrays, read_threshold, write_rows
+
+
+def evaluate(
+    experiment: Experiment,
+    method: str,
+    samples: Path,
+    density_file: Path,
+    output: Path,
+    history: Path | None = None,
+    threshold_file: Path | None = None,
+) -> None:
+    """Metrics of one run from its samples; the KL divergence against the gridded pretrained density."""
+    x, rewards, bumps, log_density = read_arrays(samples, "x", "reward", "bumps", "log_density")
+    axis, log_pretrained = read_arrays(density_file, "axis", "log_density")
+    gridded = GriddedDensity(axis, log_pretrained)
+    kind = method_of(experiment, method).kind
+    ratio = log_density.astype(np.float64) - gridded.at(x[: len(log_density)])
+    kl = 0.0 if kind == "pretrained" else float(ratio.mean())
+    row = reward_metrics(experiment, kind, rewards, None, kl)
+    row |= zone_masses(experiment, x[:, 0], bumps, np.full(len(x), 1 / len(x)))
+    if history is not None:
+        row |= _activity(pd.read_csv(history))
+    if threshold_file is not None:
+        row |= read_threshold(threshold_file)
+    write_rows({method: row}, output)
+
+
+def _activity(history: pd.DataFrame) -> Metrics:
+    """Shares of training endpoints with a gradient: over the run, and over its last fifth."""
+    share = history["active_share"]
+    return {
+        "active_share": float(share.mean()),
+        "active_share_final": float(share.iloc[-max(1, len(share) // 5) :].mean()),
+    }

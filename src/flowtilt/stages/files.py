@@ -1,0 +1,57 @@
+"""Reading and writing the files that pass between stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowtilt.domains.planar.rows import Metrics
+from flowtilt.files import atomic_path
+
+
+class StageError(RuntimeError):
+    """An input file that a stage cannot use; the message names the file and the fix."""
+
+
+def write_json(data: Any, path: Path) -> None:
+    """Write JSON; NaN is refused."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_rows(rows: dict[str, Metrics], path: Path) -> None:
+    """Write metrics by row name."""
+    write_json({"rows": rows}, path)
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write named arrays."""
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
+
+
+def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
+    """Named arrays from a file of :func:`write_arrays`."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return [data[name] for name in names]
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file; run the stage that writes it first") from None
+    except (ValueError, KeyError, OSError, EOFError) as error:
+        raise StageError(
+            f"{path}: not a complete file of this stage ({error}); delete it and run again"
+        ) from None
+
+
+def read_threshold(path: Path) -> dict[str, float]:
+    """Threshold and offline active share from the threshold stage."""
+    try:
+        row = json.loads(path.read_text())
+        return {key: float(row[key]) for key in ("threshold", "offline_active_share")}
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file; run the threshold stage first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{path}: not a threshold file ({error!r}); delete it and run again") from None

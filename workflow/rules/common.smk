@@ -1,0 +1,266 @@
+"""What the rules share: the checked configuration, and the runs and files that it stands for."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import validate
+
+try:
+    from flowtilt.experiment import ConfigError, Experiment, dump, load_file, stage_digest
+    from flowtilt.files import atomic_path
+except ModuleNotFoundError as error:
+    raise WorkflowError(
+        f"{error}: the environment that runs Snakemake must hold the package flowtilt; "
+        "make one with `make env`, or run `pip install -e .` in your own"
+    ) from None
+
+# Jobs call the command of the environment that runs Snakemake, whether it is activated or not.
+os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+# The configuration
+
+
+def config_files() -> str:
+    """The configuration files in use, the one that has the last word first."""
+    return ", ".join(os.path.relpath(path) for path in workflow.configfiles)
+
+
+def check_config(schema: str) -> None:
+    """Validate the configuration; an error says in one sentence which key is wrong, and why."""
+    try:
+        validate(config, schema)
+    except WorkflowError as error:
+        wrong = error.__context__
+        key = ".".join(str(part) for part in wrong.absolute_path) or "(top level)"
+        known = ", ".join(wrong.schema.get("properties", {}))
+        hint = f"known keys: {known}" if known else wrong.schema.get("description", "")
+        raise WorkflowError(f"{config_files()}: key {key}: {wrong.message} ({hint})") from None
+
+
+def experiment_file(name: str) -> str:
+    return f"config/experiments/{name}.yaml"
+
+
+def load_experiments(name: str, where: str) -> dict[str, Experiment]:
+    """The experiments of one file; ``where`` says which file and key name it."""
+    file = Path(experiment_file(name))
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+        raise WorkflowError(f"{where}: unknown experiment {name!r}, there is no {file} (known: {known})")
+    try:
+        return load_file(file, config["overrides"])
+    except ConfigError as error:
+        message = str(error)
+    try:
+        load_file(file)
+    except ConfigError:
+        raise WorkflowError(message) from None
+    raise WorkflowError(f"{config_files()}: key overrides: merged into {message}")
+
+
+def load_all() -> dict[str, dict[str, Experiment]]:
+    """Every file that is needed, by name: those to run, the study of the resolution, and their bases."""
+    files = {
+        name: load_experiments(name, f"{config_files()}: key experiments") for name in config["experiments"]
+    }
+    study = config["resolution"]
+    where = f"{config_files()}: key resolution"
+    files.setdefault(study, load_experiments(study, where))
+    if not any(method.kind == "am" for case in files[study].values() for method in case.methods.values()):
+        raise WorkflowError(
+            f"{where}: {study} has no method of kind am to measure the network's resolution by; "
+            "name a study that has"
+        )
+    bases = {case.base: name for name, cases in files.items() for case in cases.values()}
+    for base, name in bases.items():
+        where = f"{experiment_file(name)}: key base"
+        files.setdefault(base, load_experiments(base, where))
+        if base not in files[base]:
+            raise WorkflowError(f"{where}: {base} is a study; name one experiment")
+    return files
+
+
+try:
+    check_config("../schemas/config.schema.yaml")
+    FILES = load_all()
+except WorkflowError as error:
+    raise error.with_traceback(None) from None  # the message says where to look, frames would not
+
+STUDIES = [name for name, cases in FILES.items() if name not in cases]
+EXPERIMENTS = {name: experiment for cases in FILES.values() for name, experiment in cases.items()}
+METHODS = sorted({method for experiment in EXPERIMENTS.values() for method in experiment.methods})
+RESOLVED = {name: dump(experiment) for name, experiment in EXPERIMENTS.items()}
+OVERRIDES = json.dumps(config["overrides"], sort_keys=True)
+
+
+def write_configs() -> None:
+    """Write the resolved configurations that have changed, while the workflow is being read.
+
+    This is not left to a job. The jobs that read a configuration take it as ``ancient``, and go by
+    the digest of the sections that they use. Were it about to be made again, Snakemake would not ask
+    whether their digests have changed, and a change would need a second run to get through.
+    """
+    for name, resolved in RESOLVED.items():
+        path = Path(config["results"], "configs", f"{name}.yaml")
+        if not path.is_file() or path.read_text() != resolved:
+            with atomic_path(path) as temporary:
+                temporary.write_text(resolved)
+
+
+if workflow.is_main_process:  # and not that of one job on a cluster
+    write_configs()
+
+
+# Parameters
+
+
+def one_of(names) -> str:
+    """A regular expression that matches just the given names, or nothing if there are none."""
+    return "|".join(re.escape(name) for name in names) or "(?!)"
+
+
+def digest(stage: str):
+    """Hash of what a stage reads of a job's experiment: the job runs again when it changes."""
+    return lambda wildcards: stage_digest(EXPERIMENTS[wildcards.experiment], stage, wildcards.get("method"))
+
+
+def options(*names: str):
+    """Command-line options for those of the named inputs that a job has."""
+    return lambda wildcards, input: " ".join(
+        f"--{name} {shlex.quote(str(input[name]))}" for name in names if name in input.keys()
+    )
+
+
+def results_folder(wildcards) -> str:
+    return config["results"]
+
+
+def config_hash() -> str:
+    """Hash of all that is configured: the experiments, and which of them are run."""
+    chosen = {key: config[key] for key in ("experiments", "resolution")}
+    return hashlib.sha256(json.dumps([chosen, RESOLVED], sort_keys=True).encode()).hexdigest()
+
+
+# Files; Snakemake fills in what is in angle brackets, see `pathvars`
+
+
+def kind_of(wildcards) -> str:
+    """The kind of a job's method: pretrained, am, fdc or tfft."""
+    methods = EXPERIMENTS[wildcards.experiment].methods
+    if wildcards.method not in methods:
+        known = ", ".join(methods)
+        raise WorkflowError(f"{wildcards.experiment} has no method {wildcards.method!r} (known: {known})")
+    return methods[wildcards.method].kind
+
+
+def run_folder(experiment: str, method: str, seed: int | str) -> str:
+    return f"<results>/runs/{experiment}/{method}/seed{seed}"
+
+
+def base_folder(wildcards) -> str:
+    """Folder of the pretrained model that a job's experiment starts from."""
+    return run_folder(EXPERIMENTS[wildcards.experiment].base, "pretrained", wildcards.seed)
+
+
+def base_model(wildcards) -> str:
+    return f"{base_folder(wildcards)}/model.safetensors"
+
+
+def base_density(wildcards) -> str:
+    return f"{base_folder(wildcards)}/density.npz"
+
+
+def finetune_inputs(wildcards) -> dict[str, str]:
+    """What a run needs beyond the pretrained model: a threshold, or the model of an earlier run."""
+    if kind_of(wildcards) == "tfft":
+        return {"threshold": f"{run_folder(**wildcards)}/threshold.json"}
+    start = EXPERIMENTS[wildcards.experiment].methods[wildcards.method].continue_from
+    if start is None:
+        return {}
+    return {"start": f"{run_folder(wildcards.experiment, start, wildcards.seed)}/model.safetensors"}
+
+
+def sampled_model(wildcards) -> str:
+    if kind_of(wildcards) == "pretrained":
+        return base_model(wildcards)
+    return f"{run_folder(**wildcards)}/model.safetensors"
+
+
+def evaluate_inputs(wildcards) -> dict[str, str]:
+    """What the evaluation of a run reads beside its samples."""
+    kind, inputs = kind_of(wildcards), {}
+    if kind != "pretrained":
+        inputs["history"] = f"{run_folder(**wildcards)}/history.csv"
+    if kind == "tfft":
+        inputs["threshold"] = f"{run_folder(**wildcards)}/threshold.json"
+    return inputs
+
+
+def resolution_runs(file: str) -> list[str]:
+    """One file of each Adjoint Matching run that the network's resolution is measured from."""
+    return [
+        file.format(experiment=experiment.name, base=experiment.base, method=method, seed=seed)
+        for experiment in FILES[config["resolution"]].values()
+        for method, settings in experiment.methods.items()
+        if settings.kind == "am"
+        for seed in experiment.seeds
+    ]
+
+
+MADE_BY_KIND = {
+    "pretrained": ["samples.npz", "metrics.json"],
+    "am": ["model.safetensors", "history.csv", "samples.npz", "metrics.json"],
+    "fdc": ["model.safetensors", "history.csv", "samples.npz", "metrics.json"],
+    "tfft": ["threshold.json", "model.safetensors", "history.csv", "samples.npz", "metrics.json"],
+}
+
+
+def run_files(name: str, *kinds: str) -> list[str]:
+    """Files of all runs that the table and the figures of an experiment file rest on.
+
+    Args:
+        name: of the experiment file.
+        kinds: names of files, such as ``metrics.json``; all if none is given.
+    """
+    files = []
+    for experiment in FILES[name].values():
+        for seed in experiment.seeds:
+            base = run_folder(experiment.base, "pretrained", seed)
+            files += [f"{base}/model.safetensors", f"{base}/density.npz"]
+            for method, settings in experiment.methods.items():
+                folder = run_folder(experiment.name, method, seed)
+                files += [f"{folder}/{file}" for file in MADE_BY_KIND[settings.kind]]
+            for rows in ("exact", "resolved"):
+                folder = run_folder(experiment.name, rows, seed)
+                files += [f"{folder}/metrics.json", f"{folder}/laws.npz"]
+    return [file for file in dict.fromkeys(files) if not kinds or Path(file).name in kinds]
+
+
+def tables_of(name: str) -> list[str]:
+    return [f"<results>/tables/{name}.{extension}" for extension in ("csv", "md", "tex")]
+
+
+def figures_of(name: str) -> list[str]:
+    if name in STUDIES:
+        return [f"<results>/figures/{name}.png"]
+    return [f"<results>/figures/{name}_{kind}.png" for kind in ("landscape", "densities", "histograms")]
+
+
+def for_all(files_of) -> list[str]:
+    """The files of all experiment files that are run, each once."""
+    return list(dict.fromkeys(file for name in config["experiments"] for file in files_of(name)))
+
+
+# Targets ask for the runs' files too: Snakemake otherwise takes tables that are there, as in a fresh
+# clone, for a sign that nothing is left to do.
+RUNS = [*for_all(run_files), "<results>/resolution.json"]
+TABLES = [*for_all(tables_of), "<results>/tables/comparison.csv"]
+FIGURES = for_all(figures_of)
+MODELS = [file for file in RUNS if Path(file).match("pretrained/*/model.safetensors")]

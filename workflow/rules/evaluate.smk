@@ -1,0 +1,134 @@
+# Every row of the tables: the networks' samples, and the same steps solved exactly on a grid.
+
+
+rule sample:
+    input:
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        model=sampled_model,
+    output:
+        "<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
+    log:
+        "<logs>/sample/{experiment}/{method}/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/sample/{experiment}/{method}/seed{seed}.tsv"
+    group:
+        "assess"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=30,
+        gpu=config["gpu"],
+    params:
+        digest=digest("sample"),
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt sample {input.config} --method {wildcards.method} "
+        "--seed {wildcards.seed} --model {input.model} --output {output} > {log} 2>&1"
+
+
+rule evaluate:
+    input:
+        unpack(evaluate_inputs),
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        samples="<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
+        density=base_density,
+    output:
+        "<results>/runs/{experiment}/{method}/seed{seed}/metrics.json",
+    log:
+        "<logs>/evaluate/{experiment}/{method}/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/evaluate/{experiment}/{method}/seed{seed}.tsv"
+    group:
+        "assess"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+        gpu=0,
+    params:
+        digest=digest("evaluate"),
+        options=options("history", "threshold"),
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt evaluate {input.config} --method {wildcards.method} "
+        "--samples {input.samples} --density {input.density} {params.options} "
+        "--output {output} > {log} 2>&1"
+
+
+rule exact:
+    input:
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        density=base_density,
+    output:
+        metrics="<results>/runs/{experiment}/exact/seed{seed}/metrics.json",
+        laws="<results>/runs/{experiment}/exact/seed{seed}/laws.npz",
+    log:
+        "<logs>/exact/{experiment}/exact/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/exact/{experiment}/exact/seed{seed}.tsv"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=30,
+        gpu=0,
+    params:
+        digest=digest("exact"),
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt exact {input.config} --density {input.density} "
+        "--output {output.metrics} --laws {output.laws} > {log} 2>&1"
+
+
+rule resolution:
+    input:
+        configs=ancient(resolution_runs("<results>/configs/{experiment}.yaml")),
+        samples=resolution_runs("<results>/runs/{experiment}/{method}/seed{seed}/samples.npz"),
+        densities=resolution_runs("<results>/runs/{base}/pretrained/seed{seed}/density.npz"),
+    output:
+        "<results>/resolution.json",
+    log:
+        "<logs>/resolution/resolution.log",
+    benchmark:
+        "<benchmarks>/resolution/resolution.tsv"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=30,
+        gpu=0,
+    params:
+        digest=[stage_digest(experiment, "exact") for experiment in FILES[config["resolution"]].values()],
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt resolution --config {input.configs} "
+        "--samples {input.samples} --density {input.densities} --output {output} > {log} 2>&1"
+
+
+rule resolved:
+    input:
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        density=base_density,
+        resolution="<results>/resolution.json",
+    output:
+        metrics="<results>/runs/{experiment}/resolved/seed{seed}/metrics.json",
+        laws="<results>/runs/{experiment}/resolved/seed{seed}/laws.npz",
+    log:
+        "<logs>/resolved/{experiment}/resolved/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/resolved/{experiment}/resolved/seed{seed}.tsv"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=30,
+        gpu=0,
+    params:
+        digest=digest("exact"),
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt exact {input.config} --density {input.density} "
+        "--resolution {input.resolution} --output {output.metrics} --laws {output.laws} "
+        "> {log} 2>&1"

@@ -1,0 +1,73 @@
+# The pretrained models that everything starts from, and what is drawn from them once.
+
+
+rule pretrain:
+    input:
+        config=ancient("<results>/configs/{experiment}.yaml"),
+    output:
+        model="<results>/runs/{experiment}/pretrained/seed{seed}/model.safetensors",
+        history="<results>/runs/{experiment}/pretrained/seed{seed}/history.csv",
+    log:
+        "<logs>/pretrain/{experiment}/pretrained/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/pretrain/{experiment}/pretrained/seed{seed}.tsv"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=60,
+        gpu=config["gpu"],
+    params:
+        digest=digest("pretrain"),
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt pretrain {input.config} --seed {wildcards.seed} "
+        "--output {output.model} --history {output.history} > {log} 2>&1"
+
+
+rule density:
+    input:
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        model="<results>/runs/{experiment}/pretrained/seed{seed}/model.safetensors",
+    output:
+        "<results>/runs/{experiment}/pretrained/seed{seed}/density.npz",
+    log:
+        "<logs>/density/{experiment}/pretrained/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/density/{experiment}/pretrained/seed{seed}.tsv"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=30,
+        gpu=config["gpu"],
+    params:
+        digest=digest("density"),
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt density {input.config} --model {input.model} "
+        "--output {output} > {log} 2>&1"
+
+
+rule offline:
+    input:
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        model=base_model,
+    output:
+        "<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
+    log:
+        "<logs>/offline/{experiment}/pretrained/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/offline/{experiment}/pretrained/seed{seed}.tsv"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=30,
+        gpu=config["gpu"],
+    params:
+        digest=digest("offline"),
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt offline {input.config} --seed {wildcards.seed} "
+        "--model {input.model} --output {output} > {log} 2>&1"
