@@ -232,7 +232,7 @@ def _finetune(a: argparse.Namespace) -> None:
 
     experiment = _load(a)
     iterations = method_of(experiment, a.method).iterations or 1
-    bar = _Bar(experiment.solver.updates * iterations, f"{experiment.name} {a.method}")
+    bar = _Bar(experiment.updates_of(a.method) * iterations, f"{experiment.name} {a.method}")
     _training().finetune(
         experiment, a.method, a.seed, a.pretrained, a.output, a.history, a.start, a.threshold, bar
     )

@@ -72,9 +72,13 @@ class PretrainConfig(_Section):
 
 
 class RewardConfig(_Section):
-    """A landscape; see :mod:`flowtilt.domains.planar.landscapes` for the fields."""
+    """A landscape; see :mod:`flowtilt.domains.planar.landscapes` for the fields.
 
-    landscape: Literal["stripes", "spikes"]
+    ``landscape`` is ``stripes``, ``spikes``, or ``module:Class`` for a subclass of ``Zones`` of
+    your own in an importable module.
+    """
+
+    landscape: str
     left: float
     plateau: float
     right: float
@@ -87,6 +91,13 @@ class RewardConfig(_Section):
     inset: float
     row: float = 0.0
     sign: Literal[-1, 1]
+
+    @field_validator("landscape")
+    @classmethod
+    def _known_landscape(cls, value: str) -> str:
+        if value not in ("stripes", "spikes") and value.count(":") != 1:
+            raise ValueError("must be stripes, spikes or module:Class")
+        return value
 
 
 class CalibrationConfig(_Section):
@@ -150,13 +161,15 @@ class MethodConfig(_Section):
     """One method of an experiment.
 
     ``step`` is alpha over the KL weight of FDC's steps: 1 is the largest that the theory allows.
-    ``continue_from`` names an fdc method with fewer iterations to start from.
+    ``continue_from`` names an fdc method with fewer iterations to start from. ``updates`` replaces
+    the solver's number of updates in each of the method's solves.
     """
 
     kind: Literal["pretrained", "am", "fdc", "tfft"]
     iterations: Count | None = None
     step: Annotated[float, Field(gt=0, le=1)] | None = None
     continue_from: str | None = None
+    updates: Count | None = None
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MethodConfig:
@@ -222,12 +235,17 @@ class Experiment(_Section):
                     f"methods.{name}.continue_from names {method.continue_from!r}, "
                     f"which is no fdc method of this experiment ({', '.join(self.methods)})"
                 )
-            if (earlier.iterations or 0) >= (method.iterations or 0) or earlier.step != method.step:
+            same = (earlier.step, earlier.updates) == (method.step, method.updates)
+            if (earlier.iterations or 0) >= (method.iterations or 0) or not same:
                 raise ValueError(
                     f"methods.{name} must have more iterations than {method.continue_from!r}, "
-                    "and the same step"
+                    "and the same step and updates"
                 )
         return self
+
+    def updates_of(self, method: str) -> int:
+        """Optimiser steps in each solve of a method."""
+        return method_of(self, method).updates or self.solver.updates
 
     @property
     def tail_metric(self) -> str:

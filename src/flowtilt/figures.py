@@ -442,6 +442,8 @@ def _study_panel(axes: Axes, points: list[Point], of: str, metric: str) -> None:
                 else:
                     axes.plot(x, y, color=colour, linestyle=style, marker=".", zorder=2)
     for p in references(points, of, metric):
+        if p.kind == "pretrained":  # too far off: it would flatten the curves
+            continue
         axes.axhline(p.value, color=COLOURS[p.kind], linestyle=_STYLES[p.layer], linewidth=1.2, zorder=1)
         if p.layer == "network" and not math.isnan(p.sd):
             axes.axhspan(p.value - p.sd, p.value + p.sd, color=COLOURS[p.kind], alpha=0.12, linewidth=0)
@@ -480,7 +482,8 @@ def _mark_resolution(
 def _study_legend(study: StudyRuns, points: list[Point], resolution: float | None) -> list[Any]:
     varying = {p.kind for p in points if p.axis is not None}
     handles: list[Any] = []
-    for kind in dict.fromkeys(p.kind for p in points):
+    drawn = [p.kind for p in points if p.axis is not None or p.kind != "pretrained"]
+    for kind in dict.fromkeys(drawn):
         marker = "o" if kind in varying else ""
         handles.append(Line2D([], [], color=COLOURS[kind], marker=marker, label=kind))
     layers = {p.layer for p in points}
@@ -539,13 +542,13 @@ def write_figures(
     study = read_study(Path(file))
     if study is None:
         (experiment,) = experiments
-        draw_experiment(results, runs_of(experiment), _height(experiment), read_reported(reported), prefix)
+        draw_experiment(results, runs_of(experiment), height_of(experiment), read_reported(reported), prefix)
     else:
         draw_study(results, study_runs_of(study, experiments), prefix)
 
 
-def _height(experiment: Experiment) -> Height:
-    """The landscape's height as a function of points."""
+def height_of(experiment: Experiment) -> Height:
+    """The landscape's height (n,) as a function of points (n, 2)."""
     import torch
 
     from flowtilt.domains.planar.build import build_reward

@@ -108,7 +108,8 @@ def finetune(
     """
     base: FlowModel = load_weights(build_model(experiment), pretrained)
     kind = method_of(experiment, method).kind
-    settings = AdjointMatchingSettings(**experiment.solver.model_dump())
+    solver_settings = experiment.solver.model_dump() | {"updates": experiment.updates_of(method)}
+    settings = AdjointMatchingSettings(**solver_settings)
     solver = partial(solve, settings=settings, progress=progress)
     if kind == "am":
         tilt = RewardVariation(build_reward(experiment))

@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from flowtilt.checkpoints import load_weights
-from flowtilt.domains.planar.build import build_model
+from flowtilt.domains.planar.build import build_model, build_reward
 from flowtilt.domains.planar.rows import GriddedDensity
 from flowtilt.domains.planar.truth import ExactRows, coarsen, exact_rows, gridded_density, resolution_mismatch
 from flowtilt.experiment import Experiment
 from flowtilt.stages.files import StageError, read_arrays, write_arrays, write_json, write_rows
 
 LAW_CELLS = 240
+HISTOGRAM_BINS = 120
+CELL_PARTS = 4
 RESOLUTION_CANDIDATES = tuple(round(0.05 * k, 2) for k in range(17))
 
 
@@ -31,24 +33,29 @@ def exact(
     """Solve every method on the grid, exactly or at the measured resolution."""
     width = None if resolution_file is None else _read_resolution(resolution_file)
     solved = exact_rows(experiment, GriddedDensity(*read_arrays(density_file, "axis", "log_density")), width)
-    write_arrays(laws, **_law_arrays(solved))
+    write_arrays(laws, **_law_arrays(experiment, solved))
     write_rows(solved.metrics, output)
 
 
-def _law_arrays(solved: ExactRows) -> dict[str, np.ndarray]:
+def _law_arrays(experiment: Experiment, solved: ExactRows) -> dict[str, np.ndarray]:
     """Coarsened laws and reward histograms of exact rows."""
-    coarse_axis = next(iter(solved.laws.values())).shape[0]
-    block = max(1, coarse_axis // LAW_CELLS)
-    side = coarse_axis // block
-    edges = np.linspace(solved.rewards.min(), solved.rewards.max(), 121)
-    edges[-1] = np.nextafter(edges[-1], np.inf)
+    side = solved.grid.cells // max(1, solved.grid.cells // LAW_CELLS)
+    edges = np.linspace(solved.rewards.min(), solved.rewards.max(), HISTOGRAM_BINS + 1)
     arrays = {
-        "axis": solved.grid.axis[: side * block].reshape(side, block).mean(1),
+        "axis": solved.grid.axis[: solved.grid.cells // side * side].reshape(side, -1).mean(1),
         "reward_edges": edges,
     }
     for row, law in solved.laws.items():
         arrays[row] = coarsen(law, LAW_CELLS).astype(np.float32)
-        arrays[f"{row}__rewards"] = np.histogram(solved.rewards, edges, weights=law)[0]
+        arrays[f"{row}__rewards"] = np.zeros(HISTOGRAM_BINS)
+    reward = build_reward(experiment)
+    for k in range(CELL_PARTS):
+        # Several points of each cell, along its diagonal: on a flank that one cell spans, the
+        # centres alone would leave gaps between the bins.
+        shift = ((k + 0.5) / CELL_PARTS - 0.5) * solved.grid.spacing
+        inside = np.clip(solved.grid.rewards(reward, shift), edges[0], edges[-1])
+        for row, law in solved.laws.items():
+            arrays[f"{row}__rewards"] += np.histogram(inside, edges, weights=law / CELL_PARTS)[0]
     return arrays
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import torch
 
@@ -9,7 +11,7 @@ from flowtilt.domains.planar.data import GaussianMixture
 from flowtilt.domains.planar.grid import Grid
 from flowtilt.domains.planar.landscapes import LANDSCAPES, Zones
 from flowtilt.domains.planar.model import PlanarFlow
-from flowtilt.experiment import Experiment, PathConfig
+from flowtilt.experiment import ConfigError, Experiment, PathConfig
 from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
 from flowtilt.seeding import seed_of
 
@@ -38,7 +40,28 @@ def build_data(experiment: Experiment) -> GaussianMixture:
 def build_reward(experiment: Experiment) -> Zones:
     """The landscape as a reward (minus the height where heights are costs)."""
     fields = experiment.reward.model_dump()
-    return LANDSCAPES[fields.pop("landscape")](**fields)
+    return landscape_class(fields.pop("landscape"))(**fields)
+
+
+def landscape_class(name: str) -> type[Zones]:
+    """A landscape by its name, or by ``module:Class`` from an importable module.
+
+    Raises:
+        ConfigError: if there is no such class, or it is no subclass of ``Zones``.
+    """
+    if name in LANDSCAPES:
+        return LANDSCAPES[name]
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"key reward.landscape: cannot load {name!r} ({error}); "
+            "the module must be importable, for instance from a folder named in PYTHONPATH"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, Zones)):
+        raise ConfigError(f"key reward.landscape: {name!r} must be a subclass of Zones")
+    return found
 
 
 def build_grid(experiment: Experiment) -> Grid:

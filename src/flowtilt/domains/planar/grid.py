@@ -46,9 +46,9 @@ class Grid:
         """Cell centres, (cells, cells, 2); the first axis runs along x."""
         return np.stack(np.meshgrid(self.axis, self.axis, indexing="ij"), axis=-1)
 
-    def rewards(self, reward: Reward) -> np.ndarray:
-        """A reward at all cell centres, (cells, cells)."""
-        flat = torch.from_numpy(self.points.reshape(-1, 2))
+    def rewards(self, reward: Reward, shift: float = 0.0) -> np.ndarray:
+        """A reward at all cell centres, or at points shifted from them along both axes, (cells, cells)."""
+        flat = torch.from_numpy(self.points.reshape(-1, 2) + shift)
         return reward(flat).numpy().reshape(self.cells, self.cells)
 
 
