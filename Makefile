@@ -13,7 +13,7 @@ CORES ?= all
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
-SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
+SNAKEMAKE := $(BIN)/snakemake --workflow-profile workflow/profiles/default --cores $(CORES)
 
 .PHONY: help env results quick test benchmark clean distclean
 .DEFAULT_GOAL := help

@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     stage.add_argument("--history", type=Path, help="the fine-tuning's history")
     stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
+    stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for dominance")
 
     stage = on_config("exact", _exact, "Solve every method on the grid.", "--density", "--output", "--laws")
     stage.add_argument("--resolution", type=Path, help="resolution file: solve at that finite resolution")
@@ -127,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--results", type=Path, required=True, help="results folder to read")
     stage.add_argument("--reported", type=Path, required=True, help="table of the papers' values")
     stage.add_argument("--output", type=Path, required=True)
+    stage.add_argument("--by-seed", type=Path, required=True, help="file for every metric of every seed")
 
     stage = add("provenance", _provenance, "Record what made the results.")
     stage.add_argument("--config-hash", required=True)
@@ -245,7 +247,9 @@ def _sample(a: argparse.Namespace) -> None:
 def _evaluate(a: argparse.Namespace) -> None:
     from flowtilt.stages import evaluation
 
-    evaluation.evaluate(_load(a), a.method, a.samples, a.density, a.output, a.history, a.threshold)
+    evaluation.evaluate(
+        _load(a), a.method, a.samples, a.density, a.output, a.history, a.threshold, a.reference
+    )
 
 
 def _exact(a: argparse.Namespace) -> None:
@@ -280,7 +284,7 @@ def _figures(a: argparse.Namespace) -> None:
 def _compare(a: argparse.Namespace) -> None:
     from flowtilt.tables import write_comparison
 
-    write_comparison(a.files, a.override, a.results, a.reported, a.output)
+    write_comparison(a.files, a.override, a.results, a.reported, a.output, a.by_seed)
 
 
 def _provenance(a: argparse.Namespace) -> None:

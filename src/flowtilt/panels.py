@@ -36,6 +36,7 @@ _DESCRIPTIONS = {
     "active_share_final": Description("active at the end", "share"),
     "offline_active_share": Description("active offline", "share"),
     "threshold": Description("threshold", "reward"),
+    "dominance_violation": Description("violation of dominance", "share", "lower"),
 }
 _TAIL = re.compile(r"(worst|top)_([0-9.]+)pct_(\w+)")
 

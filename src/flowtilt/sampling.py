@@ -8,12 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from flowtilt.interpolants import MemorylessStep, memoryless_step
+from flowtilt.interpolants import Interpolant, MemorylessStep, memoryless_step
 from flowtilt.model import Context, FlowModel
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -26,10 +26,14 @@ def time_grid(steps: int) -> list[float]:
     return [k / steps for k in range(steps + 1)]
 
 
+@lru_cache(maxsize=32)
+def _steps_of(path: Interpolant, data_variance: float, steps: int) -> list[MemorylessStep]:
+    return [memoryless_step(path, t, s, data_variance) for t, s in itertools.pairwise(time_grid(steps))]
+
+
 def memoryless_steps(model: FlowModel, steps: int) -> list[MemorylessStep]:
     """The coefficients of all steps of the memoryless process on :func:`time_grid`."""
-    times = time_grid(steps)
-    return [memoryless_step(model.path, t, s, model.data_variance) for t, s in itertools.pairwise(times)]
+    return _steps_of(model.path, model.data_variance, steps)
 
 
 CHUNK = 1024

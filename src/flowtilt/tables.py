@@ -241,14 +241,18 @@ def write_comparison(
     results: str | Path,
     reported: str | Path,
     output: str | Path,
+    by_seed: str | Path,
 ) -> None:
     """Write the comparison of all experiments and cases of some files with the reported values.
 
     Args and errors are those of :func:`write_table`; ``output`` is a CSV file with the columns
-    :data:`COMPARISON_COLUMNS`.
+    :data:`COMPARISON_COLUMNS`, ``by_seed`` one with every metric of every row and seed, from which
+    the comparison can be recomputed.
     """
     runs = [runs_of(experiment) for file in files for experiment in load_file(file, overrides).values()]
-    _write_frame(output, comparison(collect_runs(results, runs), read_reported(reported)))
+    long = collect_runs(results, runs)
+    _write_frame(by_seed, long)
+    _write_frame(output, comparison(long, read_reported(reported)))
 
 
 def write_experiment_table(

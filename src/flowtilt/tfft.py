@@ -48,12 +48,16 @@ def _prepare(rewards: ArrayLike, alpha: float, mass: float, weights: ArrayLike |
         raise ValueError(f"got {r.size} rewards and {w.size} weights")
     if not (w >= 0).all() or not 0 < w.sum() < np.inf:
         raise ValueError("weights must not be negative, and their sum must be positive and finite")
+    w = w / w.sum()
     kept = w > 0
-    r, w = r[kept], w[kept] / w.sum()
+    r, w = r[kept], w[kept]
     order = np.argsort(r, kind="stable")
-    # A vanishing scale would overflow the exponents to infinity minus infinity; the limit is the same.
+    # Beyond these bounds exponents would overflow or vanish, and the limit is reached long before.
     spread = max(float(r.max() - r.min()), np.finfo(np.float64).tiny)
     scale = max(alpha * mass, 1e-290 * spread, np.finfo(np.float64).tiny)
+    if scale > 1e20 * spread:
+        scale = 1e20 * spread
+        alpha = scale / mass
     return _SortedBatch(r[order], np.log(w[order]), alpha, scale)
 
 
@@ -64,7 +68,16 @@ def dual_objective(
     batch = _prepare(rewards, alpha, mass, weights)
     excess = batch.rewards - t
     cut = np.maximum(excess, 0.0) if side == "upper" else np.minimum(excess, 0.0)
-    return float(t + batch.alpha * _logsumexp(cut / batch.scale + batch.log_weights))
+    return float(t + batch.alpha * _log_mean_exp(cut / batch.scale, batch.log_weights))
+
+
+def _log_mean_exp(exponents: np.ndarray, log_weights: np.ndarray) -> float:
+    """``log sum_i w_i exp(e_i)``, also where it is small and a large alpha would magnify its rounding."""
+    if exponents.max() < 700:  # the exponential does not overflow
+        change = float(np.dot(np.exp(log_weights), np.expm1(exponents)))
+        if change > -0.5:
+            return float(np.log1p(change))
+    return _logsumexp(exponents + log_weights)
 
 
 def _logsumexp(a: np.ndarray) -> float:
@@ -92,22 +105,31 @@ def threshold(
 
 
 def _lower_threshold(batch: _SortedBatch) -> float:
-    """The best of all rewards, each objective from one running log-sum.
-
-    At ``t = r_j`` the sum splits into ``sum_{i <= j} w_i exp((r_i - r_j) / scale)`` and the weight
-    of the rewards above.
-    """
-    centred = (batch.rewards - batch.rewards[-1]) / batch.scale
-    log_below = np.logaddexp.accumulate(batch.log_weights + centred) - centred
-    objective = batch.rewards + batch.alpha * np.logaddexp(log_below, _log_weight_above(batch))
+    """The best of all rewards."""
+    with np.errstate(over="ignore"):  # minus infinity is the right value of a hopeless threshold
+        objective = batch.rewards + batch.alpha * _lower_log_means(batch)
     return float(batch.rewards[int(np.argmax(objective))])
 
 
-def _log_weight_above(batch: _SortedBatch) -> np.ndarray:
-    """Log of the total weight of the rewards after each, in sorted order; -inf for the last."""
-    above = np.full_like(batch.rewards, -np.inf)
-    above[:-1] = np.logaddexp.accumulate(batch.log_weights[::-1])[-2::-1]
-    return above
+def _lower_log_means(batch: _SortedBatch) -> np.ndarray:
+    """``log sum_i w_i exp(-(r_j - r_i)_+ / scale)`` at every reward ``r_j``, (N,).
+
+    Sums over the rewards up to each come from windows of doubling length, so that all exponents are
+    differences of rewards, and nothing cancels: neither the log of what is kept of the weight, nor
+    what is lost of it, which is the accurate one where little is.
+    """
+    r, log_kept = batch.rewards, batch.log_weights.copy()
+    weight, lost = np.exp(log_kept), np.zeros_like(r)
+    span = 1
+    while span < r.size:
+        drop = (r[span:] - r[:-span]) / batch.scale
+        log_kept[span:] = np.logaddexp(log_kept[span:], log_kept[:-span] - drop)
+        lost[span:] += np.exp(-drop) * lost[:-span] + np.expm1(-drop) * weight[:-span]
+        weight[span:] += weight[:-span]
+        span *= 2
+    log_above = np.full_like(r, -np.inf)
+    log_above[:-1] = np.logaddexp.accumulate(batch.log_weights[::-1])[-2::-1]
+    return np.where(lost > -0.5, np.log1p(np.maximum(lost, -0.5)), np.logaddexp(log_kept, log_above))
 
 
 def _upper_threshold(batch: _SortedBatch, mass: float) -> float:
@@ -134,22 +156,23 @@ def descend_threshold(
 ) -> tuple[float, int]:
     """Upper-tail threshold by gradient descent on the convex dual, as in the paper.
 
-    The step starts at the spread of the rewards and is halved whenever the slope changes sign,
-    which also settles a minimum at a kink.
+    The gradient is normalised to its sign, since slopes differ by orders of magnitude from one side
+    of a kink to the other. The step starts at the spread of the rewards and is halved whenever the
+    sign changes; the descent ends at ``tolerance`` times the spread.
 
     Returns:
         The threshold, and the number of updates taken.
     """
     batch = _prepare(rewards, alpha, mass, None)
-    t, step = float(batch.rewards.mean()), float(np.ptp(batch.rewards))
-    previous = 0.0
+    spread = float(np.ptp(batch.rewards))
+    t, step, previous = float(batch.rewards.mean()), spread, 0.0
     for update in range(updates):
         slope = _upper_slope(batch, t, mass)
-        if slope == 0 or step <= tolerance * max(1.0, abs(t)):
+        if slope == 0 or step <= tolerance * spread:
             return t, update
         if slope * previous < 0:
             step *= 0.5
-        t, previous = t - step * float(np.clip(slope, -1, 1)), slope
+        t, previous = t - step * float(np.sign(slope)), float(np.sign(slope))
     return t, updates
 
 

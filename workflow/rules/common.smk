@@ -198,6 +198,9 @@ def evaluate_inputs(wildcards) -> dict[str, str]:
     kind, inputs = kind_of(wildcards), {}
     if kind != "pretrained":
         inputs["history"] = f"{run_folder(**wildcards)}/history.csv"
+        if "pretrained" in EXPERIMENTS[wildcards.experiment].methods:
+            reference = run_folder(wildcards.experiment, "pretrained", wildcards.seed)
+            inputs["reference"] = f"{reference}/samples.npz"
     if kind == "tfft":
         inputs["threshold"] = f"{run_folder(**wildcards)}/threshold.json"
     return inputs
@@ -261,6 +264,6 @@ def for_all(files_of) -> list[str]:
 # Targets ask for the runs' files too: Snakemake otherwise takes tables that are there, as in a fresh
 # clone, for a sign that nothing is left to do.
 RUNS = [*for_all(run_files), "<results>/resolution.json"]
-TABLES = [*for_all(tables_of), "<results>/tables/comparison.csv"]
+TABLES = [*for_all(tables_of), "<results>/tables/comparison.csv", "<results>/tables/by_seed.csv"]
 FIGURES = for_all(figures_of)
 MODELS = [file for file in RUNS if Path(file).match("pretrained/*/model.safetensors")]

@@ -50,7 +50,7 @@ rule evaluate:
         gpu=0,
     params:
         digest=digest("evaluate"),
-        options=options("history", "threshold"),
+        options=options("history", "threshold", "reference"),
     shell:
         "OMP_NUM_THREADS={threads} flowtilt evaluate {input.config} --method {wildcards.method} "
         "--samples {input.samples} --density {input.density} {params.options} "

@@ -42,12 +42,13 @@ rule compare:
         metrics=for_all(lambda name: run_files(name, "metrics.json")),
         reported="config/reported_results.csv",
     output:
-        report(
+        comparison=report(
             "<results>/tables/comparison.csv",
             caption="../report/comparison.rst",
             category="Tables",
             labels={"experiment": "all, beside the papers"},
         ),
+        by_seed="<results>/tables/by_seed.csv",
     log:
         "<logs>/compare/comparison.log",
     benchmark:
@@ -64,7 +65,8 @@ rule compare:
         results=results_folder,
     shell:
         "OMP_NUM_THREADS={threads} flowtilt compare {input.files} --override {params.overrides:q} "
-        "--results {params.results} --reported {input.reported} --output {output} > {log} 2>&1"
+        "--results {params.results} --reported {input.reported} --output {output.comparison} "
+        "--by-seed {output.by_seed} > {log} 2>&1"
 
 
 rule experiment_figures:

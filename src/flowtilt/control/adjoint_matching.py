@@ -226,6 +226,13 @@ def _control_energy(squares: Tensor, settings: AdjointMatchingSettings) -> float
     return float(0.5 * total / settings.steps)
 
 
+def _diverged(what: str, update: int, settings: AdjointMatchingSettings) -> str:
+    return (
+        f"Adjoint Matching: {what} at update {update} of {settings.updates}; "
+        "lower learning_rate, or raise the KL weight"
+    )
+
+
 def _learning_rate_factor(update: int, settings: AdjointMatchingSettings) -> float:
     warmup = max(1, round(settings.warmup * settings.updates))
     if update < warmup:
@@ -259,7 +266,7 @@ def solve(
 
     Raises:
         ValueError: if ``kl_weight`` is not positive.
-        TrainingDiverged: if the loss stops being finite; the message names the update.
+        TrainingDiverged: if the loss or the trajectories stop being finite; the message names the update.
     """
     if not kl_weight > 0:
         raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
@@ -276,6 +283,8 @@ def solve(
     for update in range(settings.updates):
         pool_context = model.draw_context(pool_size, generator)
         pool = sample_sde(model, pool_size, settings.steps, generator, pool_context)
+        if not bool(torch.isfinite(pool[-1]).all()):
+            raise TrainingDiverged(_diverged("trajectories are no longer finite", update, settings))
         active = tilt.active(pool[-1], pool_context)
         draw = stratified_draw(active, settings.batch, generator)
         trajectories = pool[:, draw.index]
@@ -296,10 +305,7 @@ def solve(
         )
         loss = (squares * draw.weights).mean()
         if not bool(torch.isfinite(loss)):
-            raise TrainingDiverged(
-                f"the Adjoint Matching loss is {float(loss)} at update {update} of {settings.updates}; "
-                "lower learning_rate, or raise the KL weight"
-            )
+            raise TrainingDiverged(_diverged(f"the loss is {float(loss)}", update, settings))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)

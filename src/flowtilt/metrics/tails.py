@@ -47,12 +47,27 @@ def lower_tail_mean(values: ArrayLike, mass: float, weights: ArrayLike | None = 
     v, w = _sorted_with_weights(values, weights)
     before = np.concatenate([[0.0], np.cumsum(w)[:-1]])
     inside = np.clip(mass - before, 0.0, w)
-    return float(np.dot(inside, v) / inside.sum())
+    return float(np.dot(inside / inside.sum(), v))
 
 
 def upper_tail_mean(values: ArrayLike, mass: float, weights: ArrayLike | None = None) -> float:
     """Mean of the best share ``mass`` in (0, 1] of the values."""
     return -lower_tail_mean(-np.asarray(values, dtype=np.float64), mass, weights)
+
+
+def dominance_violation(values: ArrayLike, reference: ArrayLike) -> float:
+    """How far ``values`` are from dominating ``reference`` at first order, in [0, 1].
+
+    The largest amount by which the share of ``values`` at or below any threshold exceeds that of
+    ``reference``: zero if every quantile is at least as high. For N and M samples of one law it is
+    of the order ``sqrt(1 / N + 1 / M)`` (the one-sided Kolmogorov-Smirnov statistic).
+    """
+    a, b = (np.sort(np.asarray(v, dtype=np.float64).ravel()) for v in (values, reference))
+    if not (a.size and b.size):
+        raise ValueError("dominance needs at least one value on either side")
+    below_a = np.arange(1, a.size + 1) / a.size
+    below_b = np.searchsorted(b, a, side="right") / b.size
+    return float(max(0.0, (below_a - below_b).max()))
 
 
 def _check_mass(mass: float) -> None:

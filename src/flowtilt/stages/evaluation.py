@@ -9,6 +9,7 @@ import pandas as pd
 
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
 from flowtilt.experiment import Experiment, method_of
+from flowtilt.metrics.tails import dominance_violation
 from flowtilt.stages.files import read_arrays, read_threshold, write_rows
 
 
@@ -20,8 +21,20 @@ def evaluate(
     output: Path,
     history: Path | None = None,
     threshold_file: Path | None = None,
+    reference: Path | None = None,
 ) -> None:
-    """Metrics of one run from its samples; the KL divergence against the gridded pretrained density."""
+    """Metrics of one run from its samples; the KL divergence against the gridded pretrained density.
+
+    Args:
+        experiment: of the run.
+        method: of the run.
+        samples: of the run.
+        density_file: gridded log-density of the pretrained model.
+        output: JSON file to write.
+        history: of the fine-tuning, for the shares of active samples.
+        threshold_file: of tfft.
+        reference: samples of the pretrained model, to measure dominance over.
+    """
     x, rewards, bumps, log_density = read_arrays(samples, "x", "reward", "bumps", "log_density")
     axis, log_pretrained = read_arrays(density_file, "axis", "log_density")
     gridded = GriddedDensity(axis, log_pretrained)
@@ -34,6 +47,9 @@ def evaluate(
         row |= _activity(pd.read_csv(history))
     if threshold_file is not None:
         row |= read_threshold(threshold_file)
+    if reference is not None:
+        (pretrained_rewards,) = read_arrays(reference, "reward")
+        row["dominance_violation"] = dominance_violation(rewards, pretrained_rewards)
     write_rows({method: row}, output)
 
 

@@ -41,18 +41,24 @@ def _laws(
 ) -> dict[str, np.ndarray]:
     """The law of every method, solved on the grid; log cell probabilities by method name."""
     problem = experiment.objective
-    tail = (problem.tail_alpha, problem.mass, problem.tail)
+    alpha, mass, side = problem.tail_alpha, problem.mass, problem.tail
+    ascents: dict[float, list[np.ndarray]] = {}
+
+    def ascent(step: float) -> list[np.ndarray]:
+        """Iterates of mirror ascent with this step, as many as any method asks for."""
+        if step not in ascents:
+            longest = max(m.iterations or 1 for m in experiment.methods.values() if m.step == step)
+            ascents[step] = mirror_ascent(log_p, rewards, alpha, alpha / step, mass, side, longest, blur)
+        return ascents[step]
 
     def solve(method: MethodConfig) -> np.ndarray:
-        if method.kind == "pretrained":
-            return log_p
         if method.kind == "am":
             return expected_reward_tilt(log_p, rewards, problem.alpha, blur)
         if method.kind == "tfft":
-            return tail_tilt(log_p, rewards, *tail, blur)[0]
-        step_weight = problem.tail_alpha / (method.step or 1.0)
-        iterations = method.iterations or 1
-        return mirror_ascent(log_p, rewards, tail[0], step_weight, *tail[1:], iterations, blur)[-1]
+            return tail_tilt(log_p, rewards, alpha, mass, side, blur)[0]
+        if method.step is not None and method.iterations is not None:
+            return ascent(method.step)[method.iterations - 1]
+        return log_p
 
     return {name: solve(method) for name, method in experiment.methods.items()}
 
