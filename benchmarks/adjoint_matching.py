@@ -80,7 +80,9 @@ def main() -> None:
         whole.append(seconds(updates) / arguments.updates)
         alone.append(seconds(passes) / arguments.updates)
         ratios.append(alone[-1] / whole[-1])
-    print(f"network {arguments.widths}, batch {arguments.batch}, {arguments.steps} steps, {chosen} in the loss")
+    print(
+        f"network {arguments.widths}, batch {arguments.batch}, {arguments.steps} steps, {chosen} in the loss"
+    )
     print(f"update        {1e3 * statistics.median(whole):8.1f} ms (median of {arguments.rounds})")
     print(f"needed passes {1e3 * statistics.median(alone):8.1f} ms")
     print(f"share         {statistics.median(ratios):8.2f}    (from {min(ratios):.2f} to {max(ratios):.2f})")

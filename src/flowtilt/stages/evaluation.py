@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
 from flowtilt.experiment import Experiment, method_of
 from flowtilt.metrics.tails import dominance_violation
-from flowtilt.stages.files import read_arrays, read_threshold, write_rows
+from flowtilt.stages.files import read_arrays, read_history, read_threshold, write_rows
 
 
 def evaluate(
@@ -44,7 +43,7 @@ def evaluate(
     row = reward_metrics(experiment, kind, rewards, None, kl)
     row |= zone_masses(experiment, x[:, 0], bumps, np.full(len(x), 1 / len(x)))
     if history is not None:
-        row |= _activity(pd.read_csv(history))
+        row |= _activity(read_history(history, "active_share"))
     if threshold_file is not None:
         row |= read_threshold(threshold_file)
     if reference is not None:
@@ -53,10 +52,9 @@ def evaluate(
     write_rows({method: row}, output)
 
 
-def _activity(history: pd.DataFrame) -> Metrics:
+def _activity(shares: np.ndarray) -> Metrics:
     """Shares of training endpoints with a gradient: over the run, and over its last fifth."""
-    share = history["active_share"]
     return {
-        "active_share": float(share.mean()),
-        "active_share_final": float(share.iloc[-max(1, len(share) // 5) :].mean()),
+        "active_share": float(shares.mean()),
+        "active_share_final": float(shares[-max(1, len(shares) // 5) :].mean()),
     }

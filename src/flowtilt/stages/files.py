@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowtilt.domains.planar.rows import Metrics
 from flowtilt.files import atomic_path
+
+Metrics = dict[str, float | None]
 
 
 class StageError(RuntimeError):
@@ -33,6 +35,14 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 
+def write_history(rows: list[dict[str, float]], path: Path) -> None:
+    """Write a training's history, a row an update, in full precision."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as stream:
+        table = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
 def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
     """Named arrays from a file of :func:`write_arrays`."""
     try:
@@ -44,6 +54,17 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
         raise StageError(
             f"{path}: not a complete file of this stage ({error}); delete it and run again"
         ) from None
+
+
+def read_history(path: Path, column: str) -> np.ndarray:
+    """One column of a training's history, (updates,)."""
+    try:
+        with path.open(newline="") as stream:
+            return np.array([float(row[column]) for row in csv.DictReader(stream)])
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file; run the finetune stage first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{path}: not a training's history ({error!r}); delete it and run again") from None
 
 
 def read_threshold(path: Path) -> dict[str, float]:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from flowtilt.checkpoints import load_weights, save_weights
@@ -18,7 +17,6 @@ from flowtilt.control.adjoint_matching import AdjointMatchingSettings, Progress,
 from flowtilt.domains.planar.build import build_data, build_model, build_reward
 from flowtilt.experiment import ConfigError, Experiment, method_of
 from flowtilt.fdc import MirrorAscent, ascend
-from flowtilt.files import atomic_path
 from flowtilt.functionals.base import Functional, Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import SQ, CVaR, RewardVariation
@@ -26,17 +24,19 @@ from flowtilt.model import FlowModel
 from flowtilt.pretraining import PretrainingSettings, fit_flow
 from flowtilt.sampling import OdeSettings, sample_ode, sample_sde, sample_with_log_density
 from flowtilt.seeding import seed_of
-from flowtilt.stages.files import StageError, read_arrays, read_threshold, write_arrays, write_json
+from flowtilt.stages.files import (
+    StageError,
+    read_arrays,
+    read_threshold,
+    write_arrays,
+    write_history,
+    write_json,
+)
 from flowtilt.tfft import TailProblem, active_share
 
 
 def _generator(*parts: str | float) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
-
-
-def _write_history(rows: list[dict[str, float]], path: Path) -> None:
-    with atomic_path(path) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
 
 
 def pretrain(
@@ -48,7 +48,7 @@ def pretrain(
     settings = PretrainingSettings(config.updates, config.batch, config.learning_rate)
     generator = _generator(experiment.base, "pretrain", seed)
     rows = fit_flow(model, build_data(experiment).sample, settings, generator, progress)
-    _write_history(rows, history)
+    write_history(rows, history)
     save_weights(model, output)
 
 
@@ -128,7 +128,7 @@ def finetune(
         model, rows = _flow_density_control(experiment, method, seed, base, start, solver)
     else:
         raise ConfigError(f"experiment {experiment.name}: method {method!r} is not fine-tuned")
-    _write_history(rows, history)
+    write_history(rows, history)
     save_weights(model, output)
 
 

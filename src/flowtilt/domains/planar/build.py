@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from flowtilt.domains.planar.data import GaussianMixture
-from flowtilt.domains.planar.grid import Grid
 from flowtilt.domains.planar.landscapes import LANDSCAPES, Zones
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.experiment import ConfigError, Experiment, PathConfig
@@ -62,8 +61,3 @@ def landscape_class(name: str) -> type[Zones]:
     if not (isinstance(found, type) and issubclass(found, Zones)):
         raise ConfigError(f"key reward.landscape: {name!r} must be a subclass of Zones")
     return found
-
-
-def build_grid(experiment: Experiment) -> Grid:
-    """The fine grid of the exact rows."""
-    return Grid(experiment.grid.extent, experiment.grid.cells)

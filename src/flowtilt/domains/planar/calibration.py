@@ -13,8 +13,9 @@ import dataclasses
 import numpy as np
 from scipy.optimize import brentq
 
-from flowtilt.domains.planar.build import build_data, build_grid, build_reward
+from flowtilt.domains.planar.build import build_data, build_reward
 from flowtilt.domains.planar.grid import normalise
+from flowtilt.domains.planar.truth import build_grid
 from flowtilt.experiment import ConfigError, Experiment
 from flowtilt.metrics.tails import lower_tail_mean, upper_tail_mean
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
 from torch import Tensor
 
 
@@ -37,4 +36,5 @@ class GaussianMixture:
         z = (points[..., None, :] - self.means) / self.deviations
         log_normaliser = np.log(2 * np.pi) + np.log(self.deviations).sum(-1)
         log_weights = np.log(self.weights / self.weights.sum())
-        return logsumexp(log_weights - 0.5 * (z**2).sum(-1) - log_normaliser, axis=-1)
+        terms = log_weights - 0.5 * (z**2).sum(-1) - log_normaliser
+        return np.asarray(np.logaddexp.reduce(terms, axis=-1))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flowtilt.domains.planar.build import build_grid, build_reward
+from flowtilt.domains.planar.build import build_reward
 from flowtilt.domains.planar.grid import (
     Blur,
     Grid,
@@ -24,6 +24,11 @@ from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics
 from flowtilt.experiment import Experiment, MethodConfig
 from flowtilt.model import FlowModel
 from flowtilt.sampling import OdeSettings, log_likelihood
+
+
+def build_grid(experiment: Experiment) -> Grid:
+    """The fine grid of the exact rows."""
+    return Grid(experiment.grid.extent, experiment.grid.cells)
 
 
 def gridded_density(model: FlowModel, experiment: Experiment) -> GriddedDensity:

@@ -1,0 +1,351 @@
+"""Flows whose velocity, law and tilts are known exactly, to test solvers without a trained network.
+
+For a mixture of Gaussians everything is closed under what the solvers do: its path is a mixture
+at every time, and its tilt by ``exp(c^T x - x^T A x / 2)`` is a mixture again. All is in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flowtilt.control.adjoint_matching import lean_adjoint, loss_scale
+from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
+from flowtilt.model import Context, FlowModel
+from flowtilt.rewards import Reward
+from flowtilt.sampling import memoryless_steps, time_grid
+
+PATHS: dict[str, Interpolant] = {"linear": Linear(), "vp": VariancePreserving()}
+
+
+def tensor(values) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Quadratic(Reward):
+    """``c^T x - x^T A x / 2`` with symmetric ``A``; linear if ``A`` is not given."""
+
+    def __init__(self, linear, curvature=None):
+        self.linear = tensor(linear)
+        self.curvature = (
+            torch.zeros(2 * self.linear.shape).double() if curvature is None else tensor(curvature)
+        )
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        x = x.flatten(1).double()
+        return x @ self.linear - 0.5 * ((x @ self.curvature) * x).sum(1)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of Gaussians: weights (k,), means (k, d), covariances (k, d, d)."""
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+    @classmethod
+    def of(cls, weights, means, covariances) -> Mixture:
+        return cls(tensor(weights), tensor(means), tensor(covariances))
+
+    @classmethod
+    def gaussian(cls, mean, covariance) -> Mixture:
+        return cls(torch.ones(1).double(), tensor(mean)[None], tensor(covariance)[None])
+
+    @property
+    def mean(self) -> Tensor:
+        return self.weights @ self.means
+
+    @property
+    def covariance(self) -> Tensor:
+        centred = self.means - self.mean
+        between = torch.einsum("k,ki,kj->ij", self.weights, centred, centred)
+        return torch.einsum("k,kij->ij", self.weights, self.covariances) + between
+
+    def log_density(self, x: Tensor) -> Tensor:
+        parts = [
+            w.log() + torch.distributions.MultivariateNormal(m, c).log_prob(x)
+            for w, m, c in zip(self.weights, self.means, self.covariances, strict=True)
+        ]
+        return torch.logsumexp(torch.stack(parts), dim=0)
+
+    def sample(self, count: int, rng: torch.Generator) -> Tensor:
+        which = torch.multinomial(self.weights, count, replacement=True, generator=rng)
+        factors = torch.linalg.cholesky(self.covariances)
+        noise = torch.randn(count, self.means.shape[1], generator=rng, dtype=torch.float64)
+        return self.means[which] + torch.einsum("nij,nj->ni", factors[which], noise)
+
+    def tilted(self, reward: Quadratic, kl_weight: float) -> Mixture:
+        """The law proportional to ``p exp(reward / kl_weight)``, by completing squares."""
+        precisions = torch.linalg.inv(self.covariances)
+        new_precisions = precisions + reward.curvature / kl_weight
+        covariances = torch.linalg.inv(new_precisions)
+        shifts = torch.einsum("kij,kj->ki", precisions, self.means)
+        means = torch.einsum("kij,kj->ki", covariances, shifts + reward.linear / kl_weight)
+        log_weights = (
+            self.weights.log()
+            + 0.5 * (torch.logdet(covariances) - torch.logdet(self.covariances))
+            - 0.5 * (shifts * self.means).sum(1)
+            + 0.5 * torch.einsum("ki,kij,kj->k", means, new_precisions, means)
+        )
+        return Mixture(torch.softmax(log_weights, 0), means, covariances)
+
+
+@dataclass(frozen=True)
+class _AtTime:
+    """What the velocity needs at one time: slopes and precisions (k, d, d), log-determinants (k,)."""
+
+    alpha: Tensor
+    alpha_rate: Tensor
+    slopes: Tensor
+    precisions: Tensor
+    log_determinants: Tensor
+
+
+class MixtureFlow(FlowModel):
+    """The flow of a mixture of Gaussians ``N(m, S)`` with its exact velocity and score.
+
+    Given the component, ``x_t`` has the covariance ``Sigma = alpha^2 S + beta^2``; with
+    ``r = Sigma^-1 (x - alpha m)`` the posterior means of endpoint and noise are ``m + alpha S r`` and
+    ``beta r``, the score is ``-r`` and ``v = alpha' endpoint + beta' noise``. Over components all of
+    these are averaged with the posterior shares. Whatever depends on time alone is kept, since
+    solvers take many small steps.
+
+    Args:
+        path: the interpolant.
+        law: the mixture.
+        data_variance: of the memoryless steps.
+        trainable: whether weights and means are parameters: then every tilt by a linear reward is
+            in the family.
+    """
+
+    def __init__(self, path: Interpolant, law: Mixture, data_variance: float = 1.0, trainable: bool = False):
+        super().__init__()
+        self.path, self.law, self.data_variance = path, law, data_variance
+        logits, means = law.weights.log(), law.means.clone()
+        self.logits = nn.Parameter(logits) if trainable else logits
+        self.means = nn.Parameter(means) if trainable else means
+        self._kept: dict[float, _AtTime] = {}
+
+    def prior(self, count, generator, context=None):
+        return torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
+
+    def _at(self, t: float) -> _AtTime:
+        if t not in self._kept:
+            time, path = tensor(t), self.path
+            alpha, beta, s = path.alpha(time), path.beta(time), self.law.covariances
+            eye = torch.eye(s.shape[-1], dtype=torch.float64)
+            precisions = torch.linalg.inv(alpha**2 * s + beta**2 * eye)
+            slopes = (path.alpha_rate(time) * alpha * s + path.beta_rate(time) * beta * eye) @ precisions
+            kept = (alpha, path.alpha_rate(time), slopes, precisions, -torch.logdet(precisions))
+            self._kept[t] = _AtTime(*kept)
+        return self._kept[t]
+
+    def _average(self, x, t, of_component):
+        """Mean over components of ``of_component(centred, at)``, both (k, batch, d)."""
+        if t.ndim:  # one batch for each distinct time
+            result = torch.empty_like(x)
+            for time in t.unique():
+                result[t == time] = self._average(x[t == time], time, of_component)
+            return result
+        at = self._at(float(t))
+        centred = x - (at.alpha * self.means)[:, None]
+        values = of_component(centred, at)
+        if len(values) == 1:
+            return values[0]
+        squares = (torch.bmm(centred, at.precisions) * centred).sum(-1)
+        logs = self.logits[:, None] - 0.5 * (squares + at.log_determinants[:, None])
+        return (torch.softmax(logs, 0)[..., None] * values).sum(0)
+
+    def velocity(self, x, t, context=None):
+        def of_component(centred, at):
+            return torch.bmm(centred, at.slopes.mT) + (at.alpha_rate * self.means)[:, None]
+
+        return self._average(x, t, of_component)
+
+    def exact_score(self, x, t):
+        return self._average(x, t, lambda centred, at: -torch.bmm(centred, at.precisions))
+
+
+class AffineTable(nn.Module):
+    """A correction ``gain_k (B_k x + c_k)`` with one entry for each time step, zero at the start.
+
+    A tilt changes the score by ``alpha`` times something that stays of one size over all times, so the
+    velocity by ``eta alpha = beta (alpha' beta - alpha beta')`` times it: the gain.
+    """
+
+    def __init__(self, path: Interpolant, steps: int, dimension: int = 2):
+        super().__init__()
+        self.matrices = nn.Parameter(torch.zeros(steps, dimension, dimension, dtype=torch.float64))
+        self.offsets = nn.Parameter(torch.zeros(steps, dimension, dtype=torch.float64))
+        t = tensor(time_grid(steps)[:-1])
+        alpha, beta = path.alpha(t), path.beta(t)
+        self.register_buffer("gains", beta * (path.alpha_rate(t) * beta - alpha * path.beta_rate(t)))
+
+    def forward(self, x, t):
+        entry = torch.round(t * len(self.gains)).long().clamp(max=len(self.gains) - 1)
+        gain, matrix, offset = self.gains[entry, None], self.matrices[entry], self.offsets[entry]
+        moved = x @ matrix.T if t.ndim == 0 else torch.bmm(matrix, x[..., None])[..., 0]
+        return gain * (moved + offset)
+
+
+class Perceptron(nn.Module):
+    """A correction by a small network of (x, t), zero at the start."""
+
+    def __init__(self, width: int = 64, dimension: int = 2, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            last = nn.Linear(width, dimension)
+            hidden = [nn.Linear(dimension + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*hidden, last).double()
+
+    def forward(self, x, t):
+        return self.layers(torch.cat([x, t.expand(len(x))[:, None]], dim=1))
+
+
+class CorrectedFlow(FlowModel):
+    """An exact flow plus a trainable correction of its velocity."""
+
+    def __init__(self, exact: FlowModel, correction: nn.Module):
+        super().__init__()
+        self.exact, self.correction = exact, correction
+        self.path, self.data_variance = exact.path, exact.data_variance
+
+    def prior(self, count, generator, context=None):
+        return self.exact.prior(count, generator, context)
+
+    def velocity(self, x, t, context=None):
+        return self.exact.velocity(x, t, context) + self.correction(x, t)
+
+
+class Stacked(FlowModel):
+    """The same flow with states of shape (batch, d, 1): nothing may depend on how states are shaped."""
+
+    def __init__(self, flat: FlowModel):
+        super().__init__()
+        self.flat, self.path, self.data_variance = flat, flat.path, flat.data_variance
+
+    def prior(self, count, generator, context=None):
+        return self.flat.prior(count, generator, context)[..., None]
+
+    def velocity(self, x, t, context=None):
+        return self.flat.velocity(x[..., 0], t, context)[..., None]
+
+
+def affine_velocity(model: FlowModel, t: float, dimension: int = 2) -> tuple[Tensor, Tensor]:
+    """Matrix and offset of a velocity that is affine in the state, read off d + 1 evaluations."""
+    probes = torch.eye(dimension + 1, dtype=torch.float64)[:, 1:]
+    with torch.no_grad():
+        values = model.velocity(probes, tensor(t))
+    return (values[1:] - values[0]).T, values[0]
+
+
+def chain_law(model: FlowModel, steps: int, dimension: int = 2) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the endpoint of ``sample_sde``, for a velocity affine in the state.
+
+    Every step of the memoryless sampler is then affine with Gaussian noise, so that the law after
+    all steps is Gaussian and follows from a recursion: a discretisation error without sampling error.
+    """
+    eye = torch.eye(dimension, dtype=torch.float64)
+    mean, covariance = torch.zeros_like(eye[0]), eye
+    for t, step in zip(time_grid(steps)[:-1], memoryless_steps(model, steps), strict=True):
+        matrix, offset = affine_velocity(model, t, dimension)
+        jacobian = step.state * eye + step.velocity * matrix
+        mean = jacobian @ mean + step.velocity * offset
+        covariance = jacobian @ covariance @ jacobian.T + step.noise**2 * eye
+    return mean, covariance
+
+
+def memoryless_limit(
+    path: Interpolant, law: Mixture, reward: Quadratic | None = None, kl_weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance at time 1 of the controlled memoryless SDE of a Gaussian, as steps go to 0.
+
+    The control tilts the law of the end given the start; the start stays ``N(0, I)``. Where
+    ``alpha(0) = 0`` this is the tilt of the data's law. On the variance-preserving path a little
+    memory is left: the end given the start x is ``N(m + R (x - alpha m), S - R Sigma R^T)`` with
+    ``Sigma = alpha^2 S + beta^2`` and ``R = alpha S Sigma^-1``.
+    """
+    m, s = law.mean, law.covariance
+    eye = torch.eye(len(m), dtype=torch.float64)
+    alpha, beta = path.alpha(tensor(0.0)), path.beta(tensor(0.0))
+    at_start = alpha**2 * s + beta**2 * eye
+    regression = alpha * s @ torch.linalg.inv(at_start)
+    given_start = Mixture.gaussian(m - regression @ (alpha * m), s - regression @ at_start @ regression.T)
+    if reward is not None:
+        precision = torch.linalg.inv(given_start.covariance)
+        given_start = given_start.tilted(reward, kl_weight)
+        regression = given_start.covariance @ precision @ regression
+    return given_start.mean, given_start.covariance + regression @ regression.T
+
+
+def flow_map(path: Interpolant, law: Mixture, x: Tensor, t: float, s: float) -> Tensor:
+    """The exact solution at time s of a Gaussian's probability-flow ODE through ``x`` at time t.
+
+    Along each axis of the covariance the ODE keeps the standardised coordinate.
+    """
+    variances, axes = torch.linalg.eigh(law.covariance)
+    alpha_t, beta_t, alpha_s, beta_s = (c(tensor(u)) for u in (t, s) for c in (path.alpha, path.beta))
+    stretch = torch.sqrt((alpha_s**2 * variances + beta_s**2) / (alpha_t**2 * variances + beta_t**2))
+    return alpha_s * law.mean + ((x - alpha_t * law.mean) @ axes * stretch) @ axes.T
+
+
+def pushforward(path: Interpolant, law: Mixture, t: float, s: float) -> Mixture:
+    """The law to which a Gaussian's probability-flow ODE carries ``N(0, I)`` from time t to time s."""
+    probes = torch.eye(3, dtype=torch.float64)[:, 1:]
+    origin, *images = flow_map(path, law, probes, t, s)
+    jacobian = torch.stack(images, dim=1) - origin[:, None]
+    return Mixture.gaussian(origin, jacobian @ jacobian.T)
+
+
+def matched_law(flow: FlowModel, reward: Quadratic, kl_weight: float, steps: int) -> tuple[Tensor, Tensor]:
+    """Endpoint mean and covariance of what Adjoint Matching converges to with finitely many steps.
+
+    For a Gaussian flow everything is affine and the fixed point of the regression follows from a
+    recursion backwards in time. At the fixed point the mean of step k moves by
+    ``-g_k E[a_{k+1} | x_k]``, g_k the ratio of the loss's two scales; with the product P of the later
+    Jacobians and ``E[x_N | x_{k+1}] = R x_{k+1} + q``, the conditional adjoint is
+    ``P^T (A (R x_{k+1} + q) - c) / kl_weight``, where x_{k+1} contains the move itself.
+    """
+    coefficients = memoryless_steps(flow, steps)
+    scale = loss_scale(flow, coefficients)
+    c, a = reward.linear / kl_weight, reward.curvature / kl_weight
+    eye = torch.eye(len(c), dtype=torch.float64)
+    # The adjoint of an affine flow is a product of constant Jacobians, one row a terminal unit vector.
+    products, _ = lean_adjoint(flow, torch.zeros(steps + 1, *eye.shape).double(), eye, coefficients)
+    matrices, offsets = [], []
+    r, q = eye, torch.zeros_like(c)
+    for k in reversed(range(steps)):
+        step = coefficients[k]
+        slope, offset = affine_velocity(flow, time_grid(steps)[k], len(c))
+        jacobian, shift = step.state * eye + step.velocity * slope, step.velocity * offset
+        pull = step.velocity * float(scale.noise[k] / scale.mean[k]) * products[k].T
+        implicit = eye + pull @ a @ r
+        matrices.append(jacobian - torch.linalg.solve(implicit, pull @ a @ r @ jacobian))
+        offsets.append(shift - torch.linalg.solve(implicit, pull @ (a @ (r @ shift + q) - c)))
+        r, q = r @ matrices[-1], r @ offsets[-1] + q
+    mean, covariance = torch.zeros_like(c), eye
+    for step, matrix, offset in zip(coefficients, matrices[::-1], offsets[::-1], strict=True):
+        mean = matrix @ mean + offset
+        covariance = matrix @ covariance @ matrix.T + step.noise**2 * eye
+    return mean, covariance
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """Frobenius norm of the difference over that of the exact value."""
+    return float(torch.linalg.norm(value - exact) / torch.linalg.norm(exact))
+
+
+def halving_orders(errors: list[float]) -> list[float]:
+    """Observed orders of convergence from errors at steps h, h/2, h/4, ..."""
+    return [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]

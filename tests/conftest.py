@@ -1,0 +1,8 @@
+"""Settings of all tests: one thread, and property-based tests that draw the same examples every time."""
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("reproducible", derandomize=True, deadline=None)
+settings.load_profile("reproducible")

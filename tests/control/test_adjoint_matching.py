@@ -1,0 +1,449 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from closed_forms import (
+    PATHS,
+    AffineTable,
+    CorrectedFlow,
+    Mixture,
+    MixtureFlow,
+    Perceptron,
+    Quadratic,
+    Stacked,
+    chain_law,
+    generator,
+    halving_orders,
+    matched_law,
+    memoryless_limit,
+    relative_error,
+    tensor,
+)
+from scipy.stats import norm
+
+from flowtilt.control.adjoint_matching import (
+    AdjointMatchingSettings,
+    TrainingDiverged,
+    lean_adjoint,
+    loss_scale,
+    solve,
+    stratified_draw,
+)
+from flowtilt.functionals.base import FirstVariation
+from flowtilt.functionals.utilities import Hinge, RewardVariation
+from flowtilt.model import FlowModel
+from flowtilt.sampling import memoryless_steps, sample_sde, time_grid
+
+GAUSSIAN = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]])
+MIXTURE = Mixture.of(
+    [0.6, 0.4], [[-0.9, 0.0], [0.9, 0.3]], [[[0.25, 0.0], [0.0, 0.35]], [[0.2, 0.05], [0.05, 0.25]]]
+)
+LINEAR = Quadratic([1.0, 0.5])
+QUADRATIC = Quadratic([1.0, -0.5], [[1.5, 0.3], [0.3, 0.8]])
+KL_WEIGHT = 1.3
+
+paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+rewards = pytest.mark.parametrize("reward", [LINEAR, QUADRATIC], ids=["linear", "quadratic"])
+
+
+def nonlinear_flow(path, seed=0):
+    """A mixture's flow with a correction that is not zero, so that nothing is special about it."""
+    correction = Perceptron(width=16, seed=seed)
+    with torch.no_grad():
+        for parameter in correction.parameters():
+            noise = torch.randn(parameter.shape, generator=generator(seed), dtype=torch.float64)
+            parameter.copy_(0.4 * noise)
+    return CorrectedFlow(MixtureFlow(path, MIXTURE), correction).requires_grad_(False)
+
+
+# --- Thinning a pool ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("active_count", [0, 1, 3, 30, 250, 399, 400])
+@pytest.mark.parametrize("batch", [2, 64, 399, 400])
+def test_a_draw_is_a_batch_without_repetition_that_keeps_the_active_share_exactly(active_count, batch):
+    active = torch.arange(400) < active_count
+    draw = stratified_draw(active[torch.randperm(400, generator=generator(1))], batch, generator(0))
+    active = active[torch.randperm(400, generator=generator(1))]
+    assert len(draw.index) == len(draw.weights) == batch
+    assert len(draw.index.unique()) == batch
+    assert float(draw.weights.sum()) == pytest.approx(batch, rel=1e-6)
+    assert float(draw.weights[active[draw.index]].sum()) / batch == pytest.approx(active_count / 400, rel=1e-6)
+    # The few that carry a gradient are kept: all of them, up to half of the batch or more.
+    assert int(active[draw.index].sum()) >= min(active_count, batch // 2)
+
+
+@pytest.mark.parametrize("active_count", [0, 3, 150, 300])
+def test_weighted_batch_means_are_unbiased_for_pool_means(active_count):
+    pool, batch, draws = 300, 20, 4000
+    rng = generator(0)
+    active = torch.arange(pool) < active_count
+    values = torch.randn(pool, generator=rng, dtype=torch.float64) + 5 * active
+    means, seen = [], torch.zeros(pool)
+    for _ in range(draws):
+        draw = stratified_draw(active, batch, rng)
+        means.append(float((values[draw.index] * draw.weights).mean()))
+        seen[draw.index] += 1
+    error = float(values.mean()) - np.mean(means)
+    assert abs(error) < 4 * np.std(means) / math.sqrt(draws)
+    # Within a stratum all samples are equally likely: counts are binomial, five deviations apart at most.
+    for stratum in (active, ~active):
+        if stratum.any():
+            share = float(seen[stratum].mean()) / draws
+            spread = (seen[stratum] / draws - share).abs().max()
+            assert float(spread) < 5 * math.sqrt(share * (1 - share) / draws) + 1e-9
+
+
+def test_thinning_keeps_rare_gradients_at_a_lower_variance_than_a_plain_subset():
+    rng, pool, batch = generator(0), 1000, 50
+    active = torch.arange(pool) < 10
+    values = torch.where(active, 100.0, 0.0)
+    drawn, plain = [], []
+    for _ in range(500):
+        draw = stratified_draw(active, batch, rng)
+        drawn.append(float((values[draw.index] * draw.weights).mean()))
+        plain.append(float(values[torch.randperm(pool, generator=rng)[:batch]].mean()))
+    assert np.std(drawn) < 1e-5 < 0.5 < np.std(plain)
+
+
+# --- The lean adjoint --------------------------------------------------------------------------
+
+
+@paths
+def test_the_lean_adjoint_is_the_gradient_through_the_whole_chain_of_means(path):
+    """With the noise held fixed, ``a_k`` is the derivative of ``-f(x_N)`` by ``x_k``."""
+    flow, count = nonlinear_flow(path), 12
+    steps = memoryless_steps(flow, count)
+    rng = generator(2)
+    states = [torch.randn(7, 2, generator=rng, dtype=torch.float64, requires_grad=True)]
+    for t, step in zip(time_grid(count)[:-1], steps, strict=True):
+        x = states[-1]
+        noise = step.noise * torch.randn(x.shape, generator=rng, dtype=x.dtype)
+        states.append(step.state * x + step.velocity * flow.velocity(x, tensor(t)) + noise)
+    gradients = torch.autograd.grad(-QUADRATIC.value(states[-1]).sum(), states)
+
+    trajectories = torch.stack(states).detach()
+    adjoints, velocities = lean_adjoint(flow, trajectories, -QUADRATIC.gradient(trajectories[-1]), steps)
+    # Float64 rounding over a dozen products of Jacobians of order one.
+    torch.testing.assert_close(adjoints, torch.stack(gradients[1:]), rtol=1e-11, atol=1e-12)
+    for k, t in enumerate(time_grid(count)[:-1]):
+        torch.testing.assert_close(velocities[k], flow.velocity(trajectories[k], tensor(t)))
+    assert not adjoints.requires_grad
+    assert not velocities.requires_grad
+
+
+def test_the_lean_adjoint_runs_through_the_base_along_trajectories_of_any_model():
+    flow, other, count = nonlinear_flow(PATHS["vp"]), nonlinear_flow(PATHS["vp"], seed=5), 6
+    steps = memoryless_steps(flow, count)
+    trajectories = sample_sde(other, 3, count, generator(0))
+    terminal = torch.randn(3, 2, generator=generator(1), dtype=torch.float64)
+    adjoints, _ = lean_adjoint(flow, trajectories, terminal, steps)
+    for i in range(3):
+        expected = terminal[i]
+        for k in range(count - 1, 0, -1):
+            jacobian = torch.autograd.functional.jacobian(
+                lambda x, k=k: flow.velocity(x[None], tensor(k / count))[0], trajectories[k, i]
+            )
+            expected = steps[k].state * expected + steps[k].velocity * (jacobian.T @ expected)
+            torch.testing.assert_close(adjoints[k - 1, i], expected)
+
+
+@paths
+def test_the_lean_adjoint_has_order_one(path):
+    """For Gaussian data its limit is ``a(t) = (alpha S Sigma^-1)^T a(1)``, the slope of ``E[x_1 | x_t]``."""
+    t, s = tensor(0.5), GAUSSIAN.covariance
+    alpha, beta = path.alpha(t), path.beta(t)
+    at_time = alpha**2 * s + beta**2 * tensor(torch.eye(2))
+    terminal = tensor([[1.0, -2.0]])
+    limit = terminal @ (alpha * s @ torch.linalg.inv(at_time))
+    errors = []
+    for count in (40, 80, 160, 320):
+        flow = MixtureFlow(path, GAUSSIAN)
+        steps = memoryless_steps(flow, count)
+        adjoints, _ = lean_adjoint(flow, torch.zeros(count + 1, 1, 2).double(), terminal, steps)
+        errors.append(float((adjoints[count // 2 - 1] - limit).norm()))
+    # The next order is still felt: 0.1 at the coarsest pair, half as much at each finer one.
+    assert halving_orders(errors) == pytest.approx([1, 1, 1], abs=0.1)
+
+
+@paths
+def test_the_scales_of_the_loss_tend_to_those_of_the_continuous_problem(path):
+    """``2 / sigma`` and ``sigma``; their ratio gives the discrete move exactly, at every step but the last."""
+    errors = []
+    for count in (50, 100, 200):
+        flow = MixtureFlow(path, GAUSSIAN)
+        steps = memoryless_steps(flow, count)
+        scale = loss_scale(flow, steps)
+        inner = slice(count // 10, count - count // 10)
+        sigma = path.sigma(tensor(time_grid(count)[:-1]))[inner]
+        errors.append(
+            max(
+                float((scale.mean[inner] * sigma / 2 - 1).abs().max()),
+                float((scale.noise[inner] / sigma - 1).abs().max()),
+            )
+        )
+        for k, step in enumerate(steps[:-1]):
+            # Scales are in single precision.
+            assert step.velocity * float(scale.noise[k] / scale.mean[k]) == pytest.approx(step.noise**2, rel=1e-6)
+        eta = float(path.eta(tensor(1 - 1 / count)))
+        assert float(scale.noise[-1] / scale.mean[-1]) == pytest.approx(eta, rel=1e-6)
+    assert min(halving_orders(errors)) > 0.8
+
+
+# --- Discretisation of the whole method, without sampling --------------------------------------
+
+
+@paths
+@rewards
+def test_what_adjoint_matching_converges_to_has_order_one(path, reward):
+    """Mean and covariance of the fixed point of the regression against those of the continuous problem."""
+    limit = memoryless_limit(path, GAUSSIAN, reward, KL_WEIGHT)
+    errors = {"mean": [], "covariance": []}
+    for count in (80, 160, 320, 640):
+        found = matched_law(MixtureFlow(path, GAUSSIAN), reward, KL_WEIGHT, count)
+        for name, value, exact in zip(errors, found, limit, strict=True):
+            errors[name].append(float(torch.linalg.norm(value - exact)))
+    for name in errors:
+        orders = halving_orders(errors[name])
+        # The observed order approaches 1 by a term of the size of a step.
+        assert orders == pytest.approx([1, 1, 1], abs=0.2)
+        assert orders[-1] == pytest.approx(1, abs=0.05)
+
+
+@rewards
+def test_without_memory_the_limit_is_the_tilted_law(reward):
+    mean, covariance = memoryless_limit(PATHS["linear"], GAUSSIAN, reward, KL_WEIGHT)
+    tilted = GAUSSIAN.tilted(reward, KL_WEIGHT)
+    torch.testing.assert_close(mean, tilted.mean)
+    torch.testing.assert_close(covariance, tilted.covariance)
+    # What the variance-preserving path remembers of its start moves mean and covariance by less than 1 %.
+    mean, covariance = memoryless_limit(PATHS["vp"], GAUSSIAN, reward, KL_WEIGHT)
+    assert relative_error(mean, tilted.mean) < 0.01
+    assert relative_error(covariance, tilted.covariance) < 0.01
+
+
+# --- Training against closed forms -------------------------------------------------------------
+
+
+def settings(**changes):
+    """Enough for families of a few numbers a time step: no ramp, a large learning rate, no clipping."""
+    base = {"updates": 200, "batch": 128, "pool": 128, "steps": 40, "learning_rate": 0.1}
+    return AdjointMatchingSettings(**(base | {"ramp": 0.0, "gradient_clip": 10.0} | changes))
+
+
+@paths
+@pytest.mark.parametrize(
+    ("reward", "steps"), [(LINEAR, 40), (QUADRATIC, 60)], ids=["linear", "quadratic"]
+)
+def test_a_gaussian_is_tilted_to_the_closed_form(path, reward, steps):
+    """Mean and covariance within 3 %. The trained law is propagated exactly: no sampling error in it."""
+    flow = CorrectedFlow(MixtureFlow(path, GAUSSIAN), AffineTable(path, steps))
+    solution = solve(flow, RewardVariation(reward), KL_WEIGHT, settings(steps=steps), generator(0))
+    mean, covariance = chain_law(solution.model, steps)
+    exact = GAUSSIAN.tilted(reward, KL_WEIGHT)
+    assert relative_error(mean, exact.mean) < 0.03
+    assert relative_error(covariance, exact.covariance) < 0.03
+    # Most of that is the discretisation; what training leaves is the noise of 200 updates of 128 paths.
+    discrete = matched_law(flow, reward, KL_WEIGHT, steps)
+    assert relative_error(mean, discrete[0]) < 0.01
+    assert relative_error(covariance, discrete[1]) < 0.01
+
+
+@paths
+def test_the_control_energy_is_the_divergence_from_the_base(path):
+    """For a linear reward ``KL(p* || p) = c^T S c / (2 kl_weight^2)``."""
+    flow = CorrectedFlow(MixtureFlow(path, GAUSSIAN), AffineTable(path, 40))
+    choice = settings(rest_share=1.0, updates=100)
+    solution = solve(flow, RewardVariation(LINEAR), KL_WEIGHT, choice, generator(0))
+    c = LINEAR.linear / KL_WEIGHT
+    # Left by discretisation at 40 steps: the sum over steps of order one in their size.
+    assert solution.history[-1]["control_energy"] == pytest.approx(float(c @ GAUSSIAN.covariance @ c) / 2, rel=0.03)
+
+
+def posterior_share(x, law):
+    """Mean posterior probability of the second component: its weight, for samples of the law."""
+    log_parts = [
+        w.log() + torch.distributions.MultivariateNormal(m, c).log_prob(x)
+        for w, m, c in zip(law.weights, law.means, law.covariances, strict=True)
+    ]
+    return float(torch.softmax(torch.stack(log_parts), 0)[1].mean())
+
+
+@paths
+def test_the_weights_of_a_mixture_are_tilted_to_the_closed_form(path):
+    reward, steps = Quadratic([0.6, 0.3]), 60
+    exact = MIXTURE.tilted(reward, 1.0)
+    assert float(exact.weights[1] - MIXTURE.weights[1]) > 0.25
+    flow = MixtureFlow(path, MIXTURE, trainable=True)
+    solution = solve(flow, RewardVariation(reward), 1.0, settings(steps=steps, updates=150), generator(0))
+    x = sample_sde(solution.model, 40_000, steps, generator(1))[-1]
+    # Of the 0.02, 0.008 are the order-one error of 60 steps and four standard errors of sampling.
+    assert posterior_share(x, exact) == pytest.approx(float(exact.weights[1]), abs=0.02)
+    assert relative_error(x.mean(0), exact.mean) < 0.05
+    assert relative_error(x.T.cov(), exact.covariance) < 0.05
+
+
+@paths
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_model_moves_towards_the_reward(path, sign):
+    """One Gaussian blob and the reward +x or -x: the mean must follow the sign, by the variance over the weight."""
+    blob = Mixture.gaussian([0.42, 0.0], [[0.5, 0.0], [0.0, 0.5]])
+    flow = CorrectedFlow(MixtureFlow(path, blob), Perceptron(32))
+    choice = settings(updates=60, learning_rate=0.02, steps=20)
+    solution = solve(flow, RewardVariation(Quadratic([sign, 0.0])), 1.0, choice, generator(0))
+    mean = sample_sde(solution.model, 20_000, 20, generator(1))[-1].mean(0)
+    # Expected move 0.5: discretisation at 20 steps, 60 updates of a network and sampling leave 0.05.
+    torch.testing.assert_close(mean, tensor([0.42 + 0.5 * sign, 0.0]), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("side", ["lower", "upper"])
+def test_a_hinge_is_solved_with_a_pool_larger_than_the_batch(side):
+    """N(0, 1) along x tilted by ``exp(hinge)``: two pieces of Gaussians with a known mean."""
+    at, mass, weight = (-0.8, 0.25, 2.0) if side == "lower" else (0.8, 0.25, 2.0)
+    slope = 1 / (mass * weight)  # of the exponent on the active side
+    x = np.linspace(-9, 9, 40_001)
+    cut = np.minimum(x - at, 0) if side == "lower" else np.maximum(x - at, 0)
+    density = norm.pdf(x) * np.exp(slope * cut)
+    density /= density.sum()
+    path = PATHS["linear"]
+    standard = Mixture.gaussian([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])
+    flow = CorrectedFlow(MixtureFlow(path, standard), Perceptron(32))
+    hinge = Hinge(Quadratic([1.0, 0.0]), at, mass, side)
+    choice = settings(updates=150, batch=128, pool=512, learning_rate=0.02, steps=30)
+    solution = solve(flow, hinge, weight, choice, generator(0))
+    found = sample_sde(solution.model, 20_000, 30, generator(1))[-1][:, 0]
+    # Four standard errors are 0.03; the rest is for 30 steps and a network of 150 updates.
+    assert float(found.mean()) == pytest.approx(float(density @ x), abs=0.06)
+    active = found < at if side == "lower" else found > at
+    expected = density[x < at if side == "lower" else x > at].sum()
+    assert float(active.double().mean()) == pytest.approx(expected, abs=0.02)
+    assert solution.history[-1]["active_share"] == pytest.approx(expected, abs=5 * math.sqrt(0.25 / 512))
+
+
+# --- Bookkeeping -------------------------------------------------------------------------------
+
+QUICK = {"updates": 3, "batch": 16, "pool": 16, "steps": 5}
+
+
+def quick_flow(path=PATHS["linear"], steps=5):
+    return CorrectedFlow(MixtureFlow(path, MIXTURE), AffineTable(path, steps))
+
+
+def test_a_solve_repeats_itself_leaves_the_base_alone_and_reports_every_update():
+    flow, seen = quick_flow(), []
+    before = [p.detach().clone() for p in flow.parameters()]
+    runs = [
+        solve(flow, RewardVariation(LINEAR), 1.0, settings(**QUICK), generator(7), progress)
+        for progress in (seen.append, None)
+    ]
+    for parameter, old in zip(flow.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+        assert parameter.requires_grad
+    for a, b in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not a.requires_grad
+        assert bool((a != 0).any())
+    assert seen == runs[0].history
+    assert [row["update"] for row in seen] == [0, 1, 2]
+    expected = {"update", "loss", "active_share", "control_energy", "gradient_norm", "seconds"}
+    assert set(seen[0]) == expected
+    assert seen[0]["control_energy"] == 0  # the first update still runs the base
+    assert all(row["active_share"] == 1 for row in seen)
+
+
+def test_the_shape_of_the_state_does_not_matter():
+    class StackedVariation(FirstVariation):
+        def gradient(self, x, context=None):
+            return LINEAR.gradient(x[..., 0])[..., None]
+
+    flat = solve(quick_flow(), RewardVariation(LINEAR), 1.0, settings(**QUICK), generator(0))
+    stacked = solve(Stacked(quick_flow()), StackedVariation(), 1.0, settings(**QUICK), generator(0))
+    for a, b in zip(flat.model.parameters(), stacked.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Tagged(FlowModel):
+    """A flow whose context is a tag that each state carries in its second coordinate, times a factor of time.
+
+    The velocity is zero, so a state is its prior times a product of steps: all samples agree on the
+    ratio of coordinate and tag, unless a context has come to a sample that it does not belong to.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.path = PATHS["vp"]
+        self.weight = torch.nn.Parameter(torch.zeros(()).double())
+
+    def draw_context(self, count, generator):
+        return 1 + torch.rand(count, generator=generator, dtype=torch.float64)
+
+    def select_context(self, context, index):
+        return context[index]
+
+    def prior(self, count, generator, context=None):
+        return torch.stack([torch.randn(count, generator=generator, dtype=torch.float64), context], dim=1)
+
+    def noise_like(self, x, generator, context=None):
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype) * tensor([1.0, 0.0])
+
+    def velocity(self, x, t, context=None):
+        assert len(context) == len(x)
+        ratio = (x[:, 1] / context).detach()
+        for time in t.unique():
+            at_time = ratio[(t == time).expand(len(x))]
+            torch.testing.assert_close(at_time, at_time[:1].expand(len(at_time)))
+        return x * self.weight
+
+
+def test_contexts_stay_with_their_samples():
+    class Tail(FirstVariation):
+        sparse = True
+
+        def active(self, x, context=None):
+            return context > 1.8
+
+        def gradient(self, x, context=None):
+            assert len(context) == len(x)
+            return x * context[:, None]
+
+    solve(Tagged(), Tail(), 1.0, settings(**(QUICK | {"pool": 64, "updates": 1})), generator(0))
+
+
+# --- Bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
+def test_a_kl_weight_that_is_not_positive_is_refused(weight):
+    with pytest.raises(ValueError, match="KL weight of a solve must be positive"):
+        solve(quick_flow(), RewardVariation(LINEAR), weight, settings(**QUICK), generator(0))
+
+
+def test_a_pool_smaller_than_the_batch_is_refused():
+    with pytest.raises(ValueError, match=r"pool \(8\) must be at least batch \(16\)"):
+        AdjointMatchingSettings(batch=16, pool=8)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_stops_being_finite_stops_the_run_and_names_the_update(bad):
+    class Failing(FirstVariation):
+        calls = 0
+
+        def gradient(self, x, context=None):
+            self.calls += 1
+            return torch.full_like(x, bad if self.calls == 3 else 1.0)
+
+    history = []
+    with pytest.raises(TrainingDiverged, match="at update 2 of 5"):
+        solve(quick_flow(), Failing(), 1.0, settings(**(QUICK | {"updates": 5})), generator(0), history.append)
+    assert len(history) == 2
+
+
+def test_trajectories_that_stop_being_finite_stop_the_run():
+    class Exploding(FirstVariation):
+        def gradient(self, x, context=None):
+            return torch.full_like(x, 1e30)
+
+    choice = settings(**(QUICK | {"updates": 20, "learning_rate": 1e200}))
+    with pytest.raises(TrainingDiverged, match=r"at update \d+ of 20"):
+        solve(quick_flow(), Exploding(), 1.0, choice, generator(0))

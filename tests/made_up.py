@@ -1,0 +1,134 @@
+"""Made-up results in the layout of real ones, for tests of tables and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowtilt.domains.planar.grid import (
+    Grid,
+    expected_reward_tilt,
+    gaussian_blur,
+    no_blur,
+    normalise,
+    tail_tilt,
+)
+from flowtilt.domains.planar.truth import coarsen
+from flowtilt.functionals.utilities import Side
+from flowtilt.measurements import LAYERS, Method, Runs, row_name, run_folder
+from flowtilt.metrics.tails import upper_tail_mean
+
+METHODS = (
+    Method("pretrained", "pretrained"),
+    Method("am", "am"),
+    Method("fdc", "fdc"),
+    Method("tfft", "tfft"),
+)
+
+
+def made_up_runs(name: str = "risk_averse_2d", unit: str = "cost", **changes: Any) -> Runs:
+    """An experiment of four methods and two seeds."""
+    fields: dict[str, Any] = {
+        "name": name,
+        "methods": METHODS,
+        "seeds": (0, 1),
+        "unit": unit,
+        "mass": 0.01,
+        "tail_metric": "worst_1pct_cost" if unit == "cost" else "top_1pct_reward",
+        "title": "Risk-averse" if unit == "cost" else "Novelty-seeking",
+        "of": name,
+    }
+    return Runs(**(fields | changes))
+
+
+def write_metrics(
+    results: Path, runs: Runs, value: Callable[[str, str, int], Mapping[str, float | None]]
+) -> None:
+    """Write all metrics files of an experiment; ``value`` gives a row's metrics by method, layer and seed."""
+    for seed in runs.seeds:
+        for layer in LAYERS:
+            rows = {row_name(m.name, layer): dict(value(m.name, layer, seed)) for m in runs.methods}
+            groups = [rows] if layer != "network" else [{row: metrics} for row, metrics in rows.items()]
+            for group in groups:
+                folder = run_folder(results, runs.name, next(iter(group)), layer, seed)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "metrics.json").write_text(json.dumps({"rows": group}))
+
+
+def plain_metrics(
+    runs: Runs, tails: Mapping[str, float]
+) -> Callable[[str, str, int], dict[str, float | None]]:
+    """Metrics with the tails given by row name, and seeds that differ by one; the rest follows."""
+
+    def value(method: str, layer: str, seed: int) -> dict[str, float | None]:
+        tail = tails[row_name(method, layer)] + seed
+        return {
+            runs.mean_metric: tail / 2,
+            runs.tail_metric: tail,
+            "kl": 0.5,
+            "objective": runs.sign * tail - 10,
+            "tail_objective": runs.sign * tail - 10,
+            "active_share": 0.25 if layer == "network" and method != "pretrained" else None,
+        }
+
+    return value
+
+
+def write_arrays(
+    results: Path,
+    runs: Runs,
+    height: Callable[[np.ndarray], np.ndarray],
+    cells: int,
+    samples: int,
+    blur: float = 0.25,
+    alpha: float = 20.0,
+) -> None:
+    """Write samples and laws that are shaped like real ones, with metrics that belong to them.
+
+    The pretrained law is a mixture of two Gaussians along y; the networks draw from the laws at
+    finite resolution.
+    """
+    grid = Grid(5.0, cells)
+    points = grid.points.reshape(-1, 2)
+    heights = np.asarray(height(points)).reshape(cells, cells)
+    rewards = runs.sign * heights
+    modes = [np.exp(-((points[:, 1] - m) ** 2) / (2 * 0.6**2)) for m in (-1.0, 1.0)]
+    log_p = normalise((np.log(sum(modes)) - points[:, 0] ** 2 / 2).reshape(cells, cells))
+    side: Side = "lower" if runs.sign < 0 else "upper"
+    block = cells // min(cells, 240)
+    axis = grid.axis.reshape(-1, block).mean(axis=1)
+    edges = np.linspace(rewards.min(), rewards.max() + 1e-9, 121)
+    laws: dict[str, np.ndarray] = {}
+    for layer, smooth in (("exact", no_blur), ("resolved", gaussian_blur(blur, grid))):
+        tail = tail_tilt(log_p, rewards, alpha / runs.mass, runs.mass, side, smooth)[0]
+        tilted = {"pretrained": log_p, "am": expected_reward_tilt(log_p, rewards, alpha, smooth)}
+        laws |= {row_name(m.name, layer): np.exp(tilted.get(m.name, tail)) for m in runs.methods}
+    histograms = {row: np.zeros(len(edges) - 1) for row in laws}
+    for part in range(32):  # inside the cells, along their diagonal
+        shift = ((part + 0.5) / 32 - 0.5) * grid.spacing
+        shifted = np.clip(runs.sign * np.asarray(height(points + shift)), edges[0], edges[-1])
+        for row, law in laws.items():
+            histograms[row] += np.histogram(shifted, edges, weights=law.ravel() / 32)[0]
+    tails = {row: upper_tail_mean(heights, runs.mass, law) for row, law in laws.items()}
+    tails |= {m.name: tails[row_name(m.name, "resolved")] for m in runs.methods}
+    write_metrics(results, runs, plain_metrics(runs, tails))
+    for seed in runs.seeds:
+        for layer in ("exact", "resolved"):
+            arrays: dict[str, Any] = {"axis": axis, "reward_edges": edges}
+            for method in runs.methods:
+                row = row_name(method.name, layer)
+                arrays[row] = coarsen(laws[row], 240).astype(np.float32)
+                arrays[f"{row}__rewards"] = histograms[row]
+            np.savez(run_folder(results, runs.name, "", layer, seed) / "laws.npz", **arrays)
+        random = np.random.default_rng(seed)
+        for method in runs.methods:
+            cell = laws[row_name(method.name, "resolved")].ravel()
+            drawn = points[random.choice(cell.size, samples, p=cell / cell.sum())]
+            x = drawn + random.uniform(-0.5, 0.5, drawn.shape) * grid.spacing
+            reward = runs.sign * np.asarray(height(x))
+            path = run_folder(results, runs.name, method.name, "network", seed) / "samples.npz"
+            np.savez(path, x=x.astype(np.float32), reward=reward, log_density=np.zeros(10))

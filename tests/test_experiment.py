@@ -1,0 +1,138 @@
+"""Configurations: what is valid, and what one reads when something is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flowtilt.experiment import (
+    ConfigError,
+    dump,
+    load_file,
+    load_resolved,
+    merge,
+    method_of,
+    stage_digest,
+)
+
+EXPERIMENTS = Path(__file__).parents[1] / "config" / "experiments"
+RISK = EXPERIMENTS / "risk_averse_2d.yaml"
+
+
+def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
+    """The risk-averse experiment under its own name in a folder of its own, with some keys changed."""
+    file = tmp_path / "risk_averse_2d.yaml"
+    file.write_text(yaml.safe_dump(merge(yaml.safe_load(RISK.read_text()), change)))
+    return file
+
+
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_shipped_file_loads_and_survives_a_round_trip(file: Path, tmp_path: Path) -> None:
+    for name, experiment in load_file(file).items():
+        written = tmp_path / f"{name.replace('/', '-')}.yaml"
+        written.write_text(dump(experiment))
+        assert load_resolved(written) == experiment
+        assert experiment.name == name
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "hint"),
+    [
+        ({"objective": {"level": 1.0}}, "objective.level", "less than 1"),
+        ({"objective": {"level": 0.0}}, "objective.level", "greater than 0"),
+        ({"objective": {"level": -0.1}}, "objective.level", "greater than 0"),
+        ({"objective": {"alpha": 0.0}}, "objective.alpha", "greater than 0"),
+        ({"objective": {"alpha": -1.0}}, "objective.alpha", "greater than 0"),
+        ({"seeds": 0}, "seeds", "at least 1"),
+        ({"seeds": []}, "seeds", "at least 1"),
+        ({"objective": {"lvl": 0.1}}, "objective.lvl", "known keys here: tail, level, alpha"),
+        ({"colour": "red"}, "colour", "known keys here: name"),
+        ({"solver": {"pool": 1}}, "solver", "must be at least batch"),
+        ({"methods": {"am": {"kind": "ppo"}}}, "methods.am.kind", "'pretrained', 'am', 'fdc' or 'tfft'"),
+        ({"methods": {"am": {"kind": "am", "step": 0.5}}}, "methods.am", "step belong to fdc, not to am"),
+        ({"methods": {"fdc": {"kind": "fdc", "step": None}}}, "methods.fdc", "needs step"),
+        ({"methods": {"fdc": {"continue_from": "none"}}}, "(whole file)", "no fdc method of this experiment"),
+        ({"reward": {"landscape": "cliffs"}}, "reward.landscape", "stripes, spikes or module:Class"),
+        ({"reward": {"width": 0.0}}, "reward.width", "greater than 0"),
+        ({"data": {"weights": [1.0]}}, "data", "one entry per component"),
+        ({"name": "another"}, "name", "must be the file's own"),
+    ],
+)
+def test_errors_name_the_file_the_key_and_the_fix(
+    change: dict[str, Any], key: str, hint: str, tmp_path: Path
+) -> None:
+    file = with_change(tmp_path, change)
+    with pytest.raises(ConfigError) as caught:
+        load_file(file)
+    message = str(caught.value)
+    assert str(file) in message
+    assert f"key {key}:" in message
+    assert hint in message
+    assert "\n" not in message
+
+
+def test_unknown_files_and_methods_name_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"no_such_2d.*experiments in .*: iterations_2d, novelty_2d"):
+        load_file(EXPERIMENTS / "no_such_2d.yaml")
+    (experiment,) = load_file(RISK).values()
+    with pytest.raises(ConfigError, match=r"unknown method 'ppo'; it has pretrained, am, fdc, tfft"):
+        method_of(experiment, "ppo")
+
+
+def test_broken_yaml_is_one_line_with_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text("name: [broken")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: not valid YAML"):
+        load_file(file)
+    file.write_text("- a list")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load_file(file)
+
+
+def test_a_study_changes_only_what_its_case_says() -> None:
+    cases = load_file(EXPERIMENTS / "resolution_2d.yaml")
+    (parent,) = load_file(RISK).values()
+    narrow, wide = cases["resolution_2d/stripes-0.06"], cases["resolution_2d/stripes-0.48"]
+    assert narrow.reward == parent.reward
+    assert narrow.base == wide.base == "risk_averse_2d"
+    assert wide.reward.width == 0.48
+    assert wide.reward.bump == parent.reward.bump
+    assert wide.solver == parent.solver
+    assert len(wide.seeds) == 3
+
+
+def test_overrides_have_the_last_word() -> None:
+    overrides = {"seeds": 1, "solver": {"updates": 7}}
+    for file in EXPERIMENTS.glob("*.yaml"):
+        for experiment in load_file(file, overrides).values():
+            assert experiment.seeds == [0]
+            assert experiment.solver.updates == 7
+
+
+def test_digests_change_with_what_a_stage_reads_and_with_nothing_else() -> None:
+    (before,) = load_file(RISK).values()
+    (after,) = load_file(RISK, {"methods": {"fdc": {"iterations": 3}}}).values()
+    assert stage_digest(before, "finetune", "fdc") != stage_digest(after, "finetune", "fdc")
+    for stage, method in [("finetune", "am"), ("pretrain", None), ("sample", "am"), ("threshold", "tfft")]:
+        assert stage_digest(before, stage, method) == stage_digest(after, stage, method)
+    (fewer,) = load_file(RISK, {"seeds": 2}).values()
+    for stage in ("pretrain", "offline", "exact"):
+        assert stage_digest(before, stage) == stage_digest(fewer, stage)
+
+
+def test_metric_names_follow_the_level() -> None:
+    (experiment,) = load_file(RISK).values()
+    assert (experiment.tail_metric, experiment.mean_metric) == ("worst_1pct_cost", "mean_cost")
+    (upper,) = load_file(EXPERIMENTS / "novelty_2d.yaml", {"objective": {"level": 0.998}}).values()
+    assert upper.tail_metric == "top_0.2pct_reward"
+
+
+def test_reading_a_configuration_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import flowtilt.experiment, flowtilt.stages.evaluation, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,126 @@
+"""The committed reference run: what it claims, seed by seed, from its own tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from flowtilt.experiment import load_file
+from flowtilt.tables import headline
+
+ROOT = Path(__file__).parents[1]
+TABLES = ROOT / "results" / "tables"
+MAIN = {"risk_averse_2d": "worst_1pct_cost", "novelty_2d": "top_1pct_reward"}
+
+
+@pytest.fixture(scope="module")
+def by_seed() -> pd.DataFrame:
+    return pd.read_csv(TABLES / "by_seed.csv")
+
+
+def metric(by_seed: pd.DataFrame, experiment: str, method: str, name: str) -> pd.Series:
+    """A metric of one row, by seed."""
+    chosen = by_seed.query("experiment == @experiment and method == @method and metric == @name")
+    assert len(chosen), f"{experiment} has no {name} of {method}"
+    return chosen.set_index("seed")["value"]
+
+
+def test_every_configured_run_is_there(by_seed: pd.DataFrame) -> None:
+    for file in (ROOT / "config" / "experiments").glob("*.yaml"):
+        for name, experiment in load_file(file).items():
+            for method in experiment.methods:
+                seeds = metric(by_seed, name, method, experiment.tail_metric).index
+                assert sorted(seeds) == experiment.seeds
+
+
+def test_risk_averse_ordering_on_every_seed(by_seed: pd.DataFrame) -> None:
+    worst = {m: metric(by_seed, "risk_averse_2d", m, "worst_1pct_cost") for m in ("pretrained", "am", "fdc")}
+    mean = {m: metric(by_seed, "risk_averse_2d", m, "mean_cost") for m in ("pretrained", "am", "fdc")}
+    assert (worst["fdc"] < worst["pretrained"]).all()
+    assert (worst["pretrained"] < worst["am"]).all()
+    assert (mean["am"] < mean["pretrained"]).all()
+    assert (mean["am"] < mean["fdc"]).all()
+
+
+def test_novelty_ordering_on_every_seed(by_seed: pd.DataFrame) -> None:
+    top = {m: metric(by_seed, "novelty_2d", m, "top_1pct_reward") for m in ("pretrained", "am", "fdc")}
+    mean = {m: metric(by_seed, "novelty_2d", m, "mean_reward") for m in ("pretrained", "am", "fdc")}
+    assert (top["am"] < top["pretrained"]).all()
+    assert (top["pretrained"] < top["fdc"]).all()
+    assert (mean["am"] > mean["pretrained"]).all()
+    assert (mean["am"] > mean["fdc"]).all()
+
+
+def test_finite_resolution_predicts_the_orderings(by_seed: pd.DataFrame) -> None:
+    for experiment, name in MAIN.items():
+        sign = -1 if name.endswith("cost") else 1
+        tail = {
+            m: sign * metric(by_seed, experiment, m, name).mean() for m in ("am_resolved", "fdc_resolved")
+        }
+        pretrained = sign * metric(by_seed, experiment, "pretrained_resolved", name).mean()
+        assert tail["am_resolved"] < pretrained < tail["fdc_resolved"]
+
+
+def test_tfft_beats_am_in_the_tail(by_seed: pd.DataFrame) -> None:
+    for experiment in MAIN:
+        tfft = metric(by_seed, experiment, "tfft", "tail_objective")
+        am = metric(by_seed, experiment, "am", "tail_objective")
+        name = MAIN[experiment]
+        sign = -1 if name.endswith("cost") else 1
+        ahead = sign * (metric(by_seed, experiment, "tfft", name) - metric(by_seed, experiment, "am", name))
+        assert (ahead > 0).all()
+        assert (tfft > am).all()
+
+
+def test_every_tfft_run_had_active_samples(by_seed: pd.DataFrame) -> None:
+    rows = by_seed[
+        (by_seed["method"] == "tfft") & by_seed["metric"].isin(["active_share", "offline_active_share"])
+    ]
+    assert len(rows)
+    assert (rows["value"] > 0).all()
+
+
+@pytest.mark.parametrize("case", ["stripes-0.48", "spikes-2.4"])
+def test_networks_reach_the_exact_rows_where_they_resolve_the_landscape(
+    case: str, by_seed: pd.DataFrame
+) -> None:
+    experiment = f"resolution_2d/{case}"
+    methods = load_file(ROOT / "config" / "experiments" / "resolution_2d.yaml")[experiment].methods
+    for method in methods:
+        network = metric(by_seed, experiment, method, "objective")
+        exact = metric(by_seed, experiment, f"{method}_exact", "objective")
+        assert ((network - exact).abs() <= 0.05 * exact.abs()).all(), method
+    # Two sets of 40,000 samples of one law differ by 0.0186 with probability 1e-6.
+    assert (metric(by_seed, experiment, "am", "dominance_violation") < 0.0186).all()
+
+
+def test_exact_rows_obey_the_theory(by_seed: pd.DataFrame) -> None:
+    for experiment, name in MAIN.items():
+        sign = -1 if name.endswith("cost") else 1
+        pretrained = metric(by_seed, experiment, "pretrained_exact", name)
+        assert (sign * (metric(by_seed, experiment, "am_exact", name) - pretrained) > 0).all()
+        best = metric(by_seed, experiment, "tfft_exact", "tail_objective")
+        for other in (
+            "pretrained_exact",
+            "am_exact",
+            "fdc_exact",
+            "am_resolved",
+            "fdc_resolved",
+            "tfft_resolved",
+        ):
+            assert (metric(by_seed, experiment, other, "tail_objective") <= best + 1e-6 * best.abs()).all()
+
+
+def test_the_readme_shows_this_runs_headline() -> None:
+    assert headline(TABLES / "comparison.csv").strip() in (ROOT / "README.md").read_text()
+
+
+def test_provenance_is_complete() -> None:
+    record = json.loads((ROOT / "results" / "provenance.json").read_text())
+    assert len(record["commit"]["hash"]) == 40
+    assert record["commit"]["modified"] is False
+    assert {"pretrain", "finetune", "sample", "evaluate", "exact", "resolved"} <= record["stages"].keys()
+    assert len(record["config_hash"]) == 64

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from closed_forms import Quadratic, generator
+from flowtilt.functionals.base import Law
+from flowtilt.functionals.utilities import CVaR, ExpectedReward, Hinge, RewardVariation
+from flowtilt.rewards import Reward, RewardError
+
+
+class Returning(Reward):
+    """A reward that returns what a function of the batch makes of it."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def value(self, x, context=None):
+        return self.function(x)
+
+
+BAD = {
+    "nan": (
+        lambda x: torch.where(x[:, 0] > 0, torch.nan, x[:, 0]),
+        "Returning is not finite on 2 of 3 samples",
+    ),
+    "infinite": (lambda x: 1 / (x[:, 0] - x[0, 0]), "is not finite on 1 of 3 samples"),
+    "column": (lambda x: x[:, :1], r"returned shape \(3, 1\) for a batch of 3"),
+    "scalar": (lambda x: x.sum(), r"returned shape \(\) for a batch of 3"),
+    "short": (lambda x: x[:2, 0], r"returned shape \(2,\).*must return shape \(3,\)"),
+}
+X = torch.tensor([[1.0, 2.0], [-1.0, 0.0], [3.0, 1.0]])
+
+
+@pytest.mark.parametrize(("function", "message"), BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda reward: reward(X),
+        lambda reward: reward.gradient(X),
+        lambda reward: RewardVariation(reward).gradient(X),
+        lambda reward: Hinge(reward, 0.0, 0.1, "lower").active(X),
+        lambda reward: Hinge(reward, 0.0, 0.1, "lower").gradient(X),
+    ],
+    ids=["value", "gradient", "variation", "active", "hinge"],
+)
+def test_a_reward_that_is_not_one_finite_number_a_sample_is_named(function, message, use):
+    with pytest.raises(RewardError, match=message):
+        use(Returning(function))
+
+
+def test_the_first_bad_sample_is_shown():
+    with pytest.raises(RewardError, match=r"first at \[1\.0, 2\.0\]"):
+        Returning(BAD["nan"][0])(X)
+
+
+@pytest.mark.parametrize("functional", [ExpectedReward, lambda r: CVaR(r, 0.1)])
+def test_functionals_pass_the_error_on(functional):
+    with pytest.raises(RewardError, match="not finite"):
+        functional(Returning(BAD["nan"][0])).value(Law(None, X))
+
+
+def test_values_carry_no_graph_and_gradients_are_those_of_the_formula():
+    reward = Quadratic([1.0, -2.0], [[2.0, 0.5], [0.5, 1.0]])
+    x = torch.randn(20, 2, generator=generator(0), dtype=torch.float64, requires_grad=True)
+    assert not reward(x).requires_grad
+    with torch.no_grad():  # gradients are available inside sampling, which records none
+        gradient = reward.gradient(x)
+    assert not gradient.requires_grad
+    torch.testing.assert_close(gradient, (reward.linear - x @ reward.curvature).detach())
+
+
+def test_a_reward_constant_in_x_has_no_gradient():
+    assert torch.equal(Returning(lambda x: torch.ones(len(x))).gradient(X), torch.zeros_like(X))

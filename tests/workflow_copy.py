@@ -1,0 +1,56 @@
+"""Snakemake on a copy of the project's workflow, so that nothing is written into the checkout."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PROFILE = ("--workflow-profile", "workflow/profiles/default")
+SMOKE = ("--configfile", "config/smoke.yaml")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with the workflow and its configuration."""
+
+    folder: Path
+
+    @classmethod
+    def copied_to(cls, folder: Path) -> Project:
+        for part in ("config", "envs", "workflow"):
+            shutil.copytree(ROOT / part, folder / part)
+        shutil.copy(ROOT / "Snakefile", folder)
+        return cls(folder)
+
+    @property
+    def smoke(self) -> Path:
+        """The results folder of the smoke configuration."""
+        return self.folder / "results" / "smoke"
+
+    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake as a user would; both streams are in ``stdout``."""
+        return subprocess.run(
+            [sys.executable, "-m", "snakemake", *PROFILE, "--cores", "2", *arguments],
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=1200,
+            check=False,
+        )
+
+    def planned(self, *arguments: str) -> dict[str, int]:
+        """Jobs that a dry run would start, by rule."""
+        run = self.snakemake("--dry-run", "--quiet", "rules", *arguments)
+        assert run.returncode == 0, run.stdout
+        table = re.search(r"^Job stats:\njob +count\n[- ]+\n(.*?)\n\n", run.stdout, re.DOTALL | re.MULTILINE)
+        if table is None:
+            assert "Nothing to be done" in run.stdout, run.stdout
+            return {}
+        jobs = {rule: int(count) for rule, count in map(str.split, table[1].splitlines())}
+        return {rule: count for rule, count in jobs.items() if rule not in ("total", "all")}
