@@ -29,10 +29,6 @@ wildcard_constraints:
 
 
 localrules:
-    all,
-    tables,
-    figures,
-    pretrained_models,
     resolution,
     table,
     compare,
@@ -71,3 +67,15 @@ rule figures:
 rule pretrained_models:
     input:
         MODELS,
+
+
+# Each experiment alone: snakemake --cores all risk_averse_2d
+for name in config["experiments"]:
+
+    rule:
+        name:
+            name
+        input:
+            tables_of(name),
+            figures_of(name),
+            run_files(name),

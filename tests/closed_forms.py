@@ -6,6 +6,7 @@ at every time, and its tilt by ``exp(c^T x - x^T A x / 2)`` is a mixture again. 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -100,13 +101,32 @@ class Mixture:
 
 @dataclass(frozen=True)
 class _AtTime:
-    """What the velocity needs at one time: slopes and precisions (k, d, d), log-determinants (k,)."""
+    """What the velocity needs at one time, or at one for each of n samples.
+
+    Coefficients () or (n, 1), slopes and precisions (k, d, d) or (k, n, d, d), log-determinants
+    (k, 1) or (k, n).
+    """
 
     alpha: Tensor
     alpha_rate: Tensor
     slopes: Tensor
     precisions: Tensor
     log_determinants: Tensor
+
+    def for_each(self, index: Tensor) -> _AtTime:
+        """From entries along a first axis of times to one entry for each sample."""
+        return _AtTime(
+            self.alpha[index, None],
+            self.alpha_rate[index, None],
+            self.slopes[index].movedim(0, 1),
+            self.precisions[index].movedim(0, 1),
+            self.log_determinants[index, :, 0].T,
+        )
+
+
+def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Symmetric matrices, one for each component or also for each sample, times vectors (k, n, d)."""
+    return torch.bmm(vectors, matrices) if matrices.ndim == 3 else (matrices @ vectors[..., None])[..., 0]
 
 
 class MixtureFlow(FlowModel):
@@ -137,57 +157,68 @@ class MixtureFlow(FlowModel):
     def prior(self, count, generator, context=None):
         return torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
 
-    def _at(self, t: float) -> _AtTime:
-        if t not in self._kept:
-            time, path = tensor(t), self.path
-            alpha, beta, s = path.alpha(time), path.beta(time), self.law.covariances
-            eye = torch.eye(s.shape[-1], dtype=torch.float64)
-            precisions = torch.linalg.inv(alpha**2 * s + beta**2 * eye)
-            slopes = (path.alpha_rate(time) * alpha * s + path.beta_rate(time) * beta * eye) @ precisions
-            kept = (alpha, path.alpha_rate(time), slopes, precisions, -torch.logdet(precisions))
-            self._kept[t] = _AtTime(*kept)
-        return self._kept[t]
+    def _coefficients(self, t: Tensor) -> _AtTime:
+        """For times () or (m,), the latter with a first axis of times."""
+        path, s = self.path, self.law.covariances
+        eye = torch.eye(s.shape[-1], dtype=torch.float64)
+        alpha, alpha_rate, beta, beta_rate = (
+            path.alpha(t),
+            path.alpha_rate(t),
+            path.beta(t),
+            path.beta_rate(t),
+        )
+        a, a_rate, b, b_rate = (c[..., None, None, None] for c in (alpha, alpha_rate, beta, beta_rate))
+        precisions = torch.linalg.inv(a**2 * s + b**2 * eye)
+        slopes = (a_rate * a * s + b_rate * b * eye) @ precisions
+        return _AtTime(alpha, alpha_rate, slopes, precisions, -torch.logdet(precisions)[..., None])
 
-    def _average(self, x, t, of_component):
-        """Mean over components of ``of_component(centred, at)``, both (k, batch, d)."""
-        if t.ndim:  # one batch for each distinct time
-            result = torch.empty_like(x)
-            for time in t.unique():
-                result[t == time] = self._average(x[t == time], time, of_component)
-            return result
-        at = self._at(float(t))
-        centred = x - (at.alpha * self.means)[:, None]
-        values = of_component(centred, at)
+    def _at(self, t: Tensor) -> _AtTime:
+        if t.ndim:
+            times, index = t.double().unique(return_inverse=True)
+            return self._coefficients(times).for_each(index)
+        time = float(t)
+        if time not in self._kept:
+            self._kept[time] = self._coefficients(tensor(time))
+        return self._kept[time]
+
+    def _average(self, x, at, of_component):
+        """Mean over components of ``of_component(centred)``, both (k, batch, d)."""
+        centred = x - at.alpha * self.means[:, None]
+        values = of_component(centred)
         if len(values) == 1:
             return values[0]
-        squares = (torch.bmm(centred, at.precisions) * centred).sum(-1)
-        logs = self.logits[:, None] - 0.5 * (squares + at.log_determinants[:, None])
+        squares = (_apply(at.precisions, centred) * centred).sum(-1)
+        logs = self.logits[:, None] - 0.5 * (squares + at.log_determinants)
         return (torch.softmax(logs, 0)[..., None] * values).sum(0)
 
     def velocity(self, x, t, context=None):
-        def of_component(centred, at):
-            return torch.bmm(centred, at.slopes.mT) + (at.alpha_rate * self.means)[:, None]
-
-        return self._average(x, t, of_component)
+        at = self._at(t)
+        drift = at.alpha_rate * self.means[:, None]
+        return self._average(x, at, lambda centred: _apply(at.slopes, centred) + drift)
 
     def exact_score(self, x, t):
-        return self._average(x, t, lambda centred, at: -torch.bmm(centred, at.precisions))
+        at = self._at(t)
+        return self._average(x, at, lambda centred: -_apply(at.precisions, centred))
+
+
+def tilt_gain(path: Interpolant, t: Tensor) -> Tensor:
+    """``eta alpha = beta (alpha' beta - alpha beta')``: the size of a tilt's change of the velocity.
+
+    A tilt changes the score by ``alpha`` times something that stays of one size over all times, so
+    that corrections in these units are equally easy to learn at all times.
+    """
+    alpha, beta = path.alpha(t), path.beta(t)
+    return beta * (path.alpha_rate(t) * beta - alpha * path.beta_rate(t))
 
 
 class AffineTable(nn.Module):
-    """A correction ``gain_k (B_k x + c_k)`` with one entry for each time step, zero at the start.
-
-    A tilt changes the score by ``alpha`` times something that stays of one size over all times, so the
-    velocity by ``eta alpha = beta (alpha' beta - alpha beta')`` times it: the gain.
-    """
+    """A correction ``gain_k (B_k x + c_k)`` with one entry for each time step, zero at the start."""
 
     def __init__(self, path: Interpolant, steps: int, dimension: int = 2):
         super().__init__()
         self.matrices = nn.Parameter(torch.zeros(steps, dimension, dimension, dtype=torch.float64))
         self.offsets = nn.Parameter(torch.zeros(steps, dimension, dtype=torch.float64))
-        t = tensor(time_grid(steps)[:-1])
-        alpha, beta = path.alpha(t), path.beta(t)
-        self.register_buffer("gains", beta * (path.alpha_rate(t) * beta - alpha * path.beta_rate(t)))
+        self.register_buffer("gains", tilt_gain(path, tensor(time_grid(steps)[:-1])))
 
     def forward(self, x, t):
         entry = torch.round(t * len(self.gains)).long().clamp(max=len(self.gains) - 1)
@@ -197,10 +228,11 @@ class AffineTable(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """A correction by a small network of (x, t), zero at the start."""
+    """A correction by the gain times a small network of (x, t), zero at the start."""
 
-    def __init__(self, width: int = 64, dimension: int = 2, seed: int = 0):
+    def __init__(self, path: Interpolant, width: int = 32, dimension: int = 2, seed: int = 0):
         super().__init__()
+        self.path = path
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             last = nn.Linear(width, dimension)
@@ -210,7 +242,8 @@ class Perceptron(nn.Module):
         self.layers = nn.Sequential(*hidden, last).double()
 
     def forward(self, x, t):
-        return self.layers(torch.cat([x, t.expand(len(x))[:, None]], dim=1))
+        t = t.expand(len(x))[:, None]
+        return tilt_gain(self.path, t) * self.layers(torch.cat([x, t], dim=1))
 
 
 class CorrectedFlow(FlowModel):
@@ -348,4 +381,4 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 def halving_orders(errors: list[float]) -> list[float]:
     """Observed orders of convergence from errors at steps h, h/2, h/4, ..."""
-    return [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    return [math.log2(a / b) for a, b in itertools.pairwise(errors)]

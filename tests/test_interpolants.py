@@ -83,6 +83,14 @@ def test_conversions_invert_each_other_close_to_both_ends(path, source, target):
         torch.testing.assert_close(back, truth[source], rtol=1e-8, atol=1e-8)
 
 
+def test_conversions_of_the_linear_path_that_need_no_division_hold_at_the_start():
+    """At t = 0 the state is the noise: velocity and endpoint still give each other, ``v = y - x``."""
+    path, t = Linear(), tensor(0.0)
+    x, truth = predictions(path, t)
+    for source, target in (("endpoint", "velocity"), ("velocity", "endpoint"), ("velocity", "noise")):
+        torch.testing.assert_close(convert(truth[source], x, t, path, source, target), truth[target])
+
+
 @paths
 def test_conversions_broadcast_times_over_all_axes_of_the_state(path):
     t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)

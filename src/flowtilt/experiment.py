@@ -161,8 +161,8 @@ class MethodConfig(_Section):
     """One method of an experiment.
 
     ``step`` is alpha over the KL weight of FDC's steps: 1 is the largest that the theory allows.
-    ``continue_from`` names an fdc method with fewer iterations to start from. ``updates`` replaces
-    the solver's number of updates in each of the method's solves.
+    ``continue_from`` names an fdc method with fewer iterations to start from. ``updates`` is a
+    smaller number of updates than the solver's for each of the method's solves.
     """
 
     kind: Literal["pretrained", "am", "fdc", "tfft"]
@@ -227,6 +227,10 @@ class Experiment(_Section):
     @model_validator(mode="after")
     def _methods_fit(self) -> Experiment:
         for name, method in self.methods.items():
+            if name in ("exact", "resolved"):
+                raise ValueError(
+                    f"methods.{name}: the name is taken by the rows solved on the grid; rename it"
+                )
             if method.continue_from is None:
                 continue
             earlier = self.methods.get(method.continue_from)
@@ -245,7 +249,7 @@ class Experiment(_Section):
 
     def updates_of(self, method: str) -> int:
         """Optimiser steps in each solve of a method."""
-        return method_of(self, method).updates or self.solver.updates
+        return min(method_of(self, method).updates or self.solver.updates, self.solver.updates)
 
     @property
     def tail_metric(self) -> str:

@@ -148,25 +148,30 @@ def convert(
         # The short form keeps its accuracy at the end where the noise vanishes.
         kappa, eta = path.kappa(t), path.eta(t)
         return kappa * x + eta * value if source == "score" else (value - kappa * x) / eta
-    alpha, beta = path.alpha(t), path.beta(t)
-    alpha_rate, beta_rate = path.alpha_rate(t), path.beta_rate(t)
-    if source == "endpoint":
-        noise = (x - alpha * value) / beta
-    elif source == "score":
-        noise = -beta * value
-    elif source == "velocity":
-        # Solves x = alpha y + beta n, v = alpha' y + beta' n for n.
-        noise = (alpha_rate * x - alpha * value) / (alpha_rate * beta - alpha * beta_rate)
-    else:
-        noise = value
+    noise, endpoint = _noise_and_endpoint(value, x, t, path, source)
     if target == "noise":
         return noise
-    if target == "score":
-        return -noise / beta
-    endpoint = (x - beta * noise) / alpha
     if target == "endpoint":
         return endpoint
-    return alpha_rate * endpoint + beta_rate * noise
+    if target == "score":
+        return -noise / path.beta(t)
+    return path.alpha_rate(t) * endpoint + path.beta_rate(t) * noise
+
+
+def _noise_and_endpoint(
+    value: Tensor, x: Tensor, t: Tensor, path: Interpolant, source: Prediction
+) -> tuple[Tensor, Tensor]:
+    """The pair behind a prediction, neither by way of the other where that would divide by zero."""
+    alpha, beta = path.alpha(t), path.beta(t)
+    if source == "velocity":
+        # Solves x = alpha y + beta n, v = alpha' y + beta' n.
+        alpha_rate, beta_rate = path.alpha_rate(t), path.beta_rate(t)
+        wronskian = alpha_rate * beta - alpha * beta_rate
+        return (alpha_rate * x - alpha * value) / wronskian, (beta * value - beta_rate * x) / wronskian
+    if source == "endpoint":
+        return (x - alpha * value) / beta, value
+    noise = -beta * value if source == "score" else value
+    return noise, (x - beta * noise) / alpha
 
 
 @dataclass(frozen=True)

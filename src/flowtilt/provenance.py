@@ -50,7 +50,10 @@ def stage_costs(benchmarks: Path) -> dict[str, dict[str, float]]:
     """Jobs, wall time in seconds and peak memory in MB of each stage, from Snakemake's benchmarks."""
     costs = {}
     for folder in sorted(p for p in benchmarks.iterdir() if p.is_dir()) if benchmarks.is_dir() else []:
-        jobs = pd.concat([pd.read_csv(f, sep="\t", na_values="-") for f in sorted(folder.rglob("*.tsv"))])
+        files = sorted(folder.rglob("*.tsv"))
+        if not files:
+            continue  # of the job that is running this
+        jobs = pd.concat([pd.read_csv(f, sep="\t", na_values="-") for f in files])
         memory = jobs["max_rss"].max()
         costs[folder.name] = {
             "jobs": len(jobs),

@@ -57,7 +57,7 @@ def two_laws(draw):
 
 @given(two_laws())
 def test_the_lower_tail_mean_is_convex_and_the_upper_concave(problem):
-    """So the linearisation bounds the functional from its side, also where the quantile sits on a boundary."""
+    """So the linearisation bounds the functional, also where the quantile sits between two atoms."""
     rewards, q, level = problem
     p = np.full(len(rewards), 1 / len(rewards))
     for functional, sign in ((CVaR, 1), (SQ, -1)):

@@ -100,6 +100,7 @@ def test_deleted_intermediate_reruns_only_what_depends_on_it(finished: Project) 
         f"{RUN}/metrics.json",
         *(f"tables/risk_averse_2d.{extension}" for extension in ("csv", "md", "tex")),
         "tables/comparison.csv",
+        "tables/by_seed.csv",
         *(f"figures/risk_averse_2d_{kind}.png" for kind in ("landscape", "densities", "histograms")),
         "provenance.json",
     }
@@ -152,6 +153,13 @@ def test_committed_tables_do_not_pass_for_a_finished_run(finished: Project, proj
     shutil.copy(finished.smoke / "provenance.json", project.smoke)
     everything = set(finished.snakemake("--list-rules").stdout.split()) & {*rule_texts()}
     assert project.planned(*SMOKE).keys() == everything
+
+
+def test_experiment_is_a_target_of_its_own(project: Project) -> None:
+    jobs = project.planned(*SMOKE, "--", "novelty_2d")
+    assert jobs["table"] == jobs["experiment_figures"] == 1
+    assert jobs.keys() - rule_texts().keys() == {"novelty_2d"}
+    assert not jobs.keys() & {"compare", "study_figure", "provenance"}
 
 
 # ----------------------------------------------------------------------------------- bad input
