@@ -54,14 +54,14 @@ def test_novelty_ordering_on_every_seed(by_seed: pd.DataFrame) -> None:
     assert (mean["am"] > mean["fdc"]).all()
 
 
-def test_finite_resolution_predicts_the_orderings(by_seed: pd.DataFrame) -> None:
-    for experiment, name in MAIN.items():
-        sign = -1 if name.endswith("cost") else 1
-        tail = {
-            m: sign * metric(by_seed, experiment, m, name).mean() for m in ("am_resolved", "fdc_resolved")
-        }
-        pretrained = sign * metric(by_seed, experiment, "pretrained_resolved", name).mean()
-        assert tail["am_resolved"] < pretrained < tail["fdc_resolved"]
+def test_finite_resolution_predicts_the_risk_averse_ordering(by_seed: pd.DataFrame) -> None:
+    """On the novelty landscape it does not predict the row of am; the README says so."""
+    worst = {
+        m: metric(by_seed, "risk_averse_2d", f"{m}_resolved", "worst_1pct_cost")
+        for m in ("pretrained", "am", "fdc")
+    }
+    assert (worst["fdc"] < worst["pretrained"]).all()
+    assert (worst["pretrained"] < worst["am"]).all()
 
 
 def test_tfft_beats_am_in_the_tail(by_seed: pd.DataFrame) -> None:
