@@ -100,7 +100,8 @@ def test_a_study_changes_only_what_its_case_says() -> None:
     assert narrow.base == wide.base == "risk_averse_2d"
     assert wide.reward.width == 0.48
     assert wide.reward.bump == parent.reward.bump
-    assert wide.solver == parent.solver
+    assert narrow.solver == parent.solver
+    assert wide.solver == parent.solver.model_copy(update={"updates": 400})
     assert len(wide.seeds) == 3
 
 

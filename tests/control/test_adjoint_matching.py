@@ -436,7 +436,6 @@ class Tagged(FlowModel):
         return x * self.weight
 
 
-@pytest.mark.xfail(reason="the loss passes one context a sample with states of all chosen steps", strict=True)
 def test_contexts_stay_with_their_samples():
     class Tail(FirstVariation):
         sparse = True

@@ -205,7 +205,8 @@ def _residuals(
 ) -> tuple[Tensor, Tensor]:
     """Squared residuals and squared controls at (chosen, batch), from one batched network pass."""
     chosen, batch = states.shape[:2]
-    v = model.velocity(states.flatten(0, 1), times.repeat_interleave(batch), context)
+    repeated = model.select_context(context, torch.arange(batch).repeat(chosen))
+    v = model.velocity(states.flatten(0, 1), times.repeat_interleave(batch), repeated)
     shape = (chosen,) + (1,) * (states.ndim - 1)
     moved = scale.mean.view(shape) * (v.view_as(states) - base_velocities)
     residual = moved + scale.noise.view(shape) * adjoints
@@ -305,7 +306,7 @@ def solve(
         )
         loss = (squares * draw.weights).mean()
         if not bool(torch.isfinite(loss)):
-            raise TrainingDiverged(_diverged(f"the loss is {float(loss)}", update, settings))
+            raise TrainingDiverged(_diverged(f"the loss is {float(loss.detach())}", update, settings))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
