@@ -40,9 +40,9 @@ def test_variance_preserving_keeps_the_variance_and_small_noise_exact():
     path = VariancePreserving(0.1, 12.0)
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     torch.testing.assert_close(path.alpha(t) ** 2 + path.beta(t) ** 2, torch.ones_like(t), rtol=0, atol=1e-15)
-    # Near the data beta^2 = rate_min h + O(h^2): 1 - alpha^2 would have lost half of the digits.
-    h = 1e-8
-    assert path.beta(tensor(1 - h)) ** 2 == pytest.approx(0.1 * h, rel=1e-6)
+    # Near the data beta^2 = rate_min h + O(h^2): 1 - alpha^2 would have lost all but three digits.
+    h = 2.0**-40
+    assert path.beta(tensor(1 - h)) ** 2 == pytest.approx(0.1 * h, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("rates", [(0.0, 1.0), (-0.1, 1.0), (2.0, 1.0), (float("nan"), 1.0)])

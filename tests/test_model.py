@@ -35,7 +35,7 @@ def test_the_closed_form_score_is_the_gradient_of_the_path_density(path):
 
 class Shift(nn.Module):
     def forward(self, x, t):
-        return torch.stack([x[:, 1] ** 2, torch.sin(x[:, 0]) + 1], dim=1)
+        return torch.stack([x[:, 0] + x[:, 1] ** 2, torch.sin(x[:, 0]) + x[:, 1]], dim=1)
 
 
 @paths

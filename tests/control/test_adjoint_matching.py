@@ -278,10 +278,10 @@ def test_a_gaussian_is_tilted_to_the_closed_form(path, reward, steps, batch):
     exact = GAUSSIAN.tilted(reward, KL_WEIGHT)
     assert relative_error(mean, exact.mean) < 0.03
     assert relative_error(covariance, exact.covariance) < 0.03
-    # Most of that is the discretisation; the noise of training leaves 0.002 to 0.01 from seed to seed.
+    # Most of that is the discretisation; the noise of training leaves up to 0.006, by seed.
     discrete = matched_law(flow, reward, KL_WEIGHT, steps)
-    assert relative_error(mean, discrete[0]) < 0.015
-    assert relative_error(covariance, discrete[1]) < 0.015
+    assert relative_error(mean, discrete[0]) < 0.01
+    assert relative_error(covariance, discrete[1]) < 0.01
 
 
 @paths
@@ -316,8 +316,9 @@ def test_the_weights_of_a_mixture_are_tilted_to_the_closed_form(path):
     x = sample_sde(solution.model, 40_000, steps, generator(1))[-1]
     # Of the 0.02, 0.008 are the order-one error of 60 steps and four standard errors of sampling.
     assert posterior_share(x, exact) == pytest.approx(float(exact.weights[1]), abs=0.02)
+    # Four standard errors of the mean are 0.03 of its size, those of a variance 0.03 of it.
     assert relative_error(x.mean(0), exact.mean) < 0.05
-    assert relative_error(x.T.cov(), exact.covariance) < 0.05
+    assert relative_error(x.T.cov(), exact.covariance) < 0.03
 
 
 @paths
@@ -333,7 +334,7 @@ def test_the_model_moves_towards_the_reward(path, sign):
     assert sign * float(mean[0] - 0.42) > 0.4  # the closed form moves by 0.5
     # Against the fixed point at 10 steps: 0.02 are four standard errors, the rest is for 120 updates.
     expected, _ = matched_law(flow, reward, 1.0, 10)
-    torch.testing.assert_close(mean, expected, rtol=0, atol=0.04)
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("side", ["lower", "upper"])
