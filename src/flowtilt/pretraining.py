@@ -58,7 +58,7 @@ def fit_flow(
         loss = model.matching_loss(x1, x0, t).mean()
         if not bool(torch.isfinite(loss)):
             raise TrainingDiverged(
-                f"the flow-matching loss is {float(loss)} at update {update} of {settings.updates}; "
+                f"the flow-matching loss is {float(loss.detach())} at update {update} of {settings.updates}; "
                 "lower learning_rate"
             )
         optimiser.zero_grad(set_to_none=True)
