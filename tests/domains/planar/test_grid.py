@@ -159,8 +159,8 @@ def test_the_tail_tilt_attains_the_optimum(side, seed, alpha, mass):
     log_q, at = tail_tilt(log_p, rewards, alpha, mass, side)
     found = gain(log_q, log_p, rewards, alpha, mass, side)
     p, r = np.exp(log_p).ravel(), rewards.ravel()
-    # Against a convex solver (which stops within 1e-8 or so), the dual, and an independent objective.
-    assert found == pytest.approx(best(p, r, alpha, mass, side), abs=1e-6)
+    # Against a convex solver (whose law falls short by up to 1.4e-8), the dual, and an independent objective.
+    assert -1e-12 <= found - best(p, r, alpha, mass, side) <= 1e-7
     assert found == pytest.approx(dual_objective(at, r, alpha, mass, side, p), abs=1e-12)
     assert found == pytest.approx(objective(np.exp(log_q).ravel(), p, r, alpha, mass, side), abs=1e-12)
 
