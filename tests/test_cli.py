@@ -90,8 +90,12 @@ def test_all_stages_in_a_row(folder: Folder) -> None:
     words = ["--config", folder.config, "--samples", folder.file("am.npz"), "--density", density]
     assert main(["resolution", *map(str, words), "--output", str(resolution)]) == 0
     resolved = folder.file("resolved.json")
-    assert folder.run("exact", density=density, resolution=resolution, output=resolved, laws=laws) == 0
-    assert "am_resolved" in json.loads(resolved.read_text())["rows"]
+    at_resolution = ["--resolution", resolution, "--resolved-output", resolved, "--resolved-laws", laws]
+    words = ["exact", folder.config, "--density", density, "--output", exact, "--laws", laws, *at_resolution]
+    assert main([*map(str, words)]) == 0
+    assert json.loads(exact.read_text())["rows"] == rows
+    assert set(json.loads(resolved.read_text())["rows"]) == {row.replace("exact", "resolved") for row in rows}
+    assert main([*map(str, words[:-2])]) == 1
     assert not list(folder.path.glob("*.tmp*"))
 
 

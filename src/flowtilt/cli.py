@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for dominance")
 
     stage = on_config("exact", _exact, "Solve every method on the grid.", "--density", "--output", "--laws")
-    stage.add_argument("--resolution", type=Path, help="resolution file: solve at that finite resolution")
+    stage.add_argument("--resolution", type=Path, help="resolution file: solve at that resolution as well")
+    stage.add_argument("--resolved-output", type=Path, help="file for the metrics at that resolution")
+    stage.add_argument("--resolved-laws", type=Path, help="file for the laws at that resolution (npz)")
 
     stage = add("resolution", _resolution, "Measure the width that the network resolves.")
     for option in ("--config", "--samples", "--density"):
@@ -226,7 +228,9 @@ def _offline(a: argparse.Namespace) -> None:
 
 
 def _threshold(a: argparse.Namespace) -> None:
-    _training().threshold(_load(a), a.method, a.offline, a.output)
+    from flowtilt.stages import evaluation
+
+    evaluation.threshold(_load(a), a.method, a.offline, a.output)
 
 
 def _finetune(a: argparse.Namespace) -> None:
@@ -255,7 +259,13 @@ def _evaluate(a: argparse.Namespace) -> None:
 def _exact(a: argparse.Namespace) -> None:
     from flowtilt.stages import truth
 
-    truth.exact(_load(a), a.density, a.output, a.laws, a.resolution)
+    resolved = (a.resolution, a.resolved_output, a.resolved_laws)
+    if any(resolved) and not all(resolved):
+        raise ValueError("--resolution, --resolved-output and --resolved-laws go together: give all or none")
+    experiment = _load(a)
+    truth.exact(experiment, a.density, a.output, a.laws)
+    if a.resolution:
+        truth.exact(experiment, a.density, a.resolved_output, a.resolved_laws, a.resolution)
 
 
 def _resolution(a: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from flowtilt.control.adjoint_matching import Progress, TrainingDiverged
 from flowtilt.model import FlowModel
+from flowtilt.optimiser import Adam
 
 DataSource = Callable[[int, torch.Generator], Tensor]
 
@@ -45,8 +47,7 @@ def fit_flow(
         TrainingDiverged: if the loss stops being finite; the message names the update.
     """
     model.requires_grad_(True)
-    optimiser = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.updates)
+    optimiser = Adam(model.parameters())
     history = []
     started = time.perf_counter()
     for update in range(settings.updates):
@@ -61,10 +62,10 @@ def fit_flow(
                 f"the flow-matching loss is {float(loss.detach())} at update {update} of {settings.updates}; "
                 "lower learning_rate"
             )
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.clear_gradients()
         loss.backward()
-        optimiser.step()
-        schedule.step()
+        cosine = 0.5 * (1 + math.cos(math.pi * update / settings.updates))
+        optimiser.step(settings.learning_rate * cosine)
         row = {"update": update, "loss": float(loss.detach()), "seconds": time.perf_counter() - started}
         history.append(row)
         if progress is not None:

@@ -36,7 +36,7 @@ def memoryless_steps(model: FlowModel, steps: int) -> list[MemorylessStep]:
     return _steps_of(model.path, model.data_variance, steps)
 
 
-CHUNK = 1024
+CHUNK = 2048
 """Samples that pass through a network together: small enough for its activations to stay in cache."""
 
 

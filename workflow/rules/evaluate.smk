@@ -57,31 +57,6 @@ rule evaluate:
         "--output {output} > {log} 2>&1"
 
 
-rule exact:
-    input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
-        density=base_density,
-    output:
-        metrics="<results>/runs/{experiment}/exact/seed{seed}/metrics.json",
-        laws="<results>/runs/{experiment}/exact/seed{seed}/laws.npz",
-    log:
-        "<logs>/exact/{experiment}/exact/seed{seed}.log",
-    benchmark:
-        "<benchmarks>/exact/{experiment}/exact/seed{seed}.tsv"
-    conda:
-        "../../envs/core.yaml"
-    threads: 1
-    resources:
-        mem_mb=1500,
-        runtime=30,
-        gpu=0,
-    params:
-        digest=digest("exact"),
-    shell:
-        "OMP_NUM_THREADS={threads} flowtilt exact {input.config} --density {input.density} "
-        "--output {output.metrics} --laws {output.laws} > {log} 2>&1"
-
-
 rule resolution:
     input:
         configs=ancient(resolution_runs("<results>/configs/{experiment}.yaml")),
@@ -107,18 +82,20 @@ rule resolution:
         "--samples {input.samples} --density {input.densities} --output {output} > {log} 2>&1"
 
 
-rule resolved:
+rule exact:
     input:
         config=ancient("<results>/configs/{experiment}.yaml"),
         density=base_density,
         resolution="<results>/resolution.json",
     output:
-        metrics="<results>/runs/{experiment}/resolved/seed{seed}/metrics.json",
-        laws="<results>/runs/{experiment}/resolved/seed{seed}/laws.npz",
+        metrics="<results>/runs/{experiment}/exact/seed{seed}/metrics.json",
+        laws="<results>/runs/{experiment}/exact/seed{seed}/laws.npz",
+        resolved_metrics="<results>/runs/{experiment}/resolved/seed{seed}/metrics.json",
+        resolved_laws="<results>/runs/{experiment}/resolved/seed{seed}/laws.npz",
     log:
-        "<logs>/resolved/{experiment}/resolved/seed{seed}.log",
+        "<logs>/exact/{experiment}/exact/seed{seed}.log",
     benchmark:
-        "<benchmarks>/resolved/{experiment}/resolved/seed{seed}.tsv"
+        "<benchmarks>/exact/{experiment}/exact/seed{seed}.tsv"
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -130,5 +107,6 @@ rule resolved:
         digest=digest("exact"),
     shell:
         "OMP_NUM_THREADS={threads} flowtilt exact {input.config} --density {input.density} "
-        "--resolution {input.resolution} --output {output.metrics} --laws {output.laws} "
+        "--output {output.metrics} --laws {output.laws} --resolution {input.resolution} "
+        "--resolved-output {output.resolved_metrics} --resolved-laws {output.resolved_laws} "
         "> {log} 2>&1"

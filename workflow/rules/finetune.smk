@@ -39,6 +39,8 @@ rule finetune:
         "<benchmarks>/finetune/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
         method=one_of(method for method in METHODS if method != "pretrained"),
+    # First in line: what is longest, and what everything else waits for.
+    priority: 10
     conda:
         "../../envs/core.yaml"
     threads: 1

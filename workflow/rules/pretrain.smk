@@ -11,6 +11,8 @@ rule pretrain:
         "<logs>/pretrain/{experiment}/pretrained/seed{seed}.log",
     benchmark:
         "<benchmarks>/pretrain/{experiment}/pretrained/seed{seed}.tsv"
+    # First in line: what is longest, and what everything else waits for.
+    priority: 10
     conda:
         "../../envs/core.yaml"
     threads: 1

@@ -26,6 +26,7 @@ from torch import Tensor
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
 from flowtilt.model import Context, FlowModel
+from flowtilt.optimiser import Adam
 from flowtilt.sampling import memoryless_steps, sample_sde, time_grid
 
 Progress = Callable[[dict[str, float]], None]
@@ -234,12 +235,12 @@ def _diverged(what: str, update: int, settings: AdjointMatchingSettings) -> str:
     )
 
 
-def _learning_rate_factor(update: int, settings: AdjointMatchingSettings) -> float:
+def _learning_rate(update: int, settings: AdjointMatchingSettings) -> float:
     warmup = max(1, round(settings.warmup * settings.updates))
     if update < warmup:
-        return (update + 1) / warmup
+        return settings.learning_rate * (update + 1) / warmup
     progress = (update - warmup) / max(1, settings.updates - warmup)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def solve(
@@ -273,8 +274,7 @@ def solve(
         raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
     base = copy.deepcopy(base).requires_grad_(False)
     model = copy.deepcopy(base).requires_grad_(True)
-    optimiser = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda u: _learning_rate_factor(u, settings))
+    optimiser = Adam(model.parameters())
     steps = memoryless_steps(base, settings.steps)
     scale = loss_scale(base, steps)
     times = torch.tensor(time_grid(settings.steps))[:-1]
@@ -307,11 +307,10 @@ def solve(
         loss = (squares * draw.weights).mean()
         if not bool(torch.isfinite(loss)):
             raise TrainingDiverged(_diverged(f"the loss is {float(loss.detach())}", update, settings))
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.clear_gradients()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
-        optimiser.step()
-        schedule.step()
+        optimiser.step(_learning_rate(update, settings))
         row: dict[str, Any] = {
             "update": update,
             "loss": float(loss.detach()),

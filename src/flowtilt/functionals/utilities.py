@@ -6,18 +6,15 @@ First variations are those of FDC (De Santi et al. 2025, table 1), up to constan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowtilt.functionals.base import FirstVariation, Functional, Law
-from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
+from flowtilt.metrics.tails import Side, lower_tail_mean, quantile, upper_tail_mean
 from flowtilt.model import Context
 from flowtilt.rewards import Reward
-
-Side = Literal["lower", "upper"]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,12 @@ the fraction of its weight that still fits. So the mean over the lower tail is
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import ArrayLike
+
+Side = Literal["lower", "upper"]
 
 
 def _sorted_with_weights(values: ArrayLike, weights: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Metrics of a run from its files; imports no torch."""
+"""Stages that only read numbers: thresholds and metrics. They import no torch, which would take longer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,28 @@ from pathlib import Path
 
 import numpy as np
 
+from flowtilt import thresholds
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
-from flowtilt.experiment import Experiment, method_of
+from flowtilt.experiment import ConfigError, Experiment, method_of
 from flowtilt.metrics.tails import dominance_violation
-from flowtilt.stages.files import read_arrays, read_history, read_threshold, write_rows
+from flowtilt.stages.files import read_arrays, read_history, read_threshold, write_json, write_rows
+
+
+def threshold(experiment: Experiment, method: str, batch: Path, output: Path) -> None:
+    """Solve TFFT's dual on the offline batch."""
+    if method_of(experiment, method).kind != "tfft":
+        raise ConfigError(
+            f"experiment {experiment.name}: method {method!r} has no threshold; only tfft has one"
+        )
+    (rewards,) = read_arrays(batch, "reward")
+    problem = experiment.objective
+    at = thresholds.threshold(rewards, problem.tail_alpha, problem.mass, problem.tail)
+    row = {
+        "threshold": at,
+        "offline_active_share": thresholds.active_share(rewards, at, problem.tail),
+        "offline_samples": len(rewards),
+    }
+    write_json(row, output)
 
 
 def evaluate(

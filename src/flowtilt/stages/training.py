@@ -1,4 +1,4 @@
-"""Stages that run networks: pretraining, the offline batch, thresholds, fine-tuning, sampling.
+"""Stages that run networks: pretraining, the offline batch, fine-tuning, sampling.
 
 Randomness follows from the names of experiment, method and seed alone.
 """
@@ -26,13 +26,11 @@ from flowtilt.sampling import OdeSettings, sample_ode, sample_sde, sample_with_l
 from flowtilt.seeding import seed_of
 from flowtilt.stages.files import (
     StageError,
-    read_arrays,
     read_threshold,
     write_arrays,
     write_history,
-    write_json,
 )
-from flowtilt.tfft import TailProblem, active_share
+from flowtilt.tfft import TailProblem
 
 
 def _generator(*parts: str | float) -> torch.Generator:
@@ -63,23 +61,6 @@ def offline(experiment: Experiment, seed: int, model: Path, output: Path) -> Non
 def _tail_problem(experiment: Experiment) -> TailProblem:
     objective = experiment.objective
     return TailProblem(objective.tail, objective.mass, objective.tail_alpha)
-
-
-def threshold(experiment: Experiment, method: str, batch: Path, output: Path) -> None:
-    """Solve TFFT's dual on the offline batch."""
-    if method_of(experiment, method).kind != "tfft":
-        raise ConfigError(
-            f"experiment {experiment.name}: method {method!r} has no threshold; only tfft has one"
-        )
-    (rewards,) = read_arrays(batch, "reward")
-    problem = _tail_problem(experiment)
-    at = problem.threshold(rewards)
-    row = {
-        "threshold": at,
-        "offline_active_share": active_share(rewards, at, problem.side),
-        "offline_samples": len(rewards),
-    }
-    write_json(row, output)
 
 
 def finetune(

@@ -15,7 +15,7 @@ from flowtilt.domains.planar.grid import (
 from flowtilt.domains.planar.landscapes import Spikes, Stripes
 from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
 from flowtilt.rewards import Reward
-from flowtilt.tfft import dual_objective
+from flowtilt.thresholds import dual_objective
 from primal import best, objective
 
 SIDES = ("lower", "upper")

@@ -13,10 +13,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 from scipy.special import logsumexp
 
-from flowtilt.functionals.utilities import Side
-from flowtilt.metrics.tails import quantile
+from flowtilt.metrics.tails import Side, quantile
 from flowtilt.rewards import Reward
-from flowtilt.tfft import threshold
+from flowtilt.thresholds import threshold
 
 Blur = Callable[[np.ndarray], np.ndarray]
 

@@ -8,7 +8,8 @@ from scipy.special import logsumexp
 
 from closed_forms import Quadratic
 from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
-from flowtilt.tfft import TailProblem, active_share, descend_threshold, dual_objective, threshold
+from flowtilt.tfft import TailProblem
+from flowtilt.thresholds import active_share, descend_threshold, dual_objective, threshold
 from primal import best, objective
 
 SIDES = ("lower", "upper")
