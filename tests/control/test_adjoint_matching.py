@@ -393,8 +393,13 @@ def test_a_solve_repeats_itself_leaves_the_base_alone_and_reports_every_update()
     assert all(row["active_share"] == 1 for row in seen)
 
 
+class GradientOnly(FirstVariation):
+    def value(self, x, context=None):
+        raise AssertionError("Adjoint Matching asks for gradients, never for values")
+
+
 def test_the_shape_of_the_state_does_not_matter():
-    class StackedVariation(FirstVariation):
+    class StackedVariation(GradientOnly):
         def gradient(self, x, context=None):
             return LINEAR.gradient(x[..., 0])[..., None]
 
@@ -438,7 +443,7 @@ class Tagged(FlowModel):
 
 
 def test_contexts_stay_with_their_samples():
-    class Tail(FirstVariation):
+    class Tail(GradientOnly):
         sparse = True
 
         def active(self, x, context=None):
@@ -467,7 +472,7 @@ def test_a_pool_smaller_than_the_batch_is_refused():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_stops_being_finite_stops_the_run_and_names_the_update(bad):
-    class Failing(FirstVariation):
+    class Failing(GradientOnly):
         calls = 0
 
         def gradient(self, x, context=None):
@@ -483,7 +488,7 @@ def test_a_loss_that_stops_being_finite_stops_the_run_and_names_the_update(bad):
 
 
 def test_trajectories_that_stop_being_finite_stop_the_run():
-    class Exploding(FirstVariation):
+    class Exploding(GradientOnly):
         def gradient(self, x, context=None):
             return torch.full_like(x, 1e30)
 

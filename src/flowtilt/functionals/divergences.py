@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.functionals.base import FirstVariation, Functional, Law
+from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law
 from flowtilt.model import Context, FlowModel
 from flowtilt.sampling import log_likelihood
 
@@ -23,6 +24,10 @@ class ScoreDifference(FirstVariation):
     model: FlowModel
     reference: FlowModel
     time: float
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        own = log_likelihood(self.model, x, context)
+        return own - log_likelihood(self.reference, x, context)
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         with torch.no_grad():
@@ -41,6 +46,9 @@ class KL(Functional):
         score_time: time at which scores stand for those of the data, in (0, 1).
     """
 
+    tier = "linear"
+    needs = "score"
+
     reference: FlowModel
     score_time: float = 0.99
 
@@ -51,3 +59,10 @@ class KL(Functional):
 
     def linearise(self, law: Law) -> ScoreDifference:
         return ScoreDifference(law.model, self.reference, self.score_time)
+
+    def finite_value(self, law: FiniteLaw) -> float:
+        held = law.p > 0
+        return float(law.p[held] @ (law.log_p - law.log_reference)[held])
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        return law.log_p - law.log_reference

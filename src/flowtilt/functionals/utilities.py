@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.functionals.base import FirstVariation, Functional, Law
+from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law
 from flowtilt.metrics.tails import Side, lower_tail_mean, quantile, upper_tail_mean
 from flowtilt.model import Context
 from flowtilt.rewards import Reward
@@ -22,6 +22,9 @@ class RewardVariation(FirstVariation):
     """The reward itself: first variation of the expected reward."""
 
     reward: Reward
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        return self.reward(x, context)
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         return self.reward.gradient(x, context)
@@ -57,6 +60,10 @@ class Hinge(FirstVariation):
     def sparse(self) -> bool:
         return True
 
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        excess = self.reward(x, context) - self.threshold
+        return (excess.clamp(max=0.0) if self.side == "lower" else excess.clamp(min=0.0)) / self.mass
+
     def active(self, x: Tensor, context: Context = None) -> Tensor:
         rewards = self.reward(x, context)
         return rewards < self.threshold if self.side == "lower" else rewards > self.threshold
@@ -73,6 +80,8 @@ class Hinge(FirstVariation):
 class ExpectedReward(Functional):
     """``E_p[r]``; linear in the law."""
 
+    tier = "linear"
+
     reward: Reward
 
     def value(self, law: Law) -> float:
@@ -80,6 +89,12 @@ class ExpectedReward(Functional):
 
     def linearise(self, law: Law) -> RewardVariation:
         return RewardVariation(self.reward)
+
+    def finite_value(self, law: FiniteLaw) -> float:
+        return float(law.p @ self.finite_variation(law))
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        return self.reward(law.points).double().numpy(force=True)
 
 
 @dataclass(frozen=True)
@@ -101,10 +116,15 @@ class _TailMean(Functional):
     def _rewards(self, law: Law) -> np.ndarray:
         return self.reward(law.samples, law.context).double().numpy(force=True)
 
+    def _finite_rewards(self, law: FiniteLaw) -> np.ndarray:
+        return self.reward(law.points).double().numpy(force=True)
+
 
 @dataclass(frozen=True)
 class CVaR(_TailMean):
     """Mean of the worst share ``level`` of the reward; convex in the law."""
+
+    tier = "convex"
 
     def value(self, law: Law) -> float:
         return lower_tail_mean(self._rewards(law), self.level)
@@ -113,10 +133,21 @@ class CVaR(_TailMean):
         threshold = quantile(self._rewards(law), self.level)
         return Hinge(self.reward, threshold, mass=self.level, side="lower")
 
+    def finite_value(self, law: FiniteLaw) -> float:
+        return lower_tail_mean(self._finite_rewards(law), self.level, law.p)
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        rewards = self._finite_rewards(law)
+        return Hinge(self.reward, quantile(rewards, self.level, law.p), self.level, "lower").of_rewards(
+            rewards
+        )
+
 
 @dataclass(frozen=True)
 class SQ(_TailMean):
     """Superquantile: mean of the best share ``1 - level`` of the reward; concave in the law."""
+
+    tier = "general"
 
     def value(self, law: Law) -> float:
         return upper_tail_mean(self._rewards(law), 1 - self.level)
@@ -124,3 +155,11 @@ class SQ(_TailMean):
     def linearise(self, law: Law) -> Hinge:
         threshold = quantile(self._rewards(law), self.level)
         return Hinge(self.reward, threshold, mass=1 - self.level, side="upper")
+
+    def finite_value(self, law: FiniteLaw) -> float:
+        return upper_tail_mean(self._finite_rewards(law), 1 - self.level, law.p)
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        rewards = self._finite_rewards(law)
+        at = quantile(rewards, self.level, law.p)
+        return Hinge(self.reward, at, 1 - self.level, "upper").of_rewards(rewards)
