@@ -103,6 +103,24 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
     stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for dominance")
 
+    stage = on_config(
+        "measure",
+        _measure,
+        "Metrics of a run on a functional.",
+        *("--method", "--seed", "--model", "--samples", "--density", "--output"),
+    )
+    stage.add_argument("--history", type=Path, help="the fine-tuning's history")
+    stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for distances")
+
+    stage = on_config(
+        "solve",
+        _solve,
+        "Solve every method on a functional on the grid, and find its optimum.",
+        *("--density", "--output", "--laws"),
+    )
+    stage.add_argument("--optimum-output", type=Path, required=True, help="file for the optima's metrics")
+    stage.add_argument("--optimum-laws", type=Path, required=True, help="file for the optima's laws (npz)")
+
     stage = on_config("exact", _exact, "Solve every method on the grid.", "--density", "--output", "--laws")
     stage.add_argument("--resolution", type=Path, help="resolution file: solve at that resolution as well")
     stage.add_argument("--resolved-output", type=Path, help="file for the metrics at that resolution")
@@ -177,18 +195,23 @@ def _resolve(a: argparse.Namespace) -> None:
 
 def _calibrate(a: argparse.Namespace) -> None:
     from flowtilt.domains.planar.calibration import calibrated_edge
-    from flowtilt.experiment import load_resolved
+    from flowtilt.experiment import load_resolved, tail_experiment
 
-    print(f"right_edge: {calibrated_edge(load_resolved(a.config)):.5f}")
+    print(f"right_edge: {calibrated_edge(tail_experiment(load_resolved(a.config))):.5f}")
+
+
+def _hold_threads() -> None:
+    """Hold torch to the threads that the job was given."""
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def _training() -> Any:
-    """The stages that run networks, with torch held to the threads that the job was given."""
-    import torch
-
+    """The stages that train and sample networks."""
     from flowtilt.stages import training
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    _hold_threads()
     return training
 
 
@@ -254,6 +277,22 @@ def _evaluate(a: argparse.Namespace) -> None:
     evaluation.evaluate(
         _load(a), a.method, a.samples, a.density, a.output, a.history, a.threshold, a.reference
     )
+
+
+def _measure(a: argparse.Namespace) -> None:
+    _hold_threads()
+    from flowtilt.stages import functionals
+
+    functionals.measure(
+        _load(a), a.method, a.seed, a.model, a.samples, a.density, a.output, a.history, a.reference
+    )
+
+
+def _solve(a: argparse.Namespace) -> None:
+    _hold_threads()
+    from flowtilt.stages import functionals
+
+    functionals.solve(_load(a), a.density, a.output, a.laws, a.optimum_output, a.optimum_laws)
 
 
 def _exact(a: argparse.Namespace) -> None:

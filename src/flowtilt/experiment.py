@@ -3,6 +3,9 @@
 An experiment is one YAML file; a study is a file whose ``study`` block lists cases, each an
 experiment derived from another file and complete in itself. Scales (smoke, paper) are overrides
 that are merged in last. This module imports neither torch nor the numerics: a workflow reads it.
+
+There are two kinds of experiments, told apart by their ``objective``: those on a tail of a reward,
+and those on any pair of a utility and a divergence (``objective.utility``).
 """
 
 from __future__ import annotations
@@ -11,16 +14,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Model = TypeVar("Model", bound=BaseModel)
 Row = Annotated[list[float], Field(min_length=2, max_length=2)]
+Weights = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
 
 class ConfigError(ValueError):
@@ -71,8 +76,14 @@ class PretrainConfig(_Section):
     learning_rate: Positive
 
 
-class RewardConfig(_Section):
-    """A landscape; see :mod:`flowtilt.domains.planar.landscapes` for the fields.
+def _landscape(value: str, known: tuple[str, ...]) -> str:
+    if value not in known and value.count(":") != 1:
+        raise ValueError(f"must be {', '.join(known)} or module:Class")
+    return value
+
+
+class ZonesConfig(_Section):
+    """A landscape of zones and bumps; see :mod:`flowtilt.domains.planar.landscapes` for the fields.
 
     ``landscape`` is ``stripes``, ``spikes``, or ``module:Class`` for a subclass of ``Zones`` of
     your own in an importable module.
@@ -95,9 +106,31 @@ class RewardConfig(_Section):
     @field_validator("landscape")
     @classmethod
     def _known_landscape(cls, value: str) -> str:
-        if value not in ("stripes", "spikes") and value.count(":") != 1:
-            raise ValueError("must be stripes, spikes or module:Class")
-        return value
+        return _landscape(value, ("stripes", "spikes"))
+
+
+class SlopeConfig(_Section):
+    """A reward that grows along the diagonal and levels off; see ``domains.planar.landscapes.Slope``.
+
+    ``landscape`` is ``slope``, or ``module:Class`` for a subclass of ``Slope`` of your own.
+    """
+
+    landscape: str
+    height: float
+    middle: float
+    softness: Positive
+
+    @field_validator("landscape")
+    @classmethod
+    def _known_landscape(cls, value: str) -> str:
+        return _landscape(value, ("slope",))
+
+
+class BowlConfig(_Section):
+    """A cost that grows with the squared distance from a centre, and is 1 at the radius."""
+
+    centre: Row
+    radius: Positive
 
 
 class CalibrationConfig(_Section):
@@ -107,8 +140,8 @@ class CalibrationConfig(_Section):
     bracket: Row
 
 
-class ObjectiveConfig(_Section):
-    """The KL-regularised problem.
+class TailObjective(_Section):
+    """The KL-regularised tail problem.
 
     ``alpha`` is the KL weight of a sample's reward, in reward units a nat. The tail problems
     divide it by the mass of the tail, since their first variation is a reward divided by it: all
@@ -130,6 +163,26 @@ class ObjectiveConfig(_Section):
         return self.alpha / self.mass
 
 
+class TermConfig(_Section):
+    """A utility or a divergence: its name in the registry, and its parameters beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class FunctionalObjective(_Section):
+    """``utility - alpha divergence``; alpha in units of the utility a unit of the divergence."""
+
+    utility: TermConfig
+    divergence: TermConfig
+    alpha: NotNegative
+
+
 class OfflineConfig(_Section):
     """Samples of the offline batch, and of the batch that FDC linearises at."""
 
@@ -137,8 +190,14 @@ class OfflineConfig(_Section):
 
 
 class SolverConfig(_Section):
-    """Adjoint Matching; see :class:`flowtilt.control.adjoint_matching.AdjointMatchingSettings`."""
+    """The control solver of all methods.
 
+    One key, ``kind``, chooses it; ``pool``, ``ramp``, ``last_share`` and ``rest_share`` belong to
+    :class:`flowtilt.control.adjoint_matching.AdjointMatchingSettings`, ``bank`` and ``penalty`` to
+    :class:`flowtilt.control.weighted_fitting.WeightedFittingSettings`, the rest to both.
+    """
+
+    kind: Literal["adjoint_matching", "weighted_fitting"] = "adjoint_matching"
     updates: Count
     batch: Count
     pool: Count
@@ -149,6 +208,8 @@ class SolverConfig(_Section):
     gradient_clip: Positive
     last_share: Share
     rest_share: Share
+    bank: Count = 20000
+    penalty: Literal["kl", "pearson", "cressie_read_3", "reverse_kl", "squared_hellinger"] = "kl"
 
     @model_validator(mode="after")
     def _pool_holds_batch(self) -> SolverConfig:
@@ -160,34 +221,87 @@ class SolverConfig(_Section):
 class MethodConfig(_Section):
     """One method of an experiment.
 
-    ``step`` is alpha over the KL weight of FDC's steps: 1 is the largest that the theory allows.
     ``continue_from`` names an fdc method with fewer iterations to start from. ``updates`` is a
     smaller number of updates than the solver's for each of the method's solves.
     """
 
+    step_key: ClassVar[str]
+
     kind: Literal["pretrained", "am", "fdc", "tfft"]
     iterations: Count | None = None
-    step: Annotated[float, Field(gt=0, le=1)] | None = None
     continue_from: str | None = None
     updates: Count | None = None
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MethodConfig:
-        given = {k for k in ("iterations", "step", "continue_from") if getattr(self, k) is not None}
+        own = ("iterations", self.step_key, "continue_from")
+        given = {key for key in own if getattr(self, key) is not None}
         if self.kind == "fdc":
-            if missing := {"iterations", "step"} - given:
+            if missing := {"iterations", self.step_key} - given:
                 raise ValueError(f"an fdc method needs {' and '.join(sorted(missing))}")
         elif given:
             raise ValueError(f"{', '.join(sorted(given))} belong to fdc, not to {self.kind}")
         return self
 
+    def continues(self, earlier: MethodConfig) -> bool:
+        """Whether this is ``earlier`` with more iterations."""
+        own, its = (m.model_dump(exclude={"iterations", "continue_from"}) for m in (self, earlier))
+        return own == its and (earlier.iterations or 0) < (self.iterations or 0)
+
+
+class TailMethodConfig(MethodConfig):
+    """A method on a tail; ``step`` is alpha over the KL weight of FDC's steps, 1 the largest in theory."""
+
+    step_key = "step"
+
+    step: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class FunctionalMethodConfig(MethodConfig):
+    """A method on a functional.
+
+    ``step_weight`` is the KL weight of FDC's steps (the paper's eta), in units of the objective a
+    nat. ``objective`` changes keys of the experiment's for this method alone.
+    """
+
+    step_key = "step_weight"
+
+    kind: Literal["pretrained", "am", "fdc"]
+    step_weight: Positive | None = None
+    objective: dict[str, Any] = {}
+
 
 class EvaluationConfig(_Section):
-    """Samples of each run, and how many of them get a log-density for the KL divergence."""
+    """Samples of each run, and how many of them get a log-density."""
 
     samples: Count
     density_samples: Count
     ode_steps: Count
+
+
+class TransportConfig(_Section):
+    """Distances from the pretrained model: mean shifts along the axes, and W1 in each ground metric.
+
+    ``metrics`` names the ground metrics and gives the weights of the two axes in
+    ``d(x, y)^2 = sum_i w_i (x_i - y_i)^2``; ``samples`` enter the exact distance.
+    """
+
+    metrics: Annotated[dict[str, Weights], Field(min_length=1)]
+    samples: Count
+
+
+class EntropyConfig(_Section):
+    """Entropy by log-densities, and by a histogram of ``bins`` a side on ``[-extent, extent]^2``."""
+
+    extent: Positive
+    bins: Count
+
+
+class FunctionalEvaluationConfig(EvaluationConfig):
+    """The same, and which families of metrics are computed beside the objective."""
+
+    transport: TransportConfig | None = None
+    entropy: EntropyConfig | None = None
 
 
 class GridConfig(_Section):
@@ -199,7 +313,13 @@ class GridConfig(_Section):
 
 
 class Experiment(_Section):
-    """Everything that one experiment, or one case of a study, needs."""
+    """What every experiment, or one case of a study, has; see the two kinds below."""
+
+    layers: ClassVar[tuple[str, ...]]
+    """Rows of each method in the tables: its network's, and those that are solved on the grid."""
+
+    reads_too: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Sections that a stage reads in experiments of this kind only."""
 
     name: str
     title: str
@@ -209,12 +329,9 @@ class Experiment(_Section):
     network: NetworkConfig
     data: DataConfig
     pretrain: PretrainConfig
-    reward: RewardConfig
-    calibration: CalibrationConfig
-    objective: ObjectiveConfig
     offline: OfflineConfig
     solver: SolverConfig
-    methods: Annotated[dict[str, MethodConfig], Field(min_length=1)]
+    methods: Annotated[Mapping[str, MethodConfig], Field(min_length=1)]
     evaluation: EvaluationConfig
     grid: GridConfig
     axis_value: float | None = None
@@ -227,7 +344,7 @@ class Experiment(_Section):
     @model_validator(mode="after")
     def _methods_fit(self) -> Experiment:
         for name, method in self.methods.items():
-            if name in ("exact", "resolved"):
+            if name in self.layers:
                 raise ValueError(
                     f"methods.{name}: the name is taken by the rows solved on the grid; rename it"
                 )
@@ -239,17 +356,46 @@ class Experiment(_Section):
                     f"methods.{name}.continue_from names {method.continue_from!r}, "
                     f"which is no fdc method of this experiment ({', '.join(self.methods)})"
                 )
-            same = (earlier.step, earlier.updates) == (method.step, method.updates)
-            if (earlier.iterations or 0) >= (method.iterations or 0) or not same:
+            if not method.continues(earlier):
                 raise ValueError(
                     f"methods.{name} must have more iterations than {method.continue_from!r}, "
-                    "and the same step and updates"
+                    "and all other keys the same"
                 )
         return self
 
     def updates_of(self, method: str) -> int:
         """Optimiser steps in each solve of a method."""
         return min(method_of(self, method).updates or self.solver.updates, self.solver.updates)
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that the tables lead with."""
+        return "objective"
+
+    @property
+    def mass(self) -> float:
+        """Share of the law that the methods look at."""
+        return 1.0
+
+    @property
+    def mean_metric(self) -> str:
+        return f"mean_{self.unit}"
+
+    @property
+    def unit(self) -> str:
+        """What the landscape's height is: ``cost`` or ``reward``."""
+        return "reward"
+
+
+class TailExperiment(Experiment):
+    """An experiment on a tail of a landscape's cost or reward."""
+
+    layers = ("network", "exact", "resolved")
+
+    reward: ZonesConfig
+    calibration: CalibrationConfig
+    objective: TailObjective
+    methods: Annotated[Mapping[str, TailMethodConfig], Field(min_length=1)]
 
     @property
     def tail_metric(self) -> str:
@@ -259,13 +405,64 @@ class Experiment(_Section):
         return f"{which}_{percent}pct_{self.unit}"
 
     @property
-    def mean_metric(self) -> str:
-        return f"mean_{self.unit}"
+    def main_metric(self) -> str:
+        return self.tail_metric
+
+    @property
+    def mass(self) -> float:
+        return self.objective.mass
 
     @property
     def unit(self) -> str:
-        """What the landscape's height is: ``cost`` or ``reward``."""
         return "cost" if self.reward.sign < 0 else "reward"
+
+
+class FunctionalExperiment(Experiment):
+    """An experiment on any utility and divergence of the registry, with or without a reward."""
+
+    layers = ("network", "exact", "optimum")
+    reads_too: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "finetune": ("cost", "evaluation"),
+        "evaluate": ("path", "network", "data", "cost", "evaluation", "solver", "offline"),
+        "exact": ("data", "cost", "evaluation"),
+    }
+
+    reward: SlopeConfig | None = None
+    cost: BowlConfig | None = None
+    objective: FunctionalObjective
+    methods: Annotated[Mapping[str, FunctionalMethodConfig], Field(min_length=1)]
+    evaluation: FunctionalEvaluationConfig
+
+    @model_validator(mode="after")
+    def _problems_fit(self) -> FunctionalExperiment:
+        for name, method in self.methods.items():
+            problem = self._problem(name)
+            kinds = (problem.utility.kind, problem.divergence.kind)
+            if method.kind == "am" and (kinds != ("expected_reward", "kl") or problem.alpha == 0):
+                raise ValueError(
+                    f"methods.{name}: am raises the expected reward under a KL weight alpha > 0; give it "
+                    "objective: {utility: {kind: expected_reward}, divergence: {kind: kl}, alpha: ...}"
+                )
+        pretrained = [name for name, method in self.methods.items() if method.kind == "pretrained"]
+        if self.evaluation.transport is not None and pretrained != ["pretrained"]:
+            raise ValueError(
+                "evaluation.transport: distances are from the samples of the method 'pretrained'; "
+                "add methods.pretrained: {kind: pretrained}"
+            )
+        return self
+
+    def _problem(self, method: str) -> FunctionalObjective:
+        changes = self.methods[method].objective
+        try:
+            return FunctionalObjective.model_validate(merge(self.objective.model_dump(), changes))
+        except ValidationError as error:
+            said = _explain(f"methods.{method}.objective", FunctionalObjective, error.errors()[0])
+            raise ValueError(said) from None
+
+    def problem_of(self, method: str) -> FunctionalObjective:
+        """What a method maximises: the experiment's objective with the method's changes."""
+        method_of(self, method)
+        return self._problem(method)
 
 
 _STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
@@ -283,7 +480,8 @@ _STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
 def stage_digest(experiment: Experiment, stage: str, method: str | None = None) -> str:
     """Hash of just the sections that a stage reads, so that a change reruns only what it touches."""
     data = experiment.model_dump()
-    read: dict[str, Any] = {section: data[section] for section in _STAGE_SECTIONS[stage]}
+    sections = (*_STAGE_SECTIONS[stage], *experiment.reads_too.get(stage, ()))
+    read: dict[str, Any] = {section: data[section] for section in sections}
     if method is not None:
         read["method"] = data["methods"][method]
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]
@@ -295,12 +493,23 @@ def dump(experiment: Experiment) -> str:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` merged in; mappings merge key by key, all else is replaced."""
+    """``base`` with ``changes`` merged in; mappings merge key by key, all else is replaced.
+
+    A mapping of another ``kind`` replaces the old one whole, since its other keys are parameters of
+    that kind.
+    """
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_kind(old, value):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
     return merged
+
+
+def _same_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "kind" not in old or "kind" not in new or old["kind"] == new["kind"]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -369,7 +578,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     study = read_study(path)
     if study is None:
         merged = merge({"base": path.stem, **data}, overrides)
-        return {path.stem: _validated(Experiment, merged, path)}
+        return {path.stem: _validated(_class_of(merged), merged, path)}
     experiments = {}
     for case in study.study.cases:
         parent = read_yaml(path.parent / f"{case.of}.yaml")
@@ -385,7 +594,8 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
             "methods": case.methods,
             "axis_value": case.value,
         }
-        experiments[name] = _validated(Experiment, merge({**changed, **own}, overrides), path, case.label)
+        merged = merge({**changed, **own}, overrides)
+        experiments[name] = _validated(_class_of(merged), merged, path, case.label)
     return experiments
 
 
@@ -395,7 +605,27 @@ def load_resolved(path: str | Path) -> Experiment:
     data = read_yaml(path)
     if "study" in data:
         raise ConfigError(f"{path}: is a study; name one of its cases' resolved files instead")
-    return _validated(Experiment, {"base": path.stem, **data}, path)
+    return _validated(_class_of(data), {"base": path.stem, **data}, path)
+
+
+def _class_of(data: Mapping[str, Any]) -> type[Experiment]:
+    """The kind of experiment that some data describe."""
+    objective = data.get("objective")
+    functional = isinstance(objective, Mapping) and "utility" in objective
+    return FunctionalExperiment if functional else TailExperiment
+
+
+def tail_experiment(experiment: Experiment) -> TailExperiment:
+    """The experiment, if it is one on a tail.
+
+    Raises:
+        ConfigError: for one on another functional.
+    """
+    if not isinstance(experiment, TailExperiment):
+        raise ConfigError(
+            f"experiment {experiment.name}: this needs a tail; key objective must have tail, level and alpha"
+        )
+    return experiment
 
 
 def method_of(experiment: Experiment, name: str) -> MethodConfig:

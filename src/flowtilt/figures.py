@@ -24,7 +24,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy.ndimage import gaussian_filter, grey_opening
 
-from flowtilt.experiment import Experiment, load_file, read_study
+from flowtilt.experiment import Experiment, load_file, read_study, tail_experiment
 from flowtilt.files import atomic_path
 from flowtilt.measurements import (
     Entry,
@@ -553,7 +553,7 @@ def height_of(experiment: Experiment) -> Height:
 
     from flowtilt.domains.planar.build import build_reward
 
-    reward = build_reward(experiment)
+    reward = build_reward(tail_experiment(experiment))
     return lambda points: reward.height(torch.from_numpy(points)).numpy()
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flowtilt.experiment import Experiment
 
 LAYERS = ("network", "exact", "resolved")
+_WORDS = {"network": "", "exact": ", exact", "resolved": ", at finite resolution", "optimum": ", optimum"}
 LONG_COLUMNS = ("experiment", "method", "metric", "seed", "value")
 SUMMARY_COLUMNS = ("experiment", "method", "metric", "value", "sd", "seeds")
 
@@ -52,11 +53,12 @@ class Runs:
         methods: in the order of the tables.
         seeds: every one of them must have been run.
         unit: ``cost`` or ``reward``, what the landscape's height is.
-        mass: probability of the tail that the methods look at.
-        tail_metric: name of the mean over that tail.
+        mass: probability of the tail that the methods look at; 1 if they look at all of the law.
+        tail_metric: name of the mean over that tail, or of another metric that the tables lead with.
         title: one line for people.
         of: the experiment that a case derives from.
         value: where a case stands on its study's axis, if the cases differ in that.
+        layers: of each method, the network's first.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Runs:
     title: str = ""
     of: str = ""
     value: float | None = None
+    layers: tuple[str, ...] = LAYERS
 
     @property
     def mean_metric(self) -> str:
@@ -98,8 +101,9 @@ def runs_of(experiment: Experiment) -> Runs:
         ),
         seeds=tuple(experiment.seeds),
         unit=experiment.unit,
-        mass=experiment.objective.mass,
-        tail_metric=experiment.tail_metric,
+        mass=experiment.mass,
+        tail_metric=experiment.main_metric,
+        layers=experiment.layers,
         title=experiment.title,
         of=experiment.base,
         value=experiment.axis_value,
@@ -116,7 +120,7 @@ def row_name(method: str, layer: str) -> str:
 
 def split_row(row: str) -> tuple[str, str]:
     """The method and the layer of a row's name."""
-    for layer in LAYERS[1:]:
+    for layer in tuple(_WORDS)[1:]:
         if row.endswith(f"_{layer}"):
             return row.removesuffix(f"_{layer}"), layer
     return row, "network"
@@ -125,7 +129,7 @@ def split_row(row: str) -> tuple[str, str]:
 def row_words(row: str) -> str:
     """``am_exact`` as ``am, exact``."""
     method, layer = split_row(row)
-    return method + {"network": "", "exact": ", exact", "resolved": ", at finite resolution"}[layer]
+    return method + _WORDS[layer]
 
 
 def run_folder(results: str | Path, experiment: str, method: str, layer: str, seed: int) -> Path:
@@ -134,7 +138,11 @@ def run_folder(results: str | Path, experiment: str, method: str, layer: str, se
 
 
 def collect(
-    results: str | Path, experiment: str, methods: Sequence[str], seeds: Sequence[int]
+    results: str | Path,
+    experiment: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    layers: Sequence[str] = LAYERS,
 ) -> pd.DataFrame:
     """All metrics of an experiment or case in long form.
 
@@ -143,6 +151,7 @@ def collect(
         experiment: name of the experiment, or ``study/label``.
         methods: names; ``pretrained`` alone may have no exact or resolved row.
         seeds: of which every one must have been run.
+        layers: of each method.
 
     Returns:
         Columns :data:`LONG_COLUMNS`, ``method`` being the row's name; the rows of a method follow
@@ -153,7 +162,7 @@ def collect(
     """
     records: list[tuple[str, str, str, int, float]] = []
     for method in methods:
-        for layer in LAYERS:
+        for layer in layers:
             row = row_name(method, layer)
             for seed in seeds:
                 path = run_folder(results, experiment, method, layer, seed) / "metrics.json"
@@ -167,7 +176,7 @@ def collect(
 
 def collect_runs(results: str | Path, runs: Iterable[Runs]) -> pd.DataFrame:
     """:func:`collect` for several experiments and cases."""
-    frames = [collect(results, r.name, [m.name for m in r.methods], r.seeds) for r in runs]
+    frames = [collect(results, r.name, [m.name for m in r.methods], r.seeds, r.layers) for r in runs]
     return pd.concat(frames, ignore_index=True)
 
 

@@ -1,4 +1,4 @@
-"""Stages that only read numbers: thresholds and metrics. They import no torch, which would take longer."""
+"""Stages that only read numbers: thresholds and metrics of tails. Importing torch would take longer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from flowtilt import thresholds
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
-from flowtilt.experiment import ConfigError, Experiment, method_of
+from flowtilt.experiment import ConfigError, Experiment, method_of, tail_experiment
 from flowtilt.metrics.tails import dominance_violation
 from flowtilt.stages.files import read_arrays, read_history, read_threshold, write_json, write_rows
 
@@ -20,7 +20,7 @@ def threshold(experiment: Experiment, method: str, batch: Path, output: Path) ->
             f"experiment {experiment.name}: method {method!r} has no threshold; only tfft has one"
         )
     (rewards,) = read_arrays(batch, "reward")
-    problem = experiment.objective
+    problem = tail_experiment(experiment).objective
     at = thresholds.threshold(rewards, problem.tail_alpha, problem.mass, problem.tail)
     row = {
         "threshold": at,
@@ -52,6 +52,7 @@ def evaluate(
         threshold_file: of tfft.
         reference: samples of the pretrained model, to measure dominance over.
     """
+    experiment = tail_experiment(experiment)
     x, rewards, bumps, log_density = read_arrays(samples, "x", "reward", "bumps", "log_density")
     axis, log_pretrained = read_arrays(density_file, "axis", "log_density")
     gridded = GriddedDensity(axis, log_pretrained)
@@ -61,7 +62,7 @@ def evaluate(
     row = reward_metrics(experiment, kind, rewards, None, kl)
     row |= zone_masses(experiment, x[:, 0], bumps, np.full(len(x), 1 / len(x)))
     if history is not None:
-        row |= _activity(read_history(history, "active_share"))
+        row |= activity(read_history(history, "active_share"))
     if threshold_file is not None:
         row |= read_threshold(threshold_file)
     if reference is not None:
@@ -70,7 +71,7 @@ def evaluate(
     write_rows({method: row}, output)
 
 
-def _activity(shares: np.ndarray) -> Metrics:
+def activity(shares: np.ndarray) -> Metrics:
     """Shares of training endpoints with a gradient: over the run, and over its last fifth."""
     return {
         "active_share": float(shares.mean()),

@@ -5,31 +5,25 @@ Randomness follows from the names of experiment, method and seed alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flowtilt.checkpoints import load_weights, save_weights
-from flowtilt.control.adjoint_matching import AdjointMatchingSettings, Progress, solve
-from flowtilt.domains.planar.build import build_data, build_model, build_reward
-from flowtilt.experiment import ConfigError, Experiment, method_of
-from flowtilt.fdc import MirrorAscent, ascend
-from flowtilt.functionals.base import Functional, Objective
+from flowtilt.control.base import Progress
+from flowtilt.domains.planar.build import build_data, build_model, build_reward, build_slope
+from flowtilt.domains.planar.problems import build_objective
+from flowtilt.experiment import ConfigError, Experiment, FunctionalExperiment, method_of, tail_experiment
+from flowtilt.fdc import MirrorAscent, Solver, ascend
+from flowtilt.functionals.base import FirstVariation, Functional, Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import SQ, CVaR, RewardVariation
 from flowtilt.model import FlowModel
 from flowtilt.pretraining import PretrainingSettings, fit_flow
 from flowtilt.sampling import OdeSettings, sample_ode, sample_sde, sample_with_log_density
 from flowtilt.seeding import seed_of
-from flowtilt.stages.files import (
-    StageError,
-    read_threshold,
-    write_arrays,
-    write_history,
-)
+from flowtilt.stages.files import StageError, read_threshold, write_arrays, write_history
+from flowtilt.stages.solvers import build_solver
 from flowtilt.tfft import TailProblem
 
 
@@ -55,12 +49,7 @@ def offline(experiment: Experiment, seed: int, model: Path, output: Path) -> Non
     flow = load_weights(build_model(experiment), model)
     generator = _generator(experiment.name, "offline", seed)
     x = sample_sde(flow, experiment.offline.samples, experiment.solver.steps, generator)[-1]
-    write_arrays(output, x=x.numpy(), reward=build_reward(experiment)(x).numpy())
-
-
-def _tail_problem(experiment: Experiment) -> TailProblem:
-    objective = experiment.objective
-    return TailProblem(objective.tail, objective.mass, objective.tail_alpha)
+    write_arrays(output, x=x.numpy(), reward=build_reward(tail_experiment(experiment))(x).numpy())
 
 
 def finetune(
@@ -74,7 +63,7 @@ def finetune(
     threshold_file: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Fine-tune a pretrained model by one method, with Adjoint Matching as the solver.
+    """Fine-tune a pretrained model by one method, with the experiment's control solver.
 
     Args:
         experiment: what to do.
@@ -89,28 +78,38 @@ def finetune(
     """
     base: FlowModel = load_weights(build_model(experiment), pretrained)
     kind = method_of(experiment, method).kind
-    solver_settings = experiment.solver.model_dump() | {"updates": experiment.updates_of(method)}
-    settings = AdjointMatchingSettings(**solver_settings)
-    solver = partial(solve, settings=settings, progress=progress)
-    if kind == "am":
-        tilt = RewardVariation(build_reward(experiment))
-        generator = _generator(experiment.name, method, seed)
-        solution = solver(base, tilt, experiment.objective.alpha, generator=generator)
-        model, rows = solution.model, solution.history
-    elif kind == "tfft":
-        if threshold_file is None:
-            raise StageError(f"method {method!r} needs --threshold, the file of the threshold stage")
-        problem = _tail_problem(experiment)
-        hinge = problem.pseudo_reward(build_reward(experiment), read_threshold(threshold_file)["threshold"])
-        generator = _generator(experiment.name, method, seed)
-        solution = solver(base, hinge, problem.alpha, generator=generator)
-        model, rows = solution.model, solution.history
-    elif kind == "fdc":
+    if kind == "pretrained":
+        raise ConfigError(f"experiment {experiment.name}: method {method!r} is not fine-tuned")
+    solver = build_solver(experiment.solver, experiment.updates_of(method), progress)
+    if kind == "fdc":
         model, rows = _flow_density_control(experiment, method, seed, base, start, solver)
     else:
-        raise ConfigError(f"experiment {experiment.name}: method {method!r} is not fine-tuned")
+        tilt, kl_weight = _single_tilt(experiment, method, threshold_file)
+        solution = solver(base, tilt, kl_weight, _generator(experiment.name, method, seed))
+        model, rows = solution.model, solution.history
     write_history(rows, history)
     save_weights(model, output)
+
+
+def _single_tilt(
+    experiment: Experiment, method: str, threshold_file: Path | None
+) -> tuple[FirstVariation, float]:
+    """What a method of a single solve tilts by, and its KL weight."""
+    if isinstance(experiment, FunctionalExperiment):
+        slope = build_slope(experiment)
+        if slope is None:
+            raise ConfigError(
+                f"experiment {experiment.name}: key reward: missing; method {method!r} needs one"
+            )
+        return RewardVariation(slope), experiment.problem_of(method).alpha
+    tails = tail_experiment(experiment)
+    reward, problem = build_reward(tails), tails.objective
+    if method_of(experiment, method).kind == "am":
+        return RewardVariation(reward), problem.alpha
+    if threshold_file is None:
+        raise StageError(f"method {method!r} needs --threshold, the file of the threshold stage")
+    tail = TailProblem(problem.tail, problem.mass, problem.tail_alpha)
+    return tail.pseudo_reward(reward, read_threshold(threshold_file)["threshold"]), tail.alpha
 
 
 def _flow_density_control(
@@ -119,12 +118,11 @@ def _flow_density_control(
     seed: int,
     base: FlowModel,
     start: Path | None,
-    solver: Callable[..., Any],
+    solver: Solver,
 ) -> tuple[FlowModel, list[dict[str, float]]]:
     """FDC's iterations, from the pretrained model or from an earlier run."""
     config = method_of(experiment, method)
-    # The configuration admits no fdc method without these two.
-    iterations, step = config.iterations or 1, config.step or 1.0
+    iterations = config.iterations or 1  # the configuration admits no fdc method without
     done, model = 0, base
     if config.continue_from is not None:
         if start is None:
@@ -133,24 +131,32 @@ def _flow_density_control(
             )
         done = method_of(experiment, config.continue_from).iterations or 0
         model = load_weights(build_model(experiment), start)
-    problem = experiment.objective
-    reward = build_reward(experiment)
-    utility: Functional = (
-        CVaR(reward, problem.level) if problem.tail == "lower" else SQ(reward, problem.level)
-    )
-    steps = experiment.solver.steps
-    # Scores are compared at the last time where the solver trains the velocity.
-    objective = Objective(utility, KL(base, score_time=1 - 1 / steps), problem.tail_alpha)
-    settings = MirrorAscent(problem.tail_alpha / step, experiment.offline.samples, steps)
+    objective, step_weight, step = _ascent(experiment, method, base)
+    settings = MirrorAscent(step_weight, experiment.offline.samples, experiment.solver.steps)
     result = ascend(
         model,
         objective,
         range(done, iterations),
         settings,
-        lambda flow, tilt, weight, random: solver(flow, tilt, weight, generator=random),
+        solver,
+        # By the step and not by the method: methods that differ in nothing else share their noise.
         lambda k: _generator(experiment.name, "fdc", step, seed, k),
     )
     return result.model, result.history
+
+
+def _ascent(experiment: Experiment, method: str, base: FlowModel) -> tuple[Functional, float, float]:
+    """What an fdc method raises, the KL weight of its steps, and the step as configured."""
+    if isinstance(experiment, FunctionalExperiment):
+        step_weight = experiment.methods[method].step_weight or 1.0
+        return build_objective(experiment, method, base), step_weight, step_weight
+    tails = tail_experiment(experiment)
+    problem, reward = tails.objective, build_reward(tails)
+    utility = CVaR(reward, problem.level) if problem.tail == "lower" else SQ(reward, problem.level)
+    # Scores are compared at the last time where the solver trains the velocity.
+    kl = KL(base, score_time=1 - 1 / tails.solver.steps)
+    step = tails.methods[method].step or 1.0
+    return Objective(utility, kl, problem.tail_alpha), problem.tail_alpha / step, step
 
 
 def sample(experiment: Experiment, method: str, seed: int, model: Path, output: Path) -> None:
@@ -164,11 +170,11 @@ def sample(experiment: Experiment, method: str, seed: int, model: Path, output: 
     if config.samples > with_density:
         rest = sample_ode(flow, config.samples - with_density, generator, settings=settings)
         x = torch.cat([x, rest])
-    landscape = build_reward(experiment)
-    write_arrays(
-        output,
-        x=x.numpy(),
-        reward=landscape(x).numpy(),
-        bumps=landscape.bumps(x).numpy(),
-        log_density=log_density.numpy(),
-    )
+    arrays = {"x": x, "log_density": log_density}
+    if isinstance(experiment, FunctionalExperiment):
+        if (slope := build_slope(experiment)) is not None:
+            arrays["reward"] = slope(x)
+    else:
+        landscape = build_reward(tail_experiment(experiment))
+        arrays |= {"reward": landscape(x), "bumps": landscape.bumps(x)}
+    write_arrays(output, **{name: array.numpy() for name, array in arrays.items()})

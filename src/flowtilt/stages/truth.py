@@ -12,7 +12,7 @@ from flowtilt.checkpoints import load_weights
 from flowtilt.domains.planar.build import build_model, build_reward
 from flowtilt.domains.planar.rows import GriddedDensity
 from flowtilt.domains.planar.truth import ExactRows, coarsen, exact_rows, gridded_density, resolution_mismatch
-from flowtilt.experiment import Experiment
+from flowtilt.experiment import Experiment, TailExperiment, tail_experiment
 from flowtilt.stages.files import StageError, read_arrays, write_arrays, write_json, write_rows
 
 LAW_CELLS = 240
@@ -31,13 +31,14 @@ def exact(
     experiment: Experiment, density_file: Path, output: Path, laws: Path, resolution_file: Path | None = None
 ) -> None:
     """Solve every method on the grid, exactly or at the measured resolution."""
+    experiment = tail_experiment(experiment)
     width = None if resolution_file is None else _read_resolution(resolution_file)
     solved = exact_rows(experiment, GriddedDensity(*read_arrays(density_file, "axis", "log_density")), width)
     write_arrays(laws, **_law_arrays(experiment, solved))
     write_rows(solved.metrics, output)
 
 
-def _law_arrays(experiment: Experiment, solved: ExactRows) -> dict[str, np.ndarray]:
+def _law_arrays(experiment: TailExperiment, solved: ExactRows) -> dict[str, np.ndarray]:
     """Coarsened laws and reward histograms of exact rows."""
     side = solved.grid.cells // max(1, solved.grid.cells // LAW_CELLS)
     edges = np.linspace(solved.rewards.min(), solved.rewards.max(), HISTOGRAM_BINS + 1)
@@ -79,7 +80,7 @@ def measure_resolution(runs: Iterable[tuple[Experiment, Path, Path]], output: Pa
     for experiment, samples, density_file in runs:
         (x,) = read_arrays(samples, "x")
         gridded = GriddedDensity(*read_arrays(density_file, "axis", "log_density"))
-        mismatches.append(resolution_mismatch(experiment, gridded, x, RESOLUTION_CANDIDATES))
+        mismatches.append(resolution_mismatch(tail_experiment(experiment), gridded, x, RESOLUTION_CANDIDATES))
     mean = np.mean(mismatches, axis=0)
     result = {
         "width": RESOLUTION_CANDIDATES[int(np.argmin(mean))],

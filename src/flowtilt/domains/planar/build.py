@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from flowtilt.domains.planar.data import GaussianMixture
-from flowtilt.domains.planar.landscapes import LANDSCAPES, Zones
+from flowtilt.domains.planar.landscapes import LANDSCAPES, SLOPES, Bowl, Slope, Zones
 from flowtilt.domains.planar.model import PlanarFlow
-from flowtilt.experiment import ConfigError, Experiment, PathConfig
+from flowtilt.experiment import (
+    ConfigError,
+    Experiment,
+    FunctionalExperiment,
+    PathConfig,
+    TailExperiment,
+)
 from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
+from flowtilt.rewards import Reward
 from flowtilt.seeding import seed_of
+
+Kind = TypeVar("Kind", bound=Reward)
 
 
 def build_path(config: PathConfig) -> Interpolant:
@@ -36,20 +47,38 @@ def build_data(experiment: Experiment) -> GaussianMixture:
     return GaussianMixture(*(np.array(a) for a in (data.weights, data.means, data.deviations)))
 
 
-def build_reward(experiment: Experiment) -> Zones:
+def build_reward(experiment: TailExperiment) -> Zones:
     """The landscape as a reward (minus the height where heights are costs)."""
     fields = experiment.reward.model_dump()
     return landscape_class(fields.pop("landscape"))(**fields)
 
 
+def build_slope(experiment: FunctionalExperiment) -> Slope | None:
+    """The reward of an experiment on a functional, if it has one."""
+    if experiment.reward is None:
+        return None
+    fields = experiment.reward.model_dump()
+    return _imported(fields.pop("landscape"), SLOPES, Slope)(**fields)
+
+
+def build_cost(experiment: FunctionalExperiment) -> Bowl | None:
+    """The cost that a log barrier bounds, if the experiment has one."""
+    config = experiment.cost
+    return None if config is None else Bowl((config.centre[0], config.centre[1]), config.radius)
+
+
 def landscape_class(name: str) -> type[Zones]:
-    """A landscape by its name, or by ``module:Class`` from an importable module.
+    """A landscape of zones by its name, or by ``module:Class`` from an importable module.
 
     Raises:
         ConfigError: if there is no such class, or it is no subclass of ``Zones``.
     """
-    if name in LANDSCAPES:
-        return LANDSCAPES[name]
+    return _imported(name, LANDSCAPES, Zones)  # type: ignore[type-abstract]
+
+
+def _imported(name: str, known: Mapping[str, type[Kind]], base: type[Kind]) -> type[Kind]:
+    if name in known:
+        return known[name]
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -58,6 +87,6 @@ def landscape_class(name: str) -> type[Zones]:
             f"key reward.landscape: cannot load {name!r} ({error}); "
             "the module must be importable, for instance from a folder named in PYTHONPATH"
         ) from None
-    if not (isinstance(found, type) and issubclass(found, Zones)):
-        raise ConfigError(f"key reward.landscape: {name!r} must be a subclass of Zones")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"key reward.landscape: {name!r} must be a subclass of {base.__name__}")
     return found

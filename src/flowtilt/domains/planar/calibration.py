@@ -16,11 +16,11 @@ from scipy.optimize import brentq
 from flowtilt.domains.planar.build import build_data, build_reward
 from flowtilt.domains.planar.grid import normalise
 from flowtilt.domains.planar.truth import build_grid
-from flowtilt.experiment import ConfigError, Experiment
+from flowtilt.experiment import ConfigError, TailExperiment
 from flowtilt.metrics.tails import lower_tail_mean, upper_tail_mean
 
 
-def calibrated_edge(experiment: Experiment) -> float:
+def calibrated_edge(experiment: TailExperiment) -> float:
     """The right edge at which the data's tail mean is the calibration target, to 1e-5.
 
     Raises:

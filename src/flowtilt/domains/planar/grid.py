@@ -45,6 +45,11 @@ class Grid:
         """Cell centres, (cells, cells, 2); the first axis runs along x."""
         return np.stack(np.meshgrid(self.axis, self.axis, indexing="ij"), axis=-1)
 
+    @property
+    def flat_points(self) -> torch.Tensor:
+        """The same as a batch, float64, (cells^2, 2)."""
+        return torch.from_numpy(self.points.reshape(-1, 2))
+
     def rewards(self, reward: Reward, shift: float = 0.0) -> np.ndarray:
         """A reward at all cell centres, or at points shifted from them along both axes, (cells, cells)."""
         flat = torch.from_numpy(self.points.reshape(-1, 2) + shift)

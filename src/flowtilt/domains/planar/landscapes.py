@@ -1,7 +1,8 @@
-"""Reward landscapes of the risk-averse and the novelty-seeking experiment.
+"""Reward landscapes of the planar experiments: zones with bumps, and a slope that levels off.
 
-Neither paper prints its landscapes; both describe three zones along x: a plateau under the
-pretrained density, a zone of moderate reward to its left, and a zone to its right whose reward
+The risk-averse and the novelty-seeking experiment have zones. Neither paper prints its landscapes;
+both describe three zones along x: a plateau under the pretrained density, a zone of moderate reward
+to its left, and a zone to its right whose reward
 is good (or poor) but for thin features of catastrophic (or extreme) height. ``config/experiments``
 says which heights were read off the papers' rows, and :mod:`flowtilt.domains.planar.calibration`
 finds the one free constant, where the right zone begins.
@@ -9,6 +10,7 @@ finds the one free constant, where the right zone begins.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -105,3 +107,45 @@ class Spikes(Zones):
 
 
 LANDSCAPES: dict[str, type[Zones]] = {"stripes": Stripes, "spikes": Spikes}
+
+
+@dataclass(frozen=True)
+class Slope(Reward):
+    """A reward that grows along the diagonal ``s = (x + y) / sqrt(2)`` and levels off.
+
+    ``height`` times a smooth step from 0 to 1. Moves along x and along y are worth the same, so that
+    only a ground metric can favour one of them. Since it levels off, a mean reward less any multiple
+    of a transport distance has a maximum, which a reward of constant slope does not have: the law
+    would either stay or move without bound.
+
+    Attributes:
+        height: of the upper level; the lower one is 0.
+        middle: where along s half of it is reached.
+        softness: half-width of the step.
+    """
+
+    height: float
+    middle: float
+    softness: float
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        return self.height * _rise(x.sum(1) / math.sqrt(2), self.middle, self.softness)
+
+
+SLOPES: dict[str, type[Slope]] = {"slope": Slope}
+
+
+@dataclass(frozen=True)
+class Bowl(Reward):
+    """Squared distance from a centre in units of a radius: the cost of a log barrier.
+
+    Attributes:
+        centre: of the bowl.
+        radius: where its height is 1.
+    """
+
+    centre: tuple[float, float]
+    radius: float
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        return ((x - x.new_tensor(self.centre)) / self.radius).square().sum(1)

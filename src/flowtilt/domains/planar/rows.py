@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.interpolate import RectBivariateSpline
 
-from flowtilt.experiment import Experiment
+from flowtilt.experiment import TailExperiment
 from flowtilt.metrics.tails import lower_tail_mean, upper_tail_mean
 
 Metrics = dict[str, float | None]
@@ -45,7 +45,7 @@ class GriddedDensity:
         return RectBivariateSpline(self.axis, self.axis, self.log_density)
 
 
-def zone_masses(experiment: Experiment, x: np.ndarray, bumps: np.ndarray, weights: np.ndarray) -> Metrics:
+def zone_masses(experiment: TailExperiment, x: np.ndarray, bumps: np.ndarray, weights: np.ndarray) -> Metrics:
     """Where a law puts its mass: left of the plateau, right of it, and on the bumps.
 
     Args:
@@ -63,7 +63,7 @@ def zone_masses(experiment: Experiment, x: np.ndarray, bumps: np.ndarray, weight
 
 
 def reward_metrics(
-    experiment: Experiment, kind: str, rewards: np.ndarray, weights: np.ndarray | None, kl: float | None
+    experiment: TailExperiment, kind: str, rewards: np.ndarray, weights: np.ndarray | None, kl: float | None
 ) -> Metrics:
     """Metrics of a law from rewards, weights and its KL divergence; one estimator for all rows.
 

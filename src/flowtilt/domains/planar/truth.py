@@ -21,7 +21,7 @@ from flowtilt.domains.planar.grid import (
     tail_tilt,
 )
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
-from flowtilt.experiment import Experiment, MethodConfig
+from flowtilt.experiment import Experiment, TailExperiment, TailMethodConfig
 from flowtilt.model import FlowModel
 from flowtilt.sampling import OdeSettings, log_likelihood
 
@@ -42,7 +42,7 @@ def gridded_density(model: FlowModel, experiment: Experiment) -> GriddedDensity:
 
 
 def _laws(
-    experiment: Experiment, log_p: np.ndarray, rewards: np.ndarray, blur: Blur
+    experiment: TailExperiment, log_p: np.ndarray, rewards: np.ndarray, blur: Blur
 ) -> dict[str, np.ndarray]:
     """The law of every method, solved on the grid; log cell probabilities by method name."""
     problem = experiment.objective
@@ -56,7 +56,7 @@ def _laws(
             ascents[step] = mirror_ascent(log_p, rewards, alpha, alpha / step, mass, side, longest, blur)
         return ascents[step]
 
-    def solve(method: MethodConfig) -> np.ndarray:
+    def solve(method: TailMethodConfig) -> np.ndarray:
         if method.kind == "am":
             return expected_reward_tilt(log_p, rewards, problem.alpha, blur)
         if method.kind == "tfft":
@@ -85,7 +85,9 @@ class ExactRows:
     rewards: np.ndarray
 
 
-def exact_rows(experiment: Experiment, density: GriddedDensity, resolution: float | None = None) -> ExactRows:
+def exact_rows(
+    experiment: TailExperiment, density: GriddedDensity, resolution: float | None = None
+) -> ExactRows:
     """Every method's steps, each solved exactly for the gridded pretrained density.
 
     Args:
@@ -126,7 +128,7 @@ def total_variation(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def resolution_mismatch(
-    experiment: Experiment, density: GriddedDensity, samples: np.ndarray, widths: Sequence[float]
+    experiment: TailExperiment, density: GriddedDensity, samples: np.ndarray, widths: Sequence[float]
 ) -> list[float]:
     """Distance between a network's samples and Adjoint Matching's law at each blur width.
 

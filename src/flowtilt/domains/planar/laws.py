@@ -1,0 +1,258 @@
+"""Rows of the experiments on functionals: laws on the grid, samples, and what is measured of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flowtilt.domains.planar.build import build_data, build_model, build_slope
+from flowtilt.domains.planar.grid import Grid, kl_divergence, normalise
+from flowtilt.domains.planar.optimum import Optimum, mirror_iterates, optimum_of
+from flowtilt.domains.planar.problems import build_objective
+from flowtilt.domains.planar.rows import GriddedDensity, Metrics
+from flowtilt.experiment import FunctionalExperiment
+from flowtilt.functionals.base import FiniteLaw, Objective
+from flowtilt.metrics.entropy import histogram_entropy, likelihood_entropy
+from flowtilt.metrics.transport import ground_distances, kantorovich
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points in the plane with probabilities: samples, or the cells of a grid.
+
+    Attributes:
+        points: (n, 2).
+        weights: (n,), of sum 1.
+        log_density: in nats, at the first points or at all, (m,).
+    """
+
+    points: np.ndarray
+    weights: np.ndarray
+    log_density: np.ndarray
+
+    @classmethod
+    def of_samples(cls, points: np.ndarray, log_density: np.ndarray) -> Cloud:
+        return cls(points.astype(np.float64), np.full(len(points), 1 / len(points)), log_density)
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.weights @ self.points
+
+    def first(self, count: int) -> Cloud:
+        """The first points alone, reweighted."""
+        weights = self.weights[:count]
+        return Cloud(self.points[:count], weights / weights.sum(), self.log_density[:count])
+
+
+def shift_metrics(cloud: Cloud, reference: Cloud) -> Metrics:
+    """How far the mean moved along each axis, and the ratio of the two distances."""
+    horizontal, vertical = np.abs(cloud.mean - reference.mean)
+    return {
+        "horizontal_shift": float(horizontal),
+        "vertical_shift": float(vertical),
+        "horizontal_over_vertical_shift": float(horizontal / vertical) if vertical > 0 else None,
+    }
+
+
+def transport_metrics(experiment: FunctionalExperiment, cloud: Cloud, reference: Cloud) -> Metrics:
+    """Exact W1 from the reference in each ground metric of the configuration."""
+    config = experiment.evaluation.transport
+    if config is None:
+        return {}
+    metrics = shift_metrics(cloud, reference)
+    for name, weights in config.metrics.items():
+        cost = ground_distances(cloud.points, reference.points, weights)
+        metrics[f"w1_{name}"] = kantorovich(cost, cloud.weights, reference.weights).value
+    return metrics
+
+
+def coverage(experiment: FunctionalExperiment, cloud: Cloud) -> float | None:
+    """Probability of the region around the data's lightest component: nearer to its mean than to any other.
+
+    Undefined for data of a single component.
+    """
+    data = build_data(experiment)
+    if len(data.weights) == 1:
+        return None
+    distances = np.linalg.norm(cloud.points[:, None] - data.means, axis=-1)
+    return float(cloud.weights[distances.argmin(axis=1) == data.weights.argmin()].sum())
+
+
+@dataclass(frozen=True)
+class GridProblem:
+    """One method's problem on the grid.
+
+    Attributes:
+        objective: what it maximises.
+        grid: of the laws.
+        start: the pretrained law.
+    """
+
+    objective: Objective
+    grid: Grid
+    start: FiniteLaw
+
+    def law(self, log_p: np.ndarray) -> FiniteLaw:
+        """A law from log cell probabilities, (cells^2,)."""
+        return FiniteLaw(self.start.points, log_p, self.start.log_p)
+
+    def cloud(self, log_p: np.ndarray) -> Cloud:
+        points = self.start.points.numpy(force=True)
+        return Cloud(points, np.exp(log_p), log_p - 2 * np.log(self.grid.spacing))
+
+
+def grid_problem(experiment: FunctionalExperiment, method: str, density: GriddedDensity) -> GridProblem:
+    """A method's problem for a gridded pretrained density."""
+    grid = Grid(experiment.grid.extent, experiment.grid.cells)
+    log_p = normalise(density.on(grid.axis)).ravel()
+    objective = build_objective(experiment, method, build_model(experiment))
+    return GridProblem(objective, grid, FiniteLaw(grid.flat_points, log_p, log_p))
+
+
+def grid_metrics(experiment: FunctionalExperiment, problem: GridProblem, log_p: np.ndarray) -> Metrics:
+    """Metrics of a law on the grid."""
+    cloud, reference = problem.cloud(log_p), problem.cloud(problem.start.log_p)
+    metrics: Metrics = {"objective": problem.objective.finite_value(problem.law(log_p))}
+    reward = build_slope(experiment)
+    if reward is not None:
+        metrics["mean_reward"] = float(cloud.weights @ reward(problem.start.points).numpy())
+    metrics["kl"] = kl_divergence(log_p, problem.start.log_p)
+    metrics |= transport_metrics(experiment, cloud, reference)
+    if experiment.evaluation.entropy is not None:
+        held = cloud.weights > 0
+        metrics["entropy_likelihood"] = -float(cloud.weights[held] @ cloud.log_density[held])
+        metrics["coverage"] = coverage(experiment, cloud)
+    return metrics
+
+
+def sample_metrics(
+    experiment: FunctionalExperiment,
+    cloud: Cloud,
+    rewards: np.ndarray | None,
+    reference: Cloud | None,
+    density: GriddedDensity,
+) -> Metrics:
+    """Metrics of a run's samples, by the same names as those of the grid.
+
+    Args:
+        experiment: of the run.
+        cloud: the samples.
+        rewards: of the samples, if the experiment has a reward.
+        reference: samples of the pretrained model, if distances are wanted.
+        density: of the pretrained model.
+    """
+    metrics: Metrics = {}
+    if rewards is not None:
+        metrics["mean_reward"] = float(rewards.mean(dtype=np.float64))
+    ratio = cloud.log_density.astype(np.float64) - density.at(cloud.points[: len(cloud.log_density)])
+    metrics["kl"] = float(ratio.mean())
+    transport, entropy = experiment.evaluation.transport, experiment.evaluation.entropy
+    if transport is not None and reference is not None:
+        count = transport.samples
+        metrics |= transport_metrics(experiment, cloud.first(count), reference.first(count))
+        metrics |= shift_metrics(cloud, reference)
+    if entropy is not None:
+        metrics["entropy"] = histogram_entropy(cloud.points, entropy.extent, entropy.bins)
+        metrics["entropy_likelihood"] = likelihood_entropy(cloud.log_density)
+        metrics["coverage"] = coverage(experiment, cloud)
+        metrics["outside"] = float((np.abs(cloud.points).max(axis=1) > entropy.extent).mean())
+    return metrics
+
+
+@dataclass(frozen=True)
+class SolvedRows:
+    """Metrics and laws of all methods in one layer, solved on the grid.
+
+    Attributes:
+        metrics: by row name (``fdc_exact``, ``fdc_optimum``, ...).
+        laws: cell probabilities by row name, (cells, cells).
+        grid: of the laws.
+    """
+
+    metrics: dict[str, Metrics]
+    laws: dict[str, np.ndarray]
+    grid: Grid
+
+
+def solved_rows(experiment: FunctionalExperiment, density: GriddedDensity) -> dict[str, SolvedRows]:
+    """Every method's own steps solved exactly (``exact``), and the optimum of its problem (``optimum``).
+
+    Each row has the objective at the pretrained law as ``objective_before``.
+    """
+    grid = Grid(experiment.grid.extent, experiment.grid.cells)
+    layers = {layer: SolvedRows({}, {}, grid) for layer in ("exact", "optimum")}
+    best: dict[str, Optimum] = {}
+    for name, method in experiment.methods.items():
+        problem = grid_problem(experiment, name, density)
+        found = {"exact": _exact_law(experiment, name, problem)}
+        if method.kind != "pretrained":
+            # Methods that share a problem share its optimum.
+            key = repr(experiment.problem_of(name))
+            if key not in best:
+                best[key] = optimum_of(problem.objective, _starts(experiment, problem))
+            found["optimum"] = best[key].log_p
+        before = problem.objective.finite_value(problem.start)
+        for layer, log_p in found.items():
+            row = f"{name}_{layer}"
+            layers[layer].metrics[row] = grid_metrics(experiment, problem, log_p) | {
+                "objective_before": before
+            }
+            layers[layer].laws[row] = np.exp(log_p).reshape(grid.cells, grid.cells)
+    return layers
+
+
+def _exact_law(experiment: FunctionalExperiment, method: str, problem: GridProblem) -> np.ndarray:
+    config = experiment.methods[method]
+    if config.kind == "pretrained":
+        return problem.start.log_p
+    if config.kind == "am":  # the configuration admits an expected reward under KL alone
+        weight, steps = problem.objective.alpha, 1
+    else:
+        weight, steps = config.step_weight or 1.0, config.iterations or 1
+    return mirror_iterates(problem.objective, problem.start, weight, steps)[-1].log_p
+
+
+TILTS = (0.25, 1.0, 4.0)
+"""Nats by which other starts of the search for an optimum tilt the reward's standard deviation."""
+
+
+def _starts(experiment: FunctionalExperiment, problem: GridProblem) -> list[FiniteLaw]:
+    """The pretrained law, and tilts of it by the reward, for objectives with several stationary points."""
+    reward = build_slope(experiment)
+    starts = [problem.start]
+    if reward is not None:
+        rewards = reward(problem.start.points).numpy()
+        scaled = (rewards - rewards.mean()) / rewards.std()
+        starts += [problem.law(normalise(problem.start.log_p + nats * scaled)) for nats in TILTS]
+    return starts
+
+
+def network_grid_metrics(problem: GridProblem, density: GriddedDensity) -> Metrics:
+    """A fine-tuned network's objective on the grid of the optimum, by its own log-density.
+
+    ``grid_mass`` is how much of its probability lies on the grid: 1 less what is off it, and less or
+    more what the coarse log-density misses.
+    """
+    log_density = density.on(problem.grid.axis).ravel()
+    mass = float(np.exp(log_density).sum() * problem.grid.spacing**2)
+    return {
+        "objective": problem.objective.finite_value(problem.law(normalise(log_density))),
+        "grid_mass": mass,
+    }
+
+
+def critic_metrics(experiment: FunctionalExperiment, cloud: Cloud, reference: Cloud, seed: int) -> Metrics:
+    """W1 from the reference in each ground metric, by a critic: a lower estimate of the exact one."""
+    from flowtilt.functionals.critic import CriticSettings, train_critic
+
+    config = experiment.evaluation.transport
+    if config is None:
+        return {}
+    own, other = (torch.from_numpy(c.first(config.samples).points).float() for c in (cloud, reference))
+    metrics: Metrics = {}
+    for name, weights in config.metrics.items():
+        critic = train_critic(own, other, weights, CriticSettings(seed=seed))
+        metrics[f"w1_{name}_critic"] = float(critic.value(own).mean() - critic.value(other).mean())
+    return metrics

@@ -1,0 +1,62 @@
+"""The control solver that a configuration names: one key chooses it for all methods."""
+
+from __future__ import annotations
+
+import torch
+
+from flowtilt.control import adjoint_matching, weighted_fitting
+from flowtilt.control.base import Progress, Solution
+from flowtilt.experiment import SolverConfig
+from flowtilt.fdc import Solver
+from flowtilt.functionals.base import FirstVariation
+from flowtilt.model import FlowModel
+
+
+def build_solver(config: SolverConfig, updates: int, progress: Progress | None = None) -> Solver:
+    """A solver with its settings.
+
+    Args:
+        config: of the solver.
+        updates: optimiser steps of each solve.
+        progress: called with each update's row.
+    """
+    if config.kind == "weighted_fitting":
+        return _weighted_fitting(config, updates, progress)
+    return _adjoint_matching(config, updates, progress)
+
+
+def _adjoint_matching(config: SolverConfig, updates: int, progress: Progress | None) -> Solver:
+    settings = adjoint_matching.AdjointMatchingSettings(
+        updates=updates,
+        batch=config.batch,
+        pool=config.pool,
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        warmup=config.warmup,
+        ramp=config.ramp,
+        gradient_clip=config.gradient_clip,
+        last_share=config.last_share,
+        rest_share=config.rest_share,
+    )
+
+    def solve(base: FlowModel, tilt: FirstVariation, kl_weight: float, random: torch.Generator) -> Solution:
+        return adjoint_matching.solve(base, tilt, kl_weight, settings, random, progress)
+
+    return solve
+
+
+def _weighted_fitting(config: SolverConfig, updates: int, progress: Progress | None) -> Solver:
+    settings = weighted_fitting.WeightedFittingSettings(
+        bank=config.bank,
+        penalty=config.penalty,
+        updates=updates,
+        batch=config.batch,
+        learning_rate=config.learning_rate,
+        warmup=config.warmup,
+        gradient_clip=config.gradient_clip,
+    )
+
+    def solve(base: FlowModel, tilt: FirstVariation, kl_weight: float, random: torch.Generator) -> Solution:
+        return weighted_fitting.solve(base, tilt, kl_weight, settings, random, progress)
+
+    return solve
