@@ -35,11 +35,11 @@ class CriticSettings:
         seed: of the initial weights and the batches.
     """
 
-    updates: int = 1000
+    updates: int = 500
     batch: int = 256
     width: int = 64
     learning_rate: float = 3e-3
-    penalty: float = 30.0
+    penalty: float = 100.0
     seed: int = 0
 
     def __post_init__(self) -> None:

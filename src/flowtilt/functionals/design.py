@@ -158,7 +158,7 @@ class OptimalDesign(Functional):
         matrix = phi.T @ (p[:, None] * phi) + self.ridge * np.eye(phi.shape[1])
         values, vectors = np.linalg.eigh(matrix)
         if not values[0] > len(values) * np.finfo(np.float64).eps * values[-1]:
-            condition = values[-1] / max(values[0], np.finfo(np.float64).tiny)
+            condition = values[-1] / values[0] if values[0] > 1e-300 * values[-1] else math.inf
             raise SingularDesign(
                 f"the information matrix of {len(values)} features is singular "
                 f"(condition number {condition:.3g} at ridge {self.ridge:g}): "

@@ -305,7 +305,7 @@ DIVERGENCES = Registry(
             Wasserstein1,
             takes=("reference", "draw"),
             parameters={"weights": numbers(), "critic": section(CriticSettings)},
-            examples=({"weights": [1.0, 4.0]},),
+            examples=({"weights": [1.0, 4.0], "critic": {"updates": 100}},),
         ),
     },
 )

@@ -7,6 +7,7 @@ which takes longer than the transport of a thousand samples.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -83,10 +84,12 @@ def ground_distances(x: ArrayLike, y: ArrayLike, weights: Sequence[float] | None
         weights: of the coordinates, all 1 if not given.
 
     Raises:
-        TransportError: for samples that are not finite, or too many of them.
+        TransportError: for samples that are none, not finite or too many.
         ValueError: for weights that are not positive, or not one for each coordinate.
     """
-    a, b = (np.asarray(v, dtype=np.float64).reshape(len(np.asarray(v)), -1) for v in (x, y))
+    a, b = (_flat(np.asarray(v, dtype=np.float64)) for v in (x, y))
+    if not (len(a) and len(b)):
+        raise TransportError("optimal transport needs at least one sample on either side")
     if len(a) * len(b) > LARGEST_PROBLEM:
         raise TransportError(
             f"optimal transport of {len(a)} to {len(b)} samples has {len(a) * len(b):,} pairs, "
@@ -96,6 +99,10 @@ def ground_distances(x: ArrayLike, y: ArrayLike, weights: Sequence[float] | None
         raise TransportError("optimal transport needs finite samples")
     roots = np.sqrt(check_metric([1.0] * a.shape[1] if weights is None else weights, a.shape[1]))
     return cdist(a * roots, b * roots)
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def wasserstein1(x: ArrayLike, y: ArrayLike, weights: Sequence[float] | None = None) -> float:
@@ -115,8 +122,6 @@ def wasserstein1(x: ArrayLike, y: ArrayLike, weights: Sequence[float] | None = N
         ValueError: for weights that are not positive, or not one for each coordinate.
     """
     cost = ground_distances(x, y, weights)
-    if cost.size == 0:
-        raise TransportError("optimal transport needs at least one sample on either side")
     n, m = cost.shape
     value, log = _pot().emd2(
         np.full(n, 1 / n), np.full(m, 1 / m), cost, numItermax=LARGEST_COUNT_OF_PIVOTS, log=True
