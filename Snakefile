@@ -33,6 +33,7 @@ localrules:
     table,
     compare,
     experiment_figures,
+    functional_figures,
     study_figure,
     provenance,
 

@@ -74,8 +74,60 @@ def test_errors_name_the_file_the_key_and_the_fix(
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("change", "key", "hint"),
+    [
+        ({"objective": {"alpha": -0.1}}, "objective.alpha", "greater than or equal to 0"),
+        ({"objective": {"utility": {"kind": None}}}, "objective.utility.kind", "string"),
+        ({"methods": {"am": {"kind": "tfft"}}}, "methods.am.kind", "'pretrained', 'am' or 'fdc'"),
+        ({"methods": {"fdc_dA": {"step_weight": None}}}, "methods.fdc_dA", "needs step_weight"),
+        ({"methods": {"fdc_dA": {"step": 0.5}}}, "methods.fdc_dA.step", "unknown"),
+        ({"methods": {"am": {"objective": {"alpha": 0.0}}}}, "(whole file)", "am raises the expected reward"),
+        (
+            {"methods": {"am": {"objective": {"alpha": -1.0}}}},
+            "(whole file)",
+            "methods.am.objective: key alpha",
+        ),
+        ({"methods": {"am": {"objective": {"alfa": 1.0}}}}, "(whole file)", "known keys here: utility"),
+        ({"methods": {"optimum": {"kind": "pretrained"}}}, "(whole file)", "the name is taken"),
+        ({"reward": {"landscape": "stripes"}}, "reward.landscape", "slope or module:Class"),
+        ({"solver": {"kind": "newton"}}, "solver.kind", "'adjoint_matching' or 'weighted_fitting'"),
+        (
+            {"evaluation": {"transport": {"metrics": {"dA": [1.0]}}}},
+            "evaluation.transport.metrics.dA",
+            "2 items",
+        ),
+    ],
+)
+def test_errors_of_functional_experiments(
+    change: dict[str, Any], key: str, hint: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "ot_2d.yaml"
+    file.write_text(yaml.safe_dump(merge(yaml.safe_load((EXPERIMENTS / "ot_2d.yaml").read_text()), change)))
+    with pytest.raises(ConfigError) as caught:
+        load_file(file)
+    assert f"{file}: key {key}:" in str(caught.value)
+    assert hint in str(caught.value)
+
+
+def test_distances_need_a_pretrained_method(tmp_path: Path) -> None:
+    data = yaml.safe_load((EXPERIMENTS / "ot_2d.yaml").read_text())
+    del data["methods"]["pretrained"]
+    file = tmp_path / "ot_2d.yaml"
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=r"evaluation.transport: .*add methods.pretrained"):
+        load_file(file)
+
+
+def test_another_kind_replaces_a_mapping_and_the_same_kind_changes_it() -> None:
+    old = {"divergence": {"kind": "mmd", "kernel": "energy"}, "alpha": 1.0}
+    assert merge(old, {"divergence": {"kind": "kl"}}) == {"divergence": {"kind": "kl"}, "alpha": 1.0}
+    same = merge(old, {"divergence": {"kind": "mmd", "bandwidth": 2.0}})
+    assert same["divergence"] == {"kind": "mmd", "kernel": "energy", "bandwidth": 2.0}
+
+
 def test_unknown_files_and_methods_name_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"no_such_2d.*experiments in .*: iterations_2d, novelty_2d"):
+    with pytest.raises(ConfigError, match=r"no_such_2d.*experiments in .*: entropy_2d, hierarchy_2d, iter"):
         load_file(EXPERIMENTS / "no_such_2d.yaml")
     (experiment,) = load_file(RISK).values()
     with pytest.raises(ConfigError, match=r"unknown method 'ppo'; it has pretrained, am, fdc, tfft"):
@@ -129,6 +181,8 @@ def test_metric_names_follow_the_level() -> None:
     assert (experiment.tail_metric, experiment.mean_metric) == ("worst_1pct_cost", "mean_cost")
     (upper,) = load_file(EXPERIMENTS / "novelty_2d.yaml", {"objective": {"level": 0.998}}).values()
     assert upper.tail_metric == "top_0.2pct_reward"
+    (functional,) = load_file(EXPERIMENTS / "ot_2d.yaml").values()
+    assert (functional.main_metric, functional.mean_metric) == ("functional", "mean_reward")
 
 
 def test_reading_a_configuration_needs_no_torch() -> None:

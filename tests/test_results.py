@@ -32,7 +32,7 @@ def test_every_configured_run_is_there(by_seed: pd.DataFrame) -> None:
     for file in (ROOT / "config" / "experiments").glob("*.yaml"):
         for name, experiment in load_file(file).items():
             for method in experiment.methods:
-                seeds = metric(by_seed, name, method, experiment.tail_metric).index
+                seeds = metric(by_seed, name, method, experiment.main_metric).index
                 assert sorted(seeds) == experiment.seeds
 
 

@@ -48,7 +48,7 @@ from flowtilt.tables import (
     write_study_table,
     write_table,
 )
-from made_up import METHODS, made_up_runs, plain_metrics, write_metrics
+from made_up import METHODS, functional_metrics, made_up_runs, plain_metrics, write_metrics
 
 CONFIG = Path(__file__).parents[1] / "config"
 REPORTED = CONFIG / "reported_results.csv"
@@ -579,7 +579,8 @@ def test_tables_of_all_the_projects_experiments(tmp_path: Path) -> None:
         for experiment in load_file(file, overrides).values():
             runs = runs_of(experiment)
             tails = {row_name(m.name, layer): 90.0 for m in runs.methods for layer in LAYERS}
-            write_metrics(tmp_path, runs, plain_metrics(runs, tails))
+            metrics = plain_metrics(runs, tails) if runs.has_tail else functional_metrics
+            write_metrics(tmp_path, runs, metrics)
             names.append(runs.name)
         write_table(file, overrides, tmp_path, REPORTED, tmp_path / "tables" / file.stem)
         assert {p.suffix for p in (tmp_path / "tables").glob(f"{file.stem}.*")} == {".csv", ".md", ".tex"}
@@ -590,7 +591,7 @@ def test_tables_of_all_the_projects_experiments(tmp_path: Path) -> None:
     assert tuple(frame.columns) == COMPARISON_COLUMNS
     assert list(dict.fromkeys(frame["experiment"])) == names
     judged = frame[frame["verdict"] != ""]
-    assert list(dict.fromkeys(judged["experiment"])) == ["novelty_2d", "risk_averse_2d"]
+    assert list(dict.fromkeys(judged["experiment"])) == ["novelty_2d", "ot_2d", "risk_averse_2d"]
     assert (frame.loc[frame["source"] == "flowtilt", "reported"] == "").all()
 
 

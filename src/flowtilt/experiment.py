@@ -370,7 +370,7 @@ class Experiment(_Section):
     @property
     def main_metric(self) -> str:
         """The metric that the tables lead with."""
-        return "objective"
+        return "functional"
 
     @property
     def mass(self) -> float:
@@ -533,13 +533,15 @@ class Case(_Section):
     of: str
     value: float | None = None
     set: dict[str, Any] = {}
-    methods: dict[str, dict[str, Any]]
+    methods: dict[str, dict[str, Any]] = {}
 
 
 class StudyConfig(_Section):
-    """What a study varies, and its cases."""
+    """What a study varies, and its cases; ``set`` and ``methods`` are for cases that do not say otherwise."""
 
     axis: str
+    set: dict[str, Any] = {}
+    methods: dict[str, dict[str, Any]] = {}
     cases: Annotated[list[Case], Field(min_length=1)]
 
 
@@ -585,13 +587,13 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
         name = f"{study.name}/{case.label}"
         if name in experiments:
             raise ConfigError(f"{path}: key study.cases: the label {case.label!r} occurs twice")
-        changed = merge(parent, case.set)
+        changed = merge(merge(parent, study.study.set), case.set)
         own = {
             "name": name,
             "title": f"{study.title}: {case.label}",
             "base": case.of,
             "seeds": study.seeds,
-            "methods": case.methods,
+            "methods": merge(study.study.methods, case.methods),
             "axis_value": case.value,
         }
         merged = merge({**changed, **own}, overrides)

@@ -24,8 +24,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy.ndimage import gaussian_filter, grey_opening
 
-from flowtilt.experiment import Experiment, load_file, read_study, tail_experiment
+from flowtilt.experiment import Experiment, FunctionalExperiment, load_file, read_study, tail_experiment
+from flowtilt.figures_functionals import hierarchy_figure, metrics_figure
 from flowtilt.files import atomic_path
+from flowtilt.hierarchy import reached
 from flowtilt.measurements import (
     Entry,
     Laws,
@@ -39,6 +41,7 @@ from flowtilt.measurements import (
     row_name,
     runs_of,
     summarise,
+    with_gaps,
 )
 from flowtilt.metrics.tails import quantile
 from flowtilt.panels import describe, pretty
@@ -211,7 +214,7 @@ def _mass_contours(axes: Axes, points: np.ndarray, half: float) -> None:
 
 
 def densities_figure(
-    height: Height,
+    height: Height | None,
     half: float,
     runs: Runs,
     samples: Mapping[str, np.ndarray],
@@ -220,28 +223,28 @@ def densities_figure(
     """Where every method puts its mass: a column a method, a row a layer, over the faint landscape.
 
     Args:
-        height: heights (n,) at points (n, 2).
+        height: heights (n,) at points (n, 2), or None where there is no landscape.
         half: half the side of the window.
         runs: the experiment.
         samples: points (n, 2) of each method's network, pooled over seeds.
         laws: by layer, averaged over seeds.
     """
-    drawn = relief(height, half, cells=450)
+    drawn = None if height is None else relief(height, half, cells=450)
     layers = ["network", *laws]
     figure = Figure(figsize=(2.5 * len(runs.methods) + 1.2, 2.55 * len(layers) + 0.5))
     grid = figure.subplots(len(layers), len(runs.methods), sharex=True, sharey=True, squeeze=False)
     norm = LogNorm(1e-3, 1.0)
     for row, layer in zip(grid, layers, strict=True):
         for axes, method in zip(row, runs.methods, strict=True):
-            drawn.draw(axes, _FAINT_COLOURS)
+            if drawn is not None:
+                drawn.draw(axes, _FAINT_COLOURS)
+            axes.set(xlim=(-half, half), ylim=(-half, half), aspect="equal")
             density = _density(method, layer, half, samples, laws)
             if density is not None:
                 _overlay(axes, *density, norm)
             else:
                 axes.text(0, 0, "not solved", ha="center", va="center", color="#6b6b6b")
-            axes.set(xlim=(-half, half), ylim=(-half, half), aspect="equal")
-        words = {"network": "network samples", "exact": "exact law", "resolved": "law at finite resolution"}
-        row[0].set_ylabel(f"{words[layer]}\ny")
+        row[0].set_ylabel(f"{_LAW_WORDS[layer]}\ny")
     for axes, method in zip(grid[0], runs.methods, strict=True):
         axes.set_title(method.name)
     for axes in grid[-1]:
@@ -252,8 +255,17 @@ def densities_figure(
     )
     n = len(runs.seeds)
     what = f"samples of {n} seeds pooled, laws averaged" if n > 1 else "samples and laws of one seed"
-    figure.suptitle(f"{runs.title or runs.name}: {what}; in grey, the {runs.unit}")
+    grey = f"; in grey, the {runs.unit}" if drawn is not None else ""
+    figure.suptitle(f"{runs.title or runs.name}: {what}{grey}")
     return figure
+
+
+_LAW_WORDS = {
+    "network": "network samples",
+    "exact": "exact law",
+    "resolved": "law at finite resolution",
+    "optimum": "optimum",
+}
 
 
 _DENSITY_COLOURS = LinearSegmentedColormap.from_list(
@@ -525,7 +537,7 @@ def write_figures(
     reported: str | Path,
     prefix: str | Path,
 ) -> None:
-    """Draw an experiment (three files ``{prefix}_*.png``) or a study (``{prefix}.png``).
+    """Draw an experiment (files ``{prefix}_*.png``) or a study (``{prefix}.png``).
 
     Args:
         file: the experiment's or study's file.
@@ -538,13 +550,16 @@ def write_figures(
         ConfigError: if the file is not a valid experiment or study.
         ResultsError: if a file of results is missing or malformed, or the reported values are.
     """
-    experiments = load_file(file, overrides).values()
-    study = read_study(Path(file))
-    if study is None:
-        (experiment,) = experiments
-        draw_experiment(results, runs_of(experiment), height_of(experiment), read_reported(reported), prefix)
-    else:
+    experiments = list(load_file(file, overrides).values())
+    study, first = read_study(Path(file)), experiments[0]
+    if study is not None and isinstance(first, FunctionalExperiment):
+        draw_hierarchy(results, study.title, experiments, prefix)
+    elif study is not None:
         draw_study(results, study_runs_of(study, experiments), prefix)
+    elif isinstance(first, FunctionalExperiment):
+        draw_functional(results, runs_of(first), slope_of(first), read_reported(reported), prefix)
+    else:
+        draw_experiment(results, runs_of(first), height_of(first), read_reported(reported), prefix)
 
 
 def height_of(experiment: Experiment) -> Height:
@@ -555,6 +570,16 @@ def height_of(experiment: Experiment) -> Height:
 
     reward = build_reward(tail_experiment(experiment))
     return lambda points: reward.height(torch.from_numpy(points)).numpy()
+
+
+def slope_of(experiment: FunctionalExperiment) -> Height | None:
+    """The reward (n,) as a function of points (n, 2), if the experiment has one."""
+    import torch
+
+    from flowtilt.domains.planar.build import build_slope
+
+    reward = build_slope(experiment)
+    return None if reward is None else lambda points: reward(torch.from_numpy(points)).numpy()
 
 
 def draw_experiment(
@@ -595,6 +620,36 @@ def _reported_tails(reported: pd.DataFrame, runs: Runs) -> dict[str, dict[str, f
     for source, method, value in chosen[["source", "method", "value"]].itertuples(index=False):
         found.setdefault(str(source), {})[str(method)] = float(value)
     return found
+
+
+def draw_functional(
+    results: str | Path, runs: Runs, height: Height | None, reported: pd.DataFrame, prefix: str | Path
+) -> None:
+    """Draw ``{prefix}_densities.png`` and ``{prefix}_metrics.png`` of an experiment on functionals.
+
+    Args:
+        results: root of the results.
+        runs: the experiment.
+        height: rewards (n,) at points (n, 2), or None.
+        reported: see :func:`flowtilt.tables.read_reported`.
+        prefix: of the files to write.
+    """
+    points = {m.name: load_samples(results, runs, m.name)[0] for m in runs.methods}
+    laws = {layer: load_laws(results, runs, layer) for layer in runs.layers[1:]}
+    half = min(window(list(points.values())), float(laws["exact"].axis[-1]))
+    long = with_gaps(collect_runs(results, [runs]))
+    with _style():
+        _save(densities_figure(height, half, runs, points, laws), f"{prefix}_densities.png", 125)
+        _save(metrics_figure(runs, long, reported), f"{prefix}_metrics.png")
+
+
+def draw_hierarchy(
+    results: str | Path, title: str, experiments: Sequence[Experiment], prefix: str | Path
+) -> None:
+    """Draw ``{prefix}.png``: how much of the gap each functional's network closes."""
+    long = collect_runs(results, [runs_of(e) for e in experiments])
+    with _style():
+        _save(hierarchy_figure(reached(long, experiments), title), f"{prefix}.png")
 
 
 def draw_study(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:

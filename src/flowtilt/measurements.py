@@ -78,6 +78,11 @@ class Runs:
         return f"mean_{self.unit}"
 
     @property
+    def has_tail(self) -> bool:
+        """Whether the experiment is on a tail of the reward."""
+        return self.mass < 1
+
+    @property
     def sign(self) -> int:
         """Of the reward against the landscape's height: -1 for a cost."""
         return -1 if self.unit == "cost" else 1
@@ -256,8 +261,8 @@ class Laws:
     Attributes:
         axis: cell centres along either side, (n,).
         cells: cell probabilities by row name, each (n, n), the first axis along x.
-        edges: of the reward's histogram, rising, (m + 1,).
-        rewards: histogram probabilities by row name, each (m,).
+        edges: of the reward's histogram, rising, (m + 1,); none for functionals.
+        rewards: histogram probabilities by row name, each (m,); none for functionals.
     """
 
     axis: np.ndarray
@@ -267,7 +272,7 @@ class Laws:
 
 
 def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
-    """The laws of one layer (``exact`` or ``resolved``) of an experiment.
+    """The laws of one solved layer (``exact``, ``resolved`` or ``optimum``) of an experiment.
 
     Raises:
         ResultsError: if a file is missing, malformed, or on another grid than that of the first seed.
@@ -278,10 +283,10 @@ def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
         seeds.append((path, _read_arrays(path)))
     first_path, first = seeds[0]
     for path, arrays in seeds:
-        if missing := {"axis", "reward_edges"} - arrays.keys():
+        if missing := set(_frame(runs)) - arrays.keys():
             raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; {_again(path)}")
         if any(a.shape != first[name].shape for name, a in arrays.items() if name in first) or not all(
-            np.allclose(arrays[name], first[name]) for name in ("axis", "reward_edges")
+            np.allclose(arrays[name], first[name]) for name in _frame(runs)
         ):
             raise ResultsError(f"{path}: not on the grid of {first_path}; {_again(path)}")
     rows = [row_name(m.name, layer) for m in runs.methods if row_name(m.name, layer) in first]
@@ -296,21 +301,27 @@ def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
     return Laws(
         axis=first["axis"],
         cells={row: mean(row) for row in rows},
-        edges=first["reward_edges"],
-        rewards={row: mean(f"{row}__rewards") for row in rows},
+        edges=first.get("reward_edges", np.zeros(0)),
+        rewards={row: mean(f"{row}__rewards") for row in rows if "reward_edges" in _frame(runs)},
     )
 
 
+def _frame(runs: Runs) -> tuple[str, ...]:
+    """Arrays that all laws of an experiment share; functionals have no histogram of the reward."""
+    return ("axis", "reward_edges") if runs.has_tail else ("axis",)
+
+
 def load_samples(results: str | Path, runs: Runs, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """A network's samples, pooled over seeds: points (n, 2) and rewards (n,)."""
+    """A network's samples, pooled over seeds: points (n, 2) and rewards (n,), 0 where there is no reward."""
+    needed = {"x", "reward"} if runs.has_tail else {"x"}
     points, rewards = [], []
     for seed in runs.seeds:
         path = run_folder(results, runs.name, method, "network", seed) / "samples.npz"
         arrays = _read_arrays(path)
-        if missing := {"x", "reward"} - arrays.keys():
+        if missing := needed - arrays.keys():
             raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; {_again(path)}")
         points.append(arrays["x"])
-        rewards.append(arrays["reward"])
+        rewards.append(arrays.get("reward", np.zeros(len(arrays["x"]))))
     return np.concatenate(points), np.concatenate(rewards)
 
 
@@ -362,6 +373,15 @@ def entries(summary: pd.DataFrame) -> list[Entry]:
     ]
 
 
+def _by_row(long: pd.DataFrame, metric: str) -> dict[tuple[str, str, int], float]:
+    """One metric by experiment, row and seed."""
+    chosen = long[long["metric"] == metric]
+    return {
+        (str(experiment), str(row), int(seed)): float(value)
+        for experiment, row, _, seed, value in chosen[list(LONG_COLUMNS)].itertuples(index=False)
+    }
+
+
 def summarise(long: pd.DataFrame) -> pd.DataFrame:
     """Mean, sample standard deviation and number of seeds of every metric of every row.
 
@@ -379,18 +399,24 @@ def summarise(long: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_gaps(long: pd.DataFrame) -> pd.DataFrame:
-    """A long frame with the metrics ``gap`` and ``relative_gap`` added to every row but the exact.
+    """A long frame with what rows miss of their solved ones, by the same method and seed.
 
-    ``gap`` is the objective of the method's exact row less that of the row, on the same seed:
+    For tails the metrics ``gap`` and ``relative_gap`` are added to every row but the exact. ``gap`` is
+    the objective of the method's exact row less that of the row, on the same seed:
     positive where the row is the worse one. ``relative_gap`` is the same in percent of the size of
-    the exact objective.
+    the exact objective. For functionals ``gap_closed`` is added to networks' and exact rows: of the
+    difference between the optimum and the pretrained law, the share in percent that the row reaches.
     """
-    chosen = long[long["metric"] == "objective"]
-    objective = {
-        (str(experiment), str(row), int(seed)): float(value)
-        for experiment, row, _, seed, value in chosen[list(LONG_COLUMNS)].itertuples(index=False)
-    }
+    objective = _by_row(long, "objective")
     added: list[tuple[str, str, str, int, float]] = []
+    reached, before = _by_row(long, "functional"), _by_row(long, "functional_before")
+    for (experiment, row, seed), value in reached.items():
+        method, layer = split_row(row)
+        key = (experiment, row_name(method, "optimum"), seed)
+        if key in reached and layer != "optimum":
+            whole = reached[key] - before[key]
+            share = 100 * (value - before[key]) / whole if whole > 0 else math.nan
+            added.append((experiment, row, "gap_closed", seed, share))
     for (experiment, row, seed), value in objective.items():
         method, layer = split_row(row)
         exact = objective.get((experiment, row_name(method, "exact"), seed))

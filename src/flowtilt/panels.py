@@ -27,6 +27,17 @@ _DESCRIPTIONS = {
     "kl": Description("KL from pretrained", "nats"),
     "objective": Description("G", "reward", "higher"),
     "tail_objective": Description("G of the tail", "reward", "higher"),
+    "functional": Description("G", "", "higher"),
+    "functional_before": Description("G before", ""),
+    "gap_closed": Description("gap closed", "%", "higher"),
+    "horizontal_shift": Description("horizontal shift", "distance"),
+    "vertical_shift": Description("vertical shift", "distance"),
+    "horizontal_over_vertical_shift": Description("horizontal over vertical shift", "ratio"),
+    "entropy": Description("entropy of the histogram", "nats", "higher"),
+    "entropy_likelihood": Description("entropy by likelihood", "nats", "higher"),
+    "coverage": Description("mass about the small component", "share", "higher"),
+    "outside": Description("off the histogram", "share"),
+    "grid_mass": Description("mass on the grid", "share"),
     "gap": Description("gap to exact", "reward", "lower"),
     "relative_gap": Description("gap to exact", "%", "lower"),
     "mass_left": Description("mass left", "share"),
@@ -38,6 +49,7 @@ _DESCRIPTIONS = {
     "threshold": Description("threshold", "reward"),
     "dominance_violation": Description("violation of dominance", "share", "lower"),
 }
+_TRANSPORT = re.compile(r"w1_(\w+?)(_critic)?")
 _TAIL = re.compile(r"(worst|top)_([0-9.]+)pct_(\w+)")
 
 
@@ -46,6 +58,9 @@ def describe(metric: str) -> Description:
     if tail := _TAIL.fullmatch(metric):
         which, percent, unit = tail.groups()
         return Description(f"{which}-{percent} % mean", unit, "lower" if unit == "cost" else "higher")
+    if transport := _TRANSPORT.fullmatch(metric):
+        name, critic = transport.groups()
+        return Description(f"W1 under {name}{' by critic' if critic else ''}", "distance", "lower")
     return _DESCRIPTIONS.get(metric, Description(metric.replace("_", " "), ""))
 
 

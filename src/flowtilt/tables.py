@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flowtilt.experiment import load_file, read_study
+from flowtilt import hierarchy
+from flowtilt.experiment import Experiment, FunctionalExperiment, load_file, read_study
 from flowtilt.files import atomic_path
 from flowtilt.measurements import (
     LAYERS,
@@ -133,8 +134,13 @@ ROW_NOTE = (
     "maximises: the tail mean of the reward (am: its mean) less the KL weight times the KL divergence "
     "from the pretrained model. The gap is the exact row's G less the row's own, on the same seed."
 )
-NOTE = (
-    f"{ROW_NOTE} Verdicts are by code: match (within 10 % of the reported value or two sd), same "
+FUNCTIONAL_ROW_NOTE = (
+    "Rows: each method's network; the same steps solved exactly on a grid (exact); and the largest G of "
+    "any law on that grid (optimum). G is what a method maximises, for networks by their own density on "
+    "the same grid. The gap closed is the share of the way from the pretrained law to the optimum."
+)
+_VERDICTS = (
+    "Verdicts are by code: match (within 10 % of the reported value or two sd), same "
     "ordering (above and below the same methods as reported), or differs."
 )
 
@@ -150,7 +156,7 @@ def experiment_panels(long: pd.DataFrame, runs: Runs, reported: pd.DataFrame) ->
     summary = entries(summarise(with_gaps(long)))
     beside = _reported_columns(long, reported)
     known = list(dict.fromkeys(e.metric for e in summary))
-    first = [runs.tail_metric, *beside, runs.mean_metric, "kl", "objective", "gap"]
+    first = [runs.tail_metric, "gap_closed", *beside, runs.mean_metric, "kl", "objective", "gap"]
     first = [metric for metric in dict.fromkeys(first) if metric in known]
     rest = [metric for metric in known if metric not in first and metric != "relative_gap"]
     rows = list(dict.fromkeys(e.row for e in summary))
@@ -231,6 +237,8 @@ def write_table(
     if study is None:
         (experiment,) = experiments
         write_experiment_table(results, runs_of(experiment), prefix, beside)
+    elif all(isinstance(case, FunctionalExperiment) for case in experiments):
+        write_hierarchy_table(results, study.title, list(experiments), prefix)
     else:
         write_study_table(results, study_runs_of(study, experiments), prefix)
 
@@ -260,7 +268,8 @@ def write_experiment_table(
 ) -> None:
     """:func:`write_table` for one ordinary experiment."""
     long = collect_runs(results, [runs])
-    _write(prefix, table_frame(long, reported), experiment_panels(long, runs, reported), NOTE)
+    note = f"{ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE} {_VERDICTS}"
+    _write(prefix, table_frame(long, reported), experiment_panels(long, runs, reported), note)
 
 
 def write_study_table(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:
@@ -269,6 +278,15 @@ def write_study_table(results: str | Path, study: StudyRuns, prefix: str | Path)
     frame = pd.DataFrame(points, columns=list(Point._fields)).astype({"axis": float})
     said = "\n".join(f"- {line}" for line in findings(points, study))
     _write(prefix, frame, study_panels(points, study), f"{said}\n\n{ROW_NOTE}".lstrip())
+
+
+def write_hierarchy_table(
+    results: str | Path, title: str, cases: Sequence[Experiment], prefix: str | Path
+) -> None:
+    """:func:`write_table` for a study whose cases are functionals."""
+    lines = hierarchy.reached(collect_runs(results, [runs_of(case) for case in cases]), cases)
+    frame = pd.DataFrame(lines, columns=list(hierarchy.Reached._fields))
+    _write(prefix, frame, [hierarchy.hierarchy_panel(lines, title)], hierarchy.NOTE)
 
 
 def _write(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:

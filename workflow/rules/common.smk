@@ -12,7 +12,15 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 try:
-    from flowtilt.experiment import ConfigError, Experiment, dump, load_file, stage_digest
+    from flowtilt.experiment import (
+        ConfigError,
+        Experiment,
+        FunctionalExperiment,
+        TailExperiment,
+        dump,
+        load_file,
+        stage_digest,
+    )
     from flowtilt.files import atomic_path
 except ModuleNotFoundError as error:
     raise WorkflowError(
@@ -87,14 +95,39 @@ def load_all() -> dict[str, dict[str, Experiment]]:
     return files
 
 
+def check_functionals(experiments) -> None:
+    """Refuse functionals that no job could use, before any job starts."""
+    from flowtilt.domains.planar.problems import check_problems  # takes torch
+
+    for experiment in experiments:
+        try:
+            check_problems(experiment)
+        except ConfigError as error:
+            raise WorkflowError(f"{experiment_file(experiment.name.split('/')[0])}: {error}") from None
+
+
+def is_of(kind: type, name: str) -> bool:
+    """Whether all experiments of a file are of one kind."""
+    return all(isinstance(experiment, kind) for experiment in FILES[name].values())
+
+
 try:
     check_config("../schemas/config.schema.yaml")
     FILES = load_all()
+    if workflow.is_main_process:  # and not that of one job on a cluster
+        check_functionals(
+            experiment
+            for cases in FILES.values()
+            for experiment in cases.values()
+            if isinstance(experiment, FunctionalExperiment)
+        )
 except WorkflowError as error:
     raise error.with_traceback(None) from None  # the message says where to look, frames would not
 
 STUDIES = [name for name, cases in FILES.items() if name not in cases]
 EXPERIMENTS = {name: experiment for cases in FILES.values() for name, experiment in cases.items()}
+TAILS = [name for name, experiment in EXPERIMENTS.items() if isinstance(experiment, TailExperiment)]
+FUNCTIONALS = [name for name in EXPERIMENTS if name not in TAILS]
 METHODS = sorted({method for experiment in EXPERIMENTS.values() for method in experiment.methods})
 RESOLVED = {name: dump(experiment) for name, experiment in EXPERIMENTS.items()}
 OVERRIDES = json.dumps(config["overrides"], sort_keys=True)
@@ -240,7 +273,7 @@ def run_files(name: str, *kinds: str) -> list[str]:
             for method, settings in experiment.methods.items():
                 folder = run_folder(experiment.name, method, seed)
                 files += [f"{folder}/{file}" for file in MADE_BY_KIND[settings.kind]]
-            for rows in ("exact", "resolved"):
+            for rows in experiment.layers[1:]:
                 folder = run_folder(experiment.name, rows, seed)
                 files += [f"{folder}/metrics.json", f"{folder}/laws.npz"]
     return [file for file in dict.fromkeys(files) if not kinds or Path(file).name in kinds]
@@ -253,7 +286,10 @@ def tables_of(name: str) -> list[str]:
 def figures_of(name: str) -> list[str]:
     if name in STUDIES:
         return [f"<results>/figures/{name}.png"]
-    return [f"<results>/figures/{name}_{kind}.png" for kind in ("landscape", "densities", "histograms")]
+    kinds = (
+        ("landscape", "densities", "histograms") if is_of(TailExperiment, name) else ("densities", "metrics")
+    )
+    return [f"<results>/figures/{name}_{kind}.png" for kind in kinds]
 
 
 def for_all(files_of) -> list[str]:

@@ -39,6 +39,8 @@ rule evaluate:
         "<logs>/evaluate/{experiment}/{method}/seed{seed}.log",
     benchmark:
         "<benchmarks>/evaluate/{experiment}/{method}/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(TAILS),
     group:
         "assess"
     conda:
@@ -55,6 +57,39 @@ rule evaluate:
         "OMP_NUM_THREADS={threads} flowtilt evaluate {input.config} --method {wildcards.method} "
         "--samples {input.samples} --density {input.density} {params.options} "
         "--output {output} > {log} 2>&1"
+
+
+rule measure:
+    input:
+        unpack(evaluate_inputs),
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        model=sampled_model,
+        samples="<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
+        density=base_density,
+    output:
+        "<results>/runs/{experiment}/{method}/seed{seed}/metrics.json",
+    log:
+        "<logs>/measure/{experiment}/{method}/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/measure/{experiment}/{method}/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(FUNCTIONALS),
+    group:
+        "assess"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=30,
+        gpu=0,
+    params:
+        digest=digest("evaluate"),
+        options=options("history", "reference"),
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt measure {input.config} --method {wildcards.method} "
+        "--seed {wildcards.seed} --model {input.model} --samples {input.samples} "
+        "--density {input.density} {params.options} --output {output} > {log} 2>&1"
 
 
 rule resolution:
@@ -96,6 +131,8 @@ rule exact:
         "<logs>/exact/{experiment}/exact/seed{seed}.log",
     benchmark:
         "<benchmarks>/exact/{experiment}/exact/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(TAILS),
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -110,3 +147,33 @@ rule exact:
         "--output {output.metrics} --laws {output.laws} --resolution {input.resolution} "
         "--resolved-output {output.resolved_metrics} --resolved-laws {output.resolved_laws} "
         "> {log} 2>&1"
+
+
+rule solve:
+    input:
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        density=base_density,
+    output:
+        metrics="<results>/runs/{experiment}/exact/seed{seed}/metrics.json",
+        laws="<results>/runs/{experiment}/exact/seed{seed}/laws.npz",
+        optimum_metrics="<results>/runs/{experiment}/optimum/seed{seed}/metrics.json",
+        optimum_laws="<results>/runs/{experiment}/optimum/seed{seed}/laws.npz",
+    log:
+        "<logs>/solve/{experiment}/exact/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/solve/{experiment}/exact/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(FUNCTIONALS),
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=30,
+        gpu=0,
+    params:
+        digest=digest("exact"),
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt solve {input.config} --density {input.density} "
+        "--output {output.metrics} --laws {output.laws} --optimum-output {output.optimum_metrics} "
+        "--optimum-laws {output.optimum_laws} > {log} 2>&1"

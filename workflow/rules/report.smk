@@ -98,7 +98,7 @@ rule experiment_figures:
     benchmark:
         "<benchmarks>/experiment_figures/{name}.tsv"
     wildcard_constraints:
-        name=one_of(name for name in FILES if name not in STUDIES),
+        name=one_of(name for name in FILES if name not in STUDIES and is_of(TailExperiment, name)),
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -110,6 +110,47 @@ rule experiment_figures:
         overrides=OVERRIDES,
         results=results_folder,
         prefix=lambda wildcards, output: output.landscape.removesuffix("_landscape.png"),
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt figures {input.file} --override {params.overrides:q} "
+        "--results {params.results} --reported {input.reported} --output-prefix {params.prefix} "
+        "> {log} 2>&1"
+
+
+rule functional_figures:
+    input:
+        file=lambda wildcards: experiment_file(wildcards.name),
+        reported="config/reported_results.csv",
+        runs=lambda wildcards: run_files(wildcards.name),
+    output:
+        densities=report(
+            "<results>/figures/{name}_densities.png",
+            caption="../report/densities.rst",
+            category="Figures",
+            labels={"experiment": "{name}", "figure": "densities"},
+        ),
+        metrics=report(
+            "<results>/figures/{name}_metrics.png",
+            caption="../report/metrics.rst",
+            category="Figures",
+            labels={"experiment": "{name}", "figure": "metrics"},
+        ),
+    log:
+        "<logs>/functional_figures/{name}.log",
+    benchmark:
+        "<benchmarks>/functional_figures/{name}.tsv"
+    wildcard_constraints:
+        name=one_of(name for name in FILES if name not in STUDIES and not is_of(TailExperiment, name)),
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=10,
+        gpu=0,
+    params:
+        overrides=OVERRIDES,
+        results=results_folder,
+        prefix=lambda wildcards, output: output.densities.removesuffix("_densities.png"),
     shell:
         "OMP_NUM_THREADS={threads} flowtilt figures {input.file} --override {params.overrides:q} "
         "--results {params.results} --reported {input.reported} --output-prefix {params.prefix} "

@@ -283,13 +283,23 @@ class MMD(Functional):
         return witness / size if size > 0 else np.zeros_like(witness)
 
 
+class Unmoved(FirstVariation):
+    """The first variation 0, of a divergence at its minimum."""
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        return x.new_zeros(len(x))
+
+    def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        return torch.zeros_like(x)
+
+
 @dataclass(frozen=True)
 class Wasserstein1(Functional):
     """Wasserstein-1 distance under ``d(x, y) = sqrt(sum_i w_i (x_i - y_i)^2)``.
 
     The first variation is the Kantorovich potential: by a critic for a model's law, which gives a
     lower estimate of the distance between the two sets of samples; by the network simplex, exactly,
-    for a finite law.
+    for a finite law. At the pretrained law itself the distance has a kink, and the variation is 0.
 
     Attributes:
         reference: the pretrained model.
@@ -314,8 +324,10 @@ class Wasserstein1(Functional):
         own, other = potential.value(law.samples), potential.value(reference)
         return float(own.double().mean() - other.double().mean())
 
-    def linearise(self, law: Law) -> CriticPotential:
-        return self._trained(law)[0]
+    def linearise(self, law: Law) -> FirstVariation:
+        # At the pretrained law the distance is at its minimum: 0 is a subgradient, where a critic
+        # would separate two sets of samples of one law by their noise.
+        return Unmoved() if law.model is self.reference else self._trained(law)[0]
 
     def _trained(self, law: Law) -> tuple[CriticPotential, Tensor]:
         """The critic, and the samples of the pretrained model that it was trained on."""
@@ -330,4 +342,6 @@ class Wasserstein1(Functional):
         return self._finite(law).value
 
     def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        if np.array_equal(law.log_p, law.log_reference):
+            return np.zeros(len(law.log_p))
         return self._finite(law).potential

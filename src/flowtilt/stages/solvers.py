@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flowtilt.control import adjoint_matching, weighted_fitting
+from flowtilt.control import adjoint_matching
 from flowtilt.control.base import Progress, Solution
 from flowtilt.experiment import SolverConfig
 from flowtilt.fdc import Solver
@@ -46,6 +46,8 @@ def _adjoint_matching(config: SolverConfig, updates: int, progress: Progress | N
 
 
 def _weighted_fitting(config: SolverConfig, updates: int, progress: Progress | None) -> Solver:
+    from flowtilt.control import weighted_fitting
+
     settings = weighted_fitting.WeightedFittingSettings(
         bank=config.bank,
         penalty=config.penalty,

@@ -114,7 +114,7 @@ def grid_problem(experiment: FunctionalExperiment, method: str, density: Gridded
 def grid_metrics(experiment: FunctionalExperiment, problem: GridProblem, log_p: np.ndarray) -> Metrics:
     """Metrics of a law on the grid."""
     cloud, reference = problem.cloud(log_p), problem.cloud(problem.start.log_p)
-    metrics: Metrics = {"objective": problem.objective.finite_value(problem.law(log_p))}
+    metrics: Metrics = {"functional": problem.objective.finite_value(problem.law(log_p))}
     reward = build_slope(experiment)
     if reward is not None:
         metrics["mean_reward"] = float(cloud.weights @ reward(problem.start.points).numpy())
@@ -179,7 +179,7 @@ class SolvedRows:
 def solved_rows(experiment: FunctionalExperiment, density: GriddedDensity) -> dict[str, SolvedRows]:
     """Every method's own steps solved exactly (``exact``), and the optimum of its problem (``optimum``).
 
-    Each row has the objective at the pretrained law as ``objective_before``.
+    Each row has the objective at the pretrained law as ``functional_before``.
     """
     grid = Grid(experiment.grid.extent, experiment.grid.cells)
     layers = {layer: SolvedRows({}, {}, grid) for layer in ("exact", "optimum")}
@@ -197,7 +197,7 @@ def solved_rows(experiment: FunctionalExperiment, density: GriddedDensity) -> di
         for layer, log_p in found.items():
             row = f"{name}_{layer}"
             layers[layer].metrics[row] = grid_metrics(experiment, problem, log_p) | {
-                "objective_before": before
+                "functional_before": before
             }
             layers[layer].laws[row] = np.exp(log_p).reshape(grid.cells, grid.cells)
     return layers
@@ -238,7 +238,7 @@ def network_grid_metrics(problem: GridProblem, density: GriddedDensity) -> Metri
     log_density = density.on(problem.grid.axis).ravel()
     mass = float(np.exp(log_density).sum() * problem.grid.spacing**2)
     return {
-        "objective": problem.objective.finite_value(problem.law(normalise(log_density))),
+        "functional": problem.objective.finite_value(problem.law(normalise(log_density))),
         "grid_mass": mass,
     }
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from flowtilt.domains.planar.build import build_cost, build_data, build_model, build_slope
 from flowtilt.domains.planar.grid import Grid, normalise
-from flowtilt.experiment import ConfigError, FunctionalExperiment
-from flowtilt.functionals.base import FiniteLaw, Objective
+from flowtilt.experiment import ConfigError, FunctionalExperiment, TermConfig
+from flowtilt.functionals.base import FiniteLaw, Functional, Objective
 from flowtilt.functionals.divergences import ReferenceDraw
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients, check_needs
 from flowtilt.model import FlowModel
@@ -40,17 +40,35 @@ def build_objective(experiment: FunctionalExperiment, method: str, reference: Fl
         draw=ReferenceDraw(samples=experiment.offline.samples, steps=steps),
     )
     built = []
-    for key, registry, term in (
-        ("utility", UTILITIES, problem.utility),
-        ("divergence", DIVERGENCES, problem.divergence),
-    ):
+    for key, term in (("utility", problem.utility), ("divergence", problem.divergence)):
         try:
-            built.append(registry.build(term.kind, term.parameters, ingredients))
+            built.append(build_term(key, term, ingredients))
         except ValueError as error:
             raise ConfigError(
                 f"experiment {experiment.name}: key {_key(experiment, method, key)}: {error}"
             ) from None
     return Objective(built[0], built[1], problem.alpha)
+
+
+def build_term(kind: str, term: TermConfig, ingredients: Ingredients) -> Functional:
+    """One functional of the configuration, or a weighted sum of several.
+
+    Args:
+        kind: ``utility`` or ``divergence``.
+        term: a name in the registry with parameters, or the kind ``sum`` with ``parts``: a list of
+            mappings with a ``name``, a ``weight`` and parameters.
+        ingredients: what the experiment provides.
+
+    Raises:
+        ValueError: naming the key and what is known.
+    """
+    registry = UTILITIES if kind == "utility" else DIVERGENCES
+    if term.kind != "sum":
+        return registry.build(term.kind, term.parameters, ingredients)
+    parts, others = term.parameters.get("parts"), term.parameters.keys() - {"parts"}
+    if not isinstance(parts, list) or not parts or others:
+        raise ValueError(f"{kind} sum: must have the key parts, a list of mappings with a name, and no other")
+    return registry.build_sum(parts, ingredients)
 
 
 def _key(experiment: FunctionalExperiment, method: str, key: str) -> str:

@@ -1,0 +1,137 @@
+"""Optima on a grid: against closed forms, against other solvers, and by their own certificate."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog, minimize_scalar
+from scipy.special import logsumexp
+
+from flowtilt.domains.planar.grid import Grid, normalise, tail_tilt
+from flowtilt.domains.planar.landscapes import Bowl, Slope
+from flowtilt.domains.planar.optimum import maximise, mirror_iterates, optimum_of, transport_optimum
+from flowtilt.functionals.base import FiniteLaw, Objective
+from flowtilt.functionals.divergences import KL, MMD, Wasserstein1
+from flowtilt.functionals.utilities import SQ, CVaR, Entropy, ExpectedReward, LogBarrier, MeanVariance
+from flowtilt.metrics.transport import ground_distances
+
+SLOPE = Slope(height=35.0, middle=1.0, softness=1.0)
+MODEL = None  # finite laws never ask for the reference model
+
+
+def gaussian_law(cells=24, extent=4.0):
+    grid = Grid(extent, cells)
+    log_p = normalise(-0.5 * (grid.points**2).sum(-1)).ravel()
+    return FiniteLaw(grid.flat_points, log_p, log_p)
+
+
+LAW = gaussian_law()
+REWARDS = SLOPE(LAW.points).numpy()
+
+
+def tilted(exponents):
+    return normalise(LAW.log_p + exponents)
+
+
+def test_expected_reward_is_the_exponential_tilt():
+    objective = Objective(ExpectedReward(SLOPE), KL(MODEL), 8.0)
+    found = maximise(objective, [LAW])
+    assert found.value == pytest.approx(8 * logsumexp(LAW.log_p + REWARDS / 8), abs=1e-5)
+    assert np.exp(found.log_p) == pytest.approx(np.exp(tilted(REWARDS / 8)), abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 2.0])
+def test_entropy_is_a_power_of_the_pretrained_law(alpha):
+    objective = Objective(Entropy(), KL(MODEL), alpha)
+    found = maximise(objective, [LAW])
+    power = normalise(alpha / (1 + alpha) * LAW.log_p)
+    exact = objective.finite_value(LAW.with_p(np.exp(power)))
+    assert found.value == pytest.approx(exact, abs=1e-6 * (exact - objective.finite_value(LAW)))
+    assert found.value + found.slack >= exact - 1e-12
+
+
+@pytest.mark.parametrize(("functional", "side"), [(CVaR, "lower"), (SQ, "upper")])
+def test_tails_reach_the_exact_dual(functional, side):
+    """The lower tail is convex: only with several starts is the best stationary point the optimum."""
+    level, mass = (0.3, 0.3) if side == "lower" else (0.7, 0.3)
+    objective = Objective(functional(SLOPE, level), KL(MODEL), 8.0)
+    best = LAW.with_p(np.exp(tail_tilt(LAW.log_p, REWARDS, 8.0, mass, side)[0]))
+    exact, before = objective.finite_value(best), objective.finite_value(LAW)
+    starts = [LAW, *(LAW.with_p(np.exp(tilted(REWARDS / w))) for w in (2.0, 8.0, 32.0))]
+    assert maximise(objective, starts).value == pytest.approx(exact, abs=1e-3 * (exact - before))
+
+
+def test_mean_variance_reaches_the_best_of_its_linear_pieces():
+    """``-Var r = max_c -E (r - c)^2``: for each c the optimum is a tilt, and c is one number."""
+    risk, alpha = 0.02, 8.0
+
+    def value(centre):
+        return alpha * logsumexp(LAW.log_p + (REWARDS - risk * (REWARDS - centre) ** 2) / alpha)
+
+    scan = max(np.linspace(REWARDS.min(), REWARDS.max(), 400), key=value)
+    exact = -minimize_scalar(lambda c: -value(c), bounds=(scan - 1, scan + 1), method="bounded").fun
+    objective = Objective(MeanVariance(SLOPE, risk), KL(MODEL), alpha)
+    starts = [LAW, *(LAW.with_p(np.exp(tilted(REWARDS / w))) for w in (2.0, 8.0, 32.0))]
+    assert maximise(objective, starts).value == pytest.approx(exact, abs=1e-4)
+
+
+def test_log_barrier_stays_feasible_and_has_its_certificate():
+    objective = Objective(LogBarrier(SLOPE, Bowl((0.0, 0.0), 1.0), bound=3.0, strength=5.0), KL(MODEL), 8.0)
+    found = maximise(objective, [LAW])
+    gained = found.value - objective.finite_value(LAW)
+    assert 0 <= found.slack <= 1e-6 * gained
+    cost = Bowl((0.0, 0.0), 1.0)(LAW.points).numpy()
+    assert np.exp(found.log_p) @ cost < 3.0
+
+
+def test_value_never_falls_and_the_slack_bounds_what_is_missing():
+    objective = Objective(ExpectedReward(SLOPE), MMD(MODEL, "gaussian", 1.0), 20.0)
+    values = [maximise(objective, [LAW], steps=k).value for k in (0, 1, 3, 10, 30)]
+    assert values == sorted(values)
+    rough, fine = (maximise(objective, [LAW], tolerance=t, steps=4000) for t in (0.1, 0.01))
+    assert rough.value <= fine.value <= rough.value + rough.slack
+
+
+def test_transport_optimum_is_that_of_the_linear_program():
+    """``max sum pi_ij (r_j - alpha d_ij)`` over plans with the reference as first marginal."""
+    law = gaussian_law(cells=6, extent=2.5)
+    weights, alpha = (0.25, 6.25), 2.5
+    objective = Objective(ExpectedReward(SLOPE), Wasserstein1(MODEL, weights), alpha)
+    found = transport_optimum(objective, law)
+    points, n = law.points.numpy(), len(law.log_p)
+    worth = SLOPE(law.points).numpy() - alpha * ground_distances(points, points, weights)
+    marginal = np.kron(np.eye(n), np.ones(n))
+    exact = -linprog(-worth.ravel(), A_eq=marginal, b_eq=law.p, method="highs").fun
+    assert found.value == pytest.approx(exact, rel=1e-9)
+    assert objective.finite_value(law.with_p(np.exp(found.log_p))) == pytest.approx(exact, rel=1e-9)
+    assert optimum_of(objective, [law]).value == found.value
+
+
+def test_transport_optimum_is_for_its_own_problem_only():
+    with pytest.raises(TypeError, match="expected reward under W1"):
+        transport_optimum(Objective(Entropy(), KL(MODEL), 1.0), LAW)
+
+
+def test_mirror_steps_have_the_closed_form_of_a_power():
+    """Entropy under KL with step weight w: in ``p_pre^c``, c <- c - ((1 + alpha) c - alpha) / w."""
+    alpha, weight = 0.25, 2.0
+    iterates = mirror_iterates(Objective(Entropy(), KL(MODEL), alpha), LAW, weight, 3)
+    power = 1.0
+    for iterate in iterates:
+        power -= ((1 + alpha) * power - alpha) / weight
+        assert iterate.log_p == pytest.approx(normalise(power * LAW.log_p), abs=1e-10)
+
+
+def test_the_first_step_does_not_feel_the_kink_of_a_distance():
+    objective = Objective(ExpectedReward(SLOPE), Wasserstein1(MODEL, (1.0, 1.0)), 2.0)
+    (first,) = mirror_iterates(objective, LAW, 8.0, 1)
+    assert first.log_p == pytest.approx(tilted(REWARDS / 8), abs=1e-12)
+
+
+def test_slope_is_half_its_height_in_the_middle_and_levels_off():
+    """In the middle, where (x + y) / sqrt(2) = 1, its slope along the diagonal is ``height / softness``."""
+    step = 1e-4
+    along = torch.tensor([1.0, 40.0, -40.0, 1 + step, 1 - step], dtype=torch.float64)
+    points = (along / np.sqrt(2))[:, None].repeat(1, 2)
+    middle, high, low, above, below = Slope(35.0, 1.0, 0.5)(points).tolist()
+    assert (middle, high, low) == pytest.approx((17.5, 35.0, 0.0), abs=1e-9)
+    assert (above - below) / (2 * step) == pytest.approx(35.0 / 0.5, rel=1e-6)

@@ -1,0 +1,143 @@
+"""The stages of the experiments on functionals, in a row and at a size of seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flowtilt.cli import main
+from flowtilt.experiment import Experiment, dump
+from small import tiny
+
+SMALL = {"grid": {"cells": 16}}
+
+
+class Folder:
+    """A results folder driven by hand, one command a stage."""
+
+    def __init__(self, path: Path, experiment: Experiment) -> None:
+        self.path, self.experiment = path, experiment
+        self.config = path / "config.yaml"
+        self.config.write_text(dump(experiment))
+        assert self.run("pretrain", seed=0, output="pre.safetensors", history="pre.csv") == 0
+        assert self.run("density", model="pre.safetensors", output="density.npz") == 0
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def run(self, stage: str, **options: Any) -> int:
+        words = [stage, str(self.config)]
+        for name, value in options.items():
+            text = str(self.file(value)) if isinstance(value, str) and "." in value[-12:] else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
+        return main(words)
+
+    def finetune(self, method: str) -> int:
+        self.run("sample", method="pretrained", seed=0, model="pre.safetensors", output="pre.npz")
+        return self.run(
+            "finetune",
+            method=method,
+            seed=0,
+            pretrained="pre.safetensors",
+            output="m.safetensors",
+            history="m.csv",
+        )
+
+    def row(self, method: str, **more: str) -> dict[str, float]:
+        model = "pre.safetensors" if method == "pretrained" else "m.safetensors"
+        assert self.run("sample", method=method, seed=0, model=model, output="m.npz") == 0
+        options = {"model": model, "samples": "m.npz", "density": "density.npz", "output": "m.json"}
+        assert self.run("measure", method=method, seed=0, **options, **more) == 0
+        return json.loads(self.file("m.json").read_text())["rows"][method]
+
+    def solve(self) -> dict[str, dict[str, float]]:
+        files = {"output": "e.json", "laws": "e.npz", "optimum_output": "o.json", "optimum_laws": "o.npz"}
+        assert self.run("solve", density="density.npz", **files) == 0
+        return {
+            name: row
+            for file in ("e.json", "o.json")
+            for name, row in json.loads(self.file(file).read_text())["rows"].items()
+        }
+
+
+@pytest.mark.parametrize("solver", ["adjoint_matching", "weighted_fitting"])
+def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
+    critic = {"updates": 20}
+    fdc = {"iterations": 2, "objective": {"divergence": {"kind": "wasserstein1", "critic": critic}}}
+    experiment = tiny(
+        "ot_2d",
+        **SMALL,
+        solver={"kind": solver, "bank": 1000},
+        methods={"fdc_dA": fdc},
+        evaluation={"transport": {"samples": 100}},
+    )
+    folder = Folder(tmp_path, experiment)
+    for method in ("am", "fdc_dA"):
+        assert folder.finetune(method) == 0
+        row = folder.row(method, history="m.csv", reference="pre.npz")
+        shift = row["horizontal_shift"] / row["vertical_shift"]
+        assert row["horizontal_over_vertical_shift"] == pytest.approx(shift)
+        # A critic is a lower estimate of the exact distance between the same samples.
+        for metric in ("dA", "dB"):
+            assert row[f"w1_{metric}_critic"] <= row[f"w1_{metric}"] * (1 + 1e-5)
+        assert {"functional", "mean_reward", "kl", "active_share"} <= row.keys()
+    rows = folder.solve()
+    assert set(rows) == {
+        *(f"{m}_exact" for m in experiment.methods),
+        *(f"{m}_optimum" for m in experiment.methods if m != "pretrained"),
+    }
+    for method in ("am", "fdc_dA", "fdc_dB"):
+        before, exact, optimum = (
+            rows[f"{method}_exact"]["functional_before"],
+            rows[f"{method}_exact"]["functional"],
+            rows[f"{method}_optimum"]["functional"],
+        )
+        assert before < exact <= optimum + 1e-9
+    # One exact step of am is its optimum.
+    assert rows["am_exact"]["functional"] == pytest.approx(rows["am_optimum"]["functional"], rel=1e-5)
+
+
+def test_the_network_row_of_the_pretrained_model_is_its_own_grid_row(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, tiny("entropy_2d", **SMALL))
+    row, solved = folder.row("pretrained"), folder.solve()
+    assert row["functional"] == solved["pretrained_exact"]["functional"]
+    assert {"entropy", "entropy_likelihood", "coverage", "outside"} <= row.keys()
+    entropies = [solved[f"fdc_alpha_{a}_exact"]["entropy_likelihood"] for a in (0.5, 0.25, 0.1, 0.05, "0.0")]
+    assert entropies == sorted(entropies)
+
+
+def test_coverage_is_the_cell_of_the_lightest_component() -> None:
+    """Of a point nearer to (3, 3) than to the origin, and a point that is not."""
+    from flowtilt.domains.planar.laws import Cloud, coverage
+
+    points = np.array([[1.6, 1.5], [1.4, 1.5], [3.0, 3.0]])
+    cloud = Cloud(points, np.array([0.2, 0.5, 0.3]), np.zeros(3))
+    assert coverage(tiny("entropy_2d"), cloud) == pytest.approx(0.5)  # type: ignore[arg-type]
+    assert coverage(tiny("ot_2d"), cloud) is None  # type: ignore[arg-type]
+
+
+def test_stages_refuse_experiments_of_the_other_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Folder(tmp_path, tiny("entropy_2d", **SMALL))
+    assert folder.run("exact", density="density.npz", output="e.json", laws="e.npz") == 1
+    assert "key objective must have tail" in capsys.readouterr().err
+    folder.config.write_text(dump(tiny()))
+    files = {"output": "e.json", "laws": "e.npz", "optimum_output": "o.json", "optimum_laws": "o.npz"}
+    assert folder.run("solve", density="density.npz", **files) == 1
+    assert "key objective must have utility" in capsys.readouterr().err
+
+
+def test_methods_of_one_step_share_their_noise(tmp_path: Path) -> None:
+    """With alpha 0.5 given twice the two methods are one: they end in the same weights."""
+    same = {"kind": "fdc", "iterations": 1, "step_weight": 2.0}
+    methods = {"a": same, "b": {**same, "objective": {"alpha": 0.5}}}
+    folder = Folder(tmp_path, tiny("entropy_2d", **SMALL, methods=methods))
+    assert folder.finetune("a") == 0
+    first = folder.file("m.safetensors").read_bytes()
+    assert folder.finetune("b") == 0
+    assert folder.file("m.safetensors").read_bytes() == first

@@ -1,0 +1,78 @@
+"""The hierarchy's table: tiers and curvatures from the code, what is reached from the results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from flowtilt.experiment import load_file
+from flowtilt.functionals.registry import DIVERGENCES, UTILITIES
+from flowtilt.hierarchy import hierarchy_panel, reached
+from flowtilt.measurements import collect_runs, runs_of
+from made_up import functional_metrics, write_metrics
+from small import CONFIG
+
+FILE = CONFIG / "experiments" / "hierarchy_2d.yaml"
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    results = tmp_path_factory.mktemp("results")
+    cases = list(load_file(FILE, {"seeds": 2}).values())
+    for case in cases:
+        write_metrics(results, runs_of(case), functional_metrics)
+    found = reached(collect_runs(results, map(runs_of, cases)), cases)
+    assert len(hierarchy_panel(found, "Hierarchy").lines) == len(cases)
+    return pd.DataFrame(found).set_index("label")
+
+
+def test_every_registered_functional_has_a_case(lines: pd.DataFrame) -> None:
+    named = set(lines["name"]) | {"kl"}
+    assert {*UTILITIES, *DIVERGENCES} - named == {"diverse_modes"}
+
+
+def test_gap_is_the_share_of_the_way_to_the_optimum(lines: pd.DataFrame) -> None:
+    """From 0 to 10 the made-up networks reach 8 and the exact rows 9.5, on either seed."""
+    assert lines["closed"].to_numpy() == pytest.approx(80.0)
+    assert lines["closed_by_exact_steps"].to_numpy() == pytest.approx(95.0)
+    assert lines["sd"].to_numpy() == pytest.approx(0.0)
+    assert (lines["seeds"] == 2).all()
+
+
+def test_what_falls_short_is_said_by_tier(lines: pd.DataFrame) -> None:
+    assert set(lines.loc[lines["tier"] == "general", "verdict"]) == {"reached"}
+    assert set(lines.loc[lines["tier"] != "general", "verdict"]) == {"short of 90 %"}
+
+
+@pytest.mark.parametrize(
+    ("label", "tier", "curvature", "solvers"),
+    [
+        ("expected_reward", "linear", "linear", "am, fdc"),
+        ("cvar", "convex", "convex", "tfft, fdc"),
+        ("sq", "general", "concave", "tfft, fdc"),
+        ("mean_variance", "general", "convex", "fdc"),
+        ("entropy", "convex", "concave", "fdc"),
+        ("reward_and_entropy", "convex", "concave", "fdc"),
+        ("log_barrier", "convex", "concave", "fdc"),
+        ("design_log_det", "convex", "concave", "fdc"),
+        ("wasserstein1", "general", "convex", "fdc"),
+        ("mmd_energy", "convex", "convex", "fdc"),
+    ],
+)
+def test_tiers_and_curvatures(
+    lines: pd.DataFrame, label: str, tier: str, curvature: str, solvers: str
+) -> None:
+    assert tuple(lines.loc[label, ["tier", "curvature", "solvers"]]) == (tier, curvature, solvers)
+
+
+def test_table_is_written(tmp_path: Path) -> None:
+    from flowtilt.tables import write_table
+
+    for case in load_file(FILE, {"seeds": 1}).values():
+        write_metrics(tmp_path, runs_of(case), functional_metrics)
+    write_table(FILE, {"seeds": 1}, tmp_path, CONFIG / "reported_results.csv", tmp_path / "hierarchy_2d")
+    frame = pd.read_csv(tmp_path / "hierarchy_2d.csv")
+    assert {"label", "tier", "curvature", "before", "after", "optimum", "closed", "verdict"} <= set(frame)
+    assert "gap closed" in (tmp_path / "hierarchy_2d.md").read_text()
