@@ -30,7 +30,7 @@ def test_methods_override_the_objective() -> None:
     assert isinstance(vertical.divergence, Wasserstein1)
     assert horizontal.divergence.weights == vertical.divergence.weights[::-1]
     assert isinstance(am.divergence, KL)
-    assert (am.alpha, vertical.alpha) == (3.0, 2.5)
+    assert (am.alpha, vertical.alpha) == (3.0, 3.0)
 
 
 def test_entropy_needs_no_reward_and_has_a_weight_for_each_method() -> None:
