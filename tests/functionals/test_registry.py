@@ -179,8 +179,8 @@ def test_the_table_of_tiers():
     assert measured == {("cvar", "general"), ("sq", "convex"), ("kl", "convex"), ("entropy", "convex")}
 
 
-def test_each_side_of_a_divergence_of_order_below_one_is_convex_and_above_it_only_one():
-    """Without the reference's log being taken, order 2 is convex in the law: a sum of squares."""
+def test_renyi_of_order_two_is_the_log_of_a_convex_functional():
+    """Neither concave nor convex itself; its exponential is the convex ``sum p^2 / reference``."""
     functional = Renyi(FINITE.reference, 2.0)
 
     class Exponential(Renyi):
