@@ -20,6 +20,10 @@ def gaussian(count, shift=SHIFT, scale=1.0, seed=5):
     return (shift + scale * noise).float()
 
 
+def mean_difference(potential, samples, reference):
+    return float(potential.value(samples).double().mean() - potential.value(reference).double().mean())
+
+
 @metrics
 def test_the_critic_of_a_shift_against_exact_transport(weights):
     """A lower estimate, at most a few per cent low, and its gradient is the direction of transport.
@@ -27,10 +31,11 @@ def test_the_critic_of_a_shift_against_exact_transport(weights):
     The largest slope seen is a maximum over 3,000 points of a network's slope, a per cent or two
     above the typical one, by which the potential is divided.
     """
-    samples = gaussian(1000)
-    functional = Wasserstein1(REFERENCE, weights, draw=DRAW)
-    potential, value = functional.linearise(Law(None, samples)), functional.value(Law(None, samples))
-    exact = wasserstein1(samples.numpy(), DRAW.of(REFERENCE).numpy(), weights)
+    samples, reference = gaussian(1000), DRAW.of(REFERENCE)
+    functional = Wasserstein1(REFERENCE, weights, CriticSettings(updates=300), DRAW)
+    potential = functional.linearise(Law(None, samples))
+    value = mean_difference(potential, samples, reference)
+    exact = wasserstein1(samples.numpy(), reference.numpy(), weights)
     # The constraint holds at samples and between them up to the sampling, hence the small excess.
     assert 0.97 * exact < value < 1.005 * exact
     fresh = gaussian(3000, seed=6)
@@ -43,11 +48,23 @@ def test_the_critic_of_a_shift_against_exact_transport(weights):
 
 
 def test_the_critic_of_a_wider_law_against_exact_transport():
-    """The potential is that of a cone: no single direction."""
+    """The potential is a cone, whose kink a smooth network rounds off: less with more training."""
     samples = gaussian(1000, shift=tensor([0.0, 0.0]), scale=2.0)
-    value = Wasserstein1(REFERENCE, (1.0, 1.0), draw=DRAW).value(Law(None, samples))
     exact = wasserstein1(samples.numpy(), DRAW.of(REFERENCE).numpy())
-    assert 0.93 * exact < value < 1.005 * exact
+    shares = []
+    for updates in (100, 1000):
+        functional = Wasserstein1(REFERENCE, (1.0, 1.0), CriticSettings(updates=updates), DRAW)
+        shares.append(functional.value(Law(None, samples)) / exact)
+    assert shares[0] < shares[1] < 1.005
+    assert shares[1] > 0.92
+
+
+def test_the_value_is_the_difference_of_the_potentials_means():
+    samples = gaussian(50)
+    functional = Wasserstein1(REFERENCE, (1.0, 2.0), CriticSettings(updates=3), ReferenceDraw(40, 5))
+    potential = functional.linearise(Law(None, samples))
+    expected = mean_difference(potential, samples, functional.draw.of(REFERENCE))
+    assert functional.value(Law(None, samples)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_critic_follows_from_its_settings_and_samples_alone():

@@ -137,9 +137,7 @@ def test_renyi_takes_the_first_samples_only():
 
 @pytest.mark.parametrize("order", [1.0, 0.0, -2.0, float("nan"), float("inf")])
 def test_orders_without_a_renyi_divergence_are_refused(order):
-    with pytest.raises(
-        ValueError, match=f"positive and not 1, got {order}; its limit at 1 is the KL"
-    ):
+    with pytest.raises(ValueError, match=f"positive and not 1, got {order}; its limit at 1 is the KL"):
         Renyi(FLOWS[1], order)
 
 
@@ -158,9 +156,10 @@ def test_the_value_of_mmd_between_gaussians(bandwidth):
     """Squared, the V-statistic has the mean ``MMD^2 + sum (1 - E k) / N``, one term for each law."""
     count, steps = 2000, 20
     functional = MMD(STANDARD, "gaussian", bandwidth, ReferenceDraw(count, steps))
-    x = P.sample(count, generator(0))
+    far = Mixture.gaussian([1.5, -1.0], P.covariance)
+    x = far.sample(count, generator(0))
     found = functional.value(Law(None, x))
-    p, q = (P.mean, P.covariance), chain_law(STANDARD, steps)
+    p, q = (far.mean, far.covariance), chain_law(STANDARD, steps)
     own, cross, other = (mean_kernel(a, b, bandwidth) for a, b in ((p, p), (p, q), (q, q)))
     bias = (2 - own - other) / count
     witness = functional.linearise(Law(None, x))
@@ -168,7 +167,7 @@ def test_the_value_of_mmd_between_gaussians(bandwidth):
     # Four standard errors of the squared discrepancy, to first order in the witness.
     noise = 4 * 2 * (sum(spreads) / count) ** 0.5
     assert found**2 == pytest.approx(own - 2 * cross + other + bias, abs=noise)
-    assert noise < 0.2 * found**2
+    assert noise < 0.15 * found**2
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
