@@ -85,6 +85,7 @@ def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
         for metric in ("dA", "dB"):
             assert row[f"w1_{metric}_critic"] <= row[f"w1_{metric}"] * (1 + 1e-5)
         assert {"functional", "mean_reward", "kl", "active_share"} <= row.keys()
+    assert ("effective_sample_size" in folder.file("m.csv").read_text()) == (solver == "weighted_fitting")
     rows = folder.solve()
     assert set(rows) == {
         *(f"{m}_exact" for m in experiment.methods),

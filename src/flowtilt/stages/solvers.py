@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flowtilt.control import adjoint_matching
+from flowtilt.control import adjoint_matching, weighted_fitting
 from flowtilt.control.base import Progress, Solution
 from flowtilt.experiment import SolverConfig
 from flowtilt.fdc import Solver
@@ -46,8 +46,6 @@ def _adjoint_matching(config: SolverConfig, updates: int, progress: Progress | N
 
 
 def _weighted_fitting(config: SolverConfig, updates: int, progress: Progress | None) -> Solver:
-    from flowtilt.control import weighted_fitting
-
     settings = weighted_fitting.WeightedFittingSettings(
         bank=config.bank,
         penalty=config.penalty,
@@ -59,6 +57,10 @@ def _weighted_fitting(config: SolverConfig, updates: int, progress: Progress | N
     )
 
     def solve(base: FlowModel, tilt: FirstVariation, kl_weight: float, random: torch.Generator) -> Solution:
-        return weighted_fitting.solve(base, tilt, kl_weight, settings, random, progress)
+        solution = weighted_fitting.solve(base, tilt, kl_weight, settings, random, progress)
+        # Each solve of a run has its own bank: what it was worth goes beside the solve's updates.
+        kept = {key: solution.diagnostics[key] for key in ("effective_sample_size", "relative_gap")}
+        solution.history = [{**row, **kept} for row in solution.history]
+        return solution
 
     return solve
