@@ -58,6 +58,8 @@ def test_tails_reach_the_exact_dual(functional, side):
     exact, before = objective.finite_value(best), objective.finite_value(LAW)
     starts = [LAW, *(LAW.with_p(np.exp(tilted(REWARDS / w))) for w in (2.0, 8.0, 32.0))]
     assert maximise(objective, starts).value == pytest.approx(exact, abs=1e-3 * (exact - before))
+    assert maximise(objective, starts).value <= optimum_of(objective, [LAW]).value + 1e-9
+    assert optimum_of(objective, [LAW]).value == exact
 
 
 def test_mean_variance_reaches_the_best_of_its_linear_pieces():
@@ -81,6 +83,8 @@ def test_log_barrier_stays_feasible_and_has_its_certificate():
     assert 0 <= found.slack <= 1e-6 * gained
     cost = Bowl((0.0, 0.0), 1.0)(LAW.points).numpy()
     assert np.exp(found.log_p) @ cost < 3.0
+    infeasible = LAW.with_p(np.exp(tilted(cost)))
+    assert maximise(objective, [LAW, infeasible]).value == found.value
 
 
 def test_value_never_falls_and_the_slack_bounds_what_is_missing():

@@ -118,10 +118,10 @@ def grid_metrics(experiment: FunctionalExperiment, problem: GridProblem, log_p: 
     reward = build_slope(experiment)
     if reward is not None:
         metrics["mean_reward"] = float(cloud.weights @ reward(problem.start.points).numpy())
-    metrics["kl"] = kl_divergence(log_p, problem.start.log_p)
+    held = cloud.weights > 0
+    metrics["kl"] = kl_divergence(log_p[held], problem.start.log_p[held])
     metrics |= transport_metrics(experiment, cloud, reference)
     if experiment.evaluation.entropy is not None:
-        held = cloud.weights > 0
         metrics["entropy_likelihood"] = -float(cloud.weights[held] @ cloud.log_density[held])
         metrics["coverage"] = coverage(experiment, cloud)
     return metrics

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import logsumexp
 
+from flowtilt.domains.planar.grid import tail_tilt
 from flowtilt.functionals.base import FiniteLaw, Functional, Objective
-from flowtilt.functionals.divergences import Wasserstein1
-from flowtilt.functionals.utilities import ExpectedReward
+from flowtilt.functionals.divergences import KL, Wasserstein1
+from flowtilt.functionals.utilities import SQ, CVaR, ExpectedReward
+from flowtilt.metrics.tails import Side
 from flowtilt.metrics.transport import ground_distances
 
 
@@ -61,11 +63,21 @@ def maximise(
 
     Args:
         objective: the functional to raise.
-        starts: laws on the same points.
+        starts: laws on the same points; all but the first are left out where they are not feasible.
         tolerance: the ascent ends when the slack is this share of what was gained since the start.
         steps: most steps of each ascent.
     """
-    return max((_ascend(objective, start, tolerance, steps) for start in starts), key=lambda o: o.value)
+    first, *others = starts
+    feasible = [first, *(start for start in others if _is_feasible(objective, start))]
+    return max((_ascend(objective, start, tolerance, steps) for start in feasible), key=lambda o: o.value)
+
+
+def _is_feasible(objective: Functional, law: FiniteLaw) -> bool:
+    try:
+        objective.finite_value(law)
+    except ValueError:  # as functionals raise outside of their domain
+        return False
+    return True
 
 
 def _ascend(objective: Functional, law: FiniteLaw, tolerance: float, steps: int) -> Optimum:
@@ -131,8 +143,27 @@ def transport_optimum(objective: Objective, law: FiniteLaw) -> Optimum:
     return Optimum(law.with_p(p).log_p, value, 0.0, 0)
 
 
+def tail_optimum(objective: Objective, law: FiniteLaw) -> Optimum:
+    """The maximiser of a tail mean under KL, by its exact dual threshold (see :mod:`flowtilt.thresholds`).
+
+    Raises:
+        TypeError: for another utility or divergence.
+    """
+    tail = objective.utility
+    if not (isinstance(tail, CVaR | SQ) and isinstance(objective.divergence, KL)):
+        raise TypeError("the dual optimum is known for a tail mean under KL only")
+    side: Side = "lower" if isinstance(tail, CVaR) else "upper"
+    mass = tail.level if isinstance(tail, CVaR) else 1 - tail.level
+    rewards = tail.reward(law.points).double().numpy(force=True)
+    log_p = tail_tilt(law.log_reference, rewards, objective.alpha, mass, side)[0]
+    return Optimum(log_p, objective.finite_value(replace(law, log_p=log_p)), 0.0, 0)
+
+
 def optimum_of(objective: Objective, starts: Sequence[FiniteLaw]) -> Optimum:
     """The maximiser, in closed form where there is one."""
-    if isinstance(objective.utility, ExpectedReward) and isinstance(objective.divergence, Wasserstein1):
+    utility, divergence = objective.utility, objective.divergence
+    if isinstance(utility, ExpectedReward) and isinstance(divergence, Wasserstein1):
         return transport_optimum(objective, starts[0])
+    if isinstance(utility, CVaR | SQ) and isinstance(divergence, KL) and objective.alpha > 0:
+        return tail_optimum(objective, starts[0])
     return maximise(objective, starts)
