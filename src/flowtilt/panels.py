@@ -29,6 +29,7 @@ _DESCRIPTIONS = {
     "tail_objective": Description("G of the tail", "reward", "higher"),
     "functional": Description("G", "", "higher"),
     "functional_before": Description("G before", ""),
+    "slack": Description("what the optimum may lack", ""),
     "gap_closed": Description("gap closed", "%", "higher"),
     "horizontal_shift": Description("horizontal shift", "distance"),
     "vertical_shift": Description("vertical shift", "distance"),

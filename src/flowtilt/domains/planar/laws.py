@@ -14,6 +14,7 @@ from flowtilt.domains.planar.problems import build_objective
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics
 from flowtilt.experiment import FunctionalExperiment
 from flowtilt.functionals.base import FiniteLaw, Objective
+from flowtilt.functionals.critic import CriticSettings, train_critic
 from flowtilt.metrics.entropy import histogram_entropy, likelihood_entropy
 from flowtilt.metrics.transport import ground_distances, kantorovich
 
@@ -179,26 +180,25 @@ class SolvedRows:
 def solved_rows(experiment: FunctionalExperiment, density: GriddedDensity) -> dict[str, SolvedRows]:
     """Every method's own steps solved exactly (``exact``), and the optimum of its problem (``optimum``).
 
-    Each row has the objective at the pretrained law as ``functional_before``.
+    Each row has the objective at the pretrained law as ``functional_before``; ``slack`` bounds what the
+    optimum of a concave objective may still lack.
     """
     grid = Grid(experiment.grid.extent, experiment.grid.cells)
     layers = {layer: SolvedRows({}, {}, grid) for layer in ("exact", "optimum")}
     best: dict[str, Optimum] = {}
     for name, method in experiment.methods.items():
         problem = grid_problem(experiment, name, density)
-        found = {"exact": _exact_law(experiment, name, problem)}
+        solved: dict[str, tuple[np.ndarray, Metrics]] = {"exact": (_exact_law(experiment, name, problem), {})}
         if method.kind != "pretrained":
             # Methods that share a problem share its optimum.
             key = repr(experiment.problem_of(name))
             if key not in best:
                 best[key] = optimum_of(problem.objective, _starts(experiment, problem))
-            found["optimum"] = best[key].log_p
-        before = problem.objective.finite_value(problem.start)
-        for layer, log_p in found.items():
+            solved["optimum"] = best[key].log_p, {"slack": best[key].slack}
+        before: Metrics = {"functional_before": problem.objective.finite_value(problem.start)}
+        for layer, (log_p, more) in solved.items():
             row = f"{name}_{layer}"
-            layers[layer].metrics[row] = grid_metrics(experiment, problem, log_p) | {
-                "functional_before": before
-            }
+            layers[layer].metrics[row] = grid_metrics(experiment, problem, log_p) | before | more
             layers[layer].laws[row] = np.exp(log_p).reshape(grid.cells, grid.cells)
     return layers
 
@@ -215,14 +215,14 @@ def _exact_law(experiment: FunctionalExperiment, method: str, problem: GridProbl
 
 
 TILTS = (0.25, 1.0, 4.0)
-"""Nats by which other starts of the search for an optimum tilt the reward's standard deviation."""
+"""Nats by which other starts of the search for an optimum tilt one spread of the reward over the grid."""
 
 
 def _starts(experiment: FunctionalExperiment, problem: GridProblem) -> list[FiniteLaw]:
     """The pretrained law, and tilts of it by the reward, for objectives with several stationary points."""
     reward = build_slope(experiment)
     starts = [problem.start]
-    if reward is not None:
+    if reward is not None and problem.objective.tier == "general":
         rewards = reward(problem.start.points).numpy()
         scaled = (rewards - rewards.mean()) / rewards.std()
         starts += [problem.law(normalise(problem.start.log_p + nats * scaled)) for nats in TILTS]
@@ -245,8 +245,6 @@ def network_grid_metrics(problem: GridProblem, density: GriddedDensity) -> Metri
 
 def critic_metrics(experiment: FunctionalExperiment, cloud: Cloud, reference: Cloud, seed: int) -> Metrics:
     """W1 from the reference in each ground metric, by a critic: a lower estimate of the exact one."""
-    from flowtilt.functionals.critic import CriticSettings, train_critic
-
     config = experiment.evaluation.transport
     if config is None:
         return {}

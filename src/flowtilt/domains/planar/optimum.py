@@ -52,7 +52,7 @@ def maximise(
     objective: Functional,
     starts: Sequence[FiniteLaw],
     tolerance: float = 1e-6,
-    steps: int = 2000,
+    steps: int = 500,
 ) -> Optimum:
     """The best of mirror ascents from several starts.
 
