@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from flowtilt.experiment import Experiment, FunctionalExperiment, FunctionalObjective
+from flowtilt.experiment import Experiment, FunctionalExperiment, FunctionalObjective, TermConfig
 from flowtilt.measurements import entries, summarise, with_gaps
 from flowtilt.panels import Panel, over_seeds, pretty
 
@@ -44,10 +44,16 @@ class Reached(NamedTuple):
 
 
 def varied_term(problem: FunctionalObjective) -> tuple[str, str]:
-    """Which term a case is about: its divergence, unless that is KL."""
+    """Which term a case is about, its divergence unless that is KL, and the names of its parts."""
     if problem.divergence.kind != "kl":
-        return "divergence", problem.divergence.kind
-    return "utility", problem.utility.kind
+        return "divergence", _named(problem.divergence)
+    return "utility", _named(problem.utility)
+
+
+def _named(term: TermConfig) -> str:
+    if term.kind != "sum":
+        return term.kind
+    return " + ".join(str(part["name"]) for part in term.parameters["parts"])
 
 
 def solvers_of(problem: FunctionalObjective) -> str:

@@ -219,10 +219,10 @@ TILTS = (0.25, 1.0, 4.0)
 
 
 def _starts(experiment: FunctionalExperiment, problem: GridProblem) -> list[FiniteLaw]:
-    """The pretrained law, and tilts of it by the reward, for objectives with several stationary points."""
+    """The pretrained law, and tilts of it by the reward: past kinks, and to other stationary points."""
     reward = build_slope(experiment)
     starts = [problem.start]
-    if reward is not None and problem.objective.tier == "general":
+    if reward is not None:
         rewards = reward(problem.start.points).numpy()
         scaled = (rewards - rewards.mean()) / rewards.std()
         starts += [problem.law(normalise(problem.start.log_p + nats * scaled)) for nats in TILTS]
