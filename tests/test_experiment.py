@@ -51,6 +51,12 @@ def test_every_shipped_file_loads_and_survives_a_round_trip(file: Path, tmp_path
         ({"objective": {"lvl": 0.1}}, "objective.lvl", "known keys here: tail, level, alpha"),
         ({"colour": "red"}, "colour", "known keys here: name"),
         ({"solver": {"pool": 1}}, "solver", "must be at least batch"),
+        ({"solver": {"batch": 1}}, "solver.batch", "greater than or equal to 2"),
+        (
+            {"path": {"kind": "linear"}},
+            "(whole file)",
+            "network.prediction: a score gives no finite",
+        ),
         ({"methods": {"am": {"kind": "ppo"}}}, "methods.am.kind", "'pretrained', 'am', 'fdc' or 'tfft'"),
         ({"methods": {"am": {"kind": "am", "step": 0.5}}}, "methods.am", "step belong to fdc, not to am"),
         ({"methods": {"fdc": {"kind": "fdc", "step": None}}}, "methods.fdc", "needs step"),

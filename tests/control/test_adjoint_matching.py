@@ -470,6 +470,11 @@ def test_a_pool_smaller_than_the_batch_is_refused():
         AdjointMatchingSettings(batch=16, pool=8)
 
 
+def test_a_batch_without_room_for_both_strata_is_refused():
+    with pytest.raises(ValueError, match="batch must be at least 2, got 1"):
+        AdjointMatchingSettings(batch=1)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_stops_being_finite_stops_the_run_and_names_the_update(bad):
     class Failing(GradientOnly):

@@ -42,7 +42,7 @@ class AdjointMatchingSettings:
 
     Attributes:
         updates: optimiser steps.
-        batch: trajectories that enter each update.
+        batch: trajectories that enter each update, at least 2: one for each stratum of a sparse tilt.
         pool: trajectories sampled for each update of a sparse tilt, at least ``batch``. The pool is
             thinned to the batch by drawing active and inactive endpoints separately and
             reweighting, which keeps the estimator unbiased when few endpoints carry a gradient.
@@ -70,6 +70,8 @@ class AdjointMatchingSettings:
     rest_share: float = 0.25
 
     def __post_init__(self) -> None:
+        if self.batch < 2:
+            raise ValueError(f"batch must be at least 2, got {self.batch}")
         if self.pool < self.batch:
             raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
 
@@ -104,7 +106,7 @@ def stratified_draw(active: Tensor, batch: int, generator: torch.Generator) -> D
 
     Args:
         active: bool, (pool,).
-        batch: number to keep, at most the pool.
+        batch: number to keep, from 2 to the size of the pool.
         generator: source of randomness.
     """
     pool = len(active)
@@ -159,7 +161,7 @@ def lean_adjoint(
 
 @dataclass(frozen=True)
 class LossScale:
-    """Per-step factors of the loss ``|| mean v_diff + noise a ||^2``, each (steps,).
+    """Per-step factors of the loss ``|| mean v_diff + noise a ||^2``, each float64, (steps,).
 
     ``mean`` and ``noise`` are the discrete forms of ``2 / sigma`` and ``sigma``.
     """
@@ -184,7 +186,7 @@ def loss_scale(base: FlowModel, steps: list[MemorylessStep]) -> LossScale:
             nu = math.sqrt(step.velocity * float(base.path.eta(torch.tensor(k * h, dtype=torch.float64))))
         mean.append(step.velocity / nu / math.sqrt(h))
         noise.append(nu / math.sqrt(h))
-    return LossScale(torch.tensor(mean), torch.tensor(noise))
+    return LossScale(torch.tensor(mean, dtype=torch.float64), torch.tensor(noise, dtype=torch.float64))
 
 
 def _chosen_steps(settings: AdjointMatchingSettings, generator: torch.Generator) -> Tensor:
@@ -277,7 +279,7 @@ def solve(
     optimiser = Adam(model.parameters())
     steps = memoryless_steps(base, settings.steps)
     scale = loss_scale(base, steps)
-    times = torch.tensor(time_grid(settings.steps))[:-1]
+    times = torch.tensor(time_grid(settings.steps), dtype=torch.float64)[:-1]
     solution = Solution(model)
     started = time.perf_counter()
     pool_size = settings.pool if tilt.sparse else settings.batch
@@ -298,13 +300,14 @@ def solve(
         squares, energies = _residuals(
             model,
             trajectories[chosen],
-            times[chosen],
+            times[chosen].to(trajectories),
             base_velocities[chosen],
             adjoints[chosen],
-            LossScale(scale.mean[chosen], scale.noise[chosen]),
+            LossScale(scale.mean[chosen].to(trajectories), scale.noise[chosen].to(trajectories)),
             context,
         )
-        loss = (squares * draw.weights).mean()
+        weights = draw.weights.to(squares)
+        loss = (squares * weights).mean()
         if not bool(torch.isfinite(loss)):
             raise TrainingDiverged(_diverged(f"the loss is {float(loss.detach())}", update, settings))
         optimiser.clear_gradients()
@@ -315,7 +318,7 @@ def solve(
             "update": update,
             "loss": float(loss.detach()),
             "active_share": float(active.double().mean()),
-            "control_energy": _control_energy(energies * draw.weights, settings),
+            "control_energy": _control_energy(energies * weights, settings),
             "gradient_norm": float(norm),
             "seconds": time.perf_counter() - started,
         }
