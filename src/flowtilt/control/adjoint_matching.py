@@ -159,6 +159,44 @@ def lean_adjoint(
     return torch.stack(adjoints[::-1]), torch.stack(velocities[::-1])
 
 
+def _targets(
+    base: FlowModel,
+    trajectories: Tensor,
+    terminal: Tensor,
+    steps: list[MemorylessStep],
+    chosen: Tensor,
+    context: Context,
+) -> tuple[Tensor, Tensor]:
+    """Lean adjoint and base velocities at the chosen steps, each (chosen, batch, ...).
+
+    The lean adjoint is linear in its terminal value: where that is zero, as on the flat side of a
+    hinge, it stays zero, and only the velocity is needed.
+    """
+    moving = terminal.flatten(1).any(1)
+    if bool(moving.all()):
+        adjoints, velocities = lean_adjoint(base, trajectories, terminal, steps, context)
+        return adjoints[chosen], velocities[chosen]
+    index = moving.nonzero().squeeze(1)
+    adjoints = torch.zeros_like(trajectories[chosen])
+    if len(index):
+        some = base.select_context(context, index)
+        adjoints[:, index] = lean_adjoint(base, trajectories[:, index], terminal[index], steps, some)[0][
+            chosen
+        ]
+    times = torch.tensor(time_grid(len(steps)), dtype=torch.float64).to(trajectories)
+    with torch.no_grad():
+        velocities = _velocities(base, trajectories[chosen], times[chosen], context)
+    return adjoints, velocities
+
+
+def _velocities(model: FlowModel, states: Tensor, times: Tensor, context: Context) -> Tensor:
+    """Velocities at states (chosen, batch, ...) and times (chosen,), from one batched network pass."""
+    chosen, batch = states.shape[:2]
+    repeated = model.select_context(context, torch.arange(batch).repeat(chosen))
+    v = model.velocity(states.flatten(0, 1), times.repeat_interleave(batch), repeated)
+    return v.view_as(states)
+
+
 @dataclass(frozen=True)
 class LossScale:
     """Per-step factors of the loss ``|| mean v_diff + noise a ||^2``, each float64, (steps,).
@@ -206,12 +244,9 @@ def _residuals(
     scale: LossScale,
     context: Context,
 ) -> tuple[Tensor, Tensor]:
-    """Squared residuals and squared controls at (chosen, batch), from one batched network pass."""
-    chosen, batch = states.shape[:2]
-    repeated = model.select_context(context, torch.arange(batch).repeat(chosen))
-    v = model.velocity(states.flatten(0, 1), times.repeat_interleave(batch), repeated)
-    shape = (chosen,) + (1,) * (states.ndim - 1)
-    moved = scale.mean.view(shape) * (v.view_as(states) - base_velocities)
+    """Squared residuals and squared controls, each (chosen, batch)."""
+    shape = (len(states),) + (1,) * (states.ndim - 1)
+    moved = scale.mean.view(shape) * (_velocities(model, states, times, context) - base_velocities)
     residual = moved + scale.noise.view(shape) * adjoints
     return residual.flatten(2).square().sum(2), moved.detach().flatten(2).square().sum(2)
 
@@ -295,14 +330,14 @@ def solve(
 
         strength = min(1.0, (update + 1) / max(1.0, settings.ramp * settings.updates))
         terminal = -strength * tilt.gradient(trajectories[-1], context) / kl_weight
-        adjoints, base_velocities = lean_adjoint(base, trajectories, terminal, steps, context)
         chosen = _chosen_steps(settings, generator)
+        adjoints, base_velocities = _targets(base, trajectories, terminal, steps, chosen, context)
         squares, energies = _residuals(
             model,
             trajectories[chosen],
             times[chosen].to(trajectories),
-            base_velocities[chosen],
-            adjoints[chosen],
+            base_velocities,
+            adjoints,
             LossScale(scale.mean[chosen].to(trajectories), scale.noise[chosen].to(trajectories)),
             context,
         )
