@@ -101,7 +101,7 @@ def test_broken_yaml_is_one_line_with_the_file(tmp_path: Path) -> None:
 def test_a_study_changes_only_what_its_case_says() -> None:
     cases = load_file(EXPERIMENTS / "resolution_2d.yaml")
     (parent,) = load_file(RISK).values()
-    narrow, wide = cases["resolution_2d/stripes-0.06"], cases["resolution_2d/stripes-0.48"]
+    narrow, wide = cases["resolution_2d/stripes-0.05"], cases["resolution_2d/stripes-0.48"]
     assert narrow.reward == parent.reward
     assert narrow.base == wide.base == "risk_averse_2d"
     assert wide.reward.width == 0.48

@@ -11,6 +11,7 @@ rule sample:
         "<logs>/sample/{experiment}/{method}/seed{seed}.log",
     benchmark:
         "<benchmarks>/sample/{experiment}/{method}/seed{seed}.tsv"
+    priority: 20
     group:
         "assess"
     conda:
@@ -39,6 +40,7 @@ rule evaluate:
         "<logs>/evaluate/{experiment}/{method}/seed{seed}.log",
     benchmark:
         "<benchmarks>/evaluate/{experiment}/{method}/seed{seed}.tsv"
+    priority: 20
     group:
         "assess"
     conda:
