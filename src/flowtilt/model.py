@@ -21,10 +21,12 @@ class FlowModel(nn.Module, ABC):
         path: the interpolant.
         data_variance: rough variance of the data, which sets the noise of the memoryless steps
             (see :func:`flowtilt.interpolants.memoryless_step`); 0 gives DDIM's.
+        has_likelihood: whether :func:`flowtilt.sampling.log_likelihood` makes sense for it.
     """
 
     path: Interpolant
     data_variance: float = 0.0
+    has_likelihood: bool = True
 
     @abstractmethod
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:

@@ -19,7 +19,12 @@ class Reward(ABC):
 
     Subclasses implement :meth:`value`; the gradient is by automatic differentiation unless a
     subclass overrides :meth:`gradient` with an analytic one.
+
+    Attributes:
+        differentiable: whether :meth:`gradient` can be called.
     """
+
+    differentiable: bool = True
 
     @abstractmethod
     def value(self, x: Tensor, context: Context = None) -> Tensor:

@@ -4,10 +4,32 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from closed_forms import Quadratic, generator, tensor
-from flowtilt.functionals.base import Law, Objective, WeightedVariation
-from flowtilt.functionals.utilities import SQ, CVaR, ExpectedReward, Hinge, RewardVariation
+from closed_forms import (
+    PATHS,
+    Mixture,
+    MixtureFlow,
+    Quadratic,
+    generator,
+    halving_orders,
+    pushforward,
+    tensor,
+)
+from flowtilt.functionals.base import FiniteLaw, Law, Objective, WeightedVariation
+from flowtilt.functionals.utilities import (
+    SQ,
+    CVaR,
+    DiverseModes,
+    Entropy,
+    ExpectedReward,
+    Hinge,
+    InfeasibleBarrier,
+    LogBarrier,
+    MeanVariance,
+    RewardVariation,
+)
 from flowtilt.metrics.tails import lower_tail_mean, upper_tail_mean
+from flowtilt.sampling import OdeSettings
+from mode_flow import ModeFlow
 
 COORDINATE = Quadratic([1.0])
 TAILS = {CVaR: lower_tail_mean, SQ: upper_tail_mean}
@@ -138,3 +160,169 @@ def test_active_samples_are_those_of_the_utility():
 def test_a_negative_weight_of_the_divergence_is_refused():
     with pytest.raises(ValueError, match="must not be negative"):
         Objective(ExpectedReward(COORDINATE), ExpectedReward(COORDINATE), alpha=-0.1)
+
+
+BENT = Quadratic([1.0, -2.0], [[2.0, 0.5], [0.5, 1.0]])
+CLOUD = torch.randn(60, 2, generator=generator(4), dtype=torch.float64)
+
+
+def differentiated(formula, x):
+    """Gradient of a formula by autograd."""
+    x = x.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(formula(x).sum(), x)
+    return gradient
+
+
+@pytest.mark.parametrize("risk", [0.7, -0.2])
+def test_mean_variance(risk):
+    functional, law = MeanVariance(BENT, risk), Law(None, CLOUD)
+    rewards = BENT.value(CLOUD)
+    mean = rewards.mean()
+    assert functional.value(law) == pytest.approx(float(mean - risk * rewards.var(correction=0)), rel=1e-13)
+
+    def formula(x):
+        return BENT.value(x) - risk * (BENT.value(x) ** 2 - 2 * mean * BENT.value(x))
+
+    variation = functional.linearise(law)
+    torch.testing.assert_close(variation.value(CLOUD), formula(CLOUD))
+    torch.testing.assert_close(variation.gradient(CLOUD), differentiated(formula, CLOUD))
+    with pytest.raises(ValueError, match="must be finite, got risk=nan"):
+        MeanVariance(BENT, float("nan"))
+
+
+def test_log_barrier():
+    cost = Quadratic([0.2, 0.1], [[-0.3, 0.0], [0.0, -0.1]])
+    functional, law = LogBarrier(BENT, cost, bound=1.0, strength=0.3), Law(None, CLOUD)
+    slack = 1.0 - float(cost(CLOUD).mean())
+    expected = float(BENT(CLOUD).mean()) + 0.3 * np.log(slack)
+    assert functional.value(law) == pytest.approx(expected, rel=1e-13)
+
+    def formula(x):
+        return BENT.value(x) - 0.3 / slack * cost.value(x)
+
+    variation = functional.linearise(law)
+    torch.testing.assert_close(variation.value(CLOUD), formula(CLOUD))
+    torch.testing.assert_close(variation.gradient(CLOUD), differentiated(formula, CLOUD))
+    # Away from the cost: the paper's sign would move towards it.
+    towards = (variation.gradient(CLOUD) - BENT.gradient(CLOUD)) * cost.gradient(CLOUD)
+    assert float(towards.sum(1).max()) <= 0
+
+
+def test_an_infeasible_barrier_names_cost_and_bound():
+    functional = LogBarrier(COORDINATE, COORDINATE, bound=1.5)
+    law = on_points([1.0, 2.0, 3.0])
+    uniform = np.log(np.full(3, 1 / 3))
+    finite = FiniteLaw(law.samples, uniform, uniform)
+    for call, at in (
+        (functional.value, law),
+        (functional.linearise, law),
+        (functional.finite_value, finite),
+        (functional.finite_variation, finite),
+    ):
+        with pytest.raises(InfeasibleBarrier, match=r"cost is 2 and must be below the bound 1\.5; raise"):
+            call(at)
+    with pytest.raises(ValueError, match="strength of a log barrier must be positive and finite, got 0"):
+        LogBarrier(COORDINATE, COORDINATE, bound=1.0, strength=0.0)
+    with pytest.raises(ValueError, match="bound of a log barrier must be finite, got inf"):
+        LogBarrier(COORDINATE, COORDINATE, bound=float("inf"))
+
+
+P = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]])
+paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+
+
+@paths
+def test_the_value_of_entropy_against_the_closed_form(path):
+    law, count = pushforward(path, P, 0.0, 1.0), 2000
+    x = law.sample(count, generator(0))
+    surprise = -law.log_density(x)
+    value = Entropy().value(Law(MixtureFlow(path, P), x))
+    # On these samples: the log-likelihoods' error of less than 1e-3. Over samples: four standard errors.
+    assert value == pytest.approx(float(surprise.mean()), abs=1e-3)
+    exact = 1 + np.log(2 * np.pi) + 0.5 * float(torch.logdet(law.covariance))
+    assert value == pytest.approx(exact, abs=4 * float(surprise.std()) / count**0.5 + 1e-3)
+
+
+@paths
+def test_the_gradient_of_entropy_is_minus_the_score(path):
+    """``S^-1 (x - m)`` of the data; the distance falls with 1 - t."""
+    x = P.sample(100, generator(0))
+    exact = (x - P.mean) @ torch.linalg.inv(P.covariance)
+    errors = []
+    for gap in (0.01, 0.002, 0.001, 0.0005):
+        found = Entropy(1 - gap).linearise(Law(MixtureFlow(path, P), x)).gradient(x)
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert Entropy().score_time == 0.99
+    assert errors[0] < 0.03
+    assert halving_orders(errors[1:]) == pytest.approx([1, 1], abs=0.15)
+
+
+MODES = [P, Mixture.gaussian([-0.8, 0.4], [[0.5, -0.1], [-0.1, 0.9]])]
+
+
+def log_ratio(x, modes):
+    """``log p_z - log mean_k p_k`` by exact densities."""
+    logs = torch.stack([law.log_density(x) for law in MODES])
+    return logs[modes, torch.arange(len(x))] - torch.logsumexp(logs, 0) + np.log(2)
+
+
+def test_diverse_modes_against_exact_densities():
+    model = ModeFlow(PATHS["linear"], MODES)
+    modes = torch.arange(60) % 2
+    expected = differentiated(lambda x: log_ratio(x, modes), CLOUD)
+    errors = []
+    for margin in (1e-4, 1e-6):
+        functional = DiverseModes(2, 1 - margin, OdeSettings(margin=margin))
+        variation = functional.linearise(Law(model, CLOUD, modes))
+        values, gradient = variation.value(CLOUD, modes), variation.gradient(CLOUD, modes)
+        errors.append([float((values - log_ratio(CLOUD, modes)).abs().max())])
+        errors[-1].append(float((gradient - expected).abs().max()))
+        value = functional.value(Law(model, CLOUD, modes))
+        assert value == pytest.approx(float(log_ratio(CLOUD, modes).mean()), abs=errors[-1][0])
+    # Of first order in the distance kept from both ends of time, and nothing else.
+    assert max(errors[1]) < 1e-4
+    assert errors[0] == pytest.approx([100 * e for e in errors[1]], rel=0.05)
+
+
+def test_distant_modes_tell_everything_and_equal_ones_nothing():
+    far = ModeFlow(PATHS["linear"], [Mixture.gaussian([s, 0.0], np.eye(2)) for s in (-9.0, 9.0)])
+    modes = torch.arange(20) % 2
+    x = torch.stack([law.sample(20, generator(k)) for k, law in enumerate(far.laws)])[modes, torch.arange(20)]
+    assert DiverseModes(2).value(Law(far, x, modes)) == pytest.approx(np.log(2), abs=1e-6)
+    same = ModeFlow(PATHS["linear"], [P, P])
+    assert DiverseModes(2).value(Law(same, x, modes)) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("context", "shown"),
+    [
+        (None, "NoneType"),
+        (torch.zeros(60), "torch.float32"),
+        (torch.zeros(59, dtype=torch.long), r"\(59,\)"),
+        (torch.full((60,), 2), "from 2 to 2"),
+        (torch.full((60,), -1), "from -1 to -1"),
+    ],
+)
+def test_diverse_modes_need_a_mode_for_each_sample(context, shown):
+    model = ModeFlow(PATHS["linear"], MODES)
+    with pytest.raises(ValueError, match=f"one integer from 0 to 1 for each sample, got .*{shown}"):
+        DiverseModes(2).linearise(Law(model, CLOUD, context))
+
+
+def test_diverse_modes_of_a_finite_law_are_the_mutual_information():
+    """``sum p(x, z) log p(x, z) / (p(x) p(z))`` over a table."""
+    table = np.random.default_rng(0).dirichlet(np.ones(15)).reshape(3, 5)
+    points = tensor(np.tile(np.arange(5.0), 3))[:, None]
+    law = FiniteLaw(points, np.log(table.ravel()), np.zeros(15), np.repeat(np.arange(3), 5))
+    ratio = np.log(table / (table.sum(0) * table.sum(1, keepdims=True)))
+    assert DiverseModes(3).finite_value(law) == pytest.approx(float((table * ratio).sum()), rel=1e-12)
+    np.testing.assert_allclose(DiverseModes(3).finite_variation(law), ratio.ravel(), atol=1e-13)
+    with pytest.raises(ValueError, match="modes from 0 to 2"):
+        DiverseModes(2).finite_value(law)
+    with pytest.raises(ValueError, match="give it modes"):
+        DiverseModes(2).finite_value(FiniteLaw(points, law.log_p, law.log_p))
+
+
+def test_fewer_than_two_modes_are_refused():
+    with pytest.raises(ValueError, match="at least 2 modes, got 1"):
+        DiverseModes(1)

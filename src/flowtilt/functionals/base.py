@@ -8,21 +8,24 @@ functional is checked against numerical derivatives, and where optima are known.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowtilt.model import Context, FlowModel
+from flowtilt.rewards import Reward
 
 Tier = Literal["linear", "convex", "general"]
 """FDC's hierarchy (De Santi et al. 2025, table 1): linear, convex and general problems."""
 
 Need = Literal["nothing", "score", "density", "critic"]
-"""What the gradient of a first variation takes beside the samples and their rewards."""
+"""What the gradient of a first variation takes beside the samples and their rewards, by rising cost."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,42 @@ class FiniteLaw:
         points: float64, (n, ...).
         log_p: log probabilities, (n,); minus infinity where there is no mass.
         log_reference: those of the pretrained law on the same points, (n,).
+        modes: the mode that each point belongs to, integers from 0, (n,); for laws of a sample and
+            a mode together, where the same point may occur once in every mode.
     """
 
     points: Tensor
     log_p: np.ndarray
     log_reference: np.ndarray
+    modes: np.ndarray | None = None
 
     @property
     def p(self) -> np.ndarray:
         """Probabilities, (n,)."""
         return np.exp(self.log_p)
+
+    @property
+    def reference(self) -> np.ndarray:
+        """Probabilities of the pretrained law, (n,)."""
+        return np.exp(self.log_reference)
+
+    def with_p(self, p: np.ndarray) -> FiniteLaw:
+        """The law with other probabilities (n,) on the same points."""
+        with np.errstate(divide="ignore"):
+            return replace(self, log_p=np.log(p))
+
+
+def per_sample(factors: Tensor, x: Tensor) -> Tensor:
+    """View one factor a sample, (batch,), so that it multiplies ``x`` (batch, ...)."""
+    return factors.to(x).reshape(len(x), *(1,) * (x.ndim - 1))
+
+
+def gradient_of(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Gradient of each sample's ``value`` (batch,) at ``x`` (batch, ...), by automatic differentiation."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(value(x).sum(), x)
+    return gradient
 
 
 class FirstVariation(ABC):
@@ -92,8 +121,8 @@ class Functional(ABC):
         needs: what the gradient of its first variation takes.
     """
 
-    tier: ClassVar[Tier] = "general"
-    needs: ClassVar[Need] = "nothing"
+    tier: Tier = "general"
+    needs: Need = "nothing"
 
     @abstractmethod
     def value(self, law: Law) -> float:
@@ -110,6 +139,16 @@ class Functional(ABC):
     @abstractmethod
     def finite_variation(self, law: FiniteLaw) -> np.ndarray:
         """The first variation at every point of a finite law, up to a constant, (n,)."""
+
+    @property
+    def components(self) -> tuple[Functional, ...]:
+        """The functionals that this one is made of: itself, unless it is a sum."""
+        return (self,)
+
+    @property
+    def rewards(self) -> tuple[Reward, ...]:
+        """The rewards whose gradients the first variation takes: all that are attributes."""
+        return tuple(value for value in vars(self).values() if isinstance(value, Reward))
 
 
 @dataclass(frozen=True)
@@ -145,7 +184,76 @@ class WeightedVariation(FirstVariation):
 
 
 @dataclass(frozen=True)
-class Objective(Functional):
+class _Sum(Functional):
+    """``sum_i w_i F_i``, with the hardest tier and the dearest need of its terms.
+
+    A term of weight 0 is never evaluated: neither its cost nor an infinity of it counts.
+    """
+
+    tier: Tier = field(init=False)
+    needs: Need = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("a weighted sum of functionals needs at least one part")
+        for weight, part in self.terms:
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of {type(part).__name__} must be finite, got {weight}")
+        parts = self.components
+        object.__setattr__(self, "tier", max((p.tier for p in parts), key=get_args(Tier).index))
+        object.__setattr__(self, "needs", max((p.needs for p in parts), key=get_args(Need).index))
+
+    @property
+    @abstractmethod
+    def terms(self) -> tuple[tuple[float, Functional], ...]:
+        """Weights and functionals; the first is the one whose active samples count."""
+
+    @property
+    def components(self) -> tuple[Functional, ...]:
+        first = self.terms[0][1].components
+        return first + tuple(c for weight, part in self.terms[1:] if weight != 0 for c in part.components)
+
+    @property
+    def rewards(self) -> tuple[Reward, ...]:
+        return tuple(reward for part in self.components for reward in part.rewards)
+
+    def value(self, law: Law) -> float:
+        return sum(weight * part.value(law) for weight, part in self.terms if weight != 0)
+
+    def finite_value(self, law: FiniteLaw) -> float:
+        return sum(weight * part.finite_value(law) for weight, part in self.terms if weight != 0)
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        total = np.zeros(len(law.log_p))
+        for weight, part in self.terms:
+            if weight != 0:
+                total = total + weight * part.finite_variation(law)
+        return total
+
+    def linearise(self, law: Law) -> WeightedVariation:
+        (first_weight, first), *rest = self.terms
+        parts = [(weight, part.linearise(law)) for weight, part in rest if weight != 0]
+        return WeightedVariation(((first_weight, first.linearise(law)), *parts))
+
+
+@dataclass(frozen=True)
+class WeightedSum(_Sum):
+    """``sum_i w_i F_i`` of any functionals, wherever a functional can stand.
+
+    Attributes:
+        parts: weights, in units of the sum a unit of the part, and functionals. As in
+            :class:`WeightedVariation`, samples are active where they are for the first part.
+    """
+
+    parts: tuple[tuple[float, Functional], ...]
+
+    @property
+    def terms(self) -> tuple[tuple[float, Functional], ...]:
+        return self.parts
+
+
+@dataclass(frozen=True)
+class Objective(_Sum):
     """``G(p) = utility(p) - alpha divergence(p)``.
 
     Attributes:
@@ -161,18 +269,8 @@ class Objective(Functional):
     def __post_init__(self) -> None:
         if not self.alpha >= 0:
             raise ValueError(f"the divergence weight alpha must not be negative, got {self.alpha}")
+        super().__post_init__()
 
-    def value(self, law: Law) -> float:
-        return self.utility.value(law) - self.alpha * self.divergence.value(law)
-
-    def finite_value(self, law: FiniteLaw) -> float:
-        return self.utility.finite_value(law) - self.alpha * self.divergence.finite_value(law)
-
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        first = self.utility.finite_variation(law)
-        return first - self.alpha * self.divergence.finite_variation(law)
-
-    def linearise(self, law: Law) -> FirstVariation:
-        return WeightedVariation(
-            ((1.0, self.utility.linearise(law)), (-self.alpha, self.divergence.linearise(law)))
-        )
+    @property
+    def terms(self) -> tuple[tuple[float, Functional], ...]:
+        return ((1.0, self.utility), (-self.alpha, self.divergence))

@@ -1,16 +1,24 @@
-"""Divergences from the pretrained law."""
+"""Divergences from the pretrained law.
+
+First variations are those of FDC (De Santi et al. 2025, table 1), up to constants, each with respect
+to the first argument.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law
+from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, gradient_of, per_sample
+from flowtilt.functionals.critic import CriticPotential, CriticSettings, train_critic
+from flowtilt.functionals.kernels import Kernel, kernel_by_name, kernel_matrix, kernel_means
+from flowtilt.metrics.transport import Transport, check_metric, ground_distances, kantorovich
 from flowtilt.model import Context, FlowModel
-from flowtilt.sampling import log_likelihood
+from flowtilt.sampling import OdeSettings, log_likelihood, sample_sde
 
 
 @dataclass(frozen=True)
@@ -24,10 +32,11 @@ class ScoreDifference(FirstVariation):
     model: FlowModel
     reference: FlowModel
     time: float
+    ode: OdeSettings = field(default_factory=OdeSettings)
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
-        own = log_likelihood(self.model, x, context)
-        return own - log_likelihood(self.reference, x, context)
+        own = log_likelihood(self.model, x, context, self.ode)
+        return own - log_likelihood(self.reference, x, context, self.ode)
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         with torch.no_grad():
@@ -44,6 +53,7 @@ class KL(Functional):
     Attributes:
         reference: the pretrained model.
         score_time: time at which scores stand for those of the data, in (0, 1).
+        ode: how the likelihoods are solved.
     """
 
     tier = "linear"
@@ -51,14 +61,13 @@ class KL(Functional):
 
     reference: FlowModel
     score_time: float = 0.99
+    ode: OdeSettings = field(default_factory=OdeSettings)
 
     def value(self, law: Law) -> float:
-        own = log_likelihood(law.model, law.samples, law.context)
-        other = log_likelihood(self.reference, law.samples, law.context)
-        return float((own - other).double().mean())
+        return float(self.linearise(law).value(law.samples, law.context).double().mean())
 
     def linearise(self, law: Law) -> ScoreDifference:
-        return ScoreDifference(law.model, self.reference, self.score_time)
+        return ScoreDifference(law.model, self.reference, self.score_time, self.ode)
 
     def finite_value(self, law: FiniteLaw) -> float:
         held = law.p > 0
@@ -66,3 +75,259 @@ class KL(Functional):
 
     def finite_variation(self, law: FiniteLaw) -> np.ndarray:
         return law.log_p - law.log_reference
+
+
+@dataclass(frozen=True)
+class PoweredRatio(FirstVariation):
+    """``b / (b - 1) (p / q)^(b - 1) / Z``: first variation of the Renyi divergence of order b.
+
+    Attributes:
+        log_ratio: ``log p - log q`` and its gradient.
+        order: b.
+        log_normaliser: ``log Z = log E_p[(p / q)^(b - 1)]``.
+    """
+
+    log_ratio: ScoreDifference
+    order: float
+    log_normaliser: float
+
+    def _weight(self, x: Tensor, context: Context) -> Tensor:
+        """``(p / q)^(b - 1) / Z`` by its logarithm, (batch,)."""
+        return torch.exp((self.order - 1) * self.log_ratio.value(x, context) - self.log_normaliser)
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        return self.order / (self.order - 1) * self._weight(x, context)
+
+    def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        return per_sample(self.order * self._weight(x, context), x) * self.log_ratio.gradient(x, context)
+
+
+@dataclass(frozen=True)
+class Renyi(Functional):
+    """``R_b(p || reference) = log E_p[(p / reference)^(b - 1)] / (b - 1)``.
+
+    Takes densities of both models at every sample, by the likelihood of the probability-flow ODE:
+    each gradient costs two solutions of it with the divergence. Far out in the tails the weight
+    ``(p / reference)^(b - 1)`` of an order above 1 is not bounded, nor is the variance of its mean.
+
+    Attributes:
+        reference: the pretrained model.
+        order: b, positive and not 1.
+        score_time: time at which scores stand for those of the data, in (0, 1).
+        ode: how the likelihoods are solved.
+        samples: how many of the law's samples the mean is taken over, the first ones.
+    """
+
+    tier = "general"
+    needs = "density"
+
+    reference: FlowModel
+    order: float
+    score_time: float = 0.99
+    ode: OdeSettings = field(default_factory=OdeSettings)
+    samples: int = 2000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.order < math.inf or self.order == 1:
+            raise ValueError(
+                f"the order of a Renyi divergence must be positive and not 1, got {self.order}; "
+                "its limit at 1 is the KL divergence"
+            )
+        if self.samples < 1:
+            raise ValueError(f"a Renyi divergence needs at least one sample, got samples={self.samples}")
+
+    def _log_normaliser(self, law: Law) -> float:
+        kept = min(self.samples, len(law.samples))
+        context = law.model.select_context(law.context, torch.arange(kept))
+        ratios = ScoreDifference(law.model, self.reference, self.score_time, self.ode)
+        exponents = (self.order - 1) * ratios.value(law.samples[:kept], context).double()
+        return float(torch.logsumexp(exponents, 0)) - math.log(kept)
+
+    def value(self, law: Law) -> float:
+        return self._log_normaliser(law) / (self.order - 1)
+
+    def linearise(self, law: Law) -> PoweredRatio:
+        ratios = ScoreDifference(law.model, self.reference, self.score_time, self.ode)
+        return PoweredRatio(ratios, self.order, self._log_normaliser(law))
+
+    def _finite_terms(self, law: FiniteLaw) -> tuple[np.ndarray, float]:
+        """Exponents ``(b - 1) log(p / reference)`` and the log of their mean's exponential."""
+        exponents = (self.order - 1) * (law.log_p - law.log_reference)
+        held = law.p > 0
+        return exponents, float(np.logaddexp.reduce((law.log_p + exponents)[held]))
+
+    def finite_value(self, law: FiniteLaw) -> float:
+        return self._finite_terms(law)[1] / (self.order - 1)
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        exponents, log_normaliser = self._finite_terms(law)
+        return self.order / (self.order - 1) * np.exp(exponents - log_normaliser)
+
+
+@dataclass(frozen=True)
+class ReferenceDraw:
+    """How samples of the pretrained model are drawn, to compare a law's samples with.
+
+    By the memoryless process, as the law's own in Flow Density Control: with as many steps, errors
+    of the discretisation are the same on both sides.
+
+    Attributes:
+        samples: how many.
+        steps: time steps of the process.
+        seed: of the draw.
+    """
+
+    samples: int = 2000
+    steps: int = 40
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.steps < 1:
+            raise ValueError(
+                f"a reference draw needs samples and steps of at least 1, got {self.samples} and {self.steps}"
+            )
+
+    def of(self, model: FlowModel) -> Tensor:
+        """Samples of the model, (samples, ...)."""
+        random = torch.Generator().manual_seed(self.seed)
+        context = model.draw_context(self.samples, random)
+        return sample_sde(model, self.samples, self.steps, random, context)[-1]
+
+
+@dataclass(frozen=True)
+class Witness(FirstVariation):
+    """``(E_p k(x, .) - E_q k(x, .)) / size`` over samples of the two laws.
+
+    Attributes:
+        samples: of the law, float64, (n, ...).
+        reference: of the pretrained law, float64, (m, ...).
+        kernel: of the distance in units of the bandwidth.
+        bandwidth: unit of the distance.
+        size: of the difference, in the kernel's norm; at 0 the laws agree and the variation is 0.
+    """
+
+    samples: Tensor
+    reference: Tensor
+    kernel: Kernel
+    bandwidth: float
+    size: float
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        if self.size == 0:
+            return x.new_zeros(len(x))
+        own = kernel_means(self.kernel, x.double(), self.samples, self.bandwidth)
+        other = kernel_means(self.kernel, x.double(), self.reference, self.bandwidth)
+        return ((own - other) / self.size).to(x.dtype)
+
+    def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        return torch.zeros_like(x) if self.size == 0 else gradient_of(self.value, x)
+
+
+def _discrepancy(square: float, scale: float) -> float:
+    """Root of a squared discrepancy; 0 where it is rounding of sums of the size ``scale``."""
+    return math.sqrt(square) if square > 1e-12 * scale else 0.0
+
+
+@dataclass(frozen=True)
+class MMD(Functional):
+    """Maximum mean discrepancy ``sup E_p f - E_q f`` over the kernel's unit ball (not squared).
+
+    Estimated as the V-statistic: the exact discrepancy of the two *empirical* laws, so that it is
+    never negative and the first variation belongs to the value. It is biased upwards: two sets of N
+    samples of one law are ``sqrt(2 (k(x, x) - E k) / N)`` apart in the root mean square. Where the
+    laws agree the discrepancy has a kink; its first variation is taken as 0 there.
+
+    Attributes:
+        reference: the pretrained model.
+        kernel: ``gaussian``, ``inverse_multiquadric`` or ``energy``.
+        bandwidth: unit of distances, in units of the samples; scales the energy distance.
+        draw: of the samples of the pretrained model.
+    """
+
+    tier = "convex"
+
+    reference: FlowModel
+    kernel: str = "gaussian"
+    bandwidth: float = 1.0
+    draw: ReferenceDraw = field(default_factory=ReferenceDraw)
+
+    def __post_init__(self) -> None:
+        kernel_by_name(self.kernel)
+        if not 0 < self.bandwidth < math.inf:
+            raise ValueError(f"a kernel's bandwidth must be positive and finite, got {self.bandwidth}")
+
+    def value(self, law: Law) -> float:
+        return self.linearise(law).size
+
+    def linearise(self, law: Law) -> Witness:
+        kernel = kernel_by_name(self.kernel)
+        x, y = law.samples.double(), self.draw.of(self.reference).double()
+        pairs = ((x, x), (x, y), (y, y))
+        own, cross, other = (float(kernel_means(kernel, a, b, self.bandwidth).mean()) for a, b in pairs)
+        size = _discrepancy(own - 2 * cross + other, abs(own) + abs(cross) + abs(other))
+        return Witness(x, y, kernel, self.bandwidth, size)
+
+    def _finite_terms(self, law: FiniteLaw) -> tuple[np.ndarray, float]:
+        """The witness at every point, and the discrepancy."""
+        points = law.points.double()
+        kernel = kernel_matrix(kernel_by_name(self.kernel), points, points, self.bandwidth).numpy(force=True)
+        difference = law.p - law.reference
+        witness = kernel @ difference
+        return witness, _discrepancy(float(difference @ witness), float(np.abs(kernel).max()))
+
+    def finite_value(self, law: FiniteLaw) -> float:
+        return self._finite_terms(law)[1]
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        witness, size = self._finite_terms(law)
+        return witness / size if size > 0 else np.zeros_like(witness)
+
+
+@dataclass(frozen=True)
+class Wasserstein1(Functional):
+    """Wasserstein-1 distance under ``d(x, y) = sqrt(sum_i w_i (x_i - y_i)^2)``.
+
+    The first variation is the Kantorovich potential: by a critic for a model's law, which gives a
+    lower estimate of the distance between the two sets of samples; by the network simplex, exactly,
+    for a finite law.
+
+    Attributes:
+        reference: the pretrained model.
+        weights: of the metric, one for each coordinate, positive.
+        critic: how the critic is trained.
+        draw: of the samples of the pretrained model.
+    """
+
+    tier = "general"
+    needs = "critic"
+
+    reference: FlowModel
+    weights: tuple[float, ...]
+    critic: CriticSettings = field(default_factory=CriticSettings)
+    draw: ReferenceDraw = field(default_factory=ReferenceDraw)
+
+    def __post_init__(self) -> None:
+        check_metric(self.weights)
+
+    def value(self, law: Law) -> float:
+        potential, reference = self._trained(law)
+        own, other = potential.value(law.samples), potential.value(reference)
+        return float(own.double().mean() - other.double().mean())
+
+    def linearise(self, law: Law) -> CriticPotential:
+        return self._trained(law)[0]
+
+    def _trained(self, law: Law) -> tuple[CriticPotential, Tensor]:
+        """The critic, and the samples of the pretrained model that it was trained on."""
+        reference = self.draw.of(self.reference)
+        return train_critic(law.samples, reference, self.weights, self.critic), reference
+
+    def _finite(self, law: FiniteLaw) -> Transport:
+        points = law.points.numpy(force=True)
+        return kantorovich(ground_distances(points, points, self.weights), law.p, law.reference)
+
+    def finite_value(self, law: FiniteLaw) -> float:
+        return self._finite(law).value
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        return self._finite(law).potential

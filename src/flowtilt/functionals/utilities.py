@@ -1,20 +1,37 @@
-"""Utilities of the reward's distribution: its mean and the means of its two tails.
+"""Utilities: what to raise. Of the reward's distribution, of the law's spread, of its modes.
 
-First variations are those of FDC (De Santi et al. 2025, table 1), up to constants.
+First variations are those of FDC (De Santi et al. 2025, table 1), up to constants, but for two whose
+sign the paper prints the other way round: the log barrier's and that of diverse modes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law
+from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, per_sample
 from flowtilt.metrics.tails import Side, lower_tail_mean, quantile, upper_tail_mean
-from flowtilt.model import Context
+from flowtilt.model import Context, FlowModel
 from flowtilt.rewards import Reward
+from flowtilt.sampling import OdeSettings, log_likelihood
+
+
+class InfeasibleBarrier(ValueError):
+    """A log barrier at a law whose expected cost is not below the bound."""
+
+
+def _values(reward: Reward, law: Law) -> np.ndarray:
+    """Rewards of the law's samples, float64, (batch,)."""
+    return reward(law.samples, law.context).double().numpy(force=True)
+
+
+def _finite_values(reward: Reward, law: FiniteLaw) -> np.ndarray:
+    """Rewards at the points of a finite law, float64, (n,)."""
+    return reward(law.points).double().numpy(force=True)
 
 
 @dataclass(frozen=True)
@@ -85,7 +102,7 @@ class ExpectedReward(Functional):
     reward: Reward
 
     def value(self, law: Law) -> float:
-        return float(self.reward(law.samples, law.context).double().mean())
+        return float(_values(self.reward, law).mean())
 
     def linearise(self, law: Law) -> RewardVariation:
         return RewardVariation(self.reward)
@@ -94,7 +111,7 @@ class ExpectedReward(Functional):
         return float(law.p @ self.finite_variation(law))
 
     def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        return self.reward(law.points).double().numpy(force=True)
+        return _finite_values(self.reward, law)
 
 
 @dataclass(frozen=True)
@@ -113,12 +130,6 @@ class _TailMean(Functional):
         if not 0 < self.level < 1:
             raise ValueError(f"a tail level must lie in (0, 1), got {self.level}")
 
-    def _rewards(self, law: Law) -> np.ndarray:
-        return self.reward(law.samples, law.context).double().numpy(force=True)
-
-    def _finite_rewards(self, law: FiniteLaw) -> np.ndarray:
-        return self.reward(law.points).double().numpy(force=True)
-
 
 @dataclass(frozen=True)
 class CVaR(_TailMean):
@@ -127,20 +138,19 @@ class CVaR(_TailMean):
     tier = "convex"
 
     def value(self, law: Law) -> float:
-        return lower_tail_mean(self._rewards(law), self.level)
+        return lower_tail_mean(_values(self.reward, law), self.level)
 
     def linearise(self, law: Law) -> Hinge:
-        threshold = quantile(self._rewards(law), self.level)
+        threshold = quantile(_values(self.reward, law), self.level)
         return Hinge(self.reward, threshold, mass=self.level, side="lower")
 
     def finite_value(self, law: FiniteLaw) -> float:
-        return lower_tail_mean(self._finite_rewards(law), self.level, law.p)
+        return lower_tail_mean(_finite_values(self.reward, law), self.level, law.p)
 
     def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        rewards = self._finite_rewards(law)
-        return Hinge(self.reward, quantile(rewards, self.level, law.p), self.level, "lower").of_rewards(
-            rewards
-        )
+        rewards = _finite_values(self.reward, law)
+        at = quantile(rewards, self.level, law.p)
+        return Hinge(self.reward, at, self.level, "lower").of_rewards(rewards)
 
 
 @dataclass(frozen=True)
@@ -150,16 +160,318 @@ class SQ(_TailMean):
     tier = "general"
 
     def value(self, law: Law) -> float:
-        return upper_tail_mean(self._rewards(law), 1 - self.level)
+        return upper_tail_mean(_values(self.reward, law), 1 - self.level)
 
     def linearise(self, law: Law) -> Hinge:
-        threshold = quantile(self._rewards(law), self.level)
+        threshold = quantile(_values(self.reward, law), self.level)
         return Hinge(self.reward, threshold, mass=1 - self.level, side="upper")
 
     def finite_value(self, law: FiniteLaw) -> float:
-        return upper_tail_mean(self._finite_rewards(law), 1 - self.level, law.p)
+        return upper_tail_mean(_finite_values(self.reward, law), 1 - self.level, law.p)
 
     def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        rewards = self._finite_rewards(law)
+        rewards = _finite_values(self.reward, law)
         at = quantile(rewards, self.level, law.p)
         return Hinge(self.reward, at, 1 - self.level, "upper").of_rewards(rewards)
+
+
+@dataclass(frozen=True)
+class CentredRisk(FirstVariation):
+    """``r - risk (r^2 - 2 mean r)``: first variation of mean minus ``risk`` times variance.
+
+    Attributes:
+        reward: the reward r.
+        risk: weight of the variance.
+        mean: expected reward of the law.
+    """
+
+    reward: Reward
+    risk: float
+    mean: float
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        rewards = self.reward(x, context)
+        return rewards - self.risk * (rewards - 2 * self.mean) * rewards
+
+    def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        slope = 1 - 2 * self.risk * (self.reward(x, context) - self.mean)
+        return per_sample(slope, x) * self.reward.gradient(x, context)
+
+
+@dataclass(frozen=True)
+class MeanVariance(Functional):
+    """``E r - risk Var r``; the variance is the samples' own, without Bessel's correction.
+
+    The variance is concave in the law, so that this is convex for a positive ``risk``.
+
+    Attributes:
+        reward: the reward r.
+        risk: weight of the variance, in inverse units of the reward; negative seeks variance.
+    """
+
+    tier = "general"
+
+    reward: Reward
+    risk: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.risk):
+            raise ValueError(f"the weight of the variance must be finite, got risk={self.risk}")
+
+    def value(self, law: Law) -> float:
+        rewards = _values(self.reward, law)
+        return float(rewards.mean() - self.risk * rewards.var())
+
+    def linearise(self, law: Law) -> CentredRisk:
+        return CentredRisk(self.reward, self.risk, float(_values(self.reward, law).mean()))
+
+    def finite_value(self, law: FiniteLaw) -> float:
+        rewards = _finite_values(self.reward, law)
+        mean = law.p @ rewards
+        return float(mean - self.risk * (law.p @ (rewards - mean) ** 2))
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        rewards = _finite_values(self.reward, law)
+        return rewards - self.risk * (rewards - 2 * (law.p @ rewards)) * rewards
+
+
+@dataclass(frozen=True)
+class NegativeLogDensity(FirstVariation):
+    """``-log p``, with the gradient by the model's score at a ``time`` just before the data."""
+
+    model: FlowModel
+    time: float
+    ode: OdeSettings
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        return -log_likelihood(self.model, x, context, self.ode)
+
+    @torch.no_grad()
+    def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        return -self.model.score(x, x.new_tensor(self.time), context)
+
+
+@dataclass(frozen=True)
+class Entropy(Functional):
+    """``-E log p``, in nats; the value needs likelihoods, the gradient only scores.
+
+    For a model it is the differential entropy, for a finite law that of its probabilities.
+
+    Attributes:
+        score_time: time at which the score stands for that of the data, in (0, 1).
+        ode: how the likelihoods are solved.
+    """
+
+    tier = "convex"
+    needs = "score"
+
+    score_time: float = 0.99
+    ode: OdeSettings = field(default_factory=OdeSettings)
+
+    def value(self, law: Law) -> float:
+        return float(self.linearise(law).value(law.samples, law.context).double().mean())
+
+    def linearise(self, law: Law) -> NegativeLogDensity:
+        return NegativeLogDensity(law.model, self.score_time, self.ode)
+
+    def finite_value(self, law: FiniteLaw) -> float:
+        held = law.p > 0
+        return -float(law.p[held] @ law.log_p[held])
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        return -law.log_p
+
+
+@dataclass(frozen=True)
+class BarrierVariation(FirstVariation):
+    """``r - slope c``: a reward, and a cost that weighs the more the nearer its bound is.
+
+    Attributes:
+        reward: the reward r.
+        cost: the cost c.
+        slope: ``strength / (bound - E c)``.
+    """
+
+    reward: Reward
+    cost: Reward
+    slope: float
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        return self.reward(x, context) - self.slope * self.cost(x, context)
+
+    def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        return self.reward.gradient(x, context) - self.slope * self.cost.gradient(x, context)
+
+
+@dataclass(frozen=True)
+class LogBarrier(Functional):
+    """``E r + strength log(bound - E c)``: the expected reward with the expected cost kept below a bound.
+
+    Attributes:
+        reward: the reward r.
+        cost: the cost c.
+        bound: what the expected cost must stay below, in units of the cost.
+        strength: of the barrier, positive, in units of the reward.
+    """
+
+    tier = "convex"
+
+    reward: Reward
+    cost: Reward
+    bound: float
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.bound):
+            raise ValueError(f"the bound of a log barrier must be finite, got {self.bound}")
+        if not 0 < self.strength < math.inf:
+            raise ValueError(
+                f"the strength of a log barrier must be positive and finite, got {self.strength}"
+            )
+
+    def _slack(self, expected_cost: float) -> float:
+        """``bound - E c``.
+
+        Raises:
+            InfeasibleBarrier: if it is not positive.
+        """
+        if not expected_cost < self.bound:
+            raise InfeasibleBarrier(
+                f"the log barrier is infeasible: the expected cost is {expected_cost:.6g} and must be "
+                f"below the bound {self.bound:.6g}; raise the bound, or start from a law of lower cost"
+            )
+        return self.bound - expected_cost
+
+    def value(self, law: Law) -> float:
+        slack = self._slack(float(_values(self.cost, law).mean()))
+        return float(_values(self.reward, law).mean()) + self.strength * math.log(slack)
+
+    def linearise(self, law: Law) -> BarrierVariation:
+        slack = self._slack(float(_values(self.cost, law).mean()))
+        return BarrierVariation(self.reward, self.cost, self.strength / slack)
+
+    def finite_value(self, law: FiniteLaw) -> float:
+        slack = self._slack(float(law.p @ _finite_values(self.cost, law)))
+        return float(law.p @ _finite_values(self.reward, law)) + self.strength * math.log(slack)
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        costs = _finite_values(self.cost, law)
+        return _finite_values(self.reward, law) - self.strength / self._slack(float(law.p @ costs)) * costs
+
+
+@dataclass(frozen=True)
+class ModeLogRatio(FirstVariation):
+    """``log p_z(x) - log mean_k p_k(x)`` at a sample x of mode z.
+
+    The gradient is the score of the sample's own mode minus the mean of all modes' scores, weighted
+    by the probability of each mode given x.
+
+    Attributes:
+        model: whose context is the mode, an integer for each sample.
+        modes: their number M, equally likely.
+        time: at which scores are taken.
+        ode: how the likelihoods are solved.
+    """
+
+    model: FlowModel
+    modes: int
+    time: float
+    ode: OdeSettings
+
+    def _log_densities(self, x: Tensor) -> Tensor:
+        """Of ``x`` under every mode, (modes, batch)."""
+        each = (torch.full((len(x),), k, device=x.device) for k in range(self.modes))
+        return torch.stack([log_likelihood(self.model, x, context, self.ode) for context in each])
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        own = self.own_modes(context, x)
+        logs = self._log_densities(x)
+        return logs[own, torch.arange(len(x))] - torch.logsumexp(logs, 0) + math.log(self.modes)
+
+    def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        own = self.own_modes(context, x)
+        posterior = torch.softmax(self._log_densities(x), 0)
+        t = x.new_tensor(self.time)
+        with torch.no_grad():
+            total = self.model.score(x, t, own)
+            for k, share in enumerate(posterior):
+                total = total - per_sample(share, x) * self.model.score(x, t, torch.full_like(own, k))
+        return total
+
+    def own_modes(self, context: Context, x: Tensor) -> Tensor:
+        """The modes of the samples ``x`` (batch, ...), long (batch,).
+
+        Raises:
+            ValueError: if the context is anything else than one mode for each sample.
+        """
+        if (
+            not isinstance(context, Tensor)
+            or context.is_floating_point()
+            or context.shape != (len(x),)
+            or not bool(((context >= 0) & (context < self.modes)).all())
+        ):
+            raise ValueError(
+                f"diverse modes need a model whose context is one integer from 0 to {self.modes - 1} "
+                f"for each sample, got {_described(context)}"
+            )
+        return context.long()
+
+
+def _described(context: Context) -> str:
+    if not isinstance(context, Tensor):
+        return type(context).__name__
+    if context.is_floating_point() or context.ndim != 1 or not len(context):
+        return f"a tensor of {context.dtype} of shape {tuple(context.shape)}"
+    return f"integers from {int(context.min())} to {int(context.max())} of shape {tuple(context.shape)}"
+
+
+@dataclass(frozen=True)
+class DiverseModes(Functional):
+    """``E_z KL(p_z || mean_k p_k)`` over modes z: how well a sample tells its mode, in nats.
+
+    It is the mutual information of sample and mode, at most ``log modes``. The modes of a model are
+    equally likely. A finite law is one of pairs of a point and a mode: it takes the mutual
+    information of the pair, whatever its modes' probabilities, which fine-tuning does not change.
+
+    Attributes:
+        modes: their number M, at least 2.
+        score_time: time at which scores stand for those of the data, in (0, 1).
+        ode: how the likelihoods are solved, one for each mode and sample.
+    """
+
+    tier = "general"
+    needs = "density"
+
+    modes: int
+    score_time: float = 0.99
+    ode: OdeSettings = field(default_factory=OdeSettings)
+
+    def __post_init__(self) -> None:
+        if self.modes < 2:
+            raise ValueError(f"diverse modes need at least 2 modes, got {self.modes}")
+
+    def value(self, law: Law) -> float:
+        return float(self.linearise(law).value(law.samples, law.context).double().mean())
+
+    def linearise(self, law: Law) -> ModeLogRatio:
+        variation = ModeLogRatio(law.model, self.modes, self.score_time, self.ode)
+        variation.own_modes(law.context, law.samples)
+        return variation
+
+    def finite_value(self, law: FiniteLaw) -> float:
+        held = law.p > 0
+        return float(law.p[held] @ self.finite_variation(law)[held])
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        if law.modes is None:
+            raise ValueError("diverse modes need a finite law with a mode for each point: give it modes")
+        if not 0 <= law.modes.min() <= law.modes.max() < self.modes:
+            raise ValueError(
+                f"diverse modes of {self.modes} modes got a finite law with modes from "
+                f"{law.modes.min()} to {law.modes.max()}"
+            )
+        flat = law.points.flatten(1).numpy(force=True)
+        point = np.unique(flat, axis=0, return_inverse=True)[1].ravel()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            of_mode, of_point = (np.log(np.bincount(k, law.p))[k] for k in (law.modes, point))
+            return law.log_p - of_mode - of_point

@@ -1,0 +1,182 @@
+"""How a functional curves in the law, measured along random chords between finite laws.
+
+For laws p and q and a share s, ``F((1 - s) p + s q) - (1 - s) F(p) - s F(q)`` is never negative for
+a concave functional, never positive for a convex one, and 0 for a linear one. The paper's tiers say
+which *problems* are convex: to raise a concave utility, or to lower a convex divergence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtilt.functionals.base import FiniteLaw, Functional, Need, Tier
+from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients, Registry
+from flowtilt.interpolants import Linear
+from flowtilt.model import Context, FlowModel
+from flowtilt.rewards import Reward
+
+Curvature = Literal["linear", "concave", "convex", "neither"]
+
+
+@dataclass(frozen=True)
+class Chords:
+    """Gaps of a functional above its chords.
+
+    Attributes:
+        lowest: the smallest gap, in units of the functional.
+        highest: the largest.
+        rounding: size below which a gap is rounding.
+    """
+
+    lowest: float
+    highest: float
+    rounding: float
+
+    @property
+    def is_concave(self) -> bool:
+        """No gap is negative."""
+        return self.lowest >= -self.rounding
+
+    @property
+    def is_convex(self) -> bool:
+        """No gap is positive."""
+        return self.highest <= self.rounding
+
+    @property
+    def curvature(self) -> Curvature:
+        if self.is_concave and self.is_convex:
+            return "linear"
+        if self.is_concave or self.is_convex:
+            return "concave" if self.is_concave else "convex"
+        return "neither"
+
+
+def random_laws(law: FiniteLaw, count: int, seed: int) -> Iterator[FiniteLaw]:
+    """Laws on the points of ``law``, from nearly uniform to nearly on a single point.
+
+    Where points have modes, each mode keeps its probability: fine-tuning does not change it.
+    """
+    random = np.random.default_rng(seed)
+    modes = np.zeros(len(law.log_p), dtype=np.int64) if law.modes is None else law.modes
+    kept = np.bincount(modes, law.p)
+    for _ in range(count):
+        weights = np.exp(random.choice([0.3, 1.0, 3.0]) * random.normal(size=len(modes)))
+        yield law.with_p(weights * (kept / np.bincount(modes, weights))[modes])
+
+
+def chords(functional: Functional, law: FiniteLaw, count: int = 200, seed: int = 0) -> Chords:
+    """Gaps of a functional above random chords between laws on the points of ``law``."""
+    random = np.random.default_rng(seed + 1)
+    laws = list(random_laws(law, 2 * count, seed))
+    gaps, sizes = [], []
+    for a, b in zip(laws[:count], laws[count:], strict=True):
+        share = random.uniform(0.1, 0.9)
+        between = functional.finite_value(law.with_p((1 - share) * a.p + share * b.p))
+        ends = functional.finite_value(a), functional.finite_value(b)
+        gaps.append(between - (1 - share) * ends[0] - share * ends[1])
+        sizes.append(max(map(abs, (between, *ends))))
+    return Chords(min(gaps), max(gaps), 1e-10 * max(sizes))
+
+
+def curvature(functional: Functional, law: FiniteLaw, count: int = 200, seed: int = 0) -> Curvature:
+    """Whether a functional is linear, concave, convex or neither, as far as random chords show."""
+    return chords(functional, law, count, seed).curvature
+
+
+def measured_tier(found: Curvature, kind: str) -> Tier:
+    """The tier that a measured curvature puts a functional in.
+
+    Args:
+        found: the curvature.
+        kind: ``utility``, to be raised, or ``divergence``, to be lowered.
+    """
+    if found == "linear":
+        return "linear"
+    return "convex" if found == ("concave" if kind == "utility" else "convex") else "general"
+
+
+class _StandardNormal(FlowModel):
+    """The flow of N(0, I) in the plane, a pretrained model for examples."""
+
+    path = Linear()
+    data_variance = 1.0
+
+    def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
+        return torch.randn(count, 2, generator=generator, dtype=torch.float64)
+
+    def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        alpha, beta = self.path.alpha(t), self.path.beta(t)
+        slope = (alpha * self.path.alpha_rate(t) + beta * self.path.beta_rate(t)) / (alpha**2 + beta**2)
+        return (slope * x.T).T
+
+
+class _Slope(Reward):
+    """``x + y / 2``."""
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        return x[:, 0] + 0.5 * x[:, 1]
+
+
+class _Distance(Reward):
+    """``y^2 / (1 + y^2)``, below 1."""
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        return 1 - 1 / (1 + x[:, 1] ** 2)
+
+
+def example_problem(points: int = 15, seed: int = 0) -> tuple[FiniteLaw, Ingredients]:
+    """A small finite law in the plane on which every registered functional is defined.
+
+    Args:
+        points: number of them; each occurs once in either of two modes.
+        seed: of points and probabilities.
+    """
+    random = np.random.default_rng(seed)
+    x = torch.from_numpy(random.normal(size=(points, 2))).repeat(2, 1)
+    p, q = (np.exp(0.7 * random.normal(size=2 * points)) for _ in range(2))
+    modes = np.repeat([0, 1], points)
+    law = FiniteLaw(x, np.log(p / p.sum()), np.log(q / q.sum()), modes)
+    return law, Ingredients(reward=_Slope(), reference=_StandardNormal(), cost=_Distance())
+
+
+@dataclass(frozen=True)
+class TierRow:
+    """One functional in the table of tiers.
+
+    Attributes:
+        kind: ``utility`` or ``divergence``.
+        name: in its registry.
+        parameters: of the example.
+        needs: what its gradient takes.
+        paper: the paper's tier.
+        curvature: measured along random chords.
+        measured: the tier that the curvature puts it in.
+    """
+
+    kind: str
+    name: str
+    parameters: dict[str, Any]
+    needs: Need
+    paper: Tier
+    curvature: Curvature
+    measured: Tier
+
+
+def tier_table(registries: tuple[Registry, ...] = (UTILITIES, DIVERGENCES)) -> list[TierRow]:
+    """The paper's tier beside the measured one, for every example of every registered functional."""
+    law, ingredients = example_problem()
+    rows = []
+    for registry in registries:
+        for name, entry in registry.items():
+            for example in entry.examples:
+                found = curvature(registry.build(name, example, ingredients), law)
+                measured = measured_tier(found, registry.kind)
+                row = (registry.kind, name, dict(example), entry.needs, entry.tier, found, measured)
+                rows.append(TierRow(*row))
+    return rows
