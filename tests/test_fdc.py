@@ -12,7 +12,8 @@ from closed_forms import (
     generator,
     relative_error,
 )
-from flowtilt.control.adjoint_matching import AdjointMatchingSettings, Solution, solve
+from flowtilt.control.adjoint_matching import AdjointMatchingSettings, solve
+from flowtilt.control.base import Solution
 from flowtilt.fdc import MirrorAscent, ascend
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from closed_forms import PATHS, Mixture, MixtureFlow, generator, tensor
-from flowtilt.control.adjoint_matching import TrainingDiverged
+from flowtilt.control.base import TrainingDiverged
 from flowtilt.model import FlowModel
 from flowtilt.pretraining import PretrainingSettings, fit_flow
 

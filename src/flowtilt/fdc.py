@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flowtilt.control.adjoint_matching import Solution
+from flowtilt.control.base import Solution
 from flowtilt.functionals.base import FirstVariation, Functional, Law
 from flowtilt.model import FlowModel
 from flowtilt.sampling import sample_sde

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowtilt.control.adjoint_matching import Progress, TrainingDiverged
+from flowtilt.control.base import Progress, TrainingDiverged
 from flowtilt.model import FlowModel
 from flowtilt.optimiser import Adam
 

@@ -25,13 +25,13 @@ from closed_forms import (
 )
 from flowtilt.control.adjoint_matching import (
     AdjointMatchingSettings,
-    TrainingDiverged,
     _targets,
     lean_adjoint,
     loss_scale,
     solve,
     stratified_draw,
 )
+from flowtilt.control.base import TrainingDiverged
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.functionals.utilities import Hinge, RewardVariation
 from flowtilt.model import FlowModel

@@ -16,24 +16,18 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowtilt.control.base import Progress, Solution, TrainingDiverged, annealed_rate
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
 from flowtilt.model import Context, FlowModel
 from flowtilt.optimiser import Adam
 from flowtilt.sampling import memoryless_steps, sample_sde, time_grid
-
-Progress = Callable[[dict[str, float]], None]
-
-
-class TrainingDiverged(ArithmeticError):
-    """A loss stopped being finite."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +68,6 @@ class AdjointMatchingSettings:
             raise ValueError(f"batch must be at least 2, got {self.batch}")
         if self.pool < self.batch:
             raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
-
-
-@dataclass
-class Solution:
-    """A fine-tuned model and what happened on the way, one dictionary an update."""
-
-    model: FlowModel
-    history: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -272,14 +258,6 @@ def _diverged(what: str, update: int, settings: AdjointMatchingSettings) -> str:
     )
 
 
-def _learning_rate(update: int, settings: AdjointMatchingSettings) -> float:
-    warmup = max(1, round(settings.warmup * settings.updates))
-    if update < warmup:
-        return settings.learning_rate * (update + 1) / warmup
-    progress = (update - warmup) / max(1, settings.updates - warmup)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def solve(
     base: FlowModel,
     tilt: FirstVariation,
@@ -348,7 +326,7 @@ def solve(
         optimiser.clear_gradients()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
-        optimiser.step(_learning_rate(update, settings))
+        optimiser.step(annealed_rate(update, settings.updates, settings.learning_rate, settings.warmup))
         row: dict[str, Any] = {
             "update": update,
             "loss": float(loss.detach()),

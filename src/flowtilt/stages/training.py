@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from flowtilt.checkpoints import load_weights, save_weights
-from flowtilt.control.adjoint_matching import AdjointMatchingSettings, Progress, solve
+from flowtilt.control.adjoint_matching import AdjointMatchingSettings, solve
+from flowtilt.control.base import Progress
 from flowtilt.domains.planar.build import build_data, build_model, build_reward
 from flowtilt.experiment import ConfigError, Experiment, method_of
 from flowtilt.fdc import MirrorAscent, ascend

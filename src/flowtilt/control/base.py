@@ -1,0 +1,48 @@
+"""What the solvers of the entropy-regularised control problem share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flowtilt.model import FlowModel
+
+Progress = Callable[[dict[str, float]], None]
+"""Called with each update's row of the history."""
+
+
+class TrainingDiverged(ArithmeticError):
+    """A loss stopped being finite."""
+
+
+@dataclass
+class Solution:
+    """A fine-tuned model and what happened on the way.
+
+    Attributes:
+        model: the fine-tuned model.
+        history: one dictionary an update.
+        diagnostics: what the solver found out about the problem as a whole; empty for a solver
+            that has nothing to say beside its history.
+    """
+
+    model: FlowModel
+    history: list[dict[str, float]] = field(default_factory=list)
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+def annealed_rate(update: int, updates: int, learning_rate: float, warmup: float) -> float:
+    """Learning rate of an update: a linear warm-up, then a cosine to zero.
+
+    Args:
+        update: number of the update, from 0.
+        updates: how many there are.
+        learning_rate: the largest.
+        warmup: share of the updates over which it is reached, at least one update.
+    """
+    warm = max(1, round(warmup * updates))
+    if update < warm:
+        return learning_rate * (update + 1) / warm
+    progress = (update - warm) / max(1, updates - warm)
+    return learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
