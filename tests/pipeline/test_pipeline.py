@@ -15,7 +15,7 @@ from workflow_copy import ROOT, SMOKE, Project
 
 pytestmark = pytest.mark.pipeline
 
-TARGETS = {"all", "tables", "figures", "pretrained_models"}
+TARGETS = {"all", "tables", "figures", "pretrained_models", "theories"}
 RUN = "runs/risk_averse_2d/tfft/seed0"
 
 
