@@ -204,6 +204,27 @@ def test_bad_override_is_refused(project: Project, overrides: dict[str, Any], ke
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"theory_overrides": {"mirror_descent": {"iterations": 0}}},
+            ("mirror_descent.yaml", "key iterations"),
+        ),
+        (
+            {"theory_overrides": {"mirrors": {}}},
+            ("key theory_overrides.mirrors", "mirror_descent, threshold"),
+        ),
+        ({"theory": ["mirrors"], "theory_overrides": {}}, ("config/theory/mirrors.yaml: no such file",)),
+    ],
+)
+def test_bad_study_of_the_theory_is_refused(
+    project: Project, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    edit(project.folder / "config" / "smoke.yaml", **changes)
+    assert_refused(project, "config/smoke.yaml", *words)
+
+
+@pytest.mark.parametrize(
     ("section", "changes", "key"),
     [
         ("objective", {"level": 1.0}, "objective.level"),

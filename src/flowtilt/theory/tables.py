@@ -25,8 +25,8 @@ _MIRROR_NOTE = (
     "square of a distance, so that (1 - l/L)^2 is what smooth problems come to."
 )
 _THRESHOLD_NOTE = (
-    "Errors are |estimate - exact threshold| over replicate batches. The slope is that of log error against "
-    "log batch size over all batches of the larger sizes, with the standard error of the fit; the last "
+    "Errors are |estimate - exact threshold| over replicate batches. The slope is that of log "
+    "root-mean-square error against log batch size over the larger sizes, with its standard error; the last "
     "column is the root mean square of these errors over its limit by the delta method. Effective samples "
     "are those of the exact tilt in the largest batch: far below one, no batch of that size knows the "
     "threshold. Descents run on the right tail's dual; at a kink a fixed step does not settle. Second "

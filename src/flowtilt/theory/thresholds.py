@@ -114,26 +114,35 @@ def error_rows(name: str, dual: TailDual, errors: dict[int, np.ndarray]) -> list
     return rows
 
 
-def weighted_slope(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Slope of a weighted straight line, and its standard error from the scatter around the line.
+def weighted_slope(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
+    """Slope of the weighted straight line through some points, each argument (n,)."""
+    dx = x - weights @ x / weights.sum()
+    return float((weights * dx) @ y / ((weights * dx) @ dx))
+
+
+def error_slope(errors: dict[int, np.ndarray]) -> tuple[float, float]:
+    """Slope of log root-mean-square error against log batch size, and its standard error.
+
+    The log of a root mean square over n batches has a variance of ``k / (4 n)``, k being that of the
+    squared errors over their mean (2 for normal errors), to first order in 1 / n. It is pooled over sizes.
 
     Args:
-        x, y: (n,), n at least 3.
-        weights: inverse variances up to a common factor, (n,).
+        errors: by batch size, each (replicates,) and not all zero.
     """
-    w = weights / weights.sum()
-    dx, dy = x - w @ x, y - w @ y
-    slope = float((w * dx) @ dy / ((w * dx) @ dx))
-    left = dy - slope * dx
-    return slope, float(np.sqrt((w * left) @ left / (x.size - 2) / ((w * dx) @ dx)))
+    x = np.log(np.array(list(errors), dtype=np.float64))
+    counts = np.array([values.size for values in errors.values()])
+    squares = [np.mean(values**2) for values in errors.values()]
+    slope = weighted_slope(x, 0.5 * np.log(squares), counts)
+    relative = np.concatenate([v**2 / m for v, m in zip(errors.values(), squares, strict=True)])
+    spread = counts @ (x - counts @ x / counts.sum()) ** 2
+    return slope, float(np.sqrt(np.var(relative) / 4 / spread))
 
 
 def fit_row(name: str, dual: TailDual, errors: dict[int, np.ndarray], fit_from: int) -> Row:
-    """Slope of log error against log batch size over all batches; none where an error is zero.
+    """Slope of log error against log batch size; none where every batch has the exact threshold.
 
-    The logarithm of a half-normal error has the same variance at every size, and so has its straight
-    line's scatter. ``over_limit`` compares the errors' root mean square, over sizes from ``fit_from`` on
-    and each over its limit by the delta method, with one.
+    ``over_limit`` compares the errors' root mean square, over sizes from ``fit_from`` on and each over
+    its limit by the delta method, with one.
     """
     used = {size: values for size, values in errors.items() if size >= fit_from}
     sizes = np.concatenate([np.full(values.size, float(size)) for size, values in used.items()])
@@ -141,8 +150,8 @@ def fit_row(name: str, dual: TailDual, errors: dict[int, np.ndarray], fit_from: 
     low, high = dual.law.support
     slope: float | None = None
     error: float | None = None
-    if (values > SMALLEST_ERROR * (high - low)).all():
-        slope, error = weighted_slope(np.log(sizes), np.log(values), np.ones(sizes.size))
+    if all(found.max() > SMALLEST_ERROR * (high - low) for found in used.values()):
+        slope, error = error_slope(used)
     deviation = dual.deviation()
     ratio = float(np.sqrt(np.mean(sizes * values**2)) / deviation) if deviation > 0 else None
     return {
@@ -240,7 +249,7 @@ def _descent_rate(errors: np.ndarray, floor: float, every: int) -> float | None:
     if last - first < 4:
         return None
     k = every * np.arange(first, last)
-    return float(np.exp(weighted_slope(k, np.log(errors[first:last]), np.ones(k.size))[0]))
+    return float(np.exp(weighted_slope(k, np.log(errors[first:last]), np.ones(k.size))))
 
 
 # --------------------------------------------------------------------------- convexity
