@@ -26,6 +26,7 @@ wildcard_constraints:
     method=one_of(METHODS),
     name=one_of(FILES),
     seed=r"\d+",
+    theory=one_of(THEORY),
 
 
 localrules:
@@ -34,6 +35,7 @@ localrules:
     compare,
     experiment_figures,
     study_figure,
+    theory_report,
     provenance,
 
 
@@ -41,6 +43,7 @@ include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/finetune.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/theory.smk"
 
 
 rule all:
@@ -67,6 +70,11 @@ rule figures:
 rule pretrained_models:
     input:
         MODELS,
+
+
+rule theories:
+    input:
+        [file for file in TABLES + FIGURES + RUNS if "theory" in file],
 
 
 # Each experiment alone: snakemake --cores all risk_averse_2d
