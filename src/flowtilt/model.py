@@ -55,6 +55,13 @@ class FlowModel(nn.Module, ABC):
     def matching_loss(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """The model's native conditional flow-matching loss, one number a sample, (batch,).
 
+        The mean square of :meth:`matching_residual`, which has the same arguments.
+        """
+        return self.matching_residual(x1, x0, t, context).flatten(1).square().mean(1)
+
+    def matching_residual(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        """Prediction minus target of the native loss, of the shape of ``x1``.
+
         Args:
             x1: data, (batch, ...).
             x0: noise of the same shape.
@@ -64,4 +71,4 @@ class FlowModel(nn.Module, ABC):
         at = broadcast_time(t, x1)
         x = self.path.alpha(at) * x1 + self.path.beta(at) * x0
         target = self.path.alpha_rate(at) * x1 + self.path.beta_rate(at) * x0
-        return (self.velocity(x, t, context) - target).flatten(1).square().mean(1)
+        return self.velocity(x, t, context) - target

@@ -54,15 +54,15 @@ class PlanarFlow(FlowModel):
     def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
         return convert(self.predict(x, t), x, t, self.path, self.prediction, "velocity")
 
-    def matching_loss(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
+    def matching_residual(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """Flow matching in the units of the output: noise for a score network, else velocity.
 
         Velocity targets diverge at the data end of the variance-preserving path; the same
         regression weighted as a noise prediction (Ho et al. 2020) does not.
         """
         if self.prediction in ("velocity", "endpoint"):
-            return super().matching_loss(x1, x0, t, context)
+            return super().matching_residual(x1, x0, t, context)
         at = broadcast_time(t, x1)
         x = self.path.alpha(at) * x1 + self.path.beta(at) * x0
         noise = convert(self.predict(x, t), x, t, self.path, self.prediction, "noise")
-        return (noise - x0).square().mean(1)
+        return noise - x0

@@ -1,0 +1,363 @@
+"""Weighted fitting (Bobrin et al. 2026): reach a tilted law without a gradient of the reward.
+
+The problem ``max_p E_p[f] - lambda D(p || p_base)`` is first solved on a bank of samples of the base
+model, where it is a small convex problem whose solution is a weight for each sample
+(:mod:`flowtilt.control.penalties`; for KL the weights are ``exp(f / lambda)``, normalised). Then a
+copy of the base is fitted by its native flow-matching loss to samples drawn from the bank with
+those weights, under fresh noise.
+
+The noise of that loss is as large for a small tilt as for a large one. But the base has the least loss
+on its own samples: its residuals there are orthogonal to every direction in which the model can move.
+They are a control variate, which takes out most of the noise where weights are near 1 (see
+:func:`plan_draws`), and leaves the base exactly as it is where there is nothing to tilt.
+
+What bounds the method is the bank: a law that the base hardly samples is carried by few samples.
+The effective sample size says how many; a low one is reported, an unusable one refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtilt.control.base import Progress, Solution, TrainingDiverged, annealed_rate
+from flowtilt.control.penalties import BankWeights, penalty_named, solve_weights
+from flowtilt.functionals.base import FirstVariation
+from flowtilt.model import Context, FlowModel
+from flowtilt.optimiser import Adam
+from flowtilt.sampling import CHUNK, OdeSettings, sample_ode, sample_sde
+
+logger = logging.getLogger(__name__)
+
+FORWARD, TRAINING = 1, 3
+"""Network passes of one state: forward alone; forward, and backward to the parameters."""
+
+
+class UnusableBank(ArithmeticError):
+    """The weights leave too few effective samples to fit a model to."""
+
+
+@dataclass(frozen=True)
+class WeightedFittingSettings:
+    """How the bank is drawn and the model fitted.
+
+    Attributes:
+        bank: samples of the base model.
+        sampler: how they are drawn: by the probability-flow ODE, or by the memoryless SDE.
+        steps: time steps of the sampler; the ODE takes four network passes each, the SDE one.
+        penalty: name of the divergence from the base, of :data:`flowtilt.control.penalties.PENALTIES`.
+        minimum_ess: effective samples below which the bank is refused.
+        warning_ess: effective samples below which there is a warning.
+        updates: optimiser steps.
+        batch: samples an update.
+        learning_rate: of Adam, warmed up over ``warmup`` of the updates and annealed to zero by a cosine.
+        warmup: share of the updates.
+        gradient_clip: bound on the norm of the parameters' gradient.
+        margin: distance kept from both ends of time, where a target may be singular.
+    """
+
+    bank: int = 20_000
+    sampler: Literal["ode", "sde"] = "ode"
+    steps: int = 16
+    penalty: str = "kl"
+    minimum_ess: float = 50.0
+    warning_ess: float = 500.0
+    updates: int = 1000
+    batch: int = 512
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    gradient_clip: float = 1.0
+    margin: float = 1e-3
+
+    def __post_init__(self) -> None:
+        penalty_named(self.penalty)
+        if self.sampler not in ("ode", "sde"):
+            raise ValueError(f"sampler must be 'ode' or 'sde', got {self.sampler!r}")
+        if not 0 < self.margin < 0.5:
+            raise ValueError(f"margin must lie in (0, 0.5), got {self.margin}")
+        if not self.minimum_ess <= self.bank:
+            raise ValueError(
+                f"a bank of {self.bank} cannot reach the minimum_ess of {self.minimum_ess:g}; "
+                "draw a larger bank"
+            )
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Samples of the base in rising order of the tilt's value, with their weights.
+
+    Attributes:
+        samples: (N, ...).
+        context: of the samples, in the order in which it was drawn.
+        order: position in ``context`` of each sample, (N,).
+        solution: the weights, in the order of the samples.
+        active: samples that carry a gradient of the tilt, bool (N,).
+    """
+
+    samples: Tensor
+    context: Context
+    order: Tensor
+    solution: BankWeights
+    active: Tensor
+
+
+def draw_bank(
+    base: FlowModel,
+    tilt: FirstVariation,
+    kl_weight: float,
+    settings: WeightedFittingSettings,
+    generator: torch.Generator,
+) -> Bank:
+    """Draw samples of ``base`` and solve for the weights of the tilted law on them.
+
+    Args:
+        base: the model to tilt.
+        tilt: what to tilt by; only its values are asked for.
+        kl_weight: weight of the penalty, positive, in units of the tilt.
+        settings: of the bank.
+        generator: source of randomness.
+
+    Raises:
+        UnusableBank: if the effective sample size is below ``settings.minimum_ess``.
+        ValueError: if values are not finite.
+    """
+    context = base.draw_context(settings.bank, generator)
+    if settings.sampler == "ode":
+        ode = OdeSettings(steps=settings.steps)
+        samples = sample_ode(base, settings.bank, generator, context, ode)
+    else:
+        samples = sample_sde(base, settings.bank, settings.steps, generator, context)[-1]
+    values, active = [], []
+    for index in torch.arange(settings.bank).split(CHUNK):
+        part, its = samples[index], base.select_context(context, index)
+        values.append(tilt.value(part, its).detach().double())
+        active.append(tilt.active(part, its))
+    # Neighbours in value are then neighbours in the bank, which is what stratified draws make use of.
+    value = torch.cat(values)
+    order = torch.argsort(value, stable=True)
+    solution = solve_weights(value[order].numpy(force=True), kl_weight, penalty_named(settings.penalty))
+    _check(solution, settings)
+    return Bank(samples[order], context, order, solution, torch.cat(active)[order])
+
+
+def _check(solution: BankWeights, settings: WeightedFittingSettings) -> None:
+    ess = solution.effective_sample_size
+    found = f"the effective sample size of the weights is {ess:.4g} of a bank of {settings.bank}"
+    fix = "draw a larger bank, or raise the KL weight"
+    # Not below but by rounding, where all weight is on as many equal samples.
+    if ess < settings.minimum_ess * (1 - 1e-9):
+        raise UnusableBank(f"{found}, below the minimum of {settings.minimum_ess:g}; {fix}")
+    if ess < settings.warning_ess:
+        logger.warning("%s: the fitted law rests on few samples; %s", found, fix)
+
+
+def stratified_uniforms(count: int, generator: torch.Generator) -> Tensor:
+    """One uniform draw from each of ``count`` equal slices of (0, 1), rising, float64 (count,)."""
+    jitter = torch.rand(count, generator=generator, dtype=torch.float64)
+    return (torch.arange(count, dtype=torch.float64) + jitter) / count
+
+
+def stratified_indices(cumulative: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Indices drawn with given probabilities, one from each of ``batch`` equal slices of the total.
+
+    Each index is drawn ``batch`` times its probability on average, and means over the draws never
+    vary more than those of independent ones (Douc and Cappe 2005).
+
+    Args:
+        cumulative: sums of the probabilities up to each, ending in 1, float64 (N,).
+        batch: number of draws.
+        generator: source of randomness.
+    """
+    return torch.searchsorted(cumulative, stratified_uniforms(batch, generator)).clamp(
+        max=len(cumulative) - 1
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How samples of the bank are drawn, and how much each draw counts.
+
+    With residuals ``r`` of the model and ``r_base`` of the base, a draw adds
+    ``tilted |r|^2 - 2 base <r, r_base>`` to the loss.
+
+    Attributes:
+        cumulative: sums of the probabilities of the draw, ending in 1, (N,).
+        tilted: probability under the tilted law over that of the draw, (N,).
+        base: that under the base law, times the coefficient, (N,).
+        coefficient: of the control variate, in [0, 1]; 0 for none.
+        noise: variance of the gradient over that of draws from the tilted law, for residuals of one size.
+    """
+
+    cumulative: Tensor
+    tilted: Tensor
+    base: Tensor
+    coefficient: float
+    noise: float
+
+
+def plan_draws(probabilities: np.ndarray) -> Plan:
+    """Draw from the tilted law, or use the base's residuals as a control variate if that is better.
+
+    The gradient of the loss under the tilted law q is ``E_q[<dr, r>]``, and near the base it is noise of
+    the size of the residual. The base's own ``E_p[<dr, r_base>]`` vanishes, so any multiple c of it may
+    be subtracted. With both means over draws from ``m = (p + q) / 2`` the variance is
+    ``sum (q - c p)^2 / m`` times that of a residual, least at ``c = sum(p q / m) / sum(p^2 / m)``; with
+    draws from q alone it is 1. The control variate takes one more forward pass of a draw, and is used
+    where the variance falls by more than that costs.
+
+    Args:
+        probabilities: q of the samples, (N,); the base law p is uniform on them.
+    """
+    q, p = probabilities / probabilities.sum(), np.full(len(probabilities), 1 / len(probabilities))
+    mixed = 0.5 * (p + q)
+    coefficient = float((p * q / mixed).sum() / (p * p / mixed).sum())
+    noise = float(((q - coefficient * p) ** 2 / mixed).sum())
+    drawn = mixed
+    if noise > TRAINING / (TRAINING + FORWARD):
+        coefficient, noise, drawn = 0.0, 1.0, q
+    tilted = np.divide(q, drawn, out=np.zeros_like(q), where=drawn > 0)
+    base = np.divide(coefficient * p, drawn, out=np.zeros_like(q), where=drawn > 0)
+    sums = np.cumsum(drawn)
+    cumulative, on_tilted, on_base = (torch.from_numpy(a) for a in (sums / sums[-1], tilted, base))
+    return Plan(cumulative, on_tilted, on_base, coefficient, noise)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Samples with their noise, times and contexts, and their positions in the bank."""
+
+    x1: Tensor
+    x0: Tensor
+    t: Tensor
+    context: Context
+    index: Tensor
+
+
+def _draw_batch(
+    model: FlowModel,
+    bank: Bank,
+    plan: Plan,
+    settings: WeightedFittingSettings,
+    generator: torch.Generator,
+) -> _Batch:
+    index = stratified_indices(plan.cumulative, settings.batch, generator)
+    x1, context = bank.samples[index], model.select_context(bank.context, bank.order[index])
+    x0 = model.noise_like(x1, generator, context)
+    # Indices rise with the tilt's value, which must not go with time: shuffle one of the two.
+    shuffled = torch.randperm(settings.batch, generator=generator)
+    u = stratified_uniforms(settings.batch, generator)[shuffled].to(x1.dtype)
+    t = settings.margin + (1 - 2 * settings.margin) * u
+    return _Batch(x1, x0, t, context, index)
+
+
+def _losses(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> tuple[Tensor, float]:
+    """What to minimise, and the native loss under the tilted law, which it is without a control variate."""
+
+    def residual(flow: FlowModel) -> Tensor:
+        return flow.matching_residual(batch.x1, batch.x0, batch.t, batch.context).flatten(1)
+
+    r = residual(model)
+    native = (plan.tilted[batch.index].to(r.dtype) * r.square().mean(1)).mean()
+    if plan.coefficient == 0:
+        return native, float(native.detach())
+    with torch.no_grad():
+        r_base = residual(base)
+    shared = (plan.base[batch.index].to(r.dtype) * (r * r_base).mean(1)).mean()
+    return native - 2 * shared, float(native.detach())
+
+
+def _diagnostics(bank: Bank, plan: Plan) -> dict[str, float]:
+    solution = bank.solution
+    return {
+        "bank": float(len(bank.samples)),
+        "effective_sample_size": solution.effective_sample_size,
+        "largest_probability": float(solution.probabilities.max()),
+        "nu": solution.nu,
+        "primal": solution.primal,
+        "dual": solution.dual,
+        "gap": solution.gap,
+        "relative_gap": solution.relative_gap,
+        "control_variate": plan.coefficient,
+        "noise": plan.noise,
+    }
+
+
+def solve(
+    base: FlowModel,
+    tilt: FirstVariation,
+    kl_weight: float,
+    settings: WeightedFittingSettings,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> Solution:
+    """Fit a copy of ``base`` to the law that maximises ``E[tilt] - kl_weight D(law || base)``.
+
+    Under the KL penalty that is the law proportional to ``p_base exp(tilt / kl_weight)``.
+
+    Args:
+        base: the model to tilt; left unchanged.
+        tilt: what to tilt by; its gradient is never asked for.
+        kl_weight: weight of the penalty, positive, in units of the tilt a nat.
+        settings: of the bank and of the fit.
+        generator: source of all randomness.
+        progress: called with each update's row of the history.
+
+    Returns:
+        The fitted model; its history: ``loss`` and ``active_share`` (the native loss, and the share of
+        samples that carry a gradient of the tilt, both under the tilted law), ``gradient_norm``,
+        ``network_passes`` (states that have gone through the network since the start, the bank's
+        included, a backward pass counted as two; what the tilt's own values take is not in it),
+        ``seconds``; and as diagnostics the weights' ``effective_sample_size``,
+        ``largest_probability``, ``nu``, ``primal``, ``dual``, ``gap``, ``relative_gap``, the size of
+        the ``bank``, and coefficient ``control_variate`` and ``noise`` of :class:`Plan`.
+
+    Raises:
+        ValueError: if ``kl_weight`` is not positive, or values are not finite.
+        UnusableBank: if too few effective samples are left.
+        TrainingDiverged: if the loss stops being finite; the message names the update.
+    """
+    if not kl_weight > 0:
+        raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
+    started = time.perf_counter()
+    base = copy.deepcopy(base).requires_grad_(False)
+    model = copy.deepcopy(base).requires_grad_(True)
+    bank = draw_bank(base, tilt, kl_weight, settings, generator)
+    plan = plan_draws(bank.solution.probabilities)
+    passes = settings.bank * settings.steps * (4 if settings.sampler == "ode" else 1) * FORWARD
+    passes_of_update = settings.batch * (TRAINING + (FORWARD if plan.coefficient else 0))
+    optimiser = Adam(model.parameters())
+    solution = Solution(model, diagnostics=_diagnostics(bank, plan))
+    for update in range(settings.updates):
+        batch = _draw_batch(model, bank, plan, settings, generator)
+        loss, native = _losses(model, base, batch, plan)
+        if not math.isfinite(native):
+            raise TrainingDiverged(
+                f"weighted fitting: the loss is {native} at update {update} of {settings.updates}; "
+                "lower learning_rate"
+            )
+        optimiser.clear_gradients()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        optimiser.step(annealed_rate(update, settings.updates, settings.learning_rate, settings.warmup))
+        passes += passes_of_update
+        row = {
+            "update": update,
+            "loss": native,
+            "active_share": float((plan.tilted * bank.active)[batch.index].mean()),
+            "gradient_norm": float(norm),
+            "network_passes": passes,
+            "seconds": time.perf_counter() - started,
+        }
+        solution.history.append(row)
+        if progress is not None:
+            progress(row)
+    model.requires_grad_(False)
+    return solution
