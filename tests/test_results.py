@@ -117,6 +117,30 @@ def test_exact_rows_obey_the_theory(by_seed: pd.DataFrame) -> None:
             assert (metric(by_seed, experiment, other, "tail_objective") <= best + 1e-6 * best.abs()).all()
 
 
+def test_the_bounds_of_mirror_ascent_hold_at_every_iteration() -> None:
+    table = pd.read_csv(TABLES / "theory_mirror_descent.csv")
+    gaps = table[table["part"] == "iterations"]
+    assert sorted(gaps["K"].unique()) == list(range(1, 51))
+    assert (gaps["verdict"] == "holds").all()
+    runs = table[table["part"] == "runs"]
+    assert (runs["holds"] == 50).all()
+    # The optimum is known far better than any gap that is compared with a bound.
+    assert (runs["certificate"] < 1e-25).all()
+
+
+def test_thresholds_converge_and_shift_as_the_theory_says() -> None:
+    table = pd.read_csv(TABLES / "theory_threshold.csv")
+    fits = table[(table["part"] == "fits") & (table["effective_samples"] > 1000)].dropna(subset=["slope"])
+    assert len(fits) >= 5
+    assert ((fits["slope"] + 0.5).abs() < 3 * fits["slope_error"]).all()
+    shifts = table[table["part"] == "shift"]
+    assert len(shifts)
+    assert (shifts["verdict"] == "holds").all()
+    rates = table[(table["part"] == "rates")].dropna(subset=["rate", "expected_rate"])
+    assert len(rates)
+    assert ((rates["rate"] - rates["expected_rate"]).abs() < 1e-3).all()
+
+
 def test_the_readme_shows_this_runs_headline() -> None:
     assert headline(TABLES / "comparison.csv").strip() in (ROOT / "README.md").read_text()
 
