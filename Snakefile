@@ -26,6 +26,7 @@ wildcard_constraints:
     method=one_of(METHODS),
     name=one_of(FILES),
     seed=r"\d+",
+    theory=one_of(THEORY),
 
 
 localrules:
@@ -35,6 +36,7 @@ localrules:
     experiment_figures,
     functional_figures,
     study_figure,
+    theory_report,
     provenance,
 
 
@@ -42,6 +44,7 @@ include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/finetune.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/theory.smk"
 
 
 rule all:
@@ -68,6 +71,11 @@ rule figures:
 rule pretrained_models:
     input:
         MODELS,
+
+
+rule theories:
+    input:
+        [file for file in TABLES + FIGURES + RUNS if "theory" in file],
 
 
 # Each experiment alone: snakemake --cores all risk_averse_2d

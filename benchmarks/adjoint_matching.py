@@ -65,7 +65,7 @@ def main() -> None:
     last = round(settings.last_share * settings.steps)
     chosen = last + round(settings.rest_share * (settings.steps - last))
     model = PlanarFlow(VariancePreserving(), arguments.widths, "relu").requires_grad_(True)
-    tilt = RewardVariation(Stripes(80, 90, 20, 290, -1.0, 1.39, 0.3, 0.06, 0.8, 0.4, sign=-1))
+    tilt = RewardVariation(Stripes(80, 90, 20, 290, -1.0, 1.42, 0.3, 0.05, 0.65, 0.325, sign=-1))
 
     def updates() -> None:
         solve(model, tilt, 2.0, settings, torch.Generator().manual_seed(0))

@@ -1,5 +1,9 @@
 """Settings of all tests: one thread, and property-based tests that draw the same examples every time."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the linear algebra is loaded
+
 import torch
 from hypothesis import settings
 

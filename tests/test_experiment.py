@@ -51,6 +51,12 @@ def test_every_shipped_file_loads_and_survives_a_round_trip(file: Path, tmp_path
         ({"objective": {"lvl": 0.1}}, "objective.lvl", "known keys here: tail, level, alpha"),
         ({"colour": "red"}, "colour", "known keys here: name"),
         ({"solver": {"pool": 1}}, "solver", "must be at least batch"),
+        ({"solver": {"batch": 1}}, "solver.batch", "greater than or equal to 2"),
+        (
+            {"path": {"kind": "linear"}},
+            "(whole file)",
+            "network.prediction: a score gives no finite",
+        ),
         ({"methods": {"am": {"kind": "ppo"}}}, "methods.am.kind", "'pretrained', 'am', 'fdc' or 'tfft'"),
         ({"methods": {"am": {"kind": "am", "step": 0.5}}}, "methods.am", "step belong to fdc, not to am"),
         ({"methods": {"fdc": {"kind": "fdc", "step": None}}}, "methods.fdc", "needs step"),
@@ -147,13 +153,13 @@ def test_broken_yaml_is_one_line_with_the_file(tmp_path: Path) -> None:
 def test_a_study_changes_only_what_its_case_says() -> None:
     cases = load_file(EXPERIMENTS / "resolution_2d.yaml")
     (parent,) = load_file(RISK).values()
-    narrow, wide = cases["resolution_2d/stripes-0.06"], cases["resolution_2d/stripes-0.48"]
+    narrow, wide = cases["resolution_2d/stripes-0.05"], cases["resolution_2d/stripes-0.48"]
     assert narrow.reward == parent.reward
     assert narrow.base == wide.base == "risk_averse_2d"
     assert wide.reward.width == 0.48
     assert wide.reward.bump == parent.reward.bump
     assert narrow.solver == parent.solver
-    assert wide.solver == parent.solver.model_copy(update={"updates": 400})
+    assert wide.solver == parent.solver.model_copy(update={"updates": 400, "learning_rate": 0.002})
     assert len(wide.seeds) == 3
 
 

@@ -70,3 +70,9 @@ def test_values_carry_no_graph_and_gradients_are_those_of_the_formula():
 
 def test_a_reward_constant_in_x_has_no_gradient():
     assert torch.equal(Returning(lambda x: torch.ones(len(x))).gradient(X), torch.zeros_like(X))
+
+
+def test_a_finite_reward_with_an_infinite_gradient_is_named():
+    kinked = Returning(lambda x: (x[:, 0] + 1).sqrt())
+    with pytest.raises(RewardError, match=r"gradient that is not finite on 1 of 3 .* at \[-1\.0, 0\.0\]"):
+        kinked.gradient(X)

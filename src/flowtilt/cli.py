@@ -150,6 +150,16 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--output", type=Path, required=True)
     stage.add_argument("--by-seed", type=Path, required=True, help="file for every metric of every seed")
 
+    stage = add("theory", _theory, "Check the papers' guarantees on laws that are known exactly.")
+    stage.add_argument("file", type=Path, help="a file of config/theory")
+    stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
+    stage.add_argument("--output", type=Path, required=True)
+
+    stage = add("theory-report", _theory_report, "Write a theory study's table and figure.")
+    stage.add_argument("file", type=Path, help="output of the stage theory")
+    stage.add_argument("--output-prefix", type=Path, required=True, help="of the table's files")
+    stage.add_argument("--figure", type=Path, required=True, help="picture to write (png)")
+
     stage = add("provenance", _provenance, "Record what made the results.")
     stage.add_argument("--config-hash", required=True)
     stage.add_argument("--benchmarks", type=Path, required=True, help="folder of the workflow's benchmarks")
@@ -334,6 +344,19 @@ def _compare(a: argparse.Namespace) -> None:
     from flowtilt.tables import write_comparison
 
     write_comparison(a.files, a.override, a.results, a.reported, a.output, a.by_seed)
+
+
+def _theory(a: argparse.Namespace) -> None:
+    from flowtilt.stages import theory
+
+    for violation in theory.run(a.file, a.override, a.output):
+        log.warning("a bound is violated: %s", violation)
+
+
+def _theory_report(a: argparse.Namespace) -> None:
+    from flowtilt.stages import theory
+
+    theory.report(a.file, a.output_prefix, a.figure)
 
 
 def _provenance(a: argparse.Namespace) -> None:

@@ -199,7 +199,7 @@ class SolverConfig(_Section):
 
     kind: Literal["adjoint_matching", "weighted_fitting"] = "adjoint_matching"
     updates: Count
-    batch: Count
+    batch: Annotated[int, Field(ge=2)]
     pool: Count
     steps: Annotated[int, Field(ge=2)]
     learning_rate: Positive
@@ -340,6 +340,15 @@ class Experiment(_Section):
     @classmethod
     def _count_of_seeds(cls, value: Any) -> Any:
         return list(range(value)) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _prediction_fits_path(self) -> Experiment:
+        if self.path.kind == "linear" and self.network.prediction == "score":
+            raise ValueError(
+                "network.prediction: a score gives no finite velocity at the noise end of the linear path; "
+                "set it to velocity"
+            )
+        return self
 
     @model_validator(mode="after")
     def _methods_fit(self) -> Experiment:

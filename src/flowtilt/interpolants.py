@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -146,7 +147,7 @@ def convert(
     t = broadcast_time(t, x)
     if {source, target} == {"velocity", "score"}:
         # The short form keeps its accuracy at the end where the noise vanishes.
-        kappa, eta = path.kappa(t), path.eta(t)
+        kappa, eta = _rates(path, t)
         return kappa * x + eta * value if source == "score" else (value - kappa * x) / eta
     noise, endpoint = _noise_and_endpoint(value, x, t, path, source)
     if target == "noise":
@@ -156,6 +157,20 @@ def convert(
     if target == "score":
         return -noise / path.beta(t)
     return path.alpha_rate(t) * endpoint + path.beta_rate(t) * noise
+
+
+def _rates(path: Interpolant, t: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """``kappa`` and ``eta``; numbers if all samples share the time, as they do in every sampler."""
+    if t.ndim == 0 and t.device.type == "cpu":  # where reading the number waits for nothing
+        return _rates_at(path, float(t))
+    return path.kappa(t), path.eta(t)
+
+
+@lru_cache(maxsize=1024)
+def _rates_at(path: Interpolant, t: float) -> tuple[float, float]:
+    """``kappa`` and ``eta`` at one time; as tensors they would cost as much as a layer of a small network."""
+    at = torch.tensor(t, dtype=torch.float64)
+    return float(path.kappa(at)), float(path.eta(at))
 
 
 def _noise_and_endpoint(

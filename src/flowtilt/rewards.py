@@ -31,13 +31,18 @@ class Reward(ABC):
         """Rewards of the samples ``x`` (batch, ...), shape (batch,)."""
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
-        """Gradient of each sample's reward, of the shape of ``x``."""
+        """Gradient of each sample's reward, of the shape of ``x``.
+
+        Raises:
+            RewardError: if the values have another shape, or values or gradients are not all finite.
+        """
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             values = check_rewards(self.value(x, context), x, self)
             if not values.requires_grad:  # constant in x
                 return torch.zeros_like(x)
             (gradient,) = torch.autograd.grad(values.sum(), x)
+        _check_finite(gradient.flatten(1).isfinite().all(1), x, self, "has a gradient that is not finite")
         return gradient
 
     def __call__(self, x: Tensor, context: Context = None) -> Tensor:
@@ -58,12 +63,15 @@ def check_rewards(values: Tensor, x: Tensor, reward: Reward) -> Tensor:
             f"reward {name} returned shape {tuple(values.shape)} for a batch of {len(x)}; "
             f"it must return shape ({len(x)},): one number a sample"
         )
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        bad = int((~finite).sum())
-        first = x[~finite][0].flatten()[:4].tolist()
-        raise RewardError(
-            f"reward {name} is not finite on {bad} of {len(x)} samples, the first at {first}; "
-            "make it finite wherever the model can sample"
-        )
+    _check_finite(torch.isfinite(values), x, reward, "is not finite")
     return values
+
+
+def _check_finite(finite: Tensor, x: Tensor, reward: Reward, what: str) -> None:
+    if bool(finite.all()):
+        return
+    first = x[~finite][0].flatten()[:4].tolist()
+    raise RewardError(
+        f"reward {type(reward).__name__} {what} on {int((~finite).sum())} of {len(x)} samples, "
+        f"the first at {first}; make it finite wherever the model can sample"
+    )

@@ -68,9 +68,10 @@ def sample_sde(
         states = [model.prior(size, generator, part)]
         for t, step in zip(time_grid(steps)[:-1], coefficients, strict=True):
             x = states[-1]
-            x_next = step.state * x + step.velocity * model.velocity(x, x.new_tensor(t), part)
+            v = model.velocity(x, x.new_tensor(t), part)
+            x_next = torch.add(step.state * x, v, alpha=step.velocity)
             if step.noise > 0:
-                x_next = x_next + step.noise * model.noise_like(x, generator, part)
+                x_next.add_(model.noise_like(x, generator, part), alpha=step.noise)
             states.append(x_next)
         parts.append(torch.stack(states))
         start += size

@@ -25,6 +25,7 @@ from closed_forms import (
 )
 from flowtilt.control.adjoint_matching import (
     AdjointMatchingSettings,
+    _targets,
     lean_adjoint,
     loss_scale,
     solve,
@@ -134,6 +135,21 @@ def test_the_lean_adjoint_is_the_gradient_through_the_whole_chain_of_means(path)
         torch.testing.assert_close(velocities[k], flow.velocity(trajectories[k], tensor(t)))
     assert not adjoints.requires_grad
     assert not velocities.requires_grad
+
+
+@paths
+@pytest.mark.parametrize("moving", [[], [1, 4], list(range(6))], ids=["none", "some", "all"])
+def test_samples_at_rest_are_left_out_of_the_adjoint_and_not_of_the_velocities(path, moving):
+    """Their terminal value is zero, and the adjoint is linear in it."""
+    flow = nonlinear_flow(path)
+    steps = memoryless_steps(flow, 8)
+    trajectories = sample_sde(flow, 6, 8, generator(0))
+    terminal = torch.zeros(6, 2, dtype=torch.float64)
+    terminal[moving] = torch.randn(len(moving), 2, generator=generator(1), dtype=torch.float64)
+    chosen = torch.tensor([0, 3, 7])
+    whole = [a[chosen] for a in lean_adjoint(flow, trajectories, terminal, steps)]
+    for ours, theirs in zip(_targets(flow, trajectories, terminal, steps, chosen, None), whole, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
 def test_the_lean_adjoint_runs_through_the_base_along_trajectories_of_any_model():
@@ -468,6 +484,11 @@ def test_a_kl_weight_that_is_not_positive_is_refused(weight):
 def test_a_pool_smaller_than_the_batch_is_refused():
     with pytest.raises(ValueError, match=r"pool \(8\) must be at least batch \(16\)"):
         AdjointMatchingSettings(batch=16, pool=8)
+
+
+def test_a_batch_without_room_for_both_strata_is_refused():
+    with pytest.raises(ValueError, match="batch must be at least 2, got 1"):
+        AdjointMatchingSettings(batch=1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

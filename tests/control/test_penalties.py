@@ -173,19 +173,22 @@ def test_a_general_convex_solver_does_not_do_better(name, alpha, seed):
     def gradient(q):
         return -g + alpha * np.array([slope(qi / pi) for qi, pi in zip(q, p, strict=True)])
 
-    result = minimize(
-        negative,
-        p,
-        jac=gradient,
-        method="SLSQP",
-        bounds=[(1e-9, 1)] * len(p),
-        constraints=[{"type": "eq", "fun": lambda q: q.sum() - 1, "jac": lambda q: np.ones_like(q)}],
-        options={"ftol": 1e-15, "maxiter": 1000},
-    )
-    brute = objective(name, result.x / result.x.sum(), g, p, alpha)
-    found = solve_weights(g, alpha, PENALTIES[name], p)
+    law, found = p, solve_weights(g, alpha, PENALTIES[name], p)
+    for _ in range(10):  # started anew where it stopped: its model of the curvature can go stale on the way
+        result = minimize(
+            negative,
+            law,
+            jac=gradient,
+            method="SLSQP",
+            bounds=[(1e-9, 1)] * len(p),
+            constraints=[{"type": "eq", "fun": lambda q: q.sum() - 1, "jac": lambda q: np.ones_like(q)}],
+            options={"ftol": 1e-15, "maxiter": 1000},
+        )
+        law = np.maximum(result.x, 1e-9)
+        law = law / law.sum()
+    brute = objective(name, law, g, p, alpha)
     assert brute <= found.primal + 1e-12
-    assert brute == pytest.approx(found.primal, abs=1e-6)
+    assert brute == pytest.approx(found.primal, abs=1e-7)
 
 
 @given(

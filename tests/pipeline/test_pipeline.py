@@ -15,7 +15,7 @@ from workflow_copy import ROOT, SMOKE, Project
 
 pytestmark = pytest.mark.pipeline
 
-TARGETS = {"all", "tables", "figures", "pretrained_models"}
+TARGETS = {"all", "tables", "figures", "pretrained_models", "theories"}
 RUN = "runs/risk_averse_2d/tfft/seed0"
 
 
@@ -201,6 +201,27 @@ def test_study_that_cannot_measure_the_resolution_is_refused(project: Project) -
 def test_bad_override_is_refused(project: Project, overrides: dict[str, Any], key: str) -> None:
     edit(project.folder / "config" / "smoke.yaml", overrides=overrides)
     assert_refused(project, "config/smoke.yaml", "key overrides", f"key {key}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"theory_overrides": {"mirror_descent": {"iterations": 0}}},
+            ("mirror_descent.yaml", "key iterations"),
+        ),
+        (
+            {"theory_overrides": {"mirrors": {}}},
+            ("key theory_overrides.mirrors", "mirror_descent, threshold"),
+        ),
+        ({"theory": ["mirrors"], "theory_overrides": {}}, ("config/theory/mirrors.yaml: no such file",)),
+    ],
+)
+def test_bad_study_of_the_theory_is_refused(
+    project: Project, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    edit(project.folder / "config" / "smoke.yaml", **changes)
+    assert_refused(project, "config/smoke.yaml", *words)
 
 
 @pytest.mark.parametrize(

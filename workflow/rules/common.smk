@@ -22,6 +22,7 @@ try:
         stage_digest,
     )
     from flowtilt.files import atomic_path
+    from flowtilt.theory.config import TheoryConfig, load_theory
 except ModuleNotFoundError as error:
     raise WorkflowError(
         f"{error}: the environment that runs Snakemake must hold the package flowtilt; "
@@ -54,6 +55,10 @@ def check_config(schema: str) -> None:
 
 def experiment_file(name: str) -> str:
     return f"config/experiments/{name}.yaml"
+
+
+def theory_file(name: str) -> str:
+    return f"config/theory/{name}.yaml"
 
 
 def load_experiments(name: str, where: str) -> dict[str, Experiment]:
@@ -111,6 +116,23 @@ def is_of(kind: type, name: str) -> bool:
     return all(isinstance(experiment, kind) for experiment in FILES[name].values())
 
 
+def load_theories() -> dict[str, TheoryConfig]:
+    """The studies of the theory, by name."""
+    if unknown := set(config["theory_overrides"]) - set(config["theory"]):
+        raise WorkflowError(
+            f"{config_files()}: key theory_overrides.{min(unknown)}: no such study in key theory "
+            f"({', '.join(config['theory'])})"
+        )
+    studies = {}
+    for name in config["theory"]:
+        try:
+            studies[name] = load_theory(theory_file(name), config["theory_overrides"].get(name))
+        except ConfigError as error:
+            where = "key theory_overrides, merged into " if name in config["theory_overrides"] else ""
+            raise WorkflowError(f"{config_files()}: {where}{error}") from None
+    return studies
+
+
 try:
     check_config("../schemas/config.schema.yaml")
     FILES = load_all()
@@ -121,6 +143,7 @@ try:
             for experiment in cases.values()
             if isinstance(experiment, FunctionalExperiment)
         )
+    THEORY = load_theories()
 except WorkflowError as error:
     raise error.with_traceback(None) from None  # the message says where to look, frames would not
 
@@ -171,6 +194,10 @@ def options(*names: str):
     )
 
 
+def theory_overrides(wildcards) -> str:
+    return json.dumps(config["theory_overrides"].get(wildcards.theory, {}), sort_keys=True)
+
+
 def results_folder(wildcards) -> str:
     return config["results"]
 
@@ -178,7 +205,8 @@ def results_folder(wildcards) -> str:
 def config_hash() -> str:
     """Hash of all that is configured: the experiments, and which of them are run."""
     chosen = {key: config[key] for key in ("experiments", "resolution")}
-    return hashlib.sha256(json.dumps([chosen, RESOLVED], sort_keys=True).encode()).hexdigest()
+    theory = {name: study.model_dump() for name, study in THEORY.items()}
+    return hashlib.sha256(json.dumps([chosen, RESOLVED, theory], sort_keys=True).encode()).hexdigest()
 
 
 # Files; Snakemake fills in what is in angle brackets, see `pathvars`
@@ -299,7 +327,8 @@ def for_all(files_of) -> list[str]:
 
 # Targets ask for the runs' files too: Snakemake otherwise takes tables that are there, as in a fresh
 # clone, for a sign that nothing is left to do.
-RUNS = [*for_all(run_files), "<results>/resolution.json"]
+RUNS = [*for_all(run_files), "<results>/resolution.json", *(f"<results>/theory/{n}.json" for n in THEORY)]
 TABLES = [*for_all(tables_of), "<results>/tables/comparison.csv", "<results>/tables/by_seed.csv"]
-FIGURES = for_all(figures_of)
+TABLES += [file for name in THEORY for file in tables_of(f"theory_{name}")]
+FIGURES = [*for_all(figures_of), *(f"<results>/figures/theory_{name}.png" for name in THEORY)]
 MODELS = [file for file in RUNS if Path(file).match("pretrained/*/model.safetensors")]

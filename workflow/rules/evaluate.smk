@@ -11,6 +11,7 @@ rule sample:
         "<logs>/sample/{experiment}/{method}/seed{seed}.log",
     benchmark:
         "<benchmarks>/sample/{experiment}/{method}/seed{seed}.tsv"
+    priority: 20
     group:
         "assess"
     conda:
@@ -41,6 +42,7 @@ rule evaluate:
         "<benchmarks>/evaluate/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
         experiment=one_of(TAILS),
+    priority: 20
     group:
         "assess"
     conda:

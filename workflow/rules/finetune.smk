@@ -11,6 +11,7 @@ rule threshold:
         "<logs>/threshold/{experiment}/{method}/seed{seed}.log",
     benchmark:
         "<benchmarks>/threshold/{experiment}/{method}/seed{seed}.tsv"
+    priority: 20
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -39,7 +40,6 @@ rule finetune:
         "<benchmarks>/finetune/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
         method=one_of(method for method in METHODS if method != "pretrained"),
-    # First in line: what is longest, and what everything else waits for.
     priority: 10
     conda:
         "../../envs/core.yaml"

@@ -11,7 +11,8 @@ rule pretrain:
         "<logs>/pretrain/{experiment}/pretrained/seed{seed}.log",
     benchmark:
         "<benchmarks>/pretrain/{experiment}/pretrained/seed{seed}.tsv"
-    # First in line: what is longest, and what everything else waits for.
+    # First what is longest and what everything waits for, but for the short jobs that have come within
+    # reach: each look at the queue takes time with its length.
     priority: 10
     conda:
         "../../envs/core.yaml"
@@ -37,6 +38,7 @@ rule density:
         "<logs>/density/{experiment}/pretrained/seed{seed}.log",
     benchmark:
         "<benchmarks>/density/{experiment}/pretrained/seed{seed}.tsv"
+    priority: 20
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -61,6 +63,7 @@ rule offline:
         "<logs>/offline/{experiment}/pretrained/seed{seed}.log",
     benchmark:
         "<benchmarks>/offline/{experiment}/pretrained/seed{seed}.tsv"
+    priority: 20
     conda:
         "../../envs/core.yaml"
     threads: 1

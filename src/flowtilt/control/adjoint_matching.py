@@ -36,7 +36,7 @@ class AdjointMatchingSettings:
 
     Attributes:
         updates: optimiser steps.
-        batch: trajectories that enter each update.
+        batch: trajectories that enter each update, at least 2: one for each stratum of a sparse tilt.
         pool: trajectories sampled for each update of a sparse tilt, at least ``batch``. The pool is
             thinned to the batch by drawing active and inactive endpoints separately and
             reweighting, which keeps the estimator unbiased when few endpoints carry a gradient.
@@ -64,6 +64,8 @@ class AdjointMatchingSettings:
     rest_share: float = 0.25
 
     def __post_init__(self) -> None:
+        if self.batch < 2:
+            raise ValueError(f"batch must be at least 2, got {self.batch}")
         if self.pool < self.batch:
             raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
 
@@ -90,7 +92,7 @@ def stratified_draw(active: Tensor, batch: int, generator: torch.Generator) -> D
 
     Args:
         active: bool, (pool,).
-        batch: number to keep, at most the pool.
+        batch: number to keep, from 2 to the size of the pool.
         generator: source of randomness.
     """
     pool = len(active)
@@ -143,9 +145,47 @@ def lean_adjoint(
     return torch.stack(adjoints[::-1]), torch.stack(velocities[::-1])
 
 
+def _targets(
+    base: FlowModel,
+    trajectories: Tensor,
+    terminal: Tensor,
+    steps: list[MemorylessStep],
+    chosen: Tensor,
+    context: Context,
+) -> tuple[Tensor, Tensor]:
+    """Lean adjoint and base velocities at the chosen steps, each (chosen, batch, ...).
+
+    The lean adjoint is linear in its terminal value: where that is zero, as on the flat side of a
+    hinge, it stays zero, and only the velocity is needed.
+    """
+    moving = terminal.flatten(1).any(1)
+    if bool(moving.all()):
+        adjoints, velocities = lean_adjoint(base, trajectories, terminal, steps, context)
+        return adjoints[chosen], velocities[chosen]
+    index = moving.nonzero().squeeze(1)
+    adjoints = torch.zeros_like(trajectories[chosen])
+    if len(index):
+        some = base.select_context(context, index)
+        adjoints[:, index] = lean_adjoint(base, trajectories[:, index], terminal[index], steps, some)[0][
+            chosen
+        ]
+    times = torch.tensor(time_grid(len(steps)), dtype=torch.float64).to(trajectories)
+    with torch.no_grad():
+        velocities = _velocities(base, trajectories[chosen], times[chosen], context)
+    return adjoints, velocities
+
+
+def _velocities(model: FlowModel, states: Tensor, times: Tensor, context: Context) -> Tensor:
+    """Velocities at states (chosen, batch, ...) and times (chosen,), from one batched network pass."""
+    chosen, batch = states.shape[:2]
+    repeated = model.select_context(context, torch.arange(batch).repeat(chosen))
+    v = model.velocity(states.flatten(0, 1), times.repeat_interleave(batch), repeated)
+    return v.view_as(states)
+
+
 @dataclass(frozen=True)
 class LossScale:
-    """Per-step factors of the loss ``|| mean v_diff + noise a ||^2``, each (steps,).
+    """Per-step factors of the loss ``|| mean v_diff + noise a ||^2``, each float64, (steps,).
 
     ``mean`` and ``noise`` are the discrete forms of ``2 / sigma`` and ``sigma``.
     """
@@ -170,7 +210,7 @@ def loss_scale(base: FlowModel, steps: list[MemorylessStep]) -> LossScale:
             nu = math.sqrt(step.velocity * float(base.path.eta(torch.tensor(k * h, dtype=torch.float64))))
         mean.append(step.velocity / nu / math.sqrt(h))
         noise.append(nu / math.sqrt(h))
-    return LossScale(torch.tensor(mean), torch.tensor(noise))
+    return LossScale(torch.tensor(mean, dtype=torch.float64), torch.tensor(noise, dtype=torch.float64))
 
 
 def _chosen_steps(settings: AdjointMatchingSettings, generator: torch.Generator) -> Tensor:
@@ -190,12 +230,9 @@ def _residuals(
     scale: LossScale,
     context: Context,
 ) -> tuple[Tensor, Tensor]:
-    """Squared residuals and squared controls at (chosen, batch), from one batched network pass."""
-    chosen, batch = states.shape[:2]
-    repeated = model.select_context(context, torch.arange(batch).repeat(chosen))
-    v = model.velocity(states.flatten(0, 1), times.repeat_interleave(batch), repeated)
-    shape = (chosen,) + (1,) * (states.ndim - 1)
-    moved = scale.mean.view(shape) * (v.view_as(states) - base_velocities)
+    """Squared residuals and squared controls, each (chosen, batch)."""
+    shape = (len(states),) + (1,) * (states.ndim - 1)
+    moved = scale.mean.view(shape) * (_velocities(model, states, times, context) - base_velocities)
     residual = moved + scale.noise.view(shape) * adjoints
     return residual.flatten(2).square().sum(2), moved.detach().flatten(2).square().sum(2)
 
@@ -255,7 +292,7 @@ def solve(
     optimiser = Adam(model.parameters())
     steps = memoryless_steps(base, settings.steps)
     scale = loss_scale(base, steps)
-    times = torch.tensor(time_grid(settings.steps))[:-1]
+    times = torch.tensor(time_grid(settings.steps), dtype=torch.float64)[:-1]
     solution = Solution(model)
     started = time.perf_counter()
     pool_size = settings.pool if tilt.sparse else settings.batch
@@ -271,18 +308,19 @@ def solve(
 
         strength = min(1.0, (update + 1) / max(1.0, settings.ramp * settings.updates))
         terminal = -strength * tilt.gradient(trajectories[-1], context) / kl_weight
-        adjoints, base_velocities = lean_adjoint(base, trajectories, terminal, steps, context)
         chosen = _chosen_steps(settings, generator)
+        adjoints, base_velocities = _targets(base, trajectories, terminal, steps, chosen, context)
         squares, energies = _residuals(
             model,
             trajectories[chosen],
-            times[chosen],
-            base_velocities[chosen],
-            adjoints[chosen],
-            LossScale(scale.mean[chosen], scale.noise[chosen]),
+            times[chosen].to(trajectories),
+            base_velocities,
+            adjoints,
+            LossScale(scale.mean[chosen].to(trajectories), scale.noise[chosen].to(trajectories)),
             context,
         )
-        loss = (squares * draw.weights).mean()
+        weights = draw.weights.to(squares)
+        loss = (squares * weights).mean()
         if not bool(torch.isfinite(loss)):
             raise TrainingDiverged(_diverged(f"the loss is {float(loss.detach())}", update, settings))
         optimiser.clear_gradients()
@@ -293,7 +331,7 @@ def solve(
             "update": update,
             "loss": float(loss.detach()),
             "active_share": float(active.double().mean()),
-            "control_energy": _control_energy(energies * draw.weights, settings),
+            "control_energy": _control_energy(energies * weights, settings),
             "gradient_norm": float(norm),
             "seconds": time.perf_counter() - started,
         }

@@ -20,8 +20,13 @@ All of them are of the power family of Cressie and Read (1984), of order k:
 
 with ``f(1) = f'(1) = 0``, ``f''(1) = 1``, and the orders 1 and 0 as limits. Everything below is written
 in ``log w``, where the conjugate is ``expm1(k log w) / k`` for every order: nothing overflows, and
-nothing is lost where weights are near 1 or slopes near the end of their domain. This module stays
-clear of torch.
+nothing is lost where weights are near 1 or slopes near the end of their domain.
+
+Orders below 1 bound the slopes. If the values are not bounded above on the base law, a larger bank
+then puts ever more weight on its best sample instead of approaching a law with a density: the
+effective sample size shows it.
+
+This module stays clear of torch.
 """
 
 from __future__ import annotations

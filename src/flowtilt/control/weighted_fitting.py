@@ -51,7 +51,8 @@ class WeightedFittingSettings:
 
     Attributes:
         bank: samples of the base model.
-        sampler: how they are drawn: by the probability-flow ODE, or by the memoryless SDE.
+        sampler: how they are drawn: by the probability-flow ODE, or by the memoryless SDE. Where
+            ``alpha(0)`` is not 0 the ODE's law differs from the data's by about that share of its mean.
         steps: time steps of the sampler; the ODE takes four network passes each, the SDE one.
         penalty: name of the divergence from the base, of :data:`flowtilt.control.penalties.PENALTIES`.
         minimum_ess: effective samples below which the bank is refused.

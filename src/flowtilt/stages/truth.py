@@ -76,12 +76,15 @@ def measure_resolution(runs: Iterable[tuple[Experiment, Path, Path]], output: Pa
         runs: experiment, samples file and density file of Adjoint Matching runs.
         output: JSON with the width, and the mean mismatch at every candidate.
     """
-    mismatches = []
+    by_experiment: dict[str, tuple[Experiment, list[tuple[GriddedDensity, np.ndarray]]]] = {}
     for experiment, samples, density_file in runs:
         (x,) = read_arrays(samples, "x")
         gridded = GriddedDensity(*read_arrays(density_file, "axis", "log_density"))
-        mismatches.append(resolution_mismatch(tail_experiment(experiment), gridded, x, RESOLUTION_CANDIDATES))
-    mean = np.mean(mismatches, axis=0)
+        by_experiment.setdefault(experiment.name, (tail_experiment(experiment), []))[1].append((gridded, x))
+    mismatches = np.concatenate(
+        [resolution_mismatch(*entry, RESOLUTION_CANDIDATES) for entry in by_experiment.values()]
+    )
+    mean = mismatches.mean(axis=0)
     result = {
         "width": RESOLUTION_CANDIDATES[int(np.argmin(mean))],
         "candidates": RESOLUTION_CANDIDATES,

@@ -49,7 +49,7 @@ class PlanarFlow(FlowModel):
 
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's own output at states (batch, 2) and times () or (batch,)."""
-        return self.network(torch.cat([x, t.expand(len(x))[:, None]], dim=1))
+        return self.network(torch.cat([x, t.reshape(-1, 1).expand(len(x), 1)], dim=1))
 
     def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
         return convert(self.predict(x, t), x, t, self.path, self.prediction, "velocity")

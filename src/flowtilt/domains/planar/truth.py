@@ -128,29 +128,29 @@ def total_variation(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def resolution_mismatch(
-    experiment: TailExperiment, density: GriddedDensity, samples: np.ndarray, widths: Sequence[float]
-) -> list[float]:
-    """Distance between a network's samples and Adjoint Matching's law at each blur width.
+    experiment: TailExperiment, runs: Sequence[tuple[GriddedDensity, np.ndarray]], widths: Sequence[float]
+) -> np.ndarray:
+    """Distance between networks' samples and Adjoint Matching's law at each blur width, (runs, widths).
 
     Total variation between histograms along both axes in bins of about a tenth.
 
     Args:
-        experiment: one whose network was fine-tuned by Adjoint Matching.
-        density: of its pretrained model.
-        samples: of the fine-tuned network, (n, 2).
+        experiment: one whose networks were fine-tuned by Adjoint Matching.
+        runs: of each, the density of its pretrained model, and samples of the fine-tuned one, (n, 2).
         widths: candidates for the width of the blur; 0 is no blur.
     """
-    grid, reward = build_grid(experiment), build_reward(experiment)
-    rewards, log_p = grid.rewards(reward), normalise(density.on(grid.axis))
+    grid, rewards = build_grid(experiment), build_grid(experiment).rewards(build_reward(experiment))
     bins = max(8, round(2 * grid.extent / 0.1))
     edges = np.linspace(-grid.extent, grid.extent, bins + 1)
-    inside = np.clip(samples, -grid.extent, grid.extent)
-    drawn = np.histogram2d(inside[:, 0], inside[:, 1], bins=[edges, edges])[0]
-    mismatches = []
-    for width in widths:
-        blur = gaussian_blur(width, grid) if width else no_blur
-        law = np.exp(expected_reward_tilt(log_p, rewards, experiment.objective.alpha, blur))
-        along = [np.histogram(grid.axis, edges, weights=law.sum(1 - axis))[0] for axis in (0, 1)]
-        seen = [drawn.sum(1 - axis) / len(samples) for axis in (0, 1)]
-        mismatches.append(float(np.mean([total_variation(a, b) for a, b in zip(along, seen, strict=True)])))
+    densities = [normalise(density.on(grid.axis)) for density, _ in runs]
+    inside = [np.clip(samples, -grid.extent, grid.extent) for _, samples in runs]
+    seen = [[np.histogram(x[:, axis], edges)[0] / len(x) for axis in (0, 1)] for x in inside]
+    mismatches = np.empty((len(runs), len(widths)))
+    for j, width in enumerate(widths):
+        # The blur costs most, and is the same for all runs.
+        exponent = (gaussian_blur(width, grid) if width else no_blur)(rewards / experiment.objective.alpha)
+        for i, log_p in enumerate(densities):
+            law = np.exp(normalise(log_p + exponent))
+            along = [np.histogram(grid.axis, edges, weights=law.sum(1 - axis))[0] for axis in (0, 1)]
+            mismatches[i, j] = np.mean([total_variation(a, b) for a, b in zip(along, seen[i], strict=True)])
     return mismatches
