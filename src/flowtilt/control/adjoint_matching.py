@@ -48,6 +48,8 @@ class AdjointMatchingSettings:
             the sampled law follows the tilted one instead of overshooting it; the last update
             solves the problem itself.
         gradient_clip: bound on the norm of the parameters' gradient.
+        endpoint_clip: bound on the norm of each endpoint's adjoint, in nats a unit of length; none by
+            default. Edges steeper than what a network resolves are noise to the regression.
         last_share: share of the time steps, nearest to the data, that are always in the loss.
         rest_share: share of the remaining steps drawn at random for each update.
     """
@@ -60,6 +62,7 @@ class AdjointMatchingSettings:
     warmup: float = 0.05
     ramp: float = 0.5
     gradient_clip: float = 1.0
+    endpoint_clip: float = math.inf
     last_share: float = 0.25
     rest_share: float = 0.25
 
@@ -237,6 +240,14 @@ def _residuals(
     return residual.flatten(2).square().sum(2), moved.detach().flatten(2).square().sum(2)
 
 
+def _clipped(gradients: Tensor, bound: float) -> Tensor:
+    """Each sample's gradient, (batch, ...), shortened to the bound where its norm is above it."""
+    if bound == math.inf:
+        return gradients
+    norms = gradients.flatten(1).norm(dim=1).clamp(min=bound)
+    return gradients * (bound / norms).view(-1, *(1,) * (gradients.ndim - 1))
+
+
 def _control_energy(squares: Tensor, settings: AdjointMatchingSettings) -> float:
     """Path-space KL divergence ``E 1/2 int |u|^2 dt`` from squared controls at the chosen steps.
 
@@ -307,7 +318,9 @@ def solve(
         context = model.select_context(pool_context, draw.index)
 
         strength = min(1.0, (update + 1) / max(1.0, settings.ramp * settings.updates))
-        terminal = -strength * tilt.gradient(trajectories[-1], context) / kl_weight
+        terminal = -strength * _clipped(
+            tilt.gradient(trajectories[-1], context) / kl_weight, settings.endpoint_clip
+        )
         chosen = _chosen_steps(settings, generator)
         adjoints, base_velocities = _targets(base, trajectories, terminal, steps, chosen, context)
         squares, energies = _residuals(
