@@ -311,10 +311,10 @@ def _exact(a: argparse.Namespace) -> None:
     resolved = (a.resolution, a.resolved_output, a.resolved_laws)
     if any(resolved) and not all(resolved):
         raise ValueError("--resolution, --resolved-output and --resolved-laws go together: give all or none")
-    experiment = _load(a)
-    truth.exact(experiment, a.density, a.output, a.laws)
+    layers = [truth.Layer(a.output, a.laws)]
     if a.resolution:
-        truth.exact(experiment, a.density, a.resolved_output, a.resolved_laws, a.resolution)
+        layers.append(truth.Layer(a.resolved_output, a.resolved_laws, a.resolution))
+    truth.exact(_load(a), a.density, *layers)
 
 
 def _resolution(a: argparse.Namespace) -> None:

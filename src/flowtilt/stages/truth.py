@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from flowtilt.checkpoints import load_weights
 from flowtilt.domains.planar.build import build_model, build_reward
 from flowtilt.domains.planar.rows import GriddedDensity
-from flowtilt.domains.planar.truth import ExactRows, coarsen, exact_rows, gridded_density, resolution_mismatch
-from flowtilt.experiment import Experiment, TailExperiment, tail_experiment
+from flowtilt.domains.planar.truth import (
+    ExactRows,
+    TailGrid,
+    coarsen,
+    exact_rows,
+    gridded_density,
+    resolution_mismatch,
+)
+from flowtilt.experiment import Experiment, tail_experiment
 from flowtilt.stages.files import StageError, read_arrays, write_arrays, write_json, write_rows
 
 LAW_CELLS = 240
@@ -27,36 +36,64 @@ def density(experiment: Experiment, model: Path, output: Path) -> None:
     write_arrays(output, axis=gridded.axis, log_density=gridded.log_density)
 
 
-def exact(
-    experiment: Experiment, density_file: Path, output: Path, laws: Path, resolution_file: Path | None = None
-) -> None:
-    """Solve every method on the grid, exactly or at the measured resolution."""
-    experiment = tail_experiment(experiment)
-    width = None if resolution_file is None else _read_resolution(resolution_file)
-    solved = exact_rows(experiment, GriddedDensity(*read_arrays(density_file, "axis", "log_density")), width)
-    write_arrays(laws, **_law_arrays(experiment, solved))
-    write_rows(solved.metrics, output)
+class Layer(NamedTuple):
+    """Where one layer of solved rows goes, and the resolution file that it is solved at, if any."""
+
+    output: Path
+    laws: Path
+    resolution: Path | None = None
 
 
-def _law_arrays(experiment: TailExperiment, solved: ExactRows) -> dict[str, np.ndarray]:
+def exact(experiment: Experiment, density_file: Path, *layers: Layer) -> None:
+    """Solve every method on the grid, in each layer exactly or at the measured resolution."""
+    density = GriddedDensity(*read_arrays(density_file, "axis", "log_density"))
+    problem = TailGrid(tail_experiment(experiment), density)
+    histogram = RewardHistogram.of(problem)
+    for layer in layers:
+        width = None if layer.resolution is None else _read_resolution(layer.resolution)
+        solved = exact_rows(problem, width)
+        write_arrays(layer.laws, **_law_arrays(problem, solved, histogram))
+        write_rows(solved.metrics, layer.output)
+
+
+@dataclass(frozen=True)
+class RewardHistogram:
+    """Bins of the reward, and the bin of several points of each cell, along its diagonal.
+
+    On a flank that one cell spans, the centres alone would leave gaps between the bins.
+
+    Attributes:
+        edges: of the bins, rising, (bins + 1,).
+        bins: of each cell, one array a point, each (cells^2,).
+    """
+
+    edges: np.ndarray
+    bins: list[np.ndarray]
+
+    @classmethod
+    def of(cls, problem: TailGrid) -> RewardHistogram:
+        edges = np.linspace(problem.rewards.min(), problem.rewards.max(), HISTOGRAM_BINS + 1)
+        reward, bins = build_reward(problem.experiment), []
+        for k in range(CELL_PARTS):
+            shift = ((k + 0.5) / CELL_PARTS - 0.5) * problem.grid.spacing
+            rewards = problem.grid.rewards(reward, shift).ravel()
+            bins.append(np.clip(np.searchsorted(edges, rewards, side="right") - 1, 0, HISTOGRAM_BINS - 1))
+        return cls(edges, bins)
+
+    def of_law(self, law: np.ndarray) -> np.ndarray:
+        """Probabilities of the bins under cell probabilities (cells, cells), (bins,)."""
+        counts = [np.bincount(bins, law.ravel(), minlength=HISTOGRAM_BINS) for bins in self.bins]
+        return np.mean(counts, axis=0)
+
+
+def _law_arrays(problem: TailGrid, solved: ExactRows, histogram: RewardHistogram) -> dict[str, np.ndarray]:
     """Coarsened laws and reward histograms of exact rows."""
-    side = solved.grid.cells // max(1, solved.grid.cells // LAW_CELLS)
-    edges = np.linspace(solved.rewards.min(), solved.rewards.max(), HISTOGRAM_BINS + 1)
-    arrays = {
-        "axis": solved.grid.axis[: solved.grid.cells // side * side].reshape(side, -1).mean(1),
-        "reward_edges": edges,
-    }
+    axis, cells = problem.grid.axis, problem.grid.cells
+    side = cells // max(1, cells // LAW_CELLS)
+    arrays = {"axis": axis[: cells // side * side].reshape(side, -1).mean(1), "reward_edges": histogram.edges}
     for row, law in solved.laws.items():
         arrays[row] = coarsen(law, LAW_CELLS).astype(np.float32)
-        arrays[f"{row}__rewards"] = np.zeros(HISTOGRAM_BINS)
-    reward = build_reward(experiment)
-    for k in range(CELL_PARTS):
-        # Several points of each cell, along its diagonal: on a flank that one cell spans, the
-        # centres alone would leave gaps between the bins.
-        shift = ((k + 0.5) / CELL_PARTS - 0.5) * solved.grid.spacing
-        inside = np.clip(solved.grid.rewards(reward, shift), edges[0], edges[-1])
-        for row, law in solved.laws.items():
-            arrays[f"{row}__rewards"] += np.histogram(inside, edges, weights=law / CELL_PARTS)[0]
+        arrays[f"{row}__rewards"] = histogram.of_law(law)
     return arrays
 
 

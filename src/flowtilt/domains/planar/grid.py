@@ -101,7 +101,20 @@ def tail_tilt(
     Without blur this is the maximiser of ``tail mean - alpha KL`` (the tail problem's optimum).
     """
     at = threshold(rewards.ravel(), alpha, mass, side, weights=np.exp(log_p).ravel())
-    return normalise(log_p + blur(hinge(rewards, at, mass, side) / alpha)), at
+    return hinge_tilt(log_p, rewards, at, alpha, mass, side, blur), at
+
+
+def hinge_tilt(
+    log_p: np.ndarray,
+    rewards: np.ndarray,
+    at: float,
+    alpha: float,
+    mass: float,
+    side: Side,
+    blur: Blur = no_blur,
+) -> np.ndarray:
+    """The law tilted by the hinge at a threshold that is known; log cell probabilities."""
+    return normalise(log_p + blur(hinge(rewards, at, mass, side) / alpha))
 
 
 def mirror_ascent(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,16 +15,17 @@ from flowtilt.domains.planar.grid import (
     Grid,
     expected_reward_tilt,
     gaussian_blur,
+    hinge_tilt,
     kl_divergence,
     mirror_ascent,
     no_blur,
     normalise,
-    tail_tilt,
 )
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
 from flowtilt.experiment import Experiment, TailExperiment, TailMethodConfig
 from flowtilt.model import FlowModel
 from flowtilt.sampling import OdeSettings, log_likelihood
+from flowtilt.thresholds import threshold
 
 
 def build_grid(experiment: Experiment) -> Grid:
@@ -41,31 +43,71 @@ def gridded_density(model: FlowModel, experiment: Experiment) -> GriddedDensity:
     return GriddedDensity(axis, values.double().numpy().reshape(len(axis), len(axis)))
 
 
-def _laws(
-    experiment: TailExperiment, log_p: np.ndarray, rewards: np.ndarray, blur: Blur
-) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class TailGrid:
+    """An experiment's tail problem on its grid for one pretrained density.
+
+    Holds what its exact rows and those at finite resolution share, each computed once.
+
+    Attributes:
+        experiment: with the landscape and the methods.
+        density: of the pretrained model.
+    """
+
+    experiment: TailExperiment
+    density: GriddedDensity
+
+    @cached_property
+    def grid(self) -> Grid:
+        return build_grid(self.experiment)
+
+    @cached_property
+    def log_p(self) -> np.ndarray:
+        """Log cell probabilities of the pretrained law, (cells, cells)."""
+        return normalise(self.density.on(self.grid.axis))
+
+    @cached_property
+    def rewards(self) -> np.ndarray:
+        """At the cell centres, (cells, cells)."""
+        return self.grid.rewards(build_reward(self.experiment))
+
+    @cached_property
+    def bumps(self) -> np.ndarray:
+        """The bumps' profile at the cell centres, (cells^2,)."""
+        return build_reward(self.experiment).bumps(self.grid.flat_points).numpy()
+
+    @cached_property
+    def threshold(self) -> float:
+        """TFFT's dual threshold for the gridded law."""
+        problem = self.experiment.objective
+        weights = np.exp(self.log_p).ravel()
+        return threshold(self.rewards.ravel(), problem.tail_alpha, problem.mass, problem.tail, weights)
+
+
+def _laws(problem: TailGrid, blur: Blur) -> dict[str, np.ndarray]:
     """The law of every method, solved on the grid; log cell probabilities by method name."""
-    problem = experiment.objective
-    alpha, mass, side = problem.tail_alpha, problem.mass, problem.tail
+    objective, methods = problem.experiment.objective, problem.experiment.methods
+    log_p, rewards = problem.log_p, problem.rewards
+    alpha, mass, side = objective.tail_alpha, objective.mass, objective.tail
     ascents: dict[float, list[np.ndarray]] = {}
 
     def ascent(step: float) -> list[np.ndarray]:
         """Iterates of mirror ascent with this step, as many as any method asks for."""
         if step not in ascents:
-            longest = max(m.iterations or 1 for m in experiment.methods.values() if m.step == step)
+            longest = max(m.iterations or 1 for m in methods.values() if m.step == step)
             ascents[step] = mirror_ascent(log_p, rewards, alpha, alpha / step, mass, side, longest, blur)
         return ascents[step]
 
     def solve(method: TailMethodConfig) -> np.ndarray:
         if method.kind == "am":
-            return expected_reward_tilt(log_p, rewards, problem.alpha, blur)
+            return expected_reward_tilt(log_p, rewards, objective.alpha, blur)
         if method.kind == "tfft":
-            return tail_tilt(log_p, rewards, alpha, mass, side, blur)[0]
+            return hinge_tilt(log_p, rewards, problem.threshold, alpha, mass, side, blur)
         if method.step is not None and method.iterations is not None:
             return ascent(method.step)[method.iterations - 1]
         return log_p
 
-    return {name: solve(method) for name, method in experiment.methods.items()}
+    return {name: solve(method) for name, method in methods.items()}
 
 
 @dataclass(frozen=True)
@@ -74,44 +116,35 @@ class ExactRows:
 
     Attributes:
         metrics: by row name (``am_exact``, ...).
-        laws: cell probabilities by row name.
-        grid: of the laws.
-        rewards: at the cell centres.
+        laws: cell probabilities by row name, (cells, cells).
     """
 
     metrics: dict[str, Metrics]
     laws: dict[str, np.ndarray]
-    grid: Grid
-    rewards: np.ndarray
 
 
-def exact_rows(
-    experiment: TailExperiment, density: GriddedDensity, resolution: float | None = None
-) -> ExactRows:
+def exact_rows(problem: TailGrid, resolution: float | None = None) -> ExactRows:
     """Every method's steps, each solved exactly for the gridded pretrained density.
 
     Args:
-        experiment: whose methods to solve.
-        density: of the pretrained model.
+        problem: whose methods to solve.
         resolution: standard deviation of the Gaussian that blurs the tilts' exponents, for rows
             at finite resolution (``am_resolved``, ...); None for exact rows.
     """
-    grid, reward = build_grid(experiment), build_reward(experiment)
-    rewards, log_p = grid.rewards(reward), normalise(density.on(grid.axis))
-    blur = gaussian_blur(resolution, grid) if resolution else no_blur
+    experiment = problem.experiment
+    blur = gaussian_blur(resolution, problem.grid) if resolution else no_blur
     suffix = "exact" if resolution is None else "resolved"
-    points = grid.points.reshape(-1, 2)
-    bumps = reward.bumps(torch.from_numpy(points)).numpy()
+    x = problem.grid.points[..., 0].ravel()
     metrics, laws = {}, {}
-    for name, log_q in _laws(experiment, log_p, rewards, blur).items():
+    for name, log_q in _laws(problem, blur).items():
         law = np.exp(log_q)
         row = f"{name}_{suffix}"
-        kl = kl_divergence(log_q, log_p)
+        kl = kl_divergence(log_q, problem.log_p)
         kind = experiment.methods[name].kind
-        metrics[row] = reward_metrics(experiment, kind, rewards.ravel(), law.ravel(), kl)
-        metrics[row] |= zone_masses(experiment, points[:, 0], bumps, law.ravel())
+        metrics[row] = reward_metrics(experiment, kind, problem.rewards.ravel(), law.ravel(), kl)
+        metrics[row] |= zone_masses(experiment, x, problem.bumps, law.ravel())
         laws[row] = law
-    return ExactRows(metrics, laws, grid, rewards)
+    return ExactRows(metrics, laws)
 
 
 def coarsen(law: np.ndarray, cells: int) -> np.ndarray:
