@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -207,7 +206,7 @@ class SolverConfig(_Section):
     warmup: Share
     ramp: Share
     gradient_clip: Positive
-    endpoint_clip: Positive = math.inf
+    endpoint_gradient: Literal["pathwise", "likelihood_ratio"] = "pathwise"
     last_share: Share
     rest_share: Share
     bank: Count = 20000

@@ -17,7 +17,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from flowtilt.interpolants import MemorylessStep
 from flowtilt.model import Context, FlowModel
 from flowtilt.optimiser import Adam
 from flowtilt.sampling import memoryless_steps, sample_sde, time_grid
+
+EndpointGradient = Literal["pathwise", "likelihood_ratio"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class AdjointMatchingSettings:
             the sampled law follows the tilted one instead of overshooting it; the last update
             solves the problem itself.
         gradient_clip: bound on the norm of the parameters' gradient.
-        endpoint_clip: bound on the norm of each endpoint's adjoint, in nats a unit of length; none by
-            default. Edges steeper than what a network resolves are noise to the regression.
+        endpoint_gradient: how the tilt's gradient at the end of a trajectory is estimated: ``pathwise``,
+            by the tilt's own gradient, or by ``likelihood_ratio``, from its values alone. The latter
+            has far less noise where the tilt has edges (see :func:`likelihood_ratio_gradient`).
         last_share: share of the time steps, nearest to the data, that are always in the loss.
         rest_share: share of the remaining steps drawn at random for each update.
     """
@@ -62,7 +65,7 @@ class AdjointMatchingSettings:
     warmup: float = 0.05
     ramp: float = 0.5
     gradient_clip: float = 1.0
-    endpoint_clip: float = math.inf
+    endpoint_gradient: EndpointGradient = "pathwise"
     last_share: float = 0.25
     rest_share: float = 0.25
 
@@ -71,6 +74,9 @@ class AdjointMatchingSettings:
             raise ValueError(f"batch must be at least 2, got {self.batch}")
         if self.pool < self.batch:
             raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
+        if self.endpoint_gradient not in get_args(EndpointGradient):
+            known = " or ".join(get_args(EndpointGradient))
+            raise ValueError(f"endpoint_gradient must be {known}, got {self.endpoint_gradient!r}")
 
 
 @dataclass(frozen=True)
@@ -125,17 +131,17 @@ def lean_adjoint(
 
     Args:
         base: the model that is being tilted.
-        trajectories: states, (steps + 1, batch, ...).
-        terminal: adjoint at the endpoint, (batch, ...).
+        trajectories: states from the first on, at most all of them, (K + 1, batch, ...).
+        terminal: adjoint at the last of these states, (batch, ...).
         steps: coefficients of the process.
         context: the trajectories' context.
 
     Returns:
-        ``a_{k+1}`` and the base velocity at ``x_k`` for k = 0..steps-1, each (steps, batch, ...).
+        ``a_{k+1}`` and the base velocity at ``x_k`` for k = 0..K-1, each (K, batch, ...).
     """
     times = time_grid(len(steps))
     adjoints, velocities = [terminal], []
-    for k in range(len(steps) - 1, -1, -1):
+    for k in range(len(trajectories) - 2, -1, -1):
         x = trajectories[k].detach().requires_grad_(True)
         with torch.enable_grad():
             v = base.velocity(x, x.new_tensor(times[k]), context)
@@ -148,10 +154,101 @@ def lean_adjoint(
     return torch.stack(adjoints[::-1]), torch.stack(velocities[::-1])
 
 
+@torch.no_grad()
+def likelihood_ratio_gradient(
+    model: FlowModel,
+    tilt: FirstVariation,
+    trajectories: Tensor,
+    steps: list[MemorylessStep],
+    context: Context = None,
+) -> Tensor:
+    """Gradient of the tilt at the last noisy states, from values at the ends of mirrored pairs.
+
+    The last noisy state is ``m + nu xi``, and the rest of the way is deterministic: the tilt's value
+    there is a function ``f`` of it. A regression sees the adjoint only through its mean over ``xi``, and
+    ``grad_m E f(m + nu xi) = E[(f(m + nu xi) - f(m - nu xi)) xi] / (2 nu)``: the likelihood-ratio
+    estimator with antithetic pairs (Glasserman 2003, sections 4.2 and 7.3). Where ``f`` jumps by J
+    over a width w below ``nu``, its noise is of the size ``J / nu`` and not ``J / w``, and is there on
+    as many samples as lie within ``nu`` of the jump; where ``f`` is linear both have the same mean
+    without the other's advantage of having no noise at all.
+
+    Args:
+        model: that drew the trajectories.
+        tilt: only its values are asked for.
+        trajectories: states, (steps + 1, batch, ...), with at least two steps.
+        steps: coefficients of the process; the last without noise.
+        context: the trajectories' context.
+
+    Returns:
+        The estimates, (batch, ...): they stand at the states before the last.
+    """
+    times = time_grid(len(steps))
+    noisy, last = steps[-2:]
+    before, state, end = trajectories[-3:]
+    mean = noisy.state * before + noisy.velocity * model.velocity(
+        before, before.new_tensor(times[-3]), context
+    )
+    shift = state - mean
+    mirrored = mean - shift
+    v = model.velocity(mirrored, mirrored.new_tensor(times[-2]), context)
+    difference = tilt.value(end, context) - tilt.value(last.state * mirrored + last.velocity * v, context)
+    return difference.view(-1, *(1,) * (end.ndim - 1)) * shift / (2 * noisy.noise**2)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The tilt's gradient at the ends of a pool of trajectories.
+
+    Attributes:
+        active: which trajectories carry one, bool (pool,).
+        gradients: of all, at the states before the last, (pool, ...); None if they are the tilt's own
+            gradients at the last states, which are then taken of those only that are drawn.
+    """
+
+    active: Tensor
+    gradients: Tensor | None
+
+
+def _ends(
+    model: FlowModel,
+    tilt: FirstVariation,
+    pool: Tensor,
+    steps: list[MemorylessStep],
+    context: Context,
+    settings: AdjointMatchingSettings,
+) -> _Ends:
+    if settings.endpoint_gradient == "pathwise":
+        return _Ends(tilt.active(pool[-1], context), None)
+    gradients = likelihood_ratio_gradient(model, tilt, pool, steps, context)
+    return _Ends(gradients.flatten(1).any(1), gradients)
+
+
+def _all_targets(
+    base: FlowModel,
+    trajectories: Tensor,
+    terminal: Tensor,
+    at_end: bool,
+    steps: list[MemorylessStep],
+    context: Context,
+) -> tuple[Tensor, Tensor]:
+    """Lean adjoint and base velocities at all steps, from a terminal value at the end or one state before.
+
+    In the latter case the step to the end takes the adjoint of the one before it.
+    """
+    if at_end:
+        return lean_adjoint(base, trajectories, terminal, steps, context)
+    adjoints, velocities = lean_adjoint(base, trajectories[:-1], terminal, steps, context)
+    x = trajectories[-2]
+    with torch.no_grad():
+        v = base.velocity(x, x.new_tensor(time_grid(len(steps))[-2]), context)
+    return torch.cat([adjoints, terminal[None]]), torch.cat([velocities, v[None]])
+
+
 def _targets(
     base: FlowModel,
     trajectories: Tensor,
     terminal: Tensor,
+    at_end: bool,
     steps: list[MemorylessStep],
     chosen: Tensor,
     context: Context,
@@ -163,15 +260,14 @@ def _targets(
     """
     moving = terminal.flatten(1).any(1)
     if bool(moving.all()):
-        adjoints, velocities = lean_adjoint(base, trajectories, terminal, steps, context)
+        adjoints, velocities = _all_targets(base, trajectories, terminal, at_end, steps, context)
         return adjoints[chosen], velocities[chosen]
     index = moving.nonzero().squeeze(1)
     adjoints = torch.zeros_like(trajectories[chosen])
     if len(index):
         some = base.select_context(context, index)
-        adjoints[:, index] = lean_adjoint(base, trajectories[:, index], terminal[index], steps, some)[0][
-            chosen
-        ]
+        of_some = _all_targets(base, trajectories[:, index], terminal[index], at_end, steps, some)[0]
+        adjoints[:, index] = of_some[chosen]
     times = torch.tensor(time_grid(len(steps)), dtype=torch.float64).to(trajectories)
     with torch.no_grad():
         velocities = _velocities(base, trajectories[chosen], times[chosen], context)
@@ -240,14 +336,6 @@ def _residuals(
     return residual.flatten(2).square().sum(2), moved.detach().flatten(2).square().sum(2)
 
 
-def _clipped(gradients: Tensor, bound: float) -> Tensor:
-    """Each sample's gradient, (batch, ...), shortened to the bound where its norm is above it."""
-    if bound == math.inf:
-        return gradients
-    norms = gradients.flatten(1).norm(dim=1).clamp(min=bound)
-    return gradients * (bound / norms).view(-1, *(1,) * (gradients.ndim - 1))
-
-
 def _control_energy(squares: Tensor, settings: AdjointMatchingSettings) -> float:
     """Path-space KL divergence ``E 1/2 int |u|^2 dt`` from squared controls at the chosen steps.
 
@@ -312,17 +400,19 @@ def solve(
         pool = sample_sde(model, pool_size, settings.steps, generator, pool_context)
         if not bool(torch.isfinite(pool[-1]).all()):
             raise TrainingDiverged(_diverged("trajectories are no longer finite", update, settings))
-        active = tilt.active(pool[-1], pool_context)
-        draw = stratified_draw(active, settings.batch, generator)
+        ends = _ends(model, tilt, pool, steps, pool_context, settings)
+        draw = stratified_draw(ends.active, settings.batch, generator)
         trajectories = pool[:, draw.index]
         context = model.select_context(pool_context, draw.index)
 
         strength = min(1.0, (update + 1) / max(1.0, settings.ramp * settings.updates))
-        terminal = -strength * _clipped(
-            tilt.gradient(trajectories[-1], context) / kl_weight, settings.endpoint_clip
+        at_end = ends.gradients is None
+        gradients = (
+            tilt.gradient(trajectories[-1], context) if ends.gradients is None else ends.gradients[draw.index]
         )
+        terminal = -strength * gradients / kl_weight
         chosen = _chosen_steps(settings, generator)
-        adjoints, base_velocities = _targets(base, trajectories, terminal, steps, chosen, context)
+        adjoints, base_velocities = _targets(base, trajectories, terminal, at_end, steps, chosen, context)
         squares, energies = _residuals(
             model,
             trajectories[chosen],
@@ -343,7 +433,7 @@ def solve(
         row: dict[str, Any] = {
             "update": update,
             "loss": float(loss.detach()),
-            "active_share": float(active.double().mean()),
+            "active_share": float(tilt.active(pool[-1], pool_context).double().mean()),
             "control_energy": _control_energy(energies * weights, settings),
             "gradient_norm": float(norm),
             "seconds": time.perf_counter() - started,

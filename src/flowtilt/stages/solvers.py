@@ -35,7 +35,7 @@ def _adjoint_matching(config: SolverConfig, updates: int, progress: Progress | N
         warmup=config.warmup,
         ramp=config.ramp,
         gradient_clip=config.gradient_clip,
-        endpoint_clip=config.endpoint_clip,
+        endpoint_gradient=config.endpoint_gradient,
         last_share=config.last_share,
         rest_share=config.rest_share,
     )
