@@ -98,7 +98,7 @@ def test_deleted_intermediate_reruns_only_what_depends_on_it(finished: Project) 
     assert rerun == {
         f"{RUN}/samples.npz",
         f"{RUN}/metrics.json",
-        *(f"tables/risk_averse_2d.{extension}" for extension in ("csv", "md", "tex")),
+        *(f"tables/{name}.{ext}" for name in ("risk_averse_2d", "costs") for ext in ("csv", "md", "tex")),
         "tables/comparison.csv",
         "tables/by_seed.csv",
         *(f"figures/risk_averse_2d_{kind}.png" for kind in ("landscape", "densities", "histograms")),
