@@ -194,4 +194,4 @@ def _name(functional: Functional) -> str:
 def _held(error: float, tolerance: float, what: str) -> float:
     if not error <= tolerance:
         raise CheckError(f"{what}: off by {error:.3g}, more than {tolerance:.3g}")
-    return error
+    return float(error)
