@@ -167,7 +167,7 @@ class TailObjective(Section):
 
 
 class TermConfig(Section):
-    """A utility or a divergence: its name in the registry or ``module:NAME``, and its parameters beside it."""
+    """A utility or a divergence: its name in the registry, or ``module:NAME``, and its parameters."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
