@@ -20,8 +20,8 @@ from flowtilt.functionals.checks import check_entry
 from flowtilt.functionals.curvature import example_problem, tier_table
 from flowtilt.functionals.divergences import Renyi
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Entry, Registry
-from functional_stages import Folder
 from small import CONFIG, TINY
+from test_functional_experiments import Folder
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adding-a-functional.md").read_text()
 *MODULE, REGISTRATION = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
