@@ -33,6 +33,7 @@ localrules:
     resolution,
     table,
     compare,
+    costs,
     experiment_figures,
     functional_figures,
     study_figure,

@@ -17,7 +17,7 @@ from small import tiny
 STAGES = (
     *("resolve", "calibrate", "pretrain", "density", "offline", "threshold", "finetune", "sample"),
     *("evaluate", "exact", "resolution", "measure", "solve", "table", "compare", "figures", "provenance"),
-    *("theory", "theory-report"),
+    *("theory", "theory-report", "costs"),
 )
 
 

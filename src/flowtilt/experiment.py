@@ -32,11 +32,13 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file, the key and the fix."""
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A mapping of a configuration: keys that it does not know are refused, and it cannot be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class PathConfig(_Section):
+class PathConfig(Section):
     """The interpolant; the rates belong to the variance-preserving one."""
 
     kind: Literal["linear", "variance_preserving"] = "variance_preserving"
@@ -44,7 +46,7 @@ class PathConfig(_Section):
     rate_max: Positive = 12.0
 
 
-class NetworkConfig(_Section):
+class NetworkConfig(Section):
     """The velocity network."""
 
     widths: Annotated[list[Count], Field(min_length=1)]
@@ -52,7 +54,7 @@ class NetworkConfig(_Section):
     prediction: Literal["velocity", "score"]
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """A mixture of axis-aligned Gaussians in the plane that the model is pretrained on."""
 
     weights: Annotated[list[Positive], Field(min_length=1)]
@@ -68,7 +70,7 @@ class DataConfig(_Section):
         return self
 
 
-class PretrainConfig(_Section):
+class PretrainConfig(Section):
     """Flow-matching pretraining."""
 
     updates: Count
@@ -82,7 +84,7 @@ def _landscape(value: str, known: tuple[str, ...]) -> str:
     return value
 
 
-class ZonesConfig(_Section):
+class ZonesConfig(Section):
     """A landscape of zones and bumps; see :mod:`flowtilt.domains.planar.landscapes` for the fields.
 
     ``landscape`` is ``stripes``, ``spikes``, or ``module:Class`` for a subclass of ``Zones`` of
@@ -109,7 +111,7 @@ class ZonesConfig(_Section):
         return _landscape(value, ("stripes", "spikes"))
 
 
-class SlopeConfig(_Section):
+class SlopeConfig(Section):
     """A reward that grows along the diagonal and levels off; see ``domains.planar.landscapes.Slope``.
 
     ``landscape`` is ``slope``, or ``module:Class`` for a subclass of ``Slope`` of your own.
@@ -126,21 +128,21 @@ class SlopeConfig(_Section):
         return _landscape(value, ("slope",))
 
 
-class BowlConfig(_Section):
+class BowlConfig(Section):
     """A cost that grows with the squared distance from a centre, and is 1 at the radius."""
 
     centre: Row
     radius: Positive
 
 
-class CalibrationConfig(_Section):
+class CalibrationConfig(Section):
     """The pretrained row that the landscape's right edge is fitted to."""
 
     target: float
     bracket: Row
 
 
-class TailObjective(_Section):
+class TailObjective(Section):
     """The KL-regularised tail problem.
 
     ``alpha`` is the KL weight of a sample's reward, in reward units a nat. The tail problems
@@ -163,8 +165,8 @@ class TailObjective(_Section):
         return self.alpha / self.mass
 
 
-class TermConfig(_Section):
-    """A utility or a divergence: its name in the registry, and its parameters beside it."""
+class TermConfig(Section):
+    """A utility or a divergence: its name in the registry, or ``module:NAME``, and its parameters."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -175,7 +177,7 @@ class TermConfig(_Section):
         return dict(self.model_extra or {})
 
 
-class FunctionalObjective(_Section):
+class FunctionalObjective(Section):
     """``utility - alpha divergence``; alpha in units of the utility a unit of the divergence."""
 
     utility: TermConfig
@@ -183,13 +185,13 @@ class FunctionalObjective(_Section):
     alpha: NotNegative
 
 
-class OfflineConfig(_Section):
+class OfflineConfig(Section):
     """Samples of the offline batch, and of the batch that FDC linearises at."""
 
     samples: Count
 
 
-class SolverConfig(_Section):
+class SolverConfig(Section):
     """The control solver of all methods.
 
     One key, ``kind``, chooses it; ``pool``, ``ramp``, ``last_share`` and ``rest_share`` belong to
@@ -219,7 +221,7 @@ class SolverConfig(_Section):
         return self
 
 
-class MethodConfig(_Section):
+class MethodConfig(Section):
     """One method of an experiment.
 
     ``continue_from`` names an fdc method with fewer iterations to start from. ``updates`` is a
@@ -272,7 +274,7 @@ class FunctionalMethodConfig(MethodConfig):
     objective: dict[str, Any] = {}
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """Samples of each run, and how many of them get a log-density."""
 
     samples: Count
@@ -280,7 +282,7 @@ class EvaluationConfig(_Section):
     ode_steps: Count
 
 
-class TransportConfig(_Section):
+class TransportConfig(Section):
     """Distances from the pretrained model: mean shifts along the axes, and W1 in each ground metric.
 
     ``metrics`` names the ground metrics and gives the weights of the two axes in
@@ -291,7 +293,7 @@ class TransportConfig(_Section):
     samples: Count
 
 
-class EntropyConfig(_Section):
+class EntropyConfig(Section):
     """Entropy by log-densities, and by a histogram of ``bins`` a side on ``[-extent, extent]^2``."""
 
     extent: Positive
@@ -305,7 +307,7 @@ class FunctionalEvaluationConfig(EvaluationConfig):
     entropy: EntropyConfig | None = None
 
 
-class GridConfig(_Section):
+class GridConfig(Section):
     """The fine grid of the exact rows, and the coarse one where the model's density is computed."""
 
     extent: Positive
@@ -313,7 +315,7 @@ class GridConfig(_Section):
     density_cells: Annotated[int, Field(ge=8)]
 
 
-class Experiment(_Section):
+class Experiment(Section):
     """What every experiment, or one case of a study, has; see the two kinds below."""
 
     layers: ClassVar[tuple[str, ...]]
@@ -536,7 +538,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-class Case(_Section):
+class Case(Section):
     """One case of a study: another experiment with some keys changed."""
 
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -546,7 +548,7 @@ class Case(_Section):
     methods: dict[str, dict[str, Any]] = {}
 
 
-class StudyConfig(_Section):
+class StudyConfig(Section):
     """What a study varies, and its cases; ``set`` and ``methods`` are for cases that do not say otherwise."""
 
     axis: str
@@ -555,7 +557,7 @@ class StudyConfig(_Section):
     cases: Annotated[list[Case], Field(min_length=1)]
 
 
-class Study(_Section):
+class Study(Section):
     """A file whose cases are experiments."""
 
     name: str
@@ -567,7 +569,7 @@ class Study(_Section):
 def read_study(path: Path) -> Study | None:
     """The study in a file, or None for an ordinary experiment."""
     data = read_yaml(path)
-    return _validated(Study, data, path) if "study" in data else None
+    return validated(Study, data, path) if "study" in data else None
 
 
 def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Experiment]:
@@ -590,7 +592,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     study = read_study(path)
     if study is None:
         merged = merge({"base": path.stem, **data}, overrides)
-        return {path.stem: _validated(_class_of(merged), merged, path)}
+        return {path.stem: validated(_class_of(merged), merged, path)}
     experiments = {}
     for case in study.study.cases:
         parent = read_yaml(path.parent / f"{case.of}.yaml")
@@ -607,7 +609,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
             "axis_value": case.value,
         }
         merged = merge({**changed, **own}, overrides)
-        experiments[name] = _validated(_class_of(merged), merged, path, case.label)
+        experiments[name] = validated(_class_of(merged), merged, path, case.label)
     return experiments
 
 
@@ -617,7 +619,7 @@ def load_resolved(path: str | Path) -> Experiment:
     data = read_yaml(path)
     if "study" in data:
         raise ConfigError(f"{path}: is a study; name one of its cases' resolved files instead")
-    return _validated(_class_of(data), {"base": path.stem, **data}, path)
+    return validated(_class_of(data), {"base": path.stem, **data}, path)
 
 
 def _class_of(data: Mapping[str, Any]) -> type[Experiment]:
@@ -648,7 +650,18 @@ def method_of(experiment: Experiment, name: str) -> MethodConfig:
     return experiment.methods[name]
 
 
-def _validated(kind: type[Model], data: Any, path: Path, case: str | None = None) -> Model:
+def validated(kind: type[Model], data: Any, path: Path, case: str | None = None) -> Model:
+    """Some data as a section of a configuration.
+
+    Args:
+        kind: of the section.
+        data: plain, from a file.
+        path: of the file, for messages.
+        case: of a study, for messages.
+
+    Raises:
+        ConfigError: naming the file, the key and the fix; of the first three errors.
+    """
     try:
         return kind.model_validate(data)
     except ValidationError as error:

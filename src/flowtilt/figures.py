@@ -520,12 +520,14 @@ def _study_legend(study: StudyRuns, points: list[Point], resolution: float | Non
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def figure_style() -> Iterator[None]:
+    """The style that all figures are drawn and saved in, as a context."""
     with matplotlib.rc_context(_RC):
         yield
 
 
-def _save(figure: Figure, path: str | Path, dpi: int = 150) -> None:
+def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> None:
+    """Write a figure as PNG that is the same, byte for byte, for the same figure."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
@@ -600,13 +602,13 @@ def draw_experiment(
     half = min(window(list(points.values())), float(laws["exact"].axis[-1]))
     tails = _tail_means(entries(summarise(collect_runs(results, [runs]))), runs)
     title = runs.title or runs.name
-    with _style():
+    with figure_style():
         first = next((points[m.name] for m in runs.methods if m.kind == "pretrained"), None)
-        _save(landscape_figure(height, half, runs.unit, title, first), f"{prefix}_landscape.png")
-        _save(densities_figure(height, half, runs, points, laws), f"{prefix}_densities.png", 125)
+        save_figure(landscape_figure(height, half, runs.unit, title, first), f"{prefix}_landscape.png")
+        save_figure(densities_figure(height, half, runs, points, laws), f"{prefix}_densities.png", 125)
         rewards = {name: values for name, (_, values) in samples.items()}
         figure = histograms_figure(runs, rewards, laws, tails, _reported_tails(reported, runs))
-        _save(figure, f"{prefix}_histograms.png")
+        save_figure(figure, f"{prefix}_histograms.png")
 
 
 def _tail_means(summary: Sequence[Entry], runs: Runs) -> dict[str, float]:
@@ -638,9 +640,9 @@ def draw_functional(
     laws = {layer: load_laws(results, runs, layer) for layer in runs.layers[1:]}
     half = min(window(list(points.values())), float(laws["exact"].axis[-1]))
     long = with_gaps(collect_runs(results, [runs]))
-    with _style():
-        _save(densities_figure(height, half, runs, points, laws), f"{prefix}_densities.png", 125)
-        _save(metrics_figure(runs, long, reported), f"{prefix}_metrics.png")
+    with figure_style():
+        save_figure(densities_figure(height, half, runs, points, laws), f"{prefix}_densities.png", 125)
+        save_figure(metrics_figure(runs, long, reported), f"{prefix}_metrics.png")
 
 
 def draw_hierarchy(
@@ -648,14 +650,14 @@ def draw_hierarchy(
 ) -> None:
     """Draw ``{prefix}.png``: how much of the gap each functional's network closes."""
     long = collect_runs(results, [runs_of(e) for e in experiments])
-    with _style():
-        _save(hierarchy_figure(reached(long, experiments), title), f"{prefix}.png")
+    with figure_style():
+        save_figure(hierarchy_figure(reached(long, experiments), title), f"{prefix}.png")
 
 
 def draw_study(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:
     """Draw ``{prefix}.png``; the resolution is read from the results if it was measured."""
     points = study_points(collect_runs(results, study.cases), study)
-    with _style():
-        _save(
+    with figure_style():
+        save_figure(
             study_figure(study, points, read_resolution(Path(results) / "resolution.json")), f"{prefix}.png"
         )

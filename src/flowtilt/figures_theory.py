@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from flowtilt.figures import _save, _style
+from flowtilt.figures import figure_style, save_figure
 from flowtilt.theory.tables import Rows
 
 # Okabe and Ito's palette, in an order that keeps neighbours apart.
@@ -27,8 +27,8 @@ def draw_theory(result: Mapping[str, Any], path: str | Path) -> None:
         path: of the file.
     """
     draw = _mirror_descent if result["kind"] == "mirror_descent" else _threshold
-    with _style():
-        _save(draw(result["tables"]), path)
+    with figure_style():
+        save_figure(draw(result["tables"]), path)
 
 
 def _mirror_descent(tables: Mapping[str, Rows]) -> Figure:

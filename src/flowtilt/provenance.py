@@ -10,8 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
+from flowtilt.costs import stage_costs
 from flowtilt.files import atomic_path
 
 PACKAGES = (
@@ -44,23 +43,6 @@ def write_provenance(config_hash: str, benchmarks: Path, output: Path) -> None:
     }
     with atomic_path(output) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def stage_costs(benchmarks: Path) -> dict[str, dict[str, float]]:
-    """Jobs, wall time in seconds and peak memory in MB of each stage, from Snakemake's benchmarks."""
-    costs = {}
-    for folder in sorted(p for p in benchmarks.iterdir() if p.is_dir()) if benchmarks.is_dir() else []:
-        files = sorted(folder.rglob("*.tsv"))
-        if not files:
-            continue  # of the job that is running this
-        jobs = pd.concat([pd.read_csv(f, sep="\t", na_values="-") for f in files])
-        memory = jobs["max_rss"].max()
-        costs[folder.name] = {
-            "jobs": len(jobs),
-            "wall_seconds": round(float(jobs["s"].sum()), 1),
-            "peak_memory_mb": round(float(memory), 1) if pd.notna(memory) else 0.0,
-        }
-    return costs
 
 
 def _version(package: str) -> str | None:

@@ -269,7 +269,7 @@ def write_experiment_table(
     """:func:`write_table` for one ordinary experiment."""
     long = collect_runs(results, [runs])
     note = f"{ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE} {_VERDICTS}"
-    _write(prefix, table_frame(long, reported), experiment_panels(long, runs, reported), note)
+    write_panels(prefix, table_frame(long, reported), experiment_panels(long, runs, reported), note)
 
 
 def write_study_table(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:
@@ -277,7 +277,7 @@ def write_study_table(results: str | Path, study: StudyRuns, prefix: str | Path)
     points = study_points(collect_runs(results, study.cases), study)
     frame = pd.DataFrame(points, columns=list(Point._fields)).astype({"axis": float})
     said = "\n".join(f"- {line}" for line in findings(points, study))
-    _write(prefix, frame, study_panels(points, study), f"{said}\n\n{ROW_NOTE}".lstrip())
+    write_panels(prefix, frame, study_panels(points, study), f"{said}\n\n{ROW_NOTE}".lstrip())
 
 
 def write_hierarchy_table(
@@ -286,10 +286,10 @@ def write_hierarchy_table(
     """:func:`write_table` for a study whose cases are functionals."""
     lines = hierarchy.reached(collect_runs(results, [runs_of(case) for case in cases]), cases)
     frame = pd.DataFrame(lines, columns=list(hierarchy.Reached._fields))
-    _write(prefix, frame, [hierarchy.hierarchy_panel(lines, title)], hierarchy.NOTE)
+    write_panels(prefix, frame, [hierarchy.hierarchy_panel(lines, title)], hierarchy.NOTE)
 
 
-def _write(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:
+def write_panels(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:
     """Write a table as data (``.csv``), and as text with a note under it (``.md`` and ``.tex``)."""
     _write_frame(f"{prefix}.csv", frame)
     _write_text(f"{prefix}.md", f"{markdown(panels)}\n\n{note}\n")

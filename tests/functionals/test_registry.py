@@ -1,6 +1,7 @@
 """One set of numerical checks for every registered functional; a new one gets them by being registered."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +10,16 @@ import torch
 from closed_forms import Mixture, MixtureFlow, Quadratic, generator, tensor
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.functionals.base import FirstVariation, Functional, Law, Objective, WeightedSum
+from flowtilt.functionals.checks import (
+    CheckError,
+    check_entry,
+    check_first_variation,
+    check_gradient,
+    check_tangents,
+    check_tensors,
+)
 from flowtilt.functionals.critic import CriticSettings
-from flowtilt.functionals.curvature import Chords, chords, curvature, example_problem, random_laws, tier_table
+from flowtilt.functionals.curvature import Chords, curvature, example_problem, random_laws, tier_table
 from flowtilt.functionals.design import PolynomialFeatures, RandomFourierFeatures
 from flowtilt.functionals.divergences import KL, ReferenceDraw, Renyi, Wasserstein1
 from flowtilt.functionals.registry import (
@@ -18,7 +27,6 @@ from flowtilt.functionals.registry import (
     UTILITIES,
     Entry,
     Ingredients,
-    Registry,
     UnmetNeed,
     check_needs,
     number,
@@ -59,37 +67,6 @@ def examples():
 every_example = pytest.mark.parametrize(("registry", "name", "example"), examples())
 
 
-def check_first_variation(functional: Functional) -> None:
-    """``d/dh F(p + h d) = <first variation, d>`` along random directions that keep the total mass.
-
-    Central differences err by h^2 times third derivatives and by 1e-16 F / h: both below 1e-7 here,
-    where values are at most 1e3.
-    """
-    random, step = np.random.default_rng(0), 1e-5
-    variation = functional.finite_variation(LAW)
-    assert variation.shape == LAW.p.shape
-    for _ in range(20):
-        direction = LAW.p * random.normal(size=len(LAW.p))
-        direction -= LAW.p * direction.sum()
-        up, down = (functional.finite_value(LAW.with_p(LAW.p + s * step * direction)) for s in (1, -1))
-        assert (up - down) / (2 * step) == pytest.approx(direction @ variation, abs=1e-5)
-
-
-def check_tangents(functional: Functional) -> None:
-    """What the chords call concave lies below its linearisation at every other law, and so on."""
-    found = chords(functional, LAW)
-    value, variation = functional.finite_value(LAW), functional.finite_variation(LAW)
-    gains, slopes = [], []
-    for other in random_laws(LAW, 100, seed=5):
-        gains.append(functional.finite_value(other) - value)
-        slopes.append((other.p - LAW.p) @ variation)
-    above = np.array(gains) - slopes
-    if found.is_concave:
-        assert above.max() <= found.rounding
-    if found.is_convex:
-        assert above.min() >= -found.rounding
-
-
 def model_law(count: int = 40, seed: int = 0) -> Law:
     model = ModeFlow(Linear(), MODES)
     context = torch.arange(count) % 2
@@ -97,56 +74,29 @@ def model_law(count: int = 40, seed: int = 0) -> Law:
     return Law(model, samples[context, torch.arange(count)], context)
 
 
-def check_gradient(functional: Functional) -> None:
-    """The gradient of the first variation is that of its value, by central differences.
-
-    The likelihood's ODE starts from the standard normal law 1e-5 after the noise, where the path's
-    law is of that order away from it: scores and its gradients agree to a few times 1e-5.
-    """
-    step = 1e-4
-    variation = functional.linearise(model_law())
-    law = model_law(seed=1)  # other samples: a hinge has its kink at one of its own
-    gradient = variation.gradient(law.samples, law.context)
-    assert gradient.shape == law.samples.shape
-    direction = torch.randn(law.samples.shape, generator=generator(3), dtype=torch.float64)
-    up, down = (variation.value(law.samples + s * step * direction, law.context) for s in (1, -1))
-    slope = (gradient * direction).sum(1)
-    scale = float(slope.abs().max())
-    torch.testing.assert_close((up - down) / (2 * step), slope, rtol=0, atol=1e-4 * scale)
-
-
-def check_everything(registry: Registry, name: str, example: dict) -> None:
-    finite = registry.build(name, example, FINITE)
-    check_first_variation(finite)
-    check_tangents(finite)
-    functional = registry.build(name, example, MODEL)
-    assert np.isfinite(functional.value(model_law()))
-    check_gradient(functional)
+def check_at_models(functional: Functional) -> None:
+    """:func:`check_gradient` between laws of correlated modes."""
+    check_gradient(functional, model_law(), model_law(seed=1))
 
 
 @every_example
 def test_first_variation_against_finite_differences(registry, name, example):
-    check_first_variation(registry.build(name, example, FINITE))
+    check_first_variation(registry.build(name, example, FINITE), LAW)
 
 
 @every_example
 def test_linearisations_bound_what_is_concave_or_convex(registry, name, example):
-    check_tangents(registry.build(name, example, FINITE))
+    check_tangents(registry.build(name, example, FINITE), LAW)
 
 
 @every_example
 def test_gradients_are_those_of_the_values(registry, name, example):
-    check_gradient(registry.build(name, example, MODEL))
+    check_at_models(registry.build(name, example, MODEL))
 
 
 @every_example
 def test_linearisations_leave_the_samples_alone(registry, name, example):
-    law = model_law(6)
-    before = law.samples.clone()
-    gradient = registry.build(name, example, MODEL).linearise(law).gradient(law.samples, law.context)
-    assert torch.equal(law.samples, before)
-    assert not gradient.requires_grad
-    assert torch.isfinite(gradient).all()
+    check_tensors(registry.build(name, example, MODEL), model_law(6))
 
 
 @every_example
@@ -160,11 +110,7 @@ def test_gradients_have_the_precision_of_the_samples(registry, name, example):
     samples = model_law(8).samples.float()
     ingredients = replace(MODEL, reference=reference, score_time=0.975, draw=ReferenceDraw(30, 5))
     functional = registry.build(name, example, ingredients)
-    variation = functional.linearise(Law(network, samples))
-    gradient = variation.gradient(samples)
-    assert (gradient.dtype, gradient.shape) == (torch.float32, samples.shape)
-    assert torch.isfinite(gradient).all()
-    assert np.isfinite(functional.value(Law(network, samples)))
+    check_tensors(functional, Law(network, samples))
 
 
 EXPECTED = {
@@ -267,17 +213,20 @@ TOY = Entry(MeanNorm, parameters={"strength": number()}, examples=({"strength": 
 def test_a_functional_is_checked_by_being_registered(monkeypatch):
     monkeypatch.setitem(UTILITIES, "mean_norm", TOY)
     (added,) = [p.values for p in examples() if p.values[1] == "mean_norm"]
-    check_everything(*added)
+    registry, name, example = added
+    check_first_variation(registry.build(name, example, FINITE), LAW)
+    assert [checked.curvature for checked in check_entry(UTILITIES["mean_norm"])] == ["convex"]
     (row,) = [row for row in tier_table() if row.name == "mean_norm"]
     assert (row.paper, row.curvature, row.measured) == ("general", "convex", "general")
 
 
 def test_a_wrong_first_variation_fails_the_checks():
-    wrong = MeanNorm(3.0, error=1.001)
-    with pytest.raises(AssertionError):
-        check_first_variation(wrong)
-    with pytest.raises(AssertionError):
-        check_tangents(MeanNorm(3.0, error=-1.0))
+    with pytest.raises(CheckError, match="MeanNorm: first variation against finite differences: off by"):
+        check_first_variation(MeanNorm(3.0, error=1.001), LAW)
+    with pytest.raises(CheckError, match="MeanNorm, convex: below its linearisation: off by"):
+        check_tangents(MeanNorm(3.0, error=-1.0), LAW)
+    with pytest.raises(CheckError, match="first variation"):
+        check_entry(Entry(partial(MeanNorm, error=1.001)))
 
 
 class _WrongSlope(MeanNorm):
@@ -292,8 +241,33 @@ class _WrongSlope(MeanNorm):
 
 
 def test_a_wrong_gradient_fails_the_checks():
-    with pytest.raises(AssertionError):
-        check_gradient(_WrongSlope())
+    with pytest.raises(CheckError, match="gradient against the value's differences: off by 2"):
+        check_at_models(_WrongSlope())
+    with pytest.raises(CheckError, match="_WrongSlope: gradient"):
+        check_entry(Entry(_WrongSlope))
+
+
+class _Doubled(MeanNorm):
+    def linearise(self, law):
+        class Double(_Along):
+            def gradient(self, x, context=None):
+                return super().gradient(x, context).double()
+
+        return Double(super().linearise(law).direction)
+
+
+def test_a_gradient_of_another_precision_fails_the_checks():
+    with pytest.raises(CheckError, match=r"the gradient is torch.float64, the samples torch.float32"):
+        check_entry(Entry(_Doubled))
+
+
+@pytest.mark.parametrize(
+    "entry", [*UTILITIES.values(), *DIVERGENCES.values()], ids=[*UTILITIES, *DIVERGENCES]
+)
+def test_entries_are_checked_by_one_call(entry):
+    found = check_entry(entry)
+    assert [each.parameters for each in found] == [dict(example) for example in entry.examples]
+    assert max(each.first_variation for each in found) < 1e-5
 
 
 def test_entries_are_built_from_plain_data():
@@ -389,7 +363,7 @@ def test_sums_are_built_from_lists():
     items = [{"name": "cvar", "weight": 2, "level": 0.25}, {"name": "expected_reward"}]
     built = UTILITIES.build_sum(items, FINITE)
     assert built == WeightedSum(((2.0, CVaR(FINITE.reward, 0.25)), (1.0, ExpectedReward(FINITE.reward))))
-    check_first_variation(built)
+    check_first_variation(built, LAW)
     with pytest.raises(ValueError, match="key weight: must be a finite number, got 'x'"):
         UTILITIES.build_sum([{"name": "expected_reward", "weight": "x"}], FINITE)
     with pytest.raises(ValueError, match="key name: missing"):

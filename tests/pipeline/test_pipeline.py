@@ -98,7 +98,7 @@ def test_deleted_intermediate_reruns_only_what_depends_on_it(finished: Project) 
     assert rerun == {
         f"{RUN}/samples.npz",
         f"{RUN}/metrics.json",
-        *(f"tables/risk_averse_2d.{extension}" for extension in ("csv", "md", "tex")),
+        *(f"tables/{name}.{ext}" for name in ("risk_averse_2d", "costs") for ext in ("csv", "md", "tex")),
         "tables/comparison.csv",
         "tables/by_seed.csv",
         *(f"figures/risk_averse_2d_{kind}.png" for kind in ("landscape", "densities", "histograms")),
@@ -251,3 +251,17 @@ def test_unknown_parent_of_a_case_is_refused(project: Project) -> None:
     study["cases"][0]["of"] = "risk_2d"
     edit(file, study=study)
     assert_refused(project, "risk_2d", "risk_averse_2d")
+
+
+def test_functional_of_a_module_that_is_not_there_is_refused(project: Project) -> None:
+    objective = {"objective": {"utility": {"kind": "my_functionals:ENTROPIC_RISK", "theta": 0.1}}}
+    file = project.folder / "config" / "experiments" / "hierarchy_2d.yaml"
+    study = yaml.safe_load(file.read_text())["study"]
+    study["cases"] = [{"label": "entropic_risk", "of": "ot_2d", "set": objective}]
+    edit(file, study=study)
+    assert_refused(
+        project,
+        "config/experiments/hierarchy_2d.yaml: experiment hierarchy_2d/entropic_risk",
+        "key objective.utility: utility my_functionals:ENTROPIC_RISK: cannot load",
+        "PYTHONPATH",
+    )

@@ -329,6 +329,7 @@ def for_all(files_of) -> list[str]:
 # clone, for a sign that nothing is left to do.
 RUNS = [*for_all(run_files), "<results>/resolution.json", *(f"<results>/theory/{n}.json" for n in THEORY)]
 TABLES = [*for_all(tables_of), "<results>/tables/comparison.csv", "<results>/tables/by_seed.csv"]
+TABLES += tables_of("costs")
 TABLES += [file for name in THEORY for file in tables_of(f"theory_{name}")]
 FIGURES = [*for_all(figures_of), *(f"<results>/figures/theory_{name}.png" for name in THEORY)]
 MODELS = [file for file in RUNS if Path(file).match("pretrained/*/model.safetensors")]

@@ -69,6 +69,41 @@ rule compare:
         "--by-seed {output.by_seed} > {log} 2>&1"
 
 
+# Nothing is run again for it: benchmarks come with the runs' files, and those that are not there leave
+# cells empty.
+rule costs:
+    input:
+        RUNS,
+        files=[experiment_file(name) for name in config["experiments"]],
+    output:
+        csv=report(
+            "<results>/tables/costs.csv",
+            caption="../report/costs.rst",
+            category="Tables",
+            labels={"experiment": "all, time and memory"},
+        ),
+        md="<results>/tables/costs.md",
+        tex="<results>/tables/costs.tex",
+    log:
+        "<logs>/costs/costs.log",
+    benchmark:
+        "<benchmarks>/costs/costs.tsv"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+        gpu=0,
+    params:
+        overrides=OVERRIDES,
+        results=results_folder,
+        prefix=lambda wildcards, output: output.csv.removesuffix(".csv"),
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt costs {input.files} --override {params.overrides:q} "
+        "--benchmarks {params.results}/benchmarks --output-prefix {params.prefix} > {log} 2>&1"
+
+
 rule experiment_figures:
     input:
         file=lambda wildcards: experiment_file(wildcards.name),

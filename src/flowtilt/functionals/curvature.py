@@ -7,6 +7,7 @@ which *problems* are convex: to raise a concave utility, or to lower a convex di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.functionals.base import FiniteLaw, Functional, Need, Tier
+from flowtilt.functionals.base import FiniteLaw, Functional, Law, Need, Tier
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients, Registry
-from flowtilt.interpolants import Linear
+from flowtilt.interpolants import Linear, broadcast_time
 from flowtilt.model import Context, FlowModel
 from flowtilt.rewards import Reward
 
@@ -101,19 +102,37 @@ def measured_tier(found: Curvature, kind: str) -> Tier:
     return "convex" if found == ("concave" if kind == "utility" else "convex") else "general"
 
 
-class _StandardNormal(FlowModel):
-    """The flow of N(0, I) in the plane, a pretrained model for examples."""
+class _Gaussians(FlowModel):
+    """Given a mode z, an integer for each sample, the flow of N(means[z], variance I) in the plane.
+
+    Samples without a mode have the first; with a single mean, modes do not matter.
+    """
 
     path = Linear()
     data_variance = 1.0
+
+    def __init__(self, means: list[list[float]], variance: float = 1.0) -> None:
+        super().__init__()
+        self.means, self.variance = torch.tensor(means, dtype=torch.float64), variance
 
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
         return torch.randn(count, 2, generator=generator, dtype=torch.float64)
 
     def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
-        alpha, beta = self.path.alpha(t), self.path.beta(t)
-        slope = (alpha * self.path.alpha_rate(t) + beta * self.path.beta_rate(t)) / (alpha**2 + beta**2)
-        return (slope * x.T).T
+        at = broadcast_time(t, x)
+        alpha, beta = self.path.alpha(at), self.path.beta(at)
+        alpha_rate, beta_rate = self.path.alpha_rate(at), self.path.beta_rate(at)
+        mean = self.means.to(x)[0 if context is None or len(self.means) == 1 else context]
+        slope = (self.variance * alpha * alpha_rate + beta * beta_rate) / (self.variance * alpha**2 + beta**2)
+        return alpha_rate * mean + slope * (x - alpha * mean)
+
+    def draw_context(self, count: int, generator: torch.Generator) -> Context:
+        if len(self.means) == 1:
+            return None
+        return torch.randint(len(self.means), (count,), generator=generator)
+
+    def select_context(self, context: Context, index: Tensor) -> Context:
+        return None if context is None else context[index]
 
 
 class _Slope(Reward):
@@ -142,7 +161,20 @@ def example_problem(points: int = 15, seed: int = 0) -> tuple[FiniteLaw, Ingredi
     p, q = (np.exp(0.7 * random.normal(size=2 * points)) for _ in range(2))
     modes = np.repeat([0, 1], points)
     law = FiniteLaw(x, np.log(p / p.sum()), np.log(q / q.sum()), modes)
-    return law, Ingredients(reward=_Slope(), reference=_StandardNormal(), cost=_Distance())
+    return law, Ingredients(reward=_Slope(), reference=_Gaussians([[0.0, 0.0]]), cost=_Distance())
+
+
+def example_law(count: int = 40, seed: int = 0) -> Law:
+    """Samples of a model in the plane that has two modes, half of them of either, in double precision.
+
+    Args:
+        count: of samples.
+        seed: of the draw.
+    """
+    model = _Gaussians([[0.5, -0.3], [-0.8, 0.4]], variance=0.7)
+    context = torch.arange(count) % 2
+    noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Law(model, model.means[context] + math.sqrt(model.variance) * noise, context)
 
 
 @dataclass(frozen=True)

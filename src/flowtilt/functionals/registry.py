@@ -2,10 +2,12 @@
 
 To add one, write a :class:`~flowtilt.functionals.base.Functional` and enter it::
 
-    UTILITIES["sharpness"] = Entry(Sharpness, takes=("reward",), parameters={"power": number()})
+    SHARPNESS = Entry(Sharpness, takes=("reward",), parameters={"power": number()})
 
-From then on configurations can name it, the table of tiers lists it, and the numerical checks of all
-registered functionals run on it.
+A configuration names it ``module:SHARPNESS``, and :func:`flowtilt.functionals.checks.check_entry` runs
+the numerical checks on it. Entered here, ``UTILITIES["sharpness"] = SHARPNESS``, it goes by that name,
+the table of tiers lists it, and the tests of all registered functionals run on it. See
+``docs/adding-a-functional.md``.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from flowtilt.functionals.utilities import (
     LogBarrier,
     MeanVariance,
 )
+from flowtilt.loading import imported
 from flowtilt.model import FlowModel
 from flowtilt.rewards import Reward
 from flowtilt.sampling import OdeSettings
@@ -87,6 +90,13 @@ class Entry:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     examples: tuple[Mapping[str, Any], ...] = ({},)
 
+    def __post_init__(self) -> None:
+        known = [f.name for f in fields(Ingredients)]
+        if unknown := [name for name in self.takes if name not in known]:
+            raise ValueError(
+                f"an entry cannot take {', '.join(unknown)}; experiments provide {', '.join(known)}"
+            )
+
     @property
     def tier(self) -> Tier:
         """Where the paper's hierarchy puts it."""
@@ -109,16 +119,39 @@ class Registry(dict[str, Entry]):
         super().__init__(entries)
         self.kind = kind
 
+    def entry(self, name: str) -> Entry:
+        """An entry by its name, or one of your own by ``module:NAME`` from an importable module.
+
+        Raises:
+            ValueError: for an unknown name, a module or a name in it that is not there, or one that is
+                no :class:`Entry`; the message says which.
+        """
+        if name in self:
+            return self[name]
+        if name.count(":") != 1:
+            raise ValueError(
+                f"unknown {self.kind} {name!r}; known: {', '.join(self)}, or module:NAME of your own"
+            )
+        try:
+            found = imported(name)
+        except ValueError as error:
+            raise ValueError(f"{self.kind} {name}: {error}") from None
+        if not isinstance(found, Entry):
+            what = found.__name__ if isinstance(found, type) else type(found).__name__
+            raise ValueError(
+                f"{self.kind} {name}: must be an Entry of flowtilt.functionals.registry, got {what}; "
+                "write NAME = Entry(YourFunctional, takes=..., parameters=...) and name that"
+            )
+        return found
+
     def build(self, name: str, parameters: Mapping[str, Any], ingredients: Ingredients) -> Functional:
-        """A functional by name from plain data.
+        """A functional from plain data, by the name of its entry; see :meth:`entry`.
 
         Raises:
             ValueError: for an unknown name, an unknown, missing or bad key, or a missing
                 ingredient; the message names it and what is known.
         """
-        if name not in self:
-            raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self)}")
-        entry, where = self[name], f"{self.kind} {name}"
+        entry, where = self.entry(name), f"{self.kind} {name}"
         values = _read_keys(entry.parameters, parameters, where)
         for key in entry.takes:
             values[key] = getattr(ingredients, key)
@@ -126,7 +159,7 @@ class Registry(dict[str, Entry]):
                 raise ValueError(f"{where}: needs a {key}, and the experiment gives none")
         try:
             return entry.functional(**values)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # the former if an entry does not fit its class
             raise ValueError(f"{where}: {error}; {_known(entry.parameters)}") from None
 
     def build_sum(self, items: Sequence[Mapping[str, Any]], ingredients: Ingredients) -> WeightedSum:

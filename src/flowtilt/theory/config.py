@@ -14,10 +14,10 @@ from flowtilt.experiment import (
     DataConfig,
     Positive,
     Row,
-    _Section,
-    _validated,
+    Section,
     merge,
     read_yaml,
+    validated,
 )
 
 Mass = Annotated[float, Field(gt=0, lt=1)]
@@ -33,14 +33,14 @@ _FIELDS: dict[str, set[str]] = {
 }
 
 
-class TargetConfig(_Section):
+class TargetConfig(Section):
     """A round Gaussian that kernel matching draws the law to."""
 
     mean: Row
     deviation: Positive
 
 
-class UtilityConfig(_Section):
+class UtilityConfig(Section):
     """A concave problem ``utility - alpha KL``; which further fields it has depends on the utility.
 
     See :mod:`flowtilt.theory.utilities` for the fields. ``multiples`` are the KL weights of the steps
@@ -68,14 +68,14 @@ class UtilityConfig(_Section):
         return self
 
 
-class SquareConfig(_Section):
+class SquareConfig(Section):
     """A square grid over ``[-extent, extent]^2`` with ``cells`` cells a side."""
 
     extent: Positive
     cells: Annotated[int, Field(ge=4, le=64)]
 
 
-class MirrorDescentConfig(_Section):
+class MirrorDescentConfig(Section):
     """Mirror ascent on a grid against its bounds; see :mod:`flowtilt.theory.mirror_descent`."""
 
     kind: Literal["mirror_descent"]
@@ -87,7 +87,7 @@ class MirrorDescentConfig(_Section):
     problems: Annotated[dict[Name, UtilityConfig], Field(min_length=1)]
 
 
-class RewardLawConfig(_Section):
+class RewardLawConfig(Section):
     """A mixture of Gaussians that rewards are drawn from; a deviation of 0 is an atom."""
 
     weights: Annotated[list[Positive], Field(min_length=1)]
@@ -101,7 +101,7 @@ class RewardLawConfig(_Section):
         return self
 
 
-class TailConfig(_Section):
+class TailConfig(Section):
     """A tail problem on a known law of rewards, at one mass for each of its tails."""
 
     law: RewardLawConfig
@@ -110,7 +110,7 @@ class TailConfig(_Section):
     tails: Annotated[tuple[Side, ...], Field(min_length=1)] = ("lower", "upper")
 
 
-class BatchConfig(_Section):
+class BatchConfig(Section):
     """Offline batches: their sizes, and how many of each.
 
     Each size gets as many as ``rewards`` rewards allow, within the given limits. Slopes are fitted from
@@ -136,14 +136,14 @@ class BatchConfig(_Section):
         return min(max(self.rewards // size, self.fewest), self.most)
 
 
-class DescentConfig(_Section):
+class DescentConfig(Section):
     """Gradient descent on the right tail's dual: size of the batch, and updates."""
 
     batch: Annotated[int, Field(ge=2)]
     updates: Annotated[int, Field(ge=20)]
 
 
-class ShiftConfig(_Section):
+class ShiftConfig(Section):
     """Batches from a shifted model: the reward is a standard normal coordinate, clipped.
 
     Attributes:
@@ -157,7 +157,7 @@ class ShiftConfig(_Section):
     deltas: Annotated[list[Positive], Field(min_length=1)]
 
 
-class ThresholdStudyConfig(_Section):
+class ThresholdStudyConfig(Section):
     """Thresholds against their exact values; see :mod:`flowtilt.theory.thresholds`."""
 
     kind: Literal["threshold"]
@@ -194,4 +194,4 @@ def load_theory(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         )
     if data.get("kind") not in _KINDS:
         raise ConfigError(f"{path}: key kind: must be one of {', '.join(_KINDS)} (got {data.get('kind')!r})")
-    return _validated(_KINDS[data["kind"]], data, path)
+    return validated(_KINDS[data["kind"]], data, path)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from flowtilt.panels import Panel
-from flowtilt.tables import _write
+from flowtilt.tables import write_panels
 
 Rows = Sequence[Mapping[str, Any]]
 SHOWN_ITERATIONS = (1, 2, 5, 10, 20, 50)
@@ -50,7 +50,7 @@ def write_theory_table(result: Mapping[str, Any], prefix: str | Path) -> None:
     panels = (mirror_panels if mirror else threshold_panels)(result["title"], tables)
     frame = pd.concat([pd.DataFrame(rows).assign(part=part) for part, rows in tables.items() if rows])
     frame = frame[["part", *(column for column in frame.columns if column != "part")]]
-    _write(prefix, frame, panels, _MIRROR_NOTE if mirror else _THRESHOLD_NOTE)
+    write_panels(prefix, frame, panels, _MIRROR_NOTE if mirror else _THRESHOLD_NOTE)
 
 
 def number(value: Any, digits: int = 4) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -20,6 +19,7 @@ from flowtilt.experiment import (
     TailExperiment,
 )
 from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
+from flowtilt.loading import imported
 from flowtilt.rewards import Reward
 from flowtilt.seeding import seed_of
 
@@ -79,14 +79,10 @@ def landscape_class(name: str) -> type[Zones]:
 def _imported(name: str, known: Mapping[str, type[Kind]], base: type[Kind]) -> type[Kind]:
     if name in known:
         return known[name]
-    module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"key reward.landscape: cannot load {name!r} ({error}); "
-            "the module must be importable, for instance from a folder named in PYTHONPATH"
-        ) from None
+        found = imported(name)
+    except ValueError as error:
+        raise ConfigError(f"key reward.landscape: {error}") from None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"key reward.landscape: {name!r} must be a subclass of {base.__name__}")
     return found

@@ -55,8 +55,8 @@ def build_term(kind: str, term: TermConfig, ingredients: Ingredients) -> Functio
 
     Args:
         kind: ``utility`` or ``divergence``.
-        term: a name in the registry with parameters, or the kind ``sum`` with ``parts``: a list of
-            mappings with a ``name``, a ``weight`` and parameters.
+        term: a name in the registry, or ``module:NAME``, with parameters; or the kind ``sum``
+            with ``parts``: a list of mappings with a ``name``, a ``weight`` and parameters.
         ingredients: what the experiment provides.
 
     Raises:

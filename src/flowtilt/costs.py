@@ -1,0 +1,284 @@
+"""What the runs cost: wall time and memory, from the benchmarks that Snakemake writes beside them.
+
+A job's benchmark is ``{benchmarks}/{rule}/{experiment}/{method}/seed{n}.tsv``. Results that were made
+without one, by another copy or by hand, leave cells empty; nothing is run again for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from flowtilt.experiment import Experiment, load_file, read_study
+from flowtilt.measurements import ResultsError
+from flowtilt.panels import Panel, over_seeds, pretty
+from flowtilt.tables import write_panels
+
+ASSESSMENT = ("sample", "evaluate", "measure")
+"""Rules between a run's model and its metrics; which of the last two it is depends on the experiment."""
+
+SOLUTION = ("exact", "solve")
+"""Rules that solve all methods of an experiment on the grid; it has one of them."""
+
+TOTAL_COLUMNS = ["rule", "jobs", "wall_seconds", "peak_memory_mb"]
+
+
+class Measured(NamedTuple):
+    """Wall time and memory of one job; the mean time and the largest memory if it was repeated.
+
+    ``memory`` is the largest resident set in MB, NaN for a job that ended before it was looked at.
+    """
+
+    seconds: float
+    memory: float
+
+
+def read_benchmark(file: Path) -> list[Measured]:
+    """The lines of one of Snakemake's benchmark files, one a repetition.
+
+    Raises:
+        ResultsError: naming the file and the fix, if it is not such a file.
+    """
+    try:
+        table = pd.read_csv(file, sep="\t", na_values="-", dtype=str)
+        columns = [pd.to_numeric(table[column]).astype(float) for column in ("s", "max_rss")]
+    except KeyError as error:
+        raise _malformed(file, f"has no column {error}") from None
+    except (ValueError, OSError) as error:
+        raise _malformed(file, str(error)) from None
+    lines = [Measured(*line) for line in zip(*columns, strict=True)]
+    if not lines:
+        raise _malformed(file, "has no line of numbers")
+    if not all(math.isfinite(line.seconds) and line.seconds >= 0 for line in lines):
+        raise _malformed(file, "column s must be seconds, finite and not negative")
+    return lines
+
+
+def _malformed(file: Path, what: str) -> ResultsError:
+    return ResultsError(
+        f"{file}: not a benchmark of Snakemake: {' '.join(what.split())}; delete it, which leaves its "
+        "job out of the table of costs, or run the job again"
+    )
+
+
+def stage_costs(benchmarks: Path) -> dict[str, dict[str, float]]:
+    """Jobs, wall time in seconds and peak memory in MB of each stage, from Snakemake's benchmarks.
+
+    Raises:
+        ResultsError: if a benchmark is malformed.
+    """
+    costs = {}
+    for folder in sorted(p for p in benchmarks.iterdir() if p.is_dir()) if benchmarks.is_dir() else []:
+        jobs = [line for file in sorted(folder.rglob("*.tsv")) for line in read_benchmark(file)]
+        if not jobs:
+            continue  # of the job that is running this
+        costs[folder.name] = {
+            "jobs": len(jobs),
+            "wall_seconds": round(sum(job.seconds for job in jobs), 1),
+            "peak_memory_mb": round(max((j.memory for j in jobs if math.isfinite(j.memory)), default=0.0), 1),
+        }
+    return costs
+
+
+def measured_job(benchmarks: Path, rule: str, experiment: str, method: str, seed: int) -> Measured | None:
+    """What one job took, or None if it has no benchmark."""
+    file = benchmarks / rule / experiment / method / f"seed{seed}.tsv"
+    if not file.is_file():
+        return None
+    lines = read_benchmark(file)
+    seconds, memory = (np.array(column) for column in zip(*lines, strict=True))
+    return Measured(float(seconds.mean()), float(memory.max()))
+
+
+class Cost(NamedTuple):
+    """What one method of an experiment or case cost; means over seeds in seconds, NaN where not measured.
+
+    Attributes:
+        experiment: or case, as in the paths of its runs.
+        method: of it.
+        kind: of the method.
+        seeds: whose fine-tuning was measured; for the pretrained model, whose samples were.
+        updates: optimiser steps of the fine-tuning, without those of a run that it continues.
+        finetune, finetune_sd: of the fine-tuning.
+        relative: fine-tuning over that of the first method of the file that is fine-tuned.
+        memory: the largest of the fine-tuning over seeds, in MB.
+        assess, assess_sd: of sampling and metrics together.
+        solve, solve_sd: of the rows solved on the grid, for all methods of the experiment in one job.
+    """
+
+    experiment: str
+    method: str
+    kind: str
+    seeds: int
+    updates: int
+    finetune: float
+    finetune_sd: float
+    relative: float
+    memory: float
+    assess: float
+    assess_sd: float
+    solve: float
+    solve_sd: float
+
+
+def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
+    """One line a method, in the order of the experiments and cases of one file.
+
+    Args:
+        benchmarks: folder of Snakemake's benchmark files.
+        experiments: of one file: the first fine-tuned method is what costs are relative to.
+
+    Raises:
+        ResultsError: if a benchmark is malformed.
+    """
+    lines: list[Cost] = []
+    unit = math.nan
+    for experiment in experiments:
+        solved = [_total(benchmarks, SOLUTION, experiment.name, "exact", s) for s in experiment.seeds]
+        for method, config in experiment.methods.items():
+            names = (experiment.name, method)
+            jobs = [measured_job(benchmarks, "finetune", *names, seed) for seed in experiment.seeds]
+            tuned = [job.seconds for job in jobs if job is not None]
+            assessed = [_total(benchmarks, ASSESSMENT, *names, s) for s in experiment.seeds]
+            mean = _mean_sd(tuned)[0]
+            if config.kind != "pretrained" and not any(line.updates for line in lines):
+                unit = mean
+            lines.append(
+                Cost(
+                    experiment.name,
+                    method,
+                    config.kind,
+                    len(_measured(assessed)) if config.kind == "pretrained" else len(tuned),
+                    _updates(experiment, method),
+                    *_mean_sd(tuned),
+                    mean / unit if unit > 0 else math.nan,
+                    max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
+                    *_mean_sd(_measured(assessed)),
+                    *_mean_sd(_measured(solved)),
+                )
+            )
+    return lines
+
+
+def _updates(experiment: Experiment, method: str) -> int:
+    config = experiment.methods[method]
+    if config.kind == "pretrained":
+        return 0
+    earlier = experiment.methods[config.continue_from].iterations if config.continue_from else 0
+    return experiment.updates_of(method) * ((config.iterations or 1) - (earlier or 0))
+
+
+def _total(benchmarks: Path, rules: Sequence[str], experiment: str, method: str, seed: int) -> float:
+    """Seconds of the jobs of some rules together; NaN if none of them was measured, or sampling was not."""
+    jobs = {rule: measured_job(benchmarks, rule, experiment, method, seed) for rule in rules}
+    found = [job.seconds for job in jobs.values() if job is not None]
+    complete = len(found) == (2 if "sample" in jobs else 1)
+    return sum(found) if complete else math.nan
+
+
+def _measured(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; NaN where there are too few values."""
+    mean = float(np.mean(values)) if values else math.nan
+    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+NOTE = (
+    "From Snakemake's benchmarks, on the machine of the run: wall time in seconds, mean ± sd over seeds, and "
+    "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
+    "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
+    "fine-tuned line of the table. Samples and metrics: the rules sample and evaluate or measure. "
+    "Solved rows: the rule exact or solve, one job for all methods of an experiment. The last table is of "
+    "all jobs measured when this was written, tables and figures among them if they were made before."
+)
+
+
+def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
+    """The costs of one file as text: a line a method, or a case where every case has one method."""
+    per_case = [line.experiment for line in lines]
+    single = len(set(per_case)) == len(per_case)
+    cells, previous = [], None
+    for line in lines:
+        case = line.experiment.partition("/")[2]
+        name = ", ".join(part for part in (case, "" if single and case else line.method) if part)
+        first = line.experiment != previous
+        previous = line.experiment
+        cells.append(
+            [
+                name,
+                str(line.updates) if line.updates else "",
+                _cell(line.finetune, line.finetune_sd),
+                f"{line.relative:.2f}" if math.isfinite(line.relative) else "",
+                _cell(line.memory),
+                _cell(line.assess, line.assess_sd),
+                _cell(line.solve, line.solve_sd) if first else "",
+                str(line.seeds),
+            ]
+        )
+    header = ["method", "updates", "fine-tuning (s)", "relative", "its memory (MB)"]
+    header += ["samples and metrics (s)", "solved rows of all methods (s)", "seeds measured"]
+    seeds = over_seeds(max((line.seeds for line in lines), default=1))
+    return Panel(f"{title}: {seeds}", header, cells)
+
+
+def _cell(value: float, sd: float = math.nan) -> str:
+    return pretty(value, sd) if math.isfinite(value) else ""
+
+
+def totals_panel(stages: Mapping[str, Mapping[str, float]]) -> Panel:
+    """Jobs, seconds and the largest memory of every rule, and of all together, by falling time."""
+    ordered = sorted(stages.items(), key=lambda item: -item[1]["wall_seconds"])
+    lines = [(rule, int(s["jobs"]), s["wall_seconds"], s["peak_memory_mb"]) for rule, s in ordered]
+    if lines:
+        _, jobs, seconds, memory = zip(*lines, strict=True)
+        lines.append(("all", sum(jobs), sum(seconds), max(memory)))
+    cells = [[rule, str(jobs), f"{seconds:.1f}", f"{memory:.1f}"] for rule, jobs, seconds, memory in lines]
+    return Panel("Totals by rule", ["rule", "jobs", "wall time (s)", "largest memory (MB)"], cells)
+
+
+def write_costs(
+    files: Iterable[str | Path],
+    overrides: Mapping[str, Any] | None,
+    benchmarks: str | Path,
+    prefix: str | Path,
+) -> None:
+    """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex``.
+
+    The data are the lines of :class:`Cost` (part ``runs``), then the totals (part ``rules``).
+
+    Args:
+        files: of experiments and studies.
+        overrides: merged into every experiment last.
+        benchmarks: folder of Snakemake's benchmark files.
+        prefix: of the files to write.
+
+    Raises:
+        ConfigError: if a file is not a valid experiment or study.
+        ResultsError: if a benchmark is malformed.
+    """
+    benchmarks = Path(benchmarks)
+    lines: list[Cost] = []
+    panels = []
+    for file in files:
+        experiments = load_file(file, overrides)
+        study = read_study(Path(file))
+        title = study.title if study else next(iter(experiments.values())).title
+        own = costs_of(benchmarks, experiments.values())
+        lines += own
+        panels.append(cost_panel(own, f"{Path(file).stem}, {title}"))
+    stages = stage_costs(benchmarks)
+    totals = [{"rule": rule, **stage} for rule, stage in stages.items()]
+    runs = pd.DataFrame(lines, columns=list(Cost._fields)).assign(part="runs")
+    frame = pd.concat([runs, pd.DataFrame(totals, columns=TOTAL_COLUMNS).assign(part="rules")])
+    whole = ["seeds", "updates", "jobs"]
+    frame[whole] = frame[whole].astype("Int64")
+    frame = frame[["part", *Cost._fields, *TOTAL_COLUMNS]]
+    write_panels(prefix, frame, [*panels, totals_panel(stages)], NOTE)

@@ -1,0 +1,145 @@
+"""The table of costs: means over seeds of made-up benchmarks, what is missing, and what is malformed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from flowtilt.cli import main
+from flowtilt.costs import Cost, Measured, cost_panel, costs_of, read_benchmark, stage_costs
+from flowtilt.experiment import load_file
+from flowtilt.measurements import ResultsError
+from small import CONFIG
+
+HEADER = "s\th:m:s\tmax_rss\tmax_vms\tmax_uss\tmax_pss\tio_in\tio_out\tmean_load\tcpu_time\n"
+RISK, HIERARCHY, ITERATIONS = (
+    CONFIG / "experiments" / f"{name}.yaml" for name in ("risk_averse_2d", "hierarchy_2d", "iterations_2d")
+)
+
+
+def write(folder: Path, job: str, seconds: float, memory: object = "-") -> Path:
+    """A benchmark in Snakemake's format; ``job`` is its path without the ending."""
+    file = folder / f"{job}.tsv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{HEADER}{seconds}\t0:00:00\t{memory}\t-\t-\t-\t0.00\t0.00\t0.00\t0.1\n")
+    return file
+
+
+def by_name(lines: list[Cost]) -> dict[tuple[str, str], Cost]:
+    return {(line.experiment, line.method): line for line in lines}
+
+
+@pytest.fixture
+def benchmarks(tmp_path: Path) -> Path:
+    """Two seeds of the risk-averse experiment; seed s of each job took s seconds more than seed 0."""
+    times = {"finetune": 20.0, "sample": 3.0, "evaluate": 1.0}
+    for seed in (0, 1):
+        for method, factor in (("pretrained", 1), ("am", 1), ("fdc", 2), ("tfft", 1)):
+            for rule, seconds in times.items():
+                if (rule, method) != ("finetune", "pretrained"):
+                    job = f"{rule}/risk_averse_2d/{method}/seed{seed}"
+                    write(tmp_path, job, factor * seconds + seed, 500 + 10 * seed)
+        write(tmp_path, f"exact/risk_averse_2d/exact/seed{seed}", 7.0 + seed, 800)
+    return tmp_path
+
+
+def test_means_over_seeds(benchmarks: Path) -> None:
+    lines = by_name(costs_of(benchmarks, load_file(RISK, {"seeds": 2}).values()))
+    am, fdc = lines["risk_averse_2d", "am"], lines["risk_averse_2d", "fdc"]
+    assert (am.finetune, am.relative, am.memory, am.seeds, am.updates) == (20.5, 1.0, 510.0, 2, 250)
+    assert am.finetune_sd == pytest.approx(math.sqrt(0.5))
+    assert fdc.relative == pytest.approx(40.5 / 20.5)
+    assert (am.assess, fdc.assess, am.solve, fdc.solve) == (5.0, 9.0, 7.5, 7.5)
+    pretrained = lines["risk_averse_2d", "pretrained"]
+    assert math.isnan(pretrained.finetune)
+    assert (pretrained.assess, pretrained.seeds, pretrained.updates) == (5.0, 2, 0)
+
+
+def test_what_was_not_measured_is_empty(benchmarks: Path, tmp_path: Path) -> None:
+    (benchmarks / "finetune/risk_averse_2d/am/seed0.tsv").unlink()
+    (benchmarks / "evaluate/risk_averse_2d/am/seed1.tsv").unlink()
+    (am,) = (line for line in costs_of(benchmarks, load_file(RISK).values()) if line.method == "am")
+    assert (am.seeds, am.finetune, am.assess) == (1, 21.0, 4.0)
+    assert math.isnan(am.finetune_sd)
+    prefix = tmp_path / "costs"
+    words = ["--benchmarks", str(tmp_path / "none"), "--output-prefix", str(prefix)]
+    assert main(["costs", str(RISK), str(HIERARCHY), *words]) == 0
+    table = pd.read_csv(prefix.with_suffix(".csv"))
+    assert (table["part"] == "runs").all()
+    assert table[["finetune", "relative", "memory", "assess", "solve"]].isna().all(axis=None)
+    assert "| am | 250 |  |  |  |  |  | 0 |" in prefix.with_suffix(".md").read_text()
+
+
+def test_memory_of_a_short_job_is_unknown(tmp_path: Path) -> None:
+    (line,) = read_benchmark(write(tmp_path, "finetune/job", 0.4))
+    assert line.seconds == 0.4
+    assert math.isnan(line.memory)
+    assert stage_costs(tmp_path) == {"finetune": {"jobs": 1, "wall_seconds": 0.4, "peak_memory_mb": 0.0}}
+    assert read_benchmark(write(tmp_path, "finetune/job", 2, 99.5)) == [Measured(2.0, 99.5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "No columns"),
+        (HEADER, "no line of numbers"),
+        (HEADER.replace("max_rss", "rss") + "1\t0\t1\t1\t1\t1\t0\t0\t0\t0\n", "no column 'max_rss'"),
+        (HEADER + "fast\t0\t1\t1\t1\t1\t0\t0\t0\t0\n", "fast"),
+        (HEADER + "-1\t0\t1\t1\t1\t1\t0\t0\t0\t0\n", "seconds"),
+        (HEADER + "-\t0\t1\t1\t1\t1\t0\t0\t0\t0\n", "seconds"),
+    ],
+)
+def test_a_malformed_benchmark_is_named(
+    benchmarks: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = benchmarks / "finetune/risk_averse_2d/am/seed0.tsv"
+    file.write_text(text)
+    for read in (lambda: stage_costs(benchmarks), lambda: costs_of(benchmarks, load_file(RISK).values())):
+        with pytest.raises(ResultsError, match="not a benchmark of Snakemake") as caught:
+            read()
+        assert str(file) in str(caught.value)
+        assert words in str(caught.value)
+        assert "delete it" in str(caught.value)
+    out = str(benchmarks / "costs")
+    assert main(["costs", str(RISK), "--benchmarks", str(benchmarks), "--output-prefix", out]) == 1
+    assert str(file) in capsys.readouterr().err
+    assert not Path(f"{out}.csv").exists()
+
+
+def test_functionals_are_relative_to_the_expected_reward(tmp_path: Path) -> None:
+    for case, seconds in (("expected_reward", 10.0), ("renyi_2", 60.0), ("wasserstein1", 25.0)):
+        write(tmp_path, f"finetune/hierarchy_2d/{case}/fdc/seed0", seconds, 700)
+        for rule in ("sample", "measure"):
+            write(tmp_path, f"{rule}/hierarchy_2d/{case}/fdc/seed0", 2.0, 600)
+    write(tmp_path, "solve/hierarchy_2d/renyi_2/exact/seed0", 4.0, 600)
+    cases = load_file(HIERARCHY)
+    lines = costs_of(tmp_path, cases.values())
+    assert list(dict.fromkeys(line.experiment for line in lines)) == list(cases)
+    named = by_name(lines)
+    assert named["hierarchy_2d/renyi_2", "fdc"].relative == 6.0
+    assert named["hierarchy_2d/renyi_2", "fdc"].solve == 4.0
+    assert named["hierarchy_2d/wasserstein1", "fdc"][5:10:2] == pytest.approx([25.0, 2.5, 4.0])
+    assert named["hierarchy_2d/wasserstein1", "fdc"].updates == 4 * 120
+    panel = cost_panel([line for line in lines if line.method == "fdc"], "Hierarchy")
+    assert [line[0] for line in panel.lines] == [name.partition("/")[2] for name in cases]
+
+
+def test_a_method_that_continues_another_counts_its_own_updates(tmp_path: Path) -> None:
+    lines = {line.method: line for line in costs_of(tmp_path, load_file(ITERATIONS).values())}
+    each = lines["fdc_k1"].updates
+    assert [lines[f"fdc_k{k}"].updates / each for k in (2, 5, 10, 20)] == [1, 3, 5, 10]
+
+
+def test_totals_by_rule(benchmarks: Path) -> None:
+    prefix = benchmarks / "out" / "costs"
+    words = ["--benchmarks", str(benchmarks), "--override", '{"seeds": 2}', "--output-prefix", str(prefix)]
+    assert main(["costs", str(RISK), *words]) == 0
+    table = pd.read_csv(prefix.with_suffix(".csv")).query("part == 'rules'").set_index("rule")
+    assert table.loc["finetune", ["jobs", "wall_seconds", "peak_memory_mb"]].tolist() == [6, 163.0, 510.0]
+    assert table.loc["exact", "wall_seconds"] == 15.0
+    text = prefix.with_suffix(".md").read_text()
+    assert f"| all | 24 | {163 + 34 + 14 + 15:.1f} | 800.0 |" in text
+    assert "booktabs" in prefix.with_suffix(".tex").read_text()
