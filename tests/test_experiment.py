@@ -20,6 +20,7 @@ from flowtilt.experiment import (
 
 EXPERIMENTS = Path(__file__).parents[1] / "config" / "experiments"
 RISK = EXPERIMENTS / "risk_averse_2d.yaml"
+TAIL: dict[str, Any] = {"utility": {"kind": "cvar", "level": 0.2}, "divergence": {"kind": "kl"}}
 
 
 def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
@@ -85,7 +86,38 @@ def test_errors_name_the_file_the_key_and_the_fix(
     [
         ({"objective": {"alpha": -0.1}}, "objective.alpha", "greater than or equal to 0"),
         ({"objective": {"utility": {"kind": None}}}, "objective.utility.kind", "string"),
-        ({"methods": {"am": {"kind": "tfft"}}}, "methods.am.kind", "'pretrained', 'am' or 'fdc'"),
+        ({"methods": {"am": {"kind": "tfft"}}}, "(whole file)", "methods.am: tfft raises a tail mean"),
+        (
+            {"methods": {"t": {"kind": "tfft", "objective": {**TAIL, "alpha": 0.0}}}},
+            "(whole file)",
+            "alpha > 0",
+        ),
+        ({"methods": {"t": {"kind": "tfft", "objective": TAIL}}, "reward": None}, "(whole file)", "a reward"),
+        (
+            {
+                "methods": {
+                    "t": {"kind": "tfft", "objective": {**TAIL, "utility": {"kind": "sq", "level": 1}}}
+                }
+            },
+            "(whole file)",
+            "level: between 0 and 1",
+        ),
+        (
+            {"methods": {"am": {"solver": {"bnk": 3}}}},
+            "(whole file)",
+            "methods.am.solver: key bnk: unknown; known",
+        ),
+        ({"methods": {"am": {"solver": {"bank": 0}}}}, "(whole file)", "methods.am.solver: key bank"),
+        (
+            {"methods": {"am": {"solver": {"pool": 2}}}},
+            "(whole file)",
+            "methods.am.solver: key (whole file): pool",
+        ),
+        (
+            {"methods": {"pretrained": {"solver": {"bank": 9}}}},
+            "methods.pretrained",
+            "solver belongs to methods",
+        ),
         ({"methods": {"fdc_dA": {"step_weight": None}}}, "methods.fdc_dA", "needs step_weight"),
         ({"methods": {"fdc_dA": {"step": 0.5}}}, "methods.fdc_dA.step", "unknown"),
         ({"methods": {"am": {"objective": {"alpha": 0.0}}}}, "(whole file)", "am raises the expected reward"),
@@ -114,6 +146,43 @@ def test_errors_of_functional_experiments(
         load_file(file)
     assert f"{file}: key {key}:" in str(caught.value)
     assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("utility", "level", "spec"), [("cvar", 0.2, ("lower", 0.2, 3.0)), ("sq", 0.75, ("upper", 0.25, 3.0))]
+)
+def test_tail_of_a_method_on_a_functional(utility: str, level: float, spec: tuple[str, float, float]) -> None:
+    objective = {**TAIL, "utility": {"kind": utility, "level": level}}
+    tfft = {"kind": "tfft", "objective": objective}
+    (experiment,) = load_file(EXPERIMENTS / "ot_2d.yaml", {"methods": {"tfft": tfft}}).values()
+    assert experiment.tail_of("tfft") == spec
+    with pytest.raises(ConfigError, match=r"experiment ot_2d: key methods.am: tfft raises a tail mean"):
+        experiment.tail_of("am")
+
+
+def test_tail_of_a_tail_experiment_is_its_objective() -> None:
+    (experiment,) = load_file(RISK).values()
+    assert experiment.tail_of("tfft") == ("lower", 0.01, 200.0)
+
+
+@pytest.mark.parametrize("file", ["risk_averse_2d", "ot_2d"])
+def test_a_method_changes_the_solver_for_itself_alone(file: str) -> None:
+    changes = {"kind": "weighted_fitting", "learning_rate": 0.004, "updates": 50}
+    path = EXPERIMENTS / f"{file}.yaml"
+    other = {"kind": "am", "solver": changes, "objective": {**TAIL, "utility": {"kind": "expected_reward"}}}
+    if file == "risk_averse_2d":
+        del other["objective"]
+    (plain,) = load_file(path).values()
+    (changed,) = load_file(path, {"methods": {"other": other}}).values()
+    assert changed.solver_of("other") == plain.solver.model_copy(update=changes)
+    assert changed.solver_of("am") == plain.solver_of("am") == plain.solver
+    assert changed.updates_of("other") == 50
+    assert changed.updates_of("am") == plain.solver.updates
+    (fewer,) = load_file(path, {"methods": {"other": {**other, "updates": 20}}}).values()
+    assert fewer.updates_of("other") == 20
+    for stage in ("finetune", "evaluate"):
+        assert stage_digest(changed, stage, "other") != stage_digest(fewer, stage, "other")
+        assert stage_digest(changed, stage, "am") == stage_digest(plain, stage, "am")
 
 
 def test_distances_need_a_pretrained_method(tmp_path: Path) -> None:

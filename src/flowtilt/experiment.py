@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -31,6 +32,20 @@ Weights = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file, the key and the fix."""
+
+
+class TailSpec(NamedTuple):
+    """The tail problem of one method: what its offline threshold and its single solve are for.
+
+    Attributes:
+        side: ``lower`` or ``upper``.
+        mass: probability of the tail, in (0, 1).
+        alpha: KL weight, in units of the reward a nat.
+    """
+
+    side: Literal["lower", "upper"]
+    mass: float
+    alpha: float
 
 
 class _Section(BaseModel):
@@ -191,7 +206,7 @@ class OfflineConfig(_Section):
 
 
 class SolverConfig(_Section):
-    """The control solver of all methods.
+    """The control solver of all methods, of which a method may change keys for itself.
 
     One key, ``kind``, chooses it; ``pool``, ``ramp``, ``last_share`` and ``rest_share`` belong to
     :class:`flowtilt.control.adjoint_matching.AdjointMatchingSettings`, ``bank`` and ``penalty`` to
@@ -224,7 +239,8 @@ class MethodConfig(_Section):
     """One method of an experiment.
 
     ``continue_from`` names an fdc method with fewer iterations to start from. ``updates`` is a
-    smaller number of updates than the solver's for each of the method's solves.
+    smaller number of updates than the solver's for each of the method's solves. ``solver`` changes
+    keys of the experiment's solver for this method alone.
     """
 
     step_key: ClassVar[str]
@@ -233,6 +249,7 @@ class MethodConfig(_Section):
     iterations: Count | None = None
     continue_from: str | None = None
     updates: Count | None = None
+    solver: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MethodConfig:
@@ -243,6 +260,8 @@ class MethodConfig(_Section):
                 raise ValueError(f"an fdc method needs {' and '.join(sorted(missing))}")
         elif given:
             raise ValueError(f"{', '.join(sorted(given))} belong to fdc, not to {self.kind}")
+        if self.kind == "pretrained" and self.solver:
+            raise ValueError("solver belongs to methods that are fine-tuned, not to pretrained; remove it")
         return self
 
     def continues(self, earlier: MethodConfig) -> bool:
@@ -268,7 +287,6 @@ class FunctionalMethodConfig(MethodConfig):
 
     step_key = "step_weight"
 
-    kind: Literal["pretrained", "am", "fdc"]
     step_weight: Positive | None = None
     objective: dict[str, Any] = {}
 
@@ -314,7 +332,7 @@ class GridConfig(_Section):
     density_cells: Annotated[int, Field(ge=8)]
 
 
-class Experiment(_Section):
+class Experiment(_Section, ABC):
     """What every experiment, or one case of a study, has; see the two kinds below."""
 
     layers: ClassVar[tuple[str, ...]]
@@ -359,6 +377,7 @@ class Experiment(_Section):
                 raise ValueError(
                     f"methods.{name}: the name is taken by the rows solved on the grid; rename it"
                 )
+            self._solver(name)
             if method.continue_from is None:
                 continue
             earlier = self.methods.get(method.continue_from)
@@ -374,9 +393,37 @@ class Experiment(_Section):
                 )
         return self
 
+    def _solver(self, method: str) -> SolverConfig:
+        return _changed(self.solver, self.methods[method].solver, f"methods.{method}.solver")
+
+    def solver_of(self, method: str) -> SolverConfig:
+        """The control solver of a method: the experiment's with the method's changes.
+
+        How many updates each solve has is what :meth:`updates_of` says.
+        """
+        method_of(self, method)
+        return self._solver(method)
+
     def updates_of(self, method: str) -> int:
         """Optimiser steps in each solve of a method."""
-        return min(method_of(self, method).updates or self.solver.updates, self.solver.updates)
+        most = self.solver_of(method).updates
+        return min(method_of(self, method).updates or most, most)
+
+    @abstractmethod
+    def _tail(self, method: str) -> TailSpec | None:
+        """The tail problem that a method's objective is, if it is one."""
+
+    def tail_of(self, method: str) -> TailSpec:
+        """Side, mass and KL weight of a method's tail problem.
+
+        Raises:
+            ConfigError: if what the method maximises is no tail mean under KL.
+        """
+        method_of(self, method)
+        tail = self._tail(method)
+        if tail is None:
+            raise ConfigError(f"experiment {self.name}: key methods.{method}: {_NO_TAIL}")
+        return tail
 
     @property
     def main_metric(self) -> str:
@@ -407,6 +454,9 @@ class TailExperiment(Experiment):
     calibration: CalibrationConfig
     objective: TailObjective
     methods: Annotated[Mapping[str, TailMethodConfig], Field(min_length=1)]
+
+    def _tail(self, method: str) -> TailSpec:
+        return TailSpec(self.objective.tail, self.objective.mass, self.objective.tail_alpha)
 
     @property
     def tail_metric(self) -> str:
@@ -454,6 +504,8 @@ class FunctionalExperiment(Experiment):
                     f"methods.{name}: am raises the expected reward under a KL weight alpha > 0; give it "
                     "objective: {utility: {kind: expected_reward}, divergence: {kind: kl}, alpha: ...}"
                 )
+            if method.kind == "tfft" and self._tail(name) is None:
+                raise ValueError(f"methods.{name}: {_NO_TAIL}")
         pretrained = [name for name, method in self.methods.items() if method.kind == "pretrained"]
         if self.evaluation.transport is not None and pretrained != ["pretrained"]:
             raise ValueError(
@@ -463,17 +515,29 @@ class FunctionalExperiment(Experiment):
         return self
 
     def _problem(self, method: str) -> FunctionalObjective:
-        changes = self.methods[method].objective
-        try:
-            return FunctionalObjective.model_validate(merge(self.objective.model_dump(), changes))
-        except ValidationError as error:
-            said = _explain(f"methods.{method}.objective", FunctionalObjective, error.errors()[0])
-            raise ValueError(said) from None
+        return _changed(self.objective, self.methods[method].objective, f"methods.{method}.objective")
+
+    def _tail(self, method: str) -> TailSpec | None:
+        problem = self._problem(method)
+        side, level = _TAILS.get(problem.utility.kind), problem.utility.parameters.get("level")
+        if side is None or self.reward is None or problem.divergence.kind != "kl" or problem.alpha == 0:
+            return None
+        if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
+            return None
+        return TailSpec(side, level if side == "lower" else 1 - level, problem.alpha)
 
     def problem_of(self, method: str) -> FunctionalObjective:
         """What a method maximises: the experiment's objective with the method's changes."""
         method_of(self, method)
         return self._problem(method)
+
+
+_TAILS: Mapping[str, Literal["lower", "upper"]] = {"cvar": "lower", "sq": "upper"}
+_NO_TAIL = (
+    "tfft raises a tail mean of a reward under a KL weight alpha > 0; give the experiment a reward, and the "
+    "method objective: {utility: {kind: cvar or sq, level: between 0 and 1}, divergence: {kind: kl}, "
+    "alpha: ...}"
+)
 
 
 _STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
@@ -670,6 +734,19 @@ def _explain(where: str, kind: type[BaseModel], error: Any) -> str:
     if isinstance(error["input"], dict):
         return f"{where}: key {key}: {message}"
     return f"{where}: key {key}: {message} (got {error['input']!r})"
+
+
+def _changed(section: Model, changes: Mapping[str, Any], where: str) -> Model:
+    """A section with some keys changed.
+
+    Raises:
+        ValueError: if that is no valid section; the message begins with ``where`` and names the key.
+    """
+    kind = type(section)
+    try:
+        return kind.model_validate(merge(section.model_dump(), changes))
+    except ValidationError as error:
+        raise ValueError(_explain(where, kind, error.errors()[0])) from None
 
 
 def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -16,6 +16,13 @@ class TrainingDiverged(ArithmeticError):
     """A loss stopped being finite."""
 
 
+FORWARD, PULLBACK, TRAINING = 1, 2, 3
+"""Network passes of one state: forward alone; and backward to the input; and backward to the parameters.
+
+The last is counted as twice a forward pass, since it goes through the layers for their inputs as well.
+"""
+
+
 @dataclass
 class Solution:
     """A fine-tuned model and what happened on the way.

@@ -76,7 +76,7 @@ def measure_resolution(runs: Iterable[tuple[Experiment, Path, Path]], output: Pa
         runs: experiment, samples file and density file of Adjoint Matching runs.
         output: JSON with the width, and the mean mismatch at every candidate.
     """
-    by_experiment: dict[str, tuple[Experiment, list[tuple[GriddedDensity, np.ndarray]]]] = {}
+    by_experiment: dict[str, tuple[TailExperiment, list[tuple[GriddedDensity, np.ndarray]]]] = {}
     for experiment, samples, density_file in runs:
         (x,) = read_arrays(samples, "x")
         gridded = GriddedDensity(*read_arrays(density_file, "axis", "log_density"))
