@@ -612,9 +612,15 @@ class Case(_Section):
 
 
 class StudyConfig(_Section):
-    """What a study varies, and its cases; ``set`` and ``methods`` are for cases that do not say otherwise."""
+    """What a study varies, and its cases; ``set`` and ``methods`` are for cases that do not say otherwise.
+
+    ``table`` chooses its table and its figure: rows along the axis for cases on tails; for cases on
+    functionals ``hierarchy``, what FDC reaches of each, or ``solvers``, what each solver reaches at what
+    cost.
+    """
 
     axis: str
+    table: Literal["axis", "hierarchy", "solvers"] = "axis"
     set: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}
     cases: Annotated[list[Case], Field(min_length=1)]
@@ -629,6 +635,13 @@ class Study(_Section):
     study: StudyConfig
 
 
+class Skip(_Section):
+    """Cases of a study, by label, and methods that are left out of a file."""
+
+    cases: list[str] = []
+    methods: list[str] = []
+
+
 def read_study(path: Path) -> Study | None:
     """The study in a file, or None for an ordinary experiment."""
     data = read_yaml(path)
@@ -640,13 +653,15 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
 
     Args:
         path: the YAML file; its ``name`` must be the file's.
-        overrides: merged into every experiment last.
+        overrides: merged into every experiment last; but the key ``skip`` names, by file, cases and
+            methods that are left out (see :class:`Skip`).
 
     Raises:
         ConfigError: naming the file, the key and the fix.
     """
     path = Path(path)
     overrides = dict(overrides or {})
+    skip = _skip_of(overrides.pop("skip", {}), path)
     data = read_yaml(path)
     if data.get("name") != path.stem:
         raise ConfigError(
@@ -655,9 +670,14 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     study = read_study(path)
     if study is None:
         merged = merge({"base": path.stem, **data}, overrides)
+        _leave_out(merged.get("methods", {}), skip, path)
         return {path.stem: _validated(_class_of(merged), merged, path)}
+    if unknown := set(skip.cases) - {case.label for case in study.study.cases}:
+        raise ConfigError(f"{path}: key skip.{path.stem}.cases: there is no case {min(unknown)!r}")
     experiments = {}
     for case in study.study.cases:
+        if case.label in skip.cases:
+            continue
         parent = read_yaml(path.parent / f"{case.of}.yaml")
         name = f"{study.name}/{case.label}"
         if name in experiments:
@@ -672,8 +692,30 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
             "axis_value": case.value,
         }
         merged = merge({**changed, **own}, overrides)
-        experiments[name] = _validated(_class_of(merged), merged, path, case.label)
+        _leave_out(merged["methods"], skip, path)
+        kind = _class_of(merged)
+        if (kind is TailExperiment) != (study.study.table == "axis"):
+            raise ConfigError(
+                f"{path}: key study.table: must be axis if the cases are on tails, and hierarchy or solvers "
+                f"if they are on functionals (got {study.study.table!r})"
+            )
+        experiments[name] = _validated(kind, merged, path, case.label)
     return experiments
+
+
+def _skip_of(by_file: Any, path: Path) -> Skip:
+    if not isinstance(by_file, Mapping):
+        raise ConfigError(f"{path}: key skip: must map names of files to cases and methods")
+    return _validated(Skip, by_file.get(path.stem, {}), path)
+
+
+def _leave_out(methods: dict[str, Any], skip: Skip, path: Path) -> None:
+    for name in skip.methods:
+        if name not in methods:
+            raise ConfigError(
+                f"{path}: key skip.{path.stem}.methods: there is no method {name!r} ({', '.join(methods)})"
+            )
+        del methods[name]
 
 
 def load_resolved(path: str | Path) -> Experiment:
