@@ -232,6 +232,53 @@ def test_a_study_changes_only_what_its_case_says() -> None:
     assert len(wide.seeds) == 3
 
 
+SKIPPED = EXPERIMENTS / "iterations_2d.yaml"
+
+
+def test_cases_and_methods_can_be_left_out() -> None:
+    methods = ["fdc_k20", "tfft"]
+    skip = {"iterations_2d": {"methods": methods}, "resolution_2d": {"cases": ["spikes-0.6"]}}
+    overrides = {"skip": skip, "seeds": 1}
+    (experiment,) = load_file(SKIPPED, overrides).values()
+    (before,) = load_file(SKIPPED, {"seeds": 1}).values()
+    assert list(experiment.methods) == [m for m in before.methods if m not in methods]
+    cases = load_file(EXPERIMENTS / "resolution_2d.yaml", overrides)
+    assert len(cases) == 5
+    assert "resolution_2d/spikes-0.6" not in cases
+    assert load_file(RISK, overrides) == load_file(RISK, {"seeds": 1})
+
+
+@pytest.mark.parametrize(
+    ("skip", "said"),
+    [
+        (
+            {"methods": ["ppo"]},
+            "key skip.iterations_2d.methods: there is no method 'ppo' (pretrained, fdc_k1",
+        ),
+        ({"cases": ["easy"]}, "key skip.iterations_2d.cases: there is no case 'easy'"),
+        ({"case": ["risk_averse"]}, "key case: unknown; known keys here: cases, methods"),
+        ({"methods": ["fdc_k1"]}, "methods.fdc_k2.continue_from names 'fdc_k1'"),
+    ],
+)
+def test_what_cannot_be_left_out_is_said(skip: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_file(SKIPPED, {"skip": {"iterations_2d": skip}})
+    assert str(SKIPPED) in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("hierarchy_2d", "axis"), ("iterations_2d", "solvers"), ("solvers_2d", "curve")]
+)
+def test_table_of_a_study_must_fit_its_cases(name: str, table: str, tmp_path: Path) -> None:
+    for file in EXPERIMENTS.glob("*.yaml"):
+        (tmp_path / file.name).write_text(file.read_text())
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(merge(yaml.safe_load(file.read_text()), {"study": {"table": table}})))
+    with pytest.raises(ConfigError, match=rf"{name}.yaml: key study.table: .*axis.*hierarchy.*solvers"):
+        load_file(file)
+
+
 def test_overrides_have_the_last_word() -> None:
     overrides = {"seeds": 1, "solver": {"updates": 7}}
     for file in EXPERIMENTS.glob("*.yaml"):
