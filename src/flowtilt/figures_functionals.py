@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from flowtilt.hierarchy import REQUIRED, Reached
 from flowtilt.measurements import Runs, row_name
@@ -113,6 +114,7 @@ def hierarchy_figure(found: Sequence[Reached], title: str) -> Figure:
 
 
 _SOLVER_COLOURS = {"adjoint_matching": "#0072B2", "weighted_fitting": "#E69F00"}
+_COSTS = (("network_passes", 1e6, "network passes (millions)"), ("seconds", 1.0, "seconds"))
 _SOLVER_MARKERS = {"adjoint_matching": "o", "weighted_fitting": "s"}
 
 
@@ -128,9 +130,9 @@ def solvers_figure(runs: Sequence[SolverRun], title: str) -> Figure:
     grid = figure.subplots(2, len(cases), sharey="col", squeeze=False)
     for column, case in zip(grid.T, cases, strict=True):
         own = [run for run in runs if run.case == case]
-        for axes, cost in zip(column, ("network_passes", "seconds"), strict=True):
-            _cost_panel(axes, own, cost)
-            axes.set_xlabel({"network_passes": "network passes", "seconds": "seconds"}[cost])
+        for axes, (cost, unit, words) in zip(column, _COSTS, strict=True):
+            _cost_panel(axes, own, cost, unit)
+            axes.set_xlabel(words)
         column[0].set_title(f"{case} ({own[0].kind})")
     for axes in grid[:, 0]:
         axes.set_ylabel("gap to the optimum (%)")
@@ -145,13 +147,18 @@ def solvers_figure(runs: Sequence[SolverRun], title: str) -> Figure:
     return figure
 
 
-def _cost_panel(axes: Axes, runs: Sequence[SolverRun], cost: str) -> None:
+def _cost_panel(axes: Axes, runs: Sequence[SolverRun], cost: str, unit: float) -> None:
     axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        # Less than a decade may be shown, where powers of ten alone would leave no tick.
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
     for solver in dict.fromkeys(run.solver for run in runs):
         own = [run for run in runs if run.solver == solver]
         colour = _SOLVER_COLOURS[solver]
         axes.plot(
-            [getattr(run, cost) for run in own],
+            [getattr(run, cost) / unit for run in own],
             [run.gap for run in own],
             _SOLVER_MARKERS[solver],
             color=colour,
@@ -164,5 +171,5 @@ def _cost_panel(axes: Axes, runs: Sequence[SolverRun], cost: str) -> None:
             for name in methods
         ]
         x, y = np.array(sorted(means, key=lambda mean: float(mean[0]))).T
-        axes.plot(x, y, color=colour, linewidth=1.6)
-    axes.grid(which="both", color="#e4e4e4", linewidth=0.5)
+        axes.plot(x / unit, y, color=colour, linewidth=1.6)
+    axes.grid(color="#e4e4e4", linewidth=0.6)

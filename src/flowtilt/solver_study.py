@@ -86,6 +86,8 @@ class Costs(NamedTuple):
 def costs_of(history: Path) -> Costs:
     """Costs of a run from its history: counts within a solve are cumulative, those of solves add up.
 
+    Solves of a run that this one continues are in that run's history, and not counted here.
+
     Raises:
         ResultsError: if the file is missing or malformed.
     """

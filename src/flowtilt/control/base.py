@@ -17,10 +17,8 @@ class TrainingDiverged(ArithmeticError):
 
 
 FORWARD, PULLBACK, TRAINING = 1, 2, 3
-"""Network passes of one state: forward alone; and backward to the input; and backward to the parameters.
-
-The last is counted as twice a forward pass, since it goes through the layers for their inputs as well.
-"""
+"""Network passes of one state: forward; forward, and backward to the input; forward, and backward to the
+parameters, which goes through every layer twice."""
 
 
 @dataclass
