@@ -35,7 +35,7 @@ class SolverRun(NamedTuple):
         network_passes: of all solves.
         seconds: of all solves.
         effective_sample_size: the smallest of the solves' banks; NaN without a bank.
-        relative_gap: the largest primal-dual gap, without its sign, of the solves' weights; NaN without a bank.
+        relative_gap: the largest primal-dual gap of the solves' weights, without sign; NaN without a bank.
     """
 
     case: str
