@@ -18,9 +18,11 @@ from flowtilt.domains.planar.grid import (
     tail_tilt,
 )
 from flowtilt.domains.planar.truth import coarsen
+from flowtilt.experiment import Experiment
 from flowtilt.functionals.utilities import Side
 from flowtilt.measurements import Method, Runs, row_name, run_folder
 from flowtilt.metrics.tails import upper_tail_mean
+from flowtilt.stages.files import write_history
 
 METHODS = (
     Method("pretrained", "pretrained"),
@@ -83,6 +85,35 @@ def functional_metrics(method: str, layer: str, seed: int) -> dict[str, float | 
     reached = {"network": 8.0, "exact": 9.5, "optimum": 10.0}[layer] + seed
     before = {} if layer == "network" else {"functional_before": float(seed)}
     return {"functional": reached, "mean_reward": 33.0 + seed, "kl": 0.5, **before}
+
+
+def write_histories(results: Path, experiment: Experiment) -> None:
+    """Histories of all networks: each solve has two updates, and takes 1000 passes an update and 2 seconds.
+
+    Those of weighted fitting have banks that are worth less at each solve.
+    """
+    for name, method in experiment.methods.items():
+        weighted = experiment.solver_of(name).kind == "weighted_fitting"
+        for seed in experiment.seeds if method.kind != "pretrained" else []:
+            rows = []
+            for solve in range(method.iterations or 1):
+                bank = {
+                    "effective_sample_size": 900.0 - 100 * solve - seed,
+                    "relative_gap": 1e-9 * (solve + 1),
+                }
+                rows += [
+                    {
+                        **({"iteration": solve + 1} if method.kind == "fdc" else {}),
+                        "update": update,
+                        "network_passes": 1000 * (update + 1),
+                        "seconds": 1.0 + update,
+                        **(bank if weighted else {}),
+                    }
+                    for update in (0, 1)
+                ]
+            folder = run_folder(results, experiment.name, name, "network", seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_history(rows, folder / "history.csv")
 
 
 def write_functional_arrays(results: Path, runs: Runs, cells: int, samples: int) -> None:

@@ -20,6 +20,7 @@ from flowtilt.experiment import (
 
 EXPERIMENTS = Path(__file__).parents[1] / "config" / "experiments"
 RISK = EXPERIMENTS / "risk_averse_2d.yaml"
+TAIL: dict[str, Any] = {"utility": {"kind": "cvar", "level": 0.2}, "divergence": {"kind": "kl"}}
 
 
 def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
@@ -85,7 +86,38 @@ def test_errors_name_the_file_the_key_and_the_fix(
     [
         ({"objective": {"alpha": -0.1}}, "objective.alpha", "greater than or equal to 0"),
         ({"objective": {"utility": {"kind": None}}}, "objective.utility.kind", "string"),
-        ({"methods": {"am": {"kind": "tfft"}}}, "methods.am.kind", "'pretrained', 'am' or 'fdc'"),
+        ({"methods": {"am": {"kind": "tfft"}}}, "(whole file)", "methods.am: tfft raises a tail mean"),
+        (
+            {"methods": {"t": {"kind": "tfft", "objective": {**TAIL, "alpha": 0.0}}}},
+            "(whole file)",
+            "alpha > 0",
+        ),
+        ({"methods": {"t": {"kind": "tfft", "objective": TAIL}}, "reward": None}, "(whole file)", "a reward"),
+        (
+            {
+                "methods": {
+                    "t": {"kind": "tfft", "objective": {**TAIL, "utility": {"kind": "sq", "level": 1}}}
+                }
+            },
+            "(whole file)",
+            "level: between 0 and 1",
+        ),
+        (
+            {"methods": {"am": {"solver": {"bnk": 3}}}},
+            "(whole file)",
+            "methods.am.solver: key bnk: unknown; known",
+        ),
+        ({"methods": {"am": {"solver": {"bank": 0}}}}, "(whole file)", "methods.am.solver: key bank"),
+        (
+            {"methods": {"am": {"solver": {"pool": 2}}}},
+            "(whole file)",
+            "methods.am.solver: key (whole file): pool",
+        ),
+        (
+            {"methods": {"pretrained": {"solver": {"bank": 9}}}},
+            "methods.pretrained",
+            "solver belongs to methods",
+        ),
         ({"methods": {"fdc_dA": {"step_weight": None}}}, "methods.fdc_dA", "needs step_weight"),
         ({"methods": {"fdc_dA": {"step": 0.5}}}, "methods.fdc_dA.step", "unknown"),
         ({"methods": {"am": {"objective": {"alpha": 0.0}}}}, "(whole file)", "am raises the expected reward"),
@@ -114,6 +146,43 @@ def test_errors_of_functional_experiments(
         load_file(file)
     assert f"{file}: key {key}:" in str(caught.value)
     assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("utility", "level", "spec"), [("cvar", 0.2, ("lower", 0.2, 3.0)), ("sq", 0.75, ("upper", 0.25, 3.0))]
+)
+def test_tail_of_a_method_on_a_functional(utility: str, level: float, spec: tuple[str, float, float]) -> None:
+    objective = {**TAIL, "utility": {"kind": utility, "level": level}}
+    tfft = {"kind": "tfft", "objective": objective}
+    (experiment,) = load_file(EXPERIMENTS / "ot_2d.yaml", {"methods": {"tfft": tfft}}).values()
+    assert experiment.tail_of("tfft") == spec
+    with pytest.raises(ConfigError, match=r"experiment ot_2d: key methods.am: tfft raises a tail mean"):
+        experiment.tail_of("am")
+
+
+def test_tail_of_a_tail_experiment_is_its_objective() -> None:
+    (experiment,) = load_file(RISK).values()
+    assert experiment.tail_of("tfft") == ("lower", 0.01, 200.0)
+
+
+@pytest.mark.parametrize("file", ["risk_averse_2d", "ot_2d"])
+def test_a_method_changes_the_solver_for_itself_alone(file: str) -> None:
+    changes = {"kind": "weighted_fitting", "learning_rate": 0.004, "updates": 50}
+    path = EXPERIMENTS / f"{file}.yaml"
+    other = {"kind": "am", "solver": changes, "objective": {**TAIL, "utility": {"kind": "expected_reward"}}}
+    if file == "risk_averse_2d":
+        del other["objective"]
+    (plain,) = load_file(path).values()
+    (changed,) = load_file(path, {"methods": {"other": other}}).values()
+    assert changed.solver_of("other") == plain.solver.model_copy(update=changes)
+    assert changed.solver_of("am") == plain.solver_of("am") == plain.solver
+    assert changed.updates_of("other") == 50
+    assert changed.updates_of("am") == plain.solver.updates
+    (fewer,) = load_file(path, {"methods": {"other": {**other, "updates": 20}}}).values()
+    assert fewer.updates_of("other") == 20
+    for stage in ("finetune", "evaluate"):
+        assert stage_digest(changed, stage, "other") != stage_digest(fewer, stage, "other")
+        assert stage_digest(changed, stage, "am") == stage_digest(plain, stage, "am")
 
 
 def test_distances_need_a_pretrained_method(tmp_path: Path) -> None:
@@ -161,6 +230,53 @@ def test_a_study_changes_only_what_its_case_says() -> None:
     assert narrow.solver == parent.solver
     assert wide.solver == parent.solver.model_copy(update={"updates": 400, "learning_rate": 0.002})
     assert len(wide.seeds) == 3
+
+
+SKIPPED = EXPERIMENTS / "iterations_2d.yaml"
+
+
+def test_cases_and_methods_can_be_left_out() -> None:
+    methods = ["fdc_k20", "tfft"]
+    skip = {"iterations_2d": {"methods": methods}, "resolution_2d": {"cases": ["spikes-0.6"]}}
+    overrides = {"skip": skip, "seeds": 1}
+    (experiment,) = load_file(SKIPPED, overrides).values()
+    (before,) = load_file(SKIPPED, {"seeds": 1}).values()
+    assert list(experiment.methods) == [m for m in before.methods if m not in methods]
+    cases = load_file(EXPERIMENTS / "resolution_2d.yaml", overrides)
+    assert len(cases) == 5
+    assert "resolution_2d/spikes-0.6" not in cases
+    assert load_file(RISK, overrides) == load_file(RISK, {"seeds": 1})
+
+
+@pytest.mark.parametrize(
+    ("skip", "said"),
+    [
+        (
+            {"methods": ["ppo"]},
+            "key skip.iterations_2d.methods: there is no method 'ppo' (pretrained, fdc_k1",
+        ),
+        ({"cases": ["easy"]}, "key skip.iterations_2d.cases: there is no case 'easy'"),
+        ({"case": ["risk_averse"]}, "key case: unknown; known keys here: cases, methods"),
+        ({"methods": ["fdc_k1"]}, "methods.fdc_k2.continue_from names 'fdc_k1'"),
+    ],
+)
+def test_what_cannot_be_left_out_is_said(skip: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_file(SKIPPED, {"skip": {"iterations_2d": skip}})
+    assert str(SKIPPED) in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("hierarchy_2d", "axis"), ("iterations_2d", "solvers"), ("solvers_2d", "curve")]
+)
+def test_table_of_a_study_must_fit_its_cases(name: str, table: str, tmp_path: Path) -> None:
+    for file in EXPERIMENTS.glob("*.yaml"):
+        (tmp_path / file.name).write_text(file.read_text())
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(merge(yaml.safe_load(file.read_text()), {"study": {"table": table}})))
+    with pytest.raises(ConfigError, match=rf"{name}.yaml: key study.table: .*axis.*hierarchy.*solvers"):
+        load_file(file)
 
 
 def test_overrides_have_the_last_word() -> None:

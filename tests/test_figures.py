@@ -24,7 +24,15 @@ from flowtilt.measurements import (
 )
 from flowtilt.studies import StudyRuns
 from flowtilt.tables import read_reported
-from made_up import METHODS, made_up_runs, plain_metrics, write_arrays, write_functional_arrays, write_metrics
+from made_up import (
+    METHODS,
+    made_up_runs,
+    plain_metrics,
+    write_arrays,
+    write_functional_arrays,
+    write_histories,
+    write_metrics,
+)
 
 CONFIG = Path(__file__).parents[1] / "config"
 REPORTED = CONFIG / "reported_results.csv"
@@ -225,16 +233,19 @@ def test_figures_of_the_projects_experiments(tmp_path: Path, name: str) -> None:
         check_picture(path)
 
 
-@pytest.mark.parametrize("name", ["entropy_2d", "ot_2d", "hierarchy_2d"])
+@pytest.mark.parametrize("name", ["entropy_2d", "ot_2d", "hierarchy_2d", "solvers_2d"])
 def test_figures_of_the_experiments_on_functionals(tmp_path: Path, name: str) -> None:
     file = CONFIG / "experiments" / f"{name}.yaml"
     overrides = {"seeds": 2}
     for experiment in load_file(file, overrides).values():
         write_functional_arrays(tmp_path, runs_of(experiment), cells=24, samples=400)
+        write_histories(tmp_path, experiment)
     write_figures(file, overrides, tmp_path, REPORTED, tmp_path / "figures" / name)
     drawn = sorted((tmp_path / "figures").iterdir())
     single = [f"{name}.png"]
-    expected = single if name == "hierarchy_2d" else [f"{name}_densities.png", f"{name}_metrics.png"]
+    expected = (
+        single if name in ("hierarchy_2d", "solvers_2d") else [f"{name}_densities.png", f"{name}_metrics.png"]
+    )
     assert [p.name for p in drawn] == expected
     for path in drawn:
         check_picture(path)

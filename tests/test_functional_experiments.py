@@ -9,11 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flowtilt import thresholds
 from flowtilt.cli import main
-from flowtilt.experiment import Experiment, dump
+from flowtilt.domains.planar.landscapes import Slope
+from flowtilt.experiment import ConfigError, Experiment, dump
 from small import tiny
 
 SMALL = {"grid": {"cells": 16}}
+
+
+class Rough(Slope):
+    """A reward that has no gradient to give."""
+
+    differentiable = False
 
 
 class Folder:
@@ -36,7 +44,7 @@ class Folder:
             words += [f"--{name.replace('_', '-')}", text]
         return main(words)
 
-    def finetune(self, method: str) -> int:
+    def finetune(self, method: str, **more: str) -> int:
         self.run("sample", method="pretrained", seed=0, model="pre.safetensors", output="pre.npz")
         return self.run(
             "finetune",
@@ -45,6 +53,7 @@ class Folder:
             pretrained="pre.safetensors",
             output="m.safetensors",
             history="m.csv",
+            **more,
         )
 
     def row(self, method: str, **more: str) -> dict[str, float]:
@@ -100,6 +109,54 @@ def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
         assert before < exact <= optimum + 1e-9
     # One exact step of am is its optimum.
     assert rows["am_exact"]["functional"] == pytest.approx(rows["am_optimum"]["functional"], rel=1e-5)
+
+
+@pytest.mark.parametrize("utility", [{"kind": "cvar", "level": 0.8}, {"kind": "sq", "level": 0.5}])
+def test_a_tail_in_a_row(tmp_path: Path, utility: dict[str, Any]) -> None:
+    """The threshold of an offline batch, one solve by either solver, and an exact row that is the optimum."""
+    weighted = {"kind": "weighted_fitting", "bank": 1000, "learning_rate": 0.004}
+    tail = {"utility": utility, "divergence": {"kind": "kl"}, "alpha": 8.0}
+    experiment = tiny(
+        "ot_2d",
+        **SMALL,
+        objective=tail,
+        methods={
+            "am": {"kind": "tfft", "objective": {**tail, "alpha": 9.0}},
+            "weighted": {"kind": "tfft", "solver": weighted},
+        },
+        evaluation={"transport": {"samples": 100}},
+    )
+    folder = Folder(tmp_path, experiment)
+    assert folder.run("offline", seed=0, model="pre.safetensors", output="off.npz") == 0
+    rewards = np.load(folder.file("off.npz"))["reward"]
+    assert folder.finetune("weighted") == 1  # without a threshold
+    for method, alpha in (("am", 9.0), ("weighted", 8.0)):
+        assert folder.run("threshold", method=method, offline="off.npz", output="t.json") == 0
+        said = json.loads(folder.file("t.json").read_text())
+        side = "lower" if utility["kind"] == "cvar" else "upper"
+        mass = 0.8 if side == "lower" else 0.5
+        assert said["threshold"] == thresholds.threshold(rewards, alpha, mass, side)  # type: ignore[arg-type]
+        assert folder.finetune(method, threshold="t.json") == 0
+        row = folder.row(method, history="m.csv", threshold="t.json")
+        assert {"functional", "threshold", "offline_active_share", "active_share"} <= row.keys()
+        assert ("effective_sample_size" in folder.file("m.csv").read_text()) == (method == "weighted")
+    rows = folder.solve()
+    for method in ("am", "weighted"):
+        exact, optimum = rows[f"{method}_exact"], rows[f"{method}_optimum"]
+        assert exact["functional"] == optimum["functional"] > exact["functional_before"]
+
+
+def test_a_method_s_own_solver_decides_what_it_takes_of_a_reward() -> None:
+    """A reward without a gradient will do for weighted fitting, and for no other method."""
+    from flowtilt.domains.planar.problems import check_problems
+
+    landscape = {"landscape": "test_functional_experiments:Rough"}
+    changes = {method: {"solver": {"kind": "weighted_fitting"}} for method in ("am", "fdc_dA", "fdc_dB")}
+    check_problems(tiny("ot_2d", **SMALL, reward=landscape, methods=changes))  # type: ignore[arg-type]
+    for method in changes:
+        one = {**changes, method: {"solver": {"kind": "adjoint_matching"}}}
+        with pytest.raises(ConfigError, match="needs the gradient of the reward"):
+            check_problems(tiny("ot_2d", **SMALL, reward=landscape, methods=one))  # type: ignore[arg-type]
 
 
 def test_the_network_row_of_the_pretrained_model_is_its_own_grid_row(tmp_path: Path) -> None:

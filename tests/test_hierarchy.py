@@ -24,17 +24,35 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     for case in cases:
         write_metrics(results, runs_of(case), functional_metrics)
     found = reached(collect_runs(results, map(runs_of, cases)), cases)
-    assert len(hierarchy_panel(found, "Hierarchy").lines) == len(cases)
+    assert len(hierarchy_panel(found, "Hierarchy").lines) == len(cases) + 1
     return pd.DataFrame(found).set_index("label")
 
 
-def test_every_registered_functional_has_a_case(lines: pd.DataFrame) -> None:
+def test_every_registered_functional_has_a_line(lines: pd.DataFrame) -> None:
     named = {part for name in lines["name"] for part in name.split(" + ")}
-    assert {*UTILITIES, *DIVERGENCES} - named == {"diverse_modes"}
+    assert {*UTILITIES, *DIVERGENCES} == named
+    assert set(lines.index[lines["verdict"] == "no case"]) == {"diverse_modes"}
+
+
+def test_a_functional_without_a_case_has_a_tier_and_no_numbers(lines: pd.DataFrame) -> None:
+    line = lines.loc["diverse_modes"]
+    entry = UTILITIES["diverse_modes"]
+    assert (line["tier"], line["needs"], line["seeds"]) == (entry.tier, entry.needs, 0)
+    assert line["curvature"] in ("linear", "concave", "convex", "neither")
+    assert line[["before", "after", "optimum", "closed", "closed_by_single"]].isna().all()
+
+
+def test_single_solves_stand_beside_fdc_where_they_are_enough(lines: pd.DataFrame) -> None:
+    single = lines[lines["single"] != ""]
+    assert dict(single["single"]) == {"expected_reward": "am", "cvar": "tfft", "sq": "tfft"}
+    assert single["closed_by_single"].to_numpy() == pytest.approx(80.0)
+    for label, kind in single["single"].items():
+        assert kind in lines.loc[label, "solvers"].split(", ")
 
 
 def test_gap_is_the_share_of_the_way_to_the_optimum(lines: pd.DataFrame) -> None:
     """From 0 to 10 the made-up networks reach 8 and the exact rows 9.5, on either seed."""
+    lines = lines[lines["verdict"] != "no case"]
     assert lines["closed"].to_numpy() == pytest.approx(80.0)
     assert lines["closed_by_exact_steps"].to_numpy() == pytest.approx(95.0)
     assert lines["sd"].to_numpy() == pytest.approx(0.0)
@@ -42,6 +60,7 @@ def test_gap_is_the_share_of_the_way_to_the_optimum(lines: pd.DataFrame) -> None
 
 
 def test_what_falls_short_is_said_by_tier(lines: pd.DataFrame) -> None:
+    lines = lines[lines["verdict"] != "no case"]
     assert set(lines.loc[lines["tier"] == "general", "verdict"]) == {"reached"}
     assert set(lines.loc[lines["tier"] != "general", "verdict"]) == {"short of 90 %"}
 
@@ -75,4 +94,8 @@ def test_table_is_written(tmp_path: Path) -> None:
     write_table(FILE, {"seeds": 1}, tmp_path, CONFIG / "reported_results.csv", tmp_path / "hierarchy_2d")
     frame = pd.read_csv(tmp_path / "hierarchy_2d.csv")
     assert {"label", "tier", "curvature", "before", "after", "optimum", "closed", "verdict"} <= set(frame)
-    assert "gap closed" in (tmp_path / "hierarchy_2d.md").read_text()
+    text = (tmp_path / "hierarchy_2d.md").read_text()
+    assert "gap closed" in text
+    assert "am: 80.00" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| diverse_modes"))
+    assert line.endswith("| no case |")

@@ -48,7 +48,14 @@ from flowtilt.tables import (
     write_study_table,
     write_table,
 )
-from made_up import METHODS, functional_metrics, made_up_runs, plain_metrics, write_metrics
+from made_up import (
+    METHODS,
+    functional_metrics,
+    made_up_runs,
+    plain_metrics,
+    write_histories,
+    write_metrics,
+)
 
 CONFIG = Path(__file__).parents[1] / "config"
 REPORTED = CONFIG / "reported_results.csv"
@@ -581,6 +588,7 @@ def test_tables_of_all_the_projects_experiments(tmp_path: Path) -> None:
             tails = {row_name(m.name, layer): 90.0 for m in runs.methods for layer in LAYERS}
             metrics = plain_metrics(runs, tails) if runs.has_tail else functional_metrics
             write_metrics(tmp_path, runs, metrics)
+            write_histories(tmp_path, experiment)
             names.append(runs.name)
         write_table(file, overrides, tmp_path, REPORTED, tmp_path / "tables" / file.stem)
         assert {p.suffix for p in (tmp_path / "tables").glob(f"{file.stem}.*")} == {".csv", ".md", ".tex"}

@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     stage.add_argument("--history", type=Path, help="the fine-tuning's history")
     stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for distances")
+    stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
 
     stage = on_config(
         "solve",
@@ -305,7 +306,16 @@ def _measure(a: argparse.Namespace) -> None:
     from flowtilt.stages import functionals
 
     functionals.measure(
-        _load(a), a.method, a.seed, a.model, a.samples, a.density, a.output, a.history, a.reference
+        _load(a),
+        a.method,
+        a.seed,
+        a.model,
+        a.samples,
+        a.density,
+        a.output,
+        a.history,
+        a.reference,
+        a.threshold,
     )
 
 

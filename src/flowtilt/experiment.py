@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,9 +34,21 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file, the key and the fix."""
 
 
-class Section(BaseModel):
-    """A mapping of a configuration: keys that it does not know are refused, and it cannot be changed."""
+class TailSpec(NamedTuple):
+    """The tail problem of one method: what its offline threshold and its single solve are for.
 
+    Attributes:
+        side: ``lower`` or ``upper``.
+        mass: probability of the tail, in (0, 1).
+        alpha: KL weight, in units of the reward a nat.
+    """
+
+    side: Literal["lower", "upper"]
+    mass: float
+    alpha: float
+
+
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -191,8 +205,8 @@ class OfflineConfig(Section):
     samples: Count
 
 
-class SolverConfig(Section):
-    """The control solver of all methods.
+class SolverConfig(_Section):
+    """The control solver of all methods, of which a method may change keys for itself.
 
     One key, ``kind``, chooses it; ``pool``, ``ramp``, ``last_share`` and ``rest_share`` belong to
     :class:`flowtilt.control.adjoint_matching.AdjointMatchingSettings`, ``bank`` and ``penalty`` to
@@ -225,7 +239,8 @@ class MethodConfig(Section):
     """One method of an experiment.
 
     ``continue_from`` names an fdc method with fewer iterations to start from. ``updates`` is a
-    smaller number of updates than the solver's for each of the method's solves.
+    smaller number of updates than the solver's for each of the method's solves. ``solver`` changes
+    keys of the experiment's solver for this method alone.
     """
 
     step_key: ClassVar[str]
@@ -234,6 +249,7 @@ class MethodConfig(Section):
     iterations: Count | None = None
     continue_from: str | None = None
     updates: Count | None = None
+    solver: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MethodConfig:
@@ -244,6 +260,8 @@ class MethodConfig(Section):
                 raise ValueError(f"an fdc method needs {' and '.join(sorted(missing))}")
         elif given:
             raise ValueError(f"{', '.join(sorted(given))} belong to fdc, not to {self.kind}")
+        if self.kind == "pretrained" and self.solver:
+            raise ValueError("solver belongs to methods that are fine-tuned, not to pretrained; remove it")
         return self
 
     def continues(self, earlier: MethodConfig) -> bool:
@@ -269,7 +287,6 @@ class FunctionalMethodConfig(MethodConfig):
 
     step_key = "step_weight"
 
-    kind: Literal["pretrained", "am", "fdc"]
     step_weight: Positive | None = None
     objective: dict[str, Any] = {}
 
@@ -315,7 +332,7 @@ class GridConfig(Section):
     density_cells: Annotated[int, Field(ge=8)]
 
 
-class Experiment(Section):
+class Experiment(_Section, ABC):
     """What every experiment, or one case of a study, has; see the two kinds below."""
 
     layers: ClassVar[tuple[str, ...]]
@@ -360,6 +377,7 @@ class Experiment(Section):
                 raise ValueError(
                     f"methods.{name}: the name is taken by the rows solved on the grid; rename it"
                 )
+            self._solver(name)
             if method.continue_from is None:
                 continue
             earlier = self.methods.get(method.continue_from)
@@ -375,9 +393,37 @@ class Experiment(Section):
                 )
         return self
 
+    def _solver(self, method: str) -> SolverConfig:
+        return _changed(self.solver, self.methods[method].solver, f"methods.{method}.solver")
+
+    def solver_of(self, method: str) -> SolverConfig:
+        """The control solver of a method: the experiment's with the method's changes.
+
+        How many updates each solve has is what :meth:`updates_of` says.
+        """
+        method_of(self, method)
+        return self._solver(method)
+
     def updates_of(self, method: str) -> int:
         """Optimiser steps in each solve of a method."""
-        return min(method_of(self, method).updates or self.solver.updates, self.solver.updates)
+        most = self.solver_of(method).updates
+        return min(method_of(self, method).updates or most, most)
+
+    @abstractmethod
+    def _tail(self, method: str) -> TailSpec | None:
+        """The tail problem that a method's objective is, if it is one."""
+
+    def tail_of(self, method: str) -> TailSpec:
+        """Side, mass and KL weight of a method's tail problem.
+
+        Raises:
+            ConfigError: if what the method maximises is no tail mean under KL.
+        """
+        method_of(self, method)
+        tail = self._tail(method)
+        if tail is None:
+            raise ConfigError(f"experiment {self.name}: key methods.{method}: {_NO_TAIL}")
+        return tail
 
     @property
     def main_metric(self) -> str:
@@ -408,6 +454,9 @@ class TailExperiment(Experiment):
     calibration: CalibrationConfig
     objective: TailObjective
     methods: Annotated[Mapping[str, TailMethodConfig], Field(min_length=1)]
+
+    def _tail(self, method: str) -> TailSpec:
+        return TailSpec(self.objective.tail, self.objective.mass, self.objective.tail_alpha)
 
     @property
     def tail_metric(self) -> str:
@@ -455,6 +504,8 @@ class FunctionalExperiment(Experiment):
                     f"methods.{name}: am raises the expected reward under a KL weight alpha > 0; give it "
                     "objective: {utility: {kind: expected_reward}, divergence: {kind: kl}, alpha: ...}"
                 )
+            if method.kind == "tfft" and self._tail(name) is None:
+                raise ValueError(f"methods.{name}: {_NO_TAIL}")
         pretrained = [name for name, method in self.methods.items() if method.kind == "pretrained"]
         if self.evaluation.transport is not None and pretrained != ["pretrained"]:
             raise ValueError(
@@ -464,17 +515,29 @@ class FunctionalExperiment(Experiment):
         return self
 
     def _problem(self, method: str) -> FunctionalObjective:
-        changes = self.methods[method].objective
-        try:
-            return FunctionalObjective.model_validate(merge(self.objective.model_dump(), changes))
-        except ValidationError as error:
-            said = _explain(f"methods.{method}.objective", FunctionalObjective, error.errors()[0])
-            raise ValueError(said) from None
+        return _changed(self.objective, self.methods[method].objective, f"methods.{method}.objective")
+
+    def _tail(self, method: str) -> TailSpec | None:
+        problem = self._problem(method)
+        side, level = _TAILS.get(problem.utility.kind), problem.utility.parameters.get("level")
+        if side is None or self.reward is None or problem.divergence.kind != "kl" or problem.alpha == 0:
+            return None
+        if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
+            return None
+        return TailSpec(side, level if side == "lower" else 1 - level, problem.alpha)
 
     def problem_of(self, method: str) -> FunctionalObjective:
         """What a method maximises: the experiment's objective with the method's changes."""
         method_of(self, method)
         return self._problem(method)
+
+
+_TAILS: Mapping[str, Literal["lower", "upper"]] = {"cvar": "lower", "sq": "upper"}
+_NO_TAIL = (
+    "tfft raises a tail mean of a reward under a KL weight alpha > 0; give the experiment a reward, and the "
+    "method objective: {utility: {kind: cvar or sq, level: between 0 and 1}, divergence: {kind: kl}, "
+    "alpha: ...}"
+)
 
 
 _STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
@@ -548,10 +611,16 @@ class Case(Section):
     methods: dict[str, dict[str, Any]] = {}
 
 
-class StudyConfig(Section):
-    """What a study varies, and its cases; ``set`` and ``methods`` are for cases that do not say otherwise."""
+class StudyConfig(_Section):
+    """What a study varies, and its cases; ``set`` and ``methods`` are for cases that do not say otherwise.
+
+    ``table`` chooses its table and its figure: rows along the axis for cases on tails; for cases on
+    functionals ``hierarchy``, what FDC reaches of each, or ``solvers``, what each solver reaches at what
+    cost.
+    """
 
     axis: str
+    table: Literal["axis", "hierarchy", "solvers"] = "axis"
     set: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}
     cases: Annotated[list[Case], Field(min_length=1)]
@@ -566,6 +635,13 @@ class Study(Section):
     study: StudyConfig
 
 
+class Skip(_Section):
+    """Cases of a study, by label, and methods that are left out of a file."""
+
+    cases: list[str] = []
+    methods: list[str] = []
+
+
 def read_study(path: Path) -> Study | None:
     """The study in a file, or None for an ordinary experiment."""
     data = read_yaml(path)
@@ -577,13 +653,15 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
 
     Args:
         path: the YAML file; its ``name`` must be the file's.
-        overrides: merged into every experiment last.
+        overrides: merged into every experiment last; but the key ``skip`` names, by file, cases and
+            methods that are left out (see :class:`Skip`).
 
     Raises:
         ConfigError: naming the file, the key and the fix.
     """
     path = Path(path)
     overrides = dict(overrides or {})
+    skip = _skip_of(overrides.pop("skip", {}), path)
     data = read_yaml(path)
     if data.get("name") != path.stem:
         raise ConfigError(
@@ -592,9 +670,14 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     study = read_study(path)
     if study is None:
         merged = merge({"base": path.stem, **data}, overrides)
-        return {path.stem: validated(_class_of(merged), merged, path)}
+        _leave_out(merged.get("methods", {}), skip, path)
+        return {path.stem: _validated(_class_of(merged), merged, path)}
+    if unknown := set(skip.cases) - {case.label for case in study.study.cases}:
+        raise ConfigError(f"{path}: key skip.{path.stem}.cases: there is no case {min(unknown)!r}")
     experiments = {}
     for case in study.study.cases:
+        if case.label in skip.cases:
+            continue
         parent = read_yaml(path.parent / f"{case.of}.yaml")
         name = f"{study.name}/{case.label}"
         if name in experiments:
@@ -609,8 +692,30 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
             "axis_value": case.value,
         }
         merged = merge({**changed, **own}, overrides)
-        experiments[name] = validated(_class_of(merged), merged, path, case.label)
+        _leave_out(merged["methods"], skip, path)
+        kind = _class_of(merged)
+        if (kind is TailExperiment) != (study.study.table == "axis"):
+            raise ConfigError(
+                f"{path}: key study.table: must be axis if the cases are on tails, and hierarchy or solvers "
+                f"if they are on functionals (got {study.study.table!r})"
+            )
+        experiments[name] = _validated(kind, merged, path, case.label)
     return experiments
+
+
+def _skip_of(by_file: Any, path: Path) -> Skip:
+    if not isinstance(by_file, Mapping):
+        raise ConfigError(f"{path}: key skip: must map names of files to cases and methods")
+    return _validated(Skip, by_file.get(path.stem, {}), path)
+
+
+def _leave_out(methods: dict[str, Any], skip: Skip, path: Path) -> None:
+    for name in skip.methods:
+        if name not in methods:
+            raise ConfigError(
+                f"{path}: key skip.{path.stem}.methods: there is no method {name!r} ({', '.join(methods)})"
+            )
+        del methods[name]
 
 
 def load_resolved(path: str | Path) -> Experiment:
@@ -682,6 +787,19 @@ def _explain(where: str, kind: type[BaseModel], error: Any) -> str:
     if isinstance(error["input"], dict):
         return f"{where}: key {key}: {message}"
     return f"{where}: key {key}: {message} (got {error['input']!r})"
+
+
+def _changed(section: Model, changes: Mapping[str, Any], where: str) -> Model:
+    """A section with some keys changed.
+
+    Raises:
+        ValueError: if that is no valid section; the message begins with ``where`` and names the key.
+    """
+    kind = type(section)
+    try:
+        return kind.model_validate(merge(section.model_dump(), changes))
+    except ValidationError as error:
+        raise ValueError(_explain(where, kind, error.errors()[0])) from None
 
 
 def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy.ndimage import gaussian_filter, grey_opening
 
 from flowtilt.experiment import Experiment, FunctionalExperiment, load_file, read_study, tail_experiment
-from flowtilt.figures_functionals import hierarchy_figure, metrics_figure
+from flowtilt.figures_functionals import hierarchy_figure, metrics_figure, solvers_figure
 from flowtilt.files import atomic_path
 from flowtilt.hierarchy import reached
 from flowtilt.measurements import (
@@ -45,6 +45,7 @@ from flowtilt.measurements import (
 )
 from flowtilt.metrics.tails import quantile
 from flowtilt.panels import describe, pretty
+from flowtilt.solver_study import solver_runs
 from flowtilt.studies import (
     Point,
     StudyRuns,
@@ -554,7 +555,9 @@ def write_figures(
     """
     experiments = list(load_file(file, overrides).values())
     study, first = read_study(Path(file)), experiments[0]
-    if study is not None and isinstance(first, FunctionalExperiment):
+    if study is not None and study.study.table == "solvers":
+        draw_solvers(results, study.title, experiments, prefix)
+    elif study is not None and study.study.table == "hierarchy":
         draw_hierarchy(results, study.title, experiments, prefix)
     elif study is not None:
         draw_study(results, study_runs_of(study, experiments), prefix)
@@ -650,8 +653,19 @@ def draw_hierarchy(
 ) -> None:
     """Draw ``{prefix}.png``: how much of the gap each functional's network closes."""
     long = collect_runs(results, [runs_of(e) for e in experiments])
-    with figure_style():
-        save_figure(hierarchy_figure(reached(long, experiments), title), f"{prefix}.png")
+    # Functionals without a case have nothing to draw.
+    found = [line for line in reached(long, experiments) if line.seeds]
+    with _style():
+        _save(hierarchy_figure(found, title), f"{prefix}.png")
+
+
+def draw_solvers(
+    results: str | Path, title: str, experiments: Sequence[Experiment], prefix: str | Path
+) -> None:
+    """Draw ``{prefix}.png``: each solver's gap to the optimum against what it cost."""
+    runs = solver_runs(results, collect_runs(results, [runs_of(e) for e in experiments]), experiments)
+    with _style():
+        _save(solvers_figure(runs, title), f"{prefix}.png")
 
 
 def draw_study(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures of the experiments on functionals: their metrics by method, and the hierarchy."""
+"""Figures of the experiments on functionals: metrics by method, the hierarchy, and solvers' costs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from flowtilt.hierarchy import REQUIRED, Reached
 from flowtilt.measurements import Runs, row_name
 from flowtilt.panels import describe
+from flowtilt.solver_study import SOLVER_WORDS, SolverRun
 
 # Okabe and Ito's palette, as in the other figures.
 _NETWORK, _EXACT, _OPTIMUM = "#0072B2", "#000000", "#009E73"
@@ -109,3 +111,65 @@ def hierarchy_figure(found: Sequence[Reached], title: str) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, title="paper's tier")
     return figure
+
+
+_SOLVER_COLOURS = {"adjoint_matching": "#0072B2", "weighted_fitting": "#E69F00"}
+_COSTS = (("network_passes", 1e6, "network passes (millions)"), ("seconds", 1.0, "seconds"))
+_SOLVER_MARKERS = {"adjoint_matching": "o", "weighted_fitting": "s"}
+
+
+def solvers_figure(runs: Sequence[SolverRun], title: str) -> Figure:
+    """Gap to the optimum against network passes, and against seconds: a column a case, both solvers in each.
+
+    Args:
+        runs: every seed's, all larger than 0 in gap; others cannot stand on a logarithmic axis.
+        title: of the figure.
+    """
+    cases = list(dict.fromkeys(run.case for run in runs))
+    figure = Figure(figsize=(3.4 * len(cases) + 0.6, 6.4))
+    grid = figure.subplots(2, len(cases), sharey="col", squeeze=False)
+    for column, case in zip(grid.T, cases, strict=True):
+        own = [run for run in runs if run.case == case]
+        for axes, (cost, unit, words) in zip(column, _COSTS, strict=True):
+            _cost_panel(axes, own, cost, unit)
+            axes.set_xlabel(words)
+        column[0].set_title(f"{case} ({own[0].kind})")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("gap to the optimum (%)")
+    handles = [
+        Line2D([], [], color=_SOLVER_COLOURS[s], marker=_SOLVER_MARKERS[s], label=SOLVER_WORDS[s])
+        for s in dict.fromkeys(run.solver for run in runs)
+    ]
+    figure.suptitle(title)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=2, title="dots: each seed; lines: means over seeds"
+    )
+    return figure
+
+
+def _cost_panel(axes: Axes, runs: Sequence[SolverRun], cost: str, unit: float) -> None:
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        # Less than a decade may be shown, where powers of ten alone would leave no tick.
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
+    for solver in dict.fromkeys(run.solver for run in runs):
+        own = [run for run in runs if run.solver == solver]
+        colour = _SOLVER_COLOURS[solver]
+        axes.plot(
+            [getattr(run, cost) / unit for run in own],
+            [run.gap for run in own],
+            _SOLVER_MARKERS[solver],
+            color=colour,
+            markersize=4,
+            alpha=0.45,
+        )
+        methods = dict.fromkeys(run.method for run in own)
+        means = [
+            [np.mean([getattr(run, what) for run in own if run.method == name]) for what in (cost, "gap")]
+            for name in methods
+        ]
+        x, y = np.array(sorted(means, key=lambda mean: float(mean[0]))).T
+        axes.plot(x / unit, y, color=colour, linewidth=1.6)
+    axes.grid(color="#e4e4e4", linewidth=0.6)

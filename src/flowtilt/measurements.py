@@ -251,6 +251,25 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     return table
 
 
+def read_history(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A run's history, a line an update, as numbers.
+
+    Args:
+        path: of the file.
+        columns: that it must have; others are read as well.
+
+    Raises:
+        ResultsError: if it is missing or malformed.
+    """
+    if not path.is_file():
+        raise ResultsError(_missing(path))
+    table = read_csv(path, columns)
+    try:
+        return table.astype(float)
+    except ValueError as error:
+        raise ResultsError(f"{path}: not a history ({_one_line(error)}); {_again(path)}") from None
+
+
 # -------------------------------------------------------------------------------- arrays
 
 
@@ -373,7 +392,7 @@ def entries(summary: pd.DataFrame) -> list[Entry]:
     ]
 
 
-def _by_row(long: pd.DataFrame, metric: str) -> dict[tuple[str, str, int], float]:
+def by_row(long: pd.DataFrame, metric: str) -> dict[tuple[str, str, int], float]:
     """One metric by experiment, row and seed."""
     chosen = long[long["metric"] == metric]
     return {
@@ -407,9 +426,9 @@ def with_gaps(long: pd.DataFrame) -> pd.DataFrame:
     the exact objective. For functionals ``gap_closed`` is added to networks' and exact rows: of the
     difference between the optimum and the pretrained law, the share in percent that the row reaches.
     """
-    objective = _by_row(long, "objective")
+    objective = by_row(long, "objective")
     added: list[tuple[str, str, str, int, float]] = []
-    reached, before = _by_row(long, "functional"), _by_row(long, "functional_before")
+    reached, before = by_row(long, "functional"), by_row(long, "functional_before")
     for (experiment, row, seed), value in reached.items():
         method, layer = split_row(row)
         key = (experiment, row_name(method, "optimum"), seed)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flowtilt import hierarchy
-from flowtilt.experiment import Experiment, FunctionalExperiment, load_file, read_study
+from flowtilt import hierarchy, solver_study
+from flowtilt.experiment import Experiment, load_file, read_study
 from flowtilt.files import atomic_path
 from flowtilt.measurements import (
     LAYERS,
@@ -237,8 +237,10 @@ def write_table(
     if study is None:
         (experiment,) = experiments
         write_experiment_table(results, runs_of(experiment), prefix, beside)
-    elif all(isinstance(case, FunctionalExperiment) for case in experiments):
+    elif study.study.table == "hierarchy":
         write_hierarchy_table(results, study.title, list(experiments), prefix)
+    elif study.study.table == "solvers":
+        write_solvers_table(results, study.title, list(experiments), prefix)
     else:
         write_study_table(results, study_runs_of(study, experiments), prefix)
 
@@ -289,7 +291,17 @@ def write_hierarchy_table(
     write_panels(prefix, frame, [hierarchy.hierarchy_panel(lines, title)], hierarchy.NOTE)
 
 
-def write_panels(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:
+def write_solvers_table(
+    results: str | Path, title: str, cases: Sequence[Experiment], prefix: str | Path
+) -> None:
+    """:func:`write_table` for a study that compares control solvers; histories are read as well."""
+    long = collect_runs(results, [runs_of(case) for case in cases])
+    points = solver_study.solver_points(solver_study.solver_runs(results, long, cases))
+    frame = pd.DataFrame(points, columns=list(solver_study.SolverPoint._fields))
+    _write(prefix, frame, [solver_study.solvers_panel(points, title)], solver_study.NOTE)
+
+
+def _write(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:
     """Write a table as data (``.csv``), and as text with a note under it (``.md`` and ``.tex``)."""
     _write_frame(f"{prefix}.csv", frame)
     _write_text(f"{prefix}.md", f"{markdown(panels)}\n\n{note}\n")

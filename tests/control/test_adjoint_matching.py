@@ -467,11 +467,63 @@ def test_a_solve_repeats_itself_leaves_the_base_alone_and_reports_every_update()
         assert bool((a != 0).any())
     assert seen == runs[0].history
     assert [row["update"] for row in seen] == [0, 1, 2]
-    expected = {"update", "loss", "active_share", "control_energy", "gradient_norm", "seconds"}
-    assert set(seen[0]) == expected
+    expected = {"update", "loss", "active_share", "control_energy", "gradient_norm"}
+    assert set(seen[0]) == expected | {"network_passes", "seconds"}
     # The first update still runs the base; velocities are compared at times in single precision.
     assert seen[0]["control_energy"] < 1e-12
     assert all(row["active_share"] == 1 for row in seen)
+
+
+class Counted(CorrectedFlow):
+    """Counts network passes of states as they happen, in a list that its copies share."""
+
+    def __init__(self, passes):
+        super().__init__(MixtureFlow(PATHS["linear"], MIXTURE), AffineTable(PATHS["linear"], 5))
+        self.passes = passes
+
+    def __deepcopy__(self, memo):
+        other = Counted(self.passes)
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def velocity(self, x, t, context=None):
+        v = super().velocity(x, t, context)
+        self.passes.append(len(x))
+        if v.requires_grad:  # called when a gradient comes back, to the input or to the parameters as well
+            trained = next(self.parameters()).requires_grad
+            v.register_hook(lambda _: self.passes.append(len(x) * (2 if trained else 1)))
+        return v
+
+
+@pytest.mark.parametrize(
+    ("tilt", "active"),
+    [
+        (RewardVariation(LINEAR), {16}),
+        (Hinge(Quadratic([1.0, 0.0]), 0.0, 0.5, "upper"), set(range(1, 16))),
+        (Hinge(Quadratic([1.0, 0.0]), 1e3, 0.5, "upper"), {0}),
+    ],
+    ids=["all samples", "some samples", "no sample"],
+)
+def test_network_passes_are_what_goes_through_the_network(tilt, active):
+    passes, after, moved = [], [], []
+
+    class Seen(FirstVariation):
+        sparse = tilt.sparse
+
+        def value(self, x, context=None):
+            return tilt.value(x)
+
+        def active(self, x, context=None):
+            return tilt.active(x)
+
+        def gradient(self, x, context=None):
+            moved.append(int(tilt.active(x).sum()))
+            return tilt.gradient(x)
+
+    choice = settings(**(QUICK | {"pool": 40}))
+    solution = solve(Counted(passes), Seen(), 1.0, choice, generator(0), lambda _: after.append(sum(passes)))
+    assert [row["network_passes"] for row in solution.history] == after
+    assert set(moved) <= active
 
 
 class GradientOnly(FirstVariation):

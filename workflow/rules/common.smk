@@ -19,6 +19,7 @@ try:
         TailExperiment,
         dump,
         load_file,
+        read_study,
         stage_digest,
     )
     from flowtilt.files import atomic_path
@@ -83,6 +84,11 @@ def load_all() -> dict[str, dict[str, Experiment]]:
     files = {
         name: load_experiments(name, f"{config_files()}: key experiments") for name in config["experiments"]
     }
+    for name in config["overrides"].get("skip", {}):
+        if not Path(experiment_file(name)).is_file():
+            raise WorkflowError(
+                f"{config_files()}: key overrides.skip.{name}: there is no {experiment_file(name)}"
+            )
     study = config["resolution"]
     where = f"{config_files()}: key resolution"
     files.setdefault(study, load_experiments(study, where))
@@ -305,6 +311,13 @@ def run_files(name: str, *kinds: str) -> list[str]:
                 folder = run_folder(experiment.name, rows, seed)
                 files += [f"{folder}/metrics.json", f"{folder}/laws.npz"]
     return [file for file in dict.fromkeys(files) if not kinds or Path(file).name in kinds]
+
+
+def read_by_table(name: str) -> list[str]:
+    """What the table and the figure of a file are made from: metrics, and for solvers their costs as well."""
+    study = read_study(Path(experiment_file(name)))
+    costs = study is not None and study.study.table == "solvers"
+    return run_files(name, "metrics.json", *(["history.csv"] if costs else []))
 
 
 def tables_of(name: str) -> list[str]:

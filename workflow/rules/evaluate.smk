@@ -87,7 +87,7 @@ rule measure:
         gpu=0,
     params:
         digest=digest("evaluate"),
-        options=options("history", "reference"),
+        options=options("history", "reference", "threshold"),
     shell:
         "OMP_NUM_THREADS={threads} flowtilt measure {input.config} --method {wildcards.method} "
         "--seed {wildcards.seed} --model {input.model} --samples {input.samples} "

@@ -5,7 +5,7 @@ rule table:
     input:
         file=lambda wildcards: experiment_file(wildcards.name),
         reported="config/reported_results.csv",
-        metrics=lambda wildcards: run_files(wildcards.name, "metrics.json"),
+        runs=lambda wildcards: read_by_table(wildcards.name),
     output:
         csv=report(
             "<results>/tables/{name}.csv",
@@ -196,7 +196,7 @@ rule study_figure:
     input:
         file=lambda wildcards: experiment_file(wildcards.name),
         reported="config/reported_results.csv",
-        metrics=lambda wildcards: run_files(wildcards.name, "metrics.json"),
+        runs=lambda wildcards: read_by_table(wildcards.name),
         resolution="<results>/resolution.json",
     output:
         report(

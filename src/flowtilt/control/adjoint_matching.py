@@ -22,7 +22,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from flowtilt.control.base import Progress, Solution, TrainingDiverged, annealed_rate
+from flowtilt.control.base import (
+    FORWARD,
+    PULLBACK,
+    TRAINING,
+    Progress,
+    Solution,
+    TrainingDiverged,
+    annealed_rate,
+)
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
 from flowtilt.model import Context, FlowModel
@@ -350,6 +358,23 @@ def _control_energy(squares: Tensor, settings: AdjointMatchingSettings) -> float
     return float(0.5 * total / settings.steps)
 
 
+def _network_passes(settings: AdjointMatchingSettings, pool: int, moving: int, chosen: int) -> int:
+    """Network passes of one update, by :data:`flowtilt.control.base.FORWARD` and its like.
+
+    Args:
+        settings: of the regression.
+        pool: trajectories sampled.
+        moving: trajectories of the batch whose endpoint has a gradient, which have an adjoint to solve.
+        chosen: time steps in the loss.
+    """
+    rollout = pool * settings.steps * FORWARD
+    # At the first step there is nothing left to pull back.
+    adjoints = moving * ((settings.steps - 1) * PULLBACK + FORWARD)
+    # The adjoints' forward passes give the base's velocities if they are there for the whole batch.
+    velocities = 0 if moving == settings.batch else chosen * settings.batch * FORWARD
+    return rollout + adjoints + velocities + chosen * settings.batch * TRAINING
+
+
 def _diverged(what: str, update: int, settings: AdjointMatchingSettings) -> str:
     return (
         f"Adjoint Matching: {what} at update {update} of {settings.updates}; "
@@ -378,7 +403,10 @@ def solve(
     Returns:
         The fine-tuned model and its history: ``loss``, ``active_share`` (of the pool, the
         endpoints that carry a gradient), ``control_energy`` (the path-space KL divergence from
-        the base, in nats, estimated on the steps of the loss), ``gradient_norm``, ``seconds``.
+        the base, in nats, estimated on the steps of the loss), ``gradient_norm``, ``network_passes``
+        (states that have gone through the network since the start, a backward pass to the input
+        counted as one and to the parameters as two; what the tilt's own gradient takes is not in it),
+        ``seconds``.
 
     Raises:
         ValueError: if ``kl_weight`` is not positive.
@@ -395,6 +423,7 @@ def solve(
     solution = Solution(model)
     started = time.perf_counter()
     pool_size = settings.pool if tilt.sparse else settings.batch
+    passes = 0
     for update in range(settings.updates):
         pool_context = model.draw_context(pool_size, generator)
         pool = sample_sde(model, pool_size, settings.steps, generator, pool_context)
@@ -430,12 +459,15 @@ def solve(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimiser.step(annealed_rate(update, settings.updates, settings.learning_rate, settings.warmup))
+        moving = int(terminal.flatten(1).any(1).sum())
+        passes += _network_passes(settings, pool_size, moving, len(chosen))
         row: dict[str, Any] = {
             "update": update,
             "loss": float(loss.detach()),
             "active_share": float(tilt.active(pool[-1], pool_context).double().mean()),
             "control_energy": _control_energy(energies * weights, settings),
             "gradient_norm": float(norm),
+            "network_passes": passes,
             "seconds": time.perf_counter() - started,
         }
         solution.history.append(row)

@@ -16,6 +16,11 @@ class TrainingDiverged(ArithmeticError):
     """A loss stopped being finite."""
 
 
+FORWARD, PULLBACK, TRAINING = 1, 2, 3
+"""Network passes of one state: forward; forward, and backward to the input; forward, and backward to the
+parameters, which goes through every layer twice."""
+
+
 @dataclass
 class Solution:
     """A fine-tuned model and what happened on the way.

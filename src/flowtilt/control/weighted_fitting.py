@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.control.base import Progress, Solution, TrainingDiverged, annealed_rate
+from flowtilt.control.base import FORWARD, TRAINING, Progress, Solution, TrainingDiverged, annealed_rate
 from flowtilt.control.penalties import BankWeights, penalty_named, solve_weights
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.model import Context, FlowModel
@@ -36,9 +36,6 @@ from flowtilt.optimiser import Adam
 from flowtilt.sampling import CHUNK, OdeSettings, sample_ode, sample_sde
 
 logger = logging.getLogger(__name__)
-
-FORWARD, TRAINING = 1, 3
-"""Network passes of one state: forward alone; forward, and backward to the parameters."""
 
 
 class UnusableBank(ArithmeticError):

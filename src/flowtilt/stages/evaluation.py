@@ -20,11 +20,11 @@ def threshold(experiment: Experiment, method: str, batch: Path, output: Path) ->
             f"experiment {experiment.name}: method {method!r} has no threshold; only tfft has one"
         )
     (rewards,) = read_arrays(batch, "reward")
-    problem = tail_experiment(experiment).objective
-    at = thresholds.threshold(rewards, problem.tail_alpha, problem.mass, problem.tail)
+    tail = experiment.tail_of(method)
+    at = thresholds.threshold(rewards, tail.alpha, tail.mass, tail.side)
     row = {
         "threshold": at,
-        "offline_active_share": thresholds.active_share(rewards, at, problem.tail),
+        "offline_active_share": thresholds.active_share(rewards, at, tail.side),
         "offline_samples": len(rewards),
     }
     write_json(row, output)

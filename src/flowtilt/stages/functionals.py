@@ -21,7 +21,7 @@ from flowtilt.domains.planar.truth import gridded_density
 from flowtilt.experiment import ConfigError, Experiment, FunctionalExperiment, method_of
 from flowtilt.seeding import seed_of
 from flowtilt.stages.evaluation import activity
-from flowtilt.stages.files import read_arrays, read_history, write_arrays, write_rows
+from flowtilt.stages.files import read_arrays, read_history, read_threshold, write_arrays, write_rows
 
 
 def _functional(experiment: Experiment) -> FunctionalExperiment:
@@ -43,6 +43,7 @@ def measure(
     output: Path,
     history: Path | None = None,
     reference: Path | None = None,
+    threshold_file: Path | None = None,
 ) -> None:
     """Metrics of one run: from its samples, and its objective on the grid where the optimum is known.
 
@@ -56,6 +57,7 @@ def measure(
         output: JSON file to write.
         history: of the fine-tuning, for the shares of active samples.
         reference: samples of the pretrained model, to measure distances from.
+        threshold_file: of tfft.
     """
     experiment = _functional(experiment)
     kind = method_of(experiment, method).kind
@@ -76,6 +78,8 @@ def measure(
         )
     if history is not None:
         row |= activity(read_history(history, "active_share"))
+    if threshold_file is not None:
+        row |= read_threshold(threshold_file)
     write_rows({method: row}, output)
 
 

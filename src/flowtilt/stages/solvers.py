@@ -1,4 +1,4 @@
-"""The control solver that a configuration names: one key chooses it for all methods."""
+"""The control solver that a configuration names: one key chooses it."""
 
 from __future__ import annotations
 

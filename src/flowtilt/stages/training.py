@@ -11,7 +11,7 @@ import torch
 
 from flowtilt.checkpoints import load_weights, save_weights
 from flowtilt.control.base import Progress
-from flowtilt.domains.planar.build import build_data, build_model, build_reward, build_slope
+from flowtilt.domains.planar.build import build_data, build_model, build_reward, build_slope, reward_of
 from flowtilt.domains.planar.problems import build_objective
 from flowtilt.experiment import ConfigError, Experiment, FunctionalExperiment, method_of, tail_experiment
 from flowtilt.fdc import MirrorAscent, Solver, ascend
@@ -49,7 +49,7 @@ def offline(experiment: Experiment, seed: int, model: Path, output: Path) -> Non
     flow = load_weights(build_model(experiment), model)
     generator = _generator(experiment.name, "offline", seed)
     x = sample_sde(flow, experiment.offline.samples, experiment.solver.steps, generator)[-1]
-    write_arrays(output, x=x.numpy(), reward=build_reward(tail_experiment(experiment))(x).numpy())
+    write_arrays(output, x=x.numpy(), reward=reward_of(experiment)(x).numpy())
 
 
 def finetune(
@@ -63,7 +63,7 @@ def finetune(
     threshold_file: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Fine-tune a pretrained model by one method, with the experiment's control solver.
+    """Fine-tune a pretrained model by one method, with its control solver.
 
     Args:
         experiment: what to do.
@@ -80,7 +80,7 @@ def finetune(
     kind = method_of(experiment, method).kind
     if kind == "pretrained":
         raise ConfigError(f"experiment {experiment.name}: method {method!r} is not fine-tuned")
-    solver = build_solver(experiment.solver, experiment.updates_of(method), progress)
+    solver = build_solver(experiment.solver_of(method), experiment.updates_of(method), progress)
     if kind == "fdc":
         model, rows = _flow_density_control(experiment, method, seed, base, start, solver)
     else:
@@ -95,20 +95,14 @@ def _single_tilt(
     experiment: Experiment, method: str, threshold_file: Path | None
 ) -> tuple[FirstVariation, float]:
     """What a method of a single solve tilts by, and its KL weight."""
-    if isinstance(experiment, FunctionalExperiment):
-        slope = build_slope(experiment)
-        if slope is None:
-            raise ConfigError(
-                f"experiment {experiment.name}: key reward: missing; method {method!r} needs one"
-            )
-        return RewardVariation(slope), experiment.problem_of(method).alpha
-    tails = tail_experiment(experiment)
-    reward, problem = build_reward(tails), tails.objective
+    reward = reward_of(experiment)
     if method_of(experiment, method).kind == "am":
-        return RewardVariation(reward), problem.alpha
+        if isinstance(experiment, FunctionalExperiment):
+            return RewardVariation(reward), experiment.problem_of(method).alpha
+        return RewardVariation(reward), tail_experiment(experiment).objective.alpha
     if threshold_file is None:
         raise StageError(f"method {method!r} needs --threshold, the file of the threshold stage")
-    tail = TailProblem(problem.tail, problem.mass, problem.tail_alpha)
+    tail = TailProblem(*experiment.tail_of(method))
     return tail.pseudo_reward(reward, read_threshold(threshold_file)["threshold"]), tail.alpha
 
 
@@ -132,7 +126,7 @@ def _flow_density_control(
         done = method_of(experiment, config.continue_from).iterations or 0
         model = load_weights(build_model(experiment), start)
     objective, step_weight, step = _ascent(experiment, method, base)
-    settings = MirrorAscent(step_weight, experiment.offline.samples, experiment.solver.steps)
+    settings = MirrorAscent(step_weight, experiment.offline.samples, experiment.solver_of(method).steps)
     result = ascend(
         model,
         objective,
@@ -154,7 +148,7 @@ def _ascent(experiment: Experiment, method: str, base: FlowModel) -> tuple[Funct
     problem, reward = tails.objective, build_reward(tails)
     utility = CVaR(reward, problem.level) if problem.tail == "lower" else SQ(reward, problem.level)
     # Scores are compared at the last time where the solver trains the velocity.
-    kl = KL(base, score_time=1 - 1 / tails.solver.steps)
+    kl = KL(base, score_time=1 - 1 / tails.solver_of(method).steps)
     step = tails.methods[method].step or 1.0
     return Objective(utility, kl, problem.tail_alpha), problem.tail_alpha / step, step
 

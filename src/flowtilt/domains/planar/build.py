@@ -17,6 +17,7 @@ from flowtilt.experiment import (
     FunctionalExperiment,
     PathConfig,
     TailExperiment,
+    tail_experiment,
 )
 from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
 from flowtilt.loading import imported
@@ -59,6 +60,20 @@ def build_slope(experiment: FunctionalExperiment) -> Slope | None:
         return None
     fields = experiment.reward.model_dump()
     return _imported(fields.pop("landscape"), SLOPES, Slope)(**fields)
+
+
+def reward_of(experiment: Experiment) -> Reward:
+    """The reward of an experiment of either kind.
+
+    Raises:
+        ConfigError: if the experiment has none.
+    """
+    if isinstance(experiment, FunctionalExperiment):
+        reward = build_slope(experiment)
+        if reward is None:
+            raise ConfigError(f"experiment {experiment.name}: key reward: missing; add it")
+        return reward
+    return build_reward(tail_experiment(experiment))
 
 
 def build_cost(experiment: FunctionalExperiment) -> Bowl | None:

@@ -9,7 +9,7 @@ import torch
 
 from flowtilt.domains.planar.build import build_data, build_model, build_slope
 from flowtilt.domains.planar.grid import Grid, kl_divergence, normalise
-from flowtilt.domains.planar.optimum import Optimum, mirror_iterates, optimum_of
+from flowtilt.domains.planar.optimum import Optimum, mirror_iterates, optimum_of, tail_optimum
 from flowtilt.domains.planar.problems import build_objective
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics
 from flowtilt.experiment import FunctionalExperiment
@@ -207,6 +207,8 @@ def _exact_law(experiment: FunctionalExperiment, method: str, problem: GridProbl
     config = experiment.methods[method]
     if config.kind == "pretrained":
         return problem.start.log_p
+    if config.kind == "tfft":
+        return tail_optimum(problem.objective, problem.start).log_p
     if config.kind == "am":  # the configuration admits an expected reward under KL alone
         weight, steps = problem.objective.alpha, 1
     else:

@@ -29,7 +29,7 @@ def build_objective(experiment: FunctionalExperiment, method: str, reference: Fl
         ConfigError: naming the key and the fix.
     """
     problem = experiment.problem_of(method)
-    steps = experiment.solver.steps
+    steps = experiment.solver_of(method).steps
     ingredients = Ingredients(
         reward=build_slope(experiment),
         reference=reference,
@@ -89,13 +89,13 @@ def check_problems(experiment: FunctionalExperiment) -> None:
     grid = Grid(experiment.grid.extent, CHECKED_CELLS)
     log_p = normalise(build_data(experiment).log_density(grid.points)).ravel()
     law = FiniteLaw(grid.flat_points, log_p, log_p)
-    takes: Literal["gradient", "value"] = (
-        "value" if experiment.solver.kind == "weighted_fitting" else "gradient"
-    )
-    for method in experiment.methods:
+    for method, config in experiment.methods.items():
+        solver = experiment.solver_of(method)
+        takes: Literal["gradient", "value"] = "value" if solver.kind == "weighted_fitting" else "gradient"
         objective = build_objective(experiment, method, model)
         try:
-            check_needs(objective, model, takes=takes)
+            if config.kind != "pretrained":
+                check_needs(objective, model, takes=takes)
             objective.utility.finite_value(law)
             objective.utility.finite_variation(law)
         except ValueError as error:
