@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +47,9 @@ class TailSpec(NamedTuple):
     alpha: float
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A mapping of a configuration: keys that it does not know are refused, and it cannot be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -205,7 +206,7 @@ class OfflineConfig(Section):
     samples: Count
 
 
-class SolverConfig(_Section):
+class SolverConfig(Section):
     """The control solver of all methods, of which a method may change keys for itself.
 
     One key, ``kind``, chooses it; ``pool``, ``ramp``, ``last_share`` and ``rest_share`` belong to
@@ -332,7 +333,7 @@ class GridConfig(Section):
     density_cells: Annotated[int, Field(ge=8)]
 
 
-class Experiment(_Section, ABC):
+class Experiment(Section, ABC):
     """What every experiment, or one case of a study, has; see the two kinds below."""
 
     layers: ClassVar[tuple[str, ...]]
@@ -611,7 +612,7 @@ class Case(Section):
     methods: dict[str, dict[str, Any]] = {}
 
 
-class StudyConfig(_Section):
+class StudyConfig(Section):
     """What a study varies, and its cases; ``set`` and ``methods`` are for cases that do not say otherwise.
 
     ``table`` chooses its table and its figure: rows along the axis for cases on tails; for cases on
@@ -635,7 +636,7 @@ class Study(Section):
     study: StudyConfig
 
 
-class Skip(_Section):
+class Skip(Section):
     """Cases of a study, by label, and methods that are left out of a file."""
 
     cases: list[str] = []
@@ -671,7 +672,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     if study is None:
         merged = merge({"base": path.stem, **data}, overrides)
         _leave_out(merged.get("methods", {}), skip, path)
-        return {path.stem: _validated(_class_of(merged), merged, path)}
+        return {path.stem: validated(_class_of(merged), merged, path)}
     if unknown := set(skip.cases) - {case.label for case in study.study.cases}:
         raise ConfigError(f"{path}: key skip.{path.stem}.cases: there is no case {min(unknown)!r}")
     experiments = {}
@@ -699,14 +700,14 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
                 f"{path}: key study.table: must be axis if the cases are on tails, and hierarchy or solvers "
                 f"if they are on functionals (got {study.study.table!r})"
             )
-        experiments[name] = _validated(kind, merged, path, case.label)
+        experiments[name] = validated(kind, merged, path, case.label)
     return experiments
 
 
 def _skip_of(by_file: Any, path: Path) -> Skip:
     if not isinstance(by_file, Mapping):
         raise ConfigError(f"{path}: key skip: must map names of files to cases and methods")
-    return _validated(Skip, by_file.get(path.stem, {}), path)
+    return validated(Skip, by_file.get(path.stem, {}), path)
 
 
 def _leave_out(methods: dict[str, Any], skip: Skip, path: Path) -> None:

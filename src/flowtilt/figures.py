@@ -655,8 +655,8 @@ def draw_hierarchy(
     long = collect_runs(results, [runs_of(e) for e in experiments])
     # Functionals without a case have nothing to draw.
     found = [line for line in reached(long, experiments) if line.seeds]
-    with _style():
-        _save(hierarchy_figure(found, title), f"{prefix}.png")
+    with figure_style():
+        save_figure(hierarchy_figure(found, title), f"{prefix}.png")
 
 
 def draw_solvers(
@@ -664,8 +664,8 @@ def draw_solvers(
 ) -> None:
     """Draw ``{prefix}.png``: each solver's gap to the optimum against what it cost."""
     runs = solver_runs(results, collect_runs(results, [runs_of(e) for e in experiments]), experiments)
-    with _style():
-        _save(solvers_figure(runs, title), f"{prefix}.png")
+    with figure_style():
+        save_figure(solvers_figure(runs, title), f"{prefix}.png")
 
 
 def draw_study(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:

@@ -298,10 +298,10 @@ def write_solvers_table(
     long = collect_runs(results, [runs_of(case) for case in cases])
     points = solver_study.solver_points(solver_study.solver_runs(results, long, cases))
     frame = pd.DataFrame(points, columns=list(solver_study.SolverPoint._fields))
-    _write(prefix, frame, [solver_study.solvers_panel(points, title)], solver_study.NOTE)
+    write_panels(prefix, frame, [solver_study.solvers_panel(points, title)], solver_study.NOTE)
 
 
-def _write(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:
+def write_panels(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:
     """Write a table as data (``.csv``), and as text with a note under it (``.md`` and ``.tex``)."""
     _write_frame(f"{prefix}.csv", frame)
     _write_text(f"{prefix}.md", f"{markdown(panels)}\n\n{note}\n")

@@ -21,7 +21,7 @@ from flowtilt.domains.planar.truth import (
     gridded_density,
     resolution_mismatch,
 )
-from flowtilt.experiment import Experiment, tail_experiment
+from flowtilt.experiment import Experiment, TailExperiment, tail_experiment
 from flowtilt.stages.files import StageError, read_arrays, write_arrays, write_json, write_rows
 
 LAW_CELLS = 240
