@@ -27,13 +27,13 @@ from flowtilt.control.adjoint_matching import (
     AdjointMatchingSettings,
     _targets,
     lean_adjoint,
-    likelihood_ratio_gradient,
     loss_scale,
     solve,
     stratified_draw,
 )
 from flowtilt.control.base import TrainingDiverged
-from flowtilt.functionals.base import FirstVariation
+from flowtilt.control.endpoints import Ends, Terminal, likelihood_ratio_gradient
+from flowtilt.functionals.base import FirstVariation, WeightedVariation
 from flowtilt.functionals.utilities import Hinge, RewardVariation
 from flowtilt.model import FlowModel
 from flowtilt.rewards import Reward
@@ -130,7 +130,9 @@ def test_the_lean_adjoint_is_the_gradient_through_the_whole_chain_of_means(path)
     gradients = torch.autograd.grad(-QUADRATIC.value(states[-1]).sum(), states)
 
     trajectories = torch.stack(states).detach()
-    adjoints, velocities = lean_adjoint(flow, trajectories, -QUADRATIC.gradient(trajectories[-1]), steps)
+    adjoints, velocities = lean_adjoint(
+        flow, trajectories, Terminal(-QUADRATIC.gradient(trajectories[-1])), steps
+    )
     # Float64 rounding over a dozen products of Jacobians of order one.
     torch.testing.assert_close(adjoints, torch.stack(gradients[1:]), rtol=1e-11, atol=1e-12)
     for k, t in enumerate(time_grid(count)[:-1]):
@@ -149,8 +151,8 @@ def test_samples_at_rest_are_left_out_of_the_adjoint_and_not_of_the_velocities(p
     terminal = torch.zeros(6, 2, dtype=torch.float64)
     terminal[moving] = torch.randn(len(moving), 2, generator=generator(1), dtype=torch.float64)
     chosen = torch.tensor([0, 3, 7])
-    whole = [a[chosen] for a in lean_adjoint(flow, trajectories, terminal, steps)]
-    targets = _targets(flow, trajectories, terminal, True, steps, chosen, None)
+    whole = [a[chosen] for a in lean_adjoint(flow, trajectories, Terminal(terminal), steps)]
+    targets = _targets(flow, trajectories, Terminal(terminal), steps, chosen, None)
     for ours, theirs in zip(targets, whole, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
@@ -160,7 +162,7 @@ def test_the_lean_adjoint_runs_through_the_base_along_trajectories_of_any_model(
     steps = memoryless_steps(flow, count)
     trajectories = sample_sde(other, 3, count, generator(0))
     terminal = torch.randn(3, 2, generator=generator(1), dtype=torch.float64)
-    adjoints, _ = lean_adjoint(flow, trajectories, terminal, steps)
+    adjoints, _ = lean_adjoint(flow, trajectories, Terminal(terminal), steps)
     for i in range(3):
         expected = terminal[i]
         for k in range(count - 1, 0, -1):
@@ -181,7 +183,7 @@ def test_the_lean_adjoint_of_a_linear_reward_and_gaussian_data_is_exact_with_any
     flow = MixtureFlow(path, GAUSSIAN, data_variance)
     steps = memoryless_steps(flow, count)
     terminal, s = tensor([[1.0, -2.0]]), GAUSSIAN.covariance
-    adjoints, _ = lean_adjoint(flow, torch.zeros(count + 1, 1, 2).double(), terminal, steps)
+    adjoints, _ = lean_adjoint(flow, torch.zeros(count + 1, 1, 2).double(), Terminal(terminal), steps)
     for k, t in enumerate(tensor(time_grid(count))[1:]):
         alpha, beta = path.alpha(t), path.beta(t)
         at_time = alpha**2 * s + beta**2 * torch.eye(2, dtype=torch.float64)
@@ -209,7 +211,7 @@ def test_the_lean_adjoint_has_order_one(path):
         times = tensor(time_grid(count))[:, None, None]
         curve = start + times * (end - start)
         steps = memoryless_steps(flow, count)
-        adjoints, _ = lean_adjoint(flow, curve, tensor(terminal)[None], steps)
+        adjoints, _ = lean_adjoint(flow, curve, Terminal(tensor(terminal)[None]), steps)
         errors.append(float(np.linalg.norm(adjoints[count // 2 - 1, 0].numpy() - limit)))
     orders = halving_orders(errors)
     # The next order is still felt, half as much at each finer pair.
@@ -278,6 +280,26 @@ def test_without_memory_the_limit_is_the_tilted_law(reward):
 # --- Gradients at the end from values alone ----------------------------------------------------
 
 
+@paths
+def test_what_is_added_before_the_end_goes_back_from_there(path):
+    """The adjoint is linear: pulled back from the end, and from one state before, are two parts of a sum."""
+    flow, count = nonlinear_flow(path), 6
+    steps = memoryless_steps(flow, count)
+    trajectories = sample_sde(flow, 5, count, generator(0))
+    end, before = torch.randn(2, 5, 2, generator=generator(1), dtype=torch.float64)
+    both, velocities = lean_adjoint(flow, trajectories, Terminal(end, before), steps)
+    alone, expected = lean_adjoint(flow, trajectories, Terminal(end), steps)
+    torch.testing.assert_close(velocities, expected)
+    added = both - alone
+    # The last step has no noise of its own, and takes what is added before it.
+    torch.testing.assert_close(added[-1], before)
+    torch.testing.assert_close(added[-2], before)
+    for k in range(count - 2, 0, -1):
+        x = trajectories[k].clone().requires_grad_(True)
+        (pulled,) = torch.autograd.grad(flow.velocity(x, tensor(k / count)), x, added[k])
+        torch.testing.assert_close(added[k - 1], steps[k].state * added[k] + steps[k].velocity * pulled)
+
+
 class Ridge(Reward):
     """A smooth step of a given width along x."""
 
@@ -327,6 +349,37 @@ def test_the_likelihood_ratio_gradient_has_less_noise_at_an_edge_and_more_on_a_s
     assert noise[0.002] < 0.4 * noise[0.02] < 0.4 * noise[1.0]
     assert noise[0.002] < 0.25
     assert noise[1.0] > 1
+
+
+class ByGradient(RewardVariation):
+    """A reward of which only the gradient may be asked for."""
+
+    cheap_values = False
+
+    def value(self, x, context=None):
+        raise AssertionError("the value of this is dear")
+
+
+def test_the_part_of_a_tilt_with_dear_values_keeps_its_own_gradient():
+    flow = nonlinear_flow(PATHS["vp"])
+    steps = memoryless_steps(flow, 6)
+    pool = sample_sde(flow, 40, 6, generator(0))
+    hinge = Hinge(Ridge(0.3), 0.5, 0.5, "upper")
+    tilt = WeightedVariation(((2.0, hinge), (-0.5, ByGradient(LINEAR)), (0.0, ByGradient(QUADRATIC))))
+    ends = Ends.of(flow, tilt, pool, steps, None, "likelihood_ratio")
+    ratio = 2.0 * likelihood_ratio_gradient(flow, hinge, pool, steps)
+    torch.testing.assert_close(ends.ratio, ratio)
+    assert torch.equal(ends.active, ratio.any(1))
+    assert 0 < int(ends.active.sum()) < 40
+    index = torch.tensor([3, 0, 17])
+    terminal = ends.terminal(pool[-1, index], index, None, -0.1)
+    torch.testing.assert_close(terminal.before, -0.1 * ratio[index])
+    torch.testing.assert_close(terminal.end, 0.05 * LINEAR.gradient(pool[-1, index]))
+    # By the pathwise estimator nothing is split.
+    whole = Ends.of(flow, tilt, pool, steps, None, "pathwise")
+    assert whole.ratio is None
+    expected = -0.1 * tilt.gradient(pool[-1, index])
+    torch.testing.assert_close(whole.terminal(pool[-1, index], index, None, -0.1).end, expected)
 
 
 # --- Training against closed forms -------------------------------------------------------------

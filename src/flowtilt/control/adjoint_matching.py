@@ -17,7 +17,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -31,13 +31,12 @@ from flowtilt.control.base import (
     TrainingDiverged,
     annealed_rate,
 )
+from flowtilt.control.endpoints import EndpointGradient, Ends, Terminal
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
 from flowtilt.model import Context, FlowModel
 from flowtilt.optimiser import Adam
 from flowtilt.sampling import memoryless_steps, sample_sde, time_grid
-
-EndpointGradient = Literal["pathwise", "likelihood_ratio"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class AdjointMatchingSettings:
         gradient_clip: bound on the norm of the parameters' gradient.
         endpoint_gradient: how the tilt's gradient at the end of a trajectory is estimated: ``pathwise``,
             by the tilt's own gradient, or by ``likelihood_ratio``, from its values alone. The latter
-            has far less noise where the tilt has edges (see :func:`likelihood_ratio_gradient`).
+            has far less noise where the tilt has edges (see :mod:`flowtilt.control.endpoints`).
         last_share: share of the time steps, nearest to the data, that are always in the loss.
         rest_share: share of the remaining steps drawn at random for each update.
     """
@@ -131,25 +130,27 @@ def stratified_draw(active: Tensor, batch: int, generator: torch.Generator) -> D
 def lean_adjoint(
     base: FlowModel,
     trajectories: Tensor,
-    terminal: Tensor,
+    terminal: Terminal,
     steps: list[MemorylessStep],
     context: Context = None,
 ) -> tuple[Tensor, Tensor]:
     """Lean adjoint and base velocities along trajectories.
 
+    The last step takes what is added before it as well, since it has no noise of its own.
+
     Args:
         base: the model that is being tilted.
-        trajectories: states from the first on, at most all of them, (K + 1, batch, ...).
-        terminal: adjoint at the last of these states, (batch, ...).
+        trajectories: states, (steps + 1, batch, ...).
+        terminal: adjoint at the endpoint, and what is added to it one state before.
         steps: coefficients of the process.
         context: the trajectories' context.
 
     Returns:
-        ``a_{k+1}`` and the base velocity at ``x_k`` for k = 0..K-1, each (K, batch, ...).
+        ``a_{k+1}`` and the base velocity at ``x_k`` for k = 0..steps-1, each (steps, batch, ...).
     """
     times = time_grid(len(steps))
-    adjoints, velocities = [terminal], []
-    for k in range(len(trajectories) - 2, -1, -1):
+    adjoints, velocities = [terminal.end], []
+    for k in range(len(steps) - 1, -1, -1):
         x = trajectories[k].detach().requires_grad_(True)
         with torch.enable_grad():
             v = base.velocity(x, x.new_tensor(times[k]), context)
@@ -159,104 +160,17 @@ def lean_adjoint(
         a, step = adjoints[-1], steps[k]
         pulled = torch.autograd.grad(v, x, a)[0] if v.requires_grad else torch.zeros_like(a)
         adjoints.append(step.state * a + step.velocity * pulled)
+        if k == len(steps) - 1 and terminal.before is not None:
+            adjoints[-1] = adjoints[-1] + terminal.before
+    if terminal.before is not None:
+        adjoints[0] = adjoints[0] + terminal.before
     return torch.stack(adjoints[::-1]), torch.stack(velocities[::-1])
-
-
-@torch.no_grad()
-def likelihood_ratio_gradient(
-    model: FlowModel,
-    tilt: FirstVariation,
-    trajectories: Tensor,
-    steps: list[MemorylessStep],
-    context: Context = None,
-) -> Tensor:
-    """Gradient of the tilt at the last noisy states, from values at the ends of mirrored pairs.
-
-    The last noisy state is ``m + nu xi``, and the rest of the way is deterministic: the tilt's value
-    there is a function ``f`` of it. A regression sees the adjoint only through its mean over ``xi``, and
-    ``grad_m E f(m + nu xi) = E[(f(m + nu xi) - f(m - nu xi)) xi] / (2 nu)``: the likelihood-ratio
-    estimator with antithetic pairs (Glasserman 2003, sections 4.2 and 7.3). Where ``f`` jumps by J
-    over a width w below ``nu``, its noise is of the size ``J / nu`` and not ``J / w``, and is there on
-    as many samples as lie within ``nu`` of the jump; where ``f`` is linear both have the same mean
-    without the other's advantage of having no noise at all.
-
-    Args:
-        model: that drew the trajectories.
-        tilt: only its values are asked for.
-        trajectories: states, (steps + 1, batch, ...), with at least two steps.
-        steps: coefficients of the process; the last without noise.
-        context: the trajectories' context.
-
-    Returns:
-        The estimates, (batch, ...): they stand at the states before the last.
-    """
-    times = time_grid(len(steps))
-    noisy, last = steps[-2:]
-    before, state, end = trajectories[-3:]
-    mean = noisy.state * before + noisy.velocity * model.velocity(
-        before, before.new_tensor(times[-3]), context
-    )
-    shift = state - mean
-    mirrored = mean - shift
-    v = model.velocity(mirrored, mirrored.new_tensor(times[-2]), context)
-    difference = tilt.value(end, context) - tilt.value(last.state * mirrored + last.velocity * v, context)
-    return difference.view(-1, *(1,) * (end.ndim - 1)) * shift / (2 * noisy.noise**2)
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """The tilt's gradient at the ends of a pool of trajectories.
-
-    Attributes:
-        active: which trajectories carry one, bool (pool,).
-        gradients: of all, at the states before the last, (pool, ...); None if they are the tilt's own
-            gradients at the last states, which are then taken of those only that are drawn.
-    """
-
-    active: Tensor
-    gradients: Tensor | None
-
-
-def _ends(
-    model: FlowModel,
-    tilt: FirstVariation,
-    pool: Tensor,
-    steps: list[MemorylessStep],
-    context: Context,
-    settings: AdjointMatchingSettings,
-) -> _Ends:
-    if settings.endpoint_gradient == "pathwise":
-        return _Ends(tilt.active(pool[-1], context), None)
-    gradients = likelihood_ratio_gradient(model, tilt, pool, steps, context)
-    return _Ends(gradients.flatten(1).any(1), gradients)
-
-
-def _all_targets(
-    base: FlowModel,
-    trajectories: Tensor,
-    terminal: Tensor,
-    at_end: bool,
-    steps: list[MemorylessStep],
-    context: Context,
-) -> tuple[Tensor, Tensor]:
-    """Lean adjoint and base velocities at all steps, from a terminal value at the end or one state before.
-
-    In the latter case the step to the end takes the adjoint of the one before it.
-    """
-    if at_end:
-        return lean_adjoint(base, trajectories, terminal, steps, context)
-    adjoints, velocities = lean_adjoint(base, trajectories[:-1], terminal, steps, context)
-    x = trajectories[-2]
-    with torch.no_grad():
-        v = base.velocity(x, x.new_tensor(time_grid(len(steps))[-2]), context)
-    return torch.cat([adjoints, terminal[None]]), torch.cat([velocities, v[None]])
 
 
 def _targets(
     base: FlowModel,
     trajectories: Tensor,
-    terminal: Tensor,
-    at_end: bool,
+    terminal: Terminal,
     steps: list[MemorylessStep],
     chosen: Tensor,
     context: Context,
@@ -266,15 +180,15 @@ def _targets(
     The lean adjoint is linear in its terminal value: where that is zero, as on the flat side of a
     hinge, it stays zero, and only the velocity is needed.
     """
-    moving = terminal.flatten(1).any(1)
+    moving = terminal.moving
     if bool(moving.all()):
-        adjoints, velocities = _all_targets(base, trajectories, terminal, at_end, steps, context)
+        adjoints, velocities = lean_adjoint(base, trajectories, terminal, steps, context)
         return adjoints[chosen], velocities[chosen]
     index = moving.nonzero().squeeze(1)
     adjoints = torch.zeros_like(trajectories[chosen])
     if len(index):
         some = base.select_context(context, index)
-        of_some = _all_targets(base, trajectories[:, index], terminal[index], at_end, steps, some)[0]
+        of_some = lean_adjoint(base, trajectories[:, index], terminal.select(index), steps, some)[0]
         adjoints[:, index] = of_some[chosen]
     times = torch.tensor(time_grid(len(steps)), dtype=torch.float64).to(trajectories)
     with torch.no_grad():
@@ -358,7 +272,9 @@ def _control_energy(squares: Tensor, settings: AdjointMatchingSettings) -> float
     return float(0.5 * total / settings.steps)
 
 
-def _network_passes(settings: AdjointMatchingSettings, pool: int, moving: int, chosen: int) -> int:
+def _network_passes(
+    settings: AdjointMatchingSettings, pool: int, moving: int, chosen: int, mirrored: bool
+) -> int:
     """Network passes of one update, by :data:`flowtilt.control.base.FORWARD` and its like.
 
     Args:
@@ -366,8 +282,9 @@ def _network_passes(settings: AdjointMatchingSettings, pool: int, moving: int, c
         pool: trajectories sampled.
         moving: trajectories of the batch whose endpoint has a gradient, which have an adjoint to solve.
         chosen: time steps in the loss.
+        mirrored: whether the pool's last two steps were taken again, for pairs.
     """
-    rollout = pool * settings.steps * FORWARD
+    rollout = pool * (settings.steps + 2 * mirrored) * FORWARD
     # At the first step there is nothing left to pull back.
     adjoints = moving * ((settings.steps - 1) * PULLBACK + FORWARD)
     # The adjoints' forward passes give the base's velocities if they are there for the whole batch.
@@ -429,19 +346,15 @@ def solve(
         pool = sample_sde(model, pool_size, settings.steps, generator, pool_context)
         if not bool(torch.isfinite(pool[-1]).all()):
             raise TrainingDiverged(_diverged("trajectories are no longer finite", update, settings))
-        ends = _ends(model, tilt, pool, steps, pool_context, settings)
+        ends = Ends.of(model, tilt, pool, steps, pool_context, settings.endpoint_gradient)
         draw = stratified_draw(ends.active, settings.batch, generator)
         trajectories = pool[:, draw.index]
         context = model.select_context(pool_context, draw.index)
 
         strength = min(1.0, (update + 1) / max(1.0, settings.ramp * settings.updates))
-        at_end = ends.gradients is None
-        gradients = (
-            tilt.gradient(trajectories[-1], context) if ends.gradients is None else ends.gradients[draw.index]
-        )
-        terminal = -strength * gradients / kl_weight
+        terminal = ends.terminal(trajectories[-1], draw.index, context, -strength / kl_weight)
         chosen = _chosen_steps(settings, generator)
-        adjoints, base_velocities = _targets(base, trajectories, terminal, at_end, steps, chosen, context)
+        adjoints, base_velocities = _targets(base, trajectories, terminal, steps, chosen, context)
         squares, energies = _residuals(
             model,
             trajectories[chosen],
@@ -459,8 +372,8 @@ def solve(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimiser.step(annealed_rate(update, settings.updates, settings.learning_rate, settings.warmup))
-        moving = int(terminal.flatten(1).any(1).sum())
-        passes += _network_passes(settings, pool_size, moving, len(chosen))
+        moving = int(terminal.moving.sum())
+        passes += _network_passes(settings, pool_size, moving, len(chosen), ends.ratio is not None)
         row: dict[str, Any] = {
             "update": update,
             "loss": float(loss.detach()),

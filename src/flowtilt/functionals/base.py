@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -93,7 +93,12 @@ class FirstVariation(ABC):
     """The first variation of a functional at a fixed law: a function of the endpoint.
 
     Constants do not tilt: its value is known up to one.
+
+    Attributes:
+        cheap_values: whether a value costs no more than a gradient; else it takes likelihoods.
     """
+
+    cheap_values: ClassVar[bool] = True
 
     @abstractmethod
     def value(self, x: Tensor, context: Context = None) -> Tensor:
@@ -111,6 +116,10 @@ class FirstVariation(ABC):
     def sparse(self) -> bool:
         """Whether some samples may be inactive, so that a larger pool is worth its cost."""
         return False
+
+    def split(self) -> tuple[FirstVariation | None, FirstVariation | None]:
+        """Two parts whose sum it is: what has cheap values, and what is better known by its gradient."""
+        return (self, None) if self.cheap_values else (None, self)
 
 
 class Functional(ABC):
@@ -181,6 +190,15 @@ class WeightedVariation(FirstVariation):
     @property
     def sparse(self) -> bool:
         return self.parts[0][1].sparse
+
+    def split(self) -> tuple[FirstVariation | None, FirstVariation | None]:
+        halves: tuple[list[tuple[float, FirstVariation]], ...] = ([], [])
+        for weight, part in self.parts:
+            for half, own in zip(halves, part.split(), strict=True):
+                if own is not None and weight != 0:
+                    half.append((weight, own))
+        by_value, rest = (WeightedVariation(tuple(half)) if half else None for half in halves)
+        return by_value, rest
 
 
 @dataclass(frozen=True)

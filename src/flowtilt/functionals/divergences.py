@@ -29,6 +29,8 @@ class ScoreDifference(FirstVariation):
     both are taken at ``time`` just before it, where a solver still trains the velocity.
     """
 
+    cheap_values = False
+
     model: FlowModel
     reference: FlowModel
     time: float

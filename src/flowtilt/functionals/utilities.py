@@ -239,6 +239,8 @@ class MeanVariance(Functional):
 class NegativeLogDensity(FirstVariation):
     """``-log p``, with the gradient by the model's score at a ``time`` just before the data."""
 
+    cheap_values = False
+
     model: FlowModel
     time: float
     ode: OdeSettings
@@ -372,6 +374,8 @@ class ModeLogRatio(FirstVariation):
         time: at which scores are taken.
         ode: how the likelihoods are solved.
     """
+
+    cheap_values = False
 
     model: FlowModel
     modes: int
