@@ -58,7 +58,6 @@ class Folder:
 
     def row(self, method: str, **more: str) -> dict[str, float]:
         model = "pre.safetensors" if method == "pretrained" else "m.safetensors"
-        assert self.run("sample", method=method, seed=0, model=model, output="m.npz") == 0
         options = {"model": model, "samples": "m.npz", "density": "density.npz", "output": "m.json"}
         assert self.run("measure", method=method, seed=0, **options, **more) == 0
         return json.loads(self.file("m.json").read_text())["rows"][method]

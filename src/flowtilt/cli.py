@@ -6,6 +6,7 @@ Heavy imports wait until a stage is chosen, so that ``--help`` and the light sta
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ log = logging.getLogger("flowtilt")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage; returns 0, or 1 after an error that the user can mend."""
     arguments = _parser().parse_args(argv)
+    gc.disable()  # importing torch makes a million objects that stay
     _start_logging(arguments.log)
     try:
         arguments.handler(arguments)
@@ -106,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     stage = on_config(
         "measure",
         _measure,
-        "Metrics of a run on a functional.",
+        "Sample a run on a functional and measure it.",
         *("--method", "--seed", "--model", "--samples", "--density", "--output"),
     )
     stage.add_argument("--history", type=Path, help="the fine-tuning's history")
@@ -180,7 +182,7 @@ _HELP = {
     "--model": "weights to read (safetensors)",
     "--pretrained": "weights of the pretrained model (safetensors)",
     "--offline": "the offline batch (npz)",
-    "--samples": "the run's samples (npz)",
+    "--samples": "the run's samples (npz); measure writes them",
     "--density": "gridded log-density of the pretrained model (npz)",
     "--output": "file to write",
     "--history": "history to write (csv), a row an update",
@@ -225,6 +227,7 @@ def _prepare_torch() -> None:
     """
     import torch
 
+    gc.enable()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.set_flush_denormal(True)
 
@@ -263,6 +266,7 @@ def _pretrain(a: argparse.Namespace) -> None:
 
 
 def _density(a: argparse.Namespace) -> None:
+    _prepare_torch()
     from flowtilt.stages import truth
 
     truth.density(_load(a), a.model, a.output)

@@ -11,6 +11,8 @@ rule sample:
         "<logs>/sample/{experiment}/{method}/seed{seed}.log",
     benchmark:
         "<benchmarks>/sample/{experiment}/{method}/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(TAILS),
     priority: 20
     group:
         "assess"
@@ -66,16 +68,17 @@ rule measure:
         unpack(evaluate_inputs),
         config=ancient("<results>/configs/{experiment}.yaml"),
         model=sampled_model,
-        samples="<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
         density=base_density,
     output:
-        "<results>/runs/{experiment}/{method}/seed{seed}/metrics.json",
+        samples="<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
+        metrics="<results>/runs/{experiment}/{method}/seed{seed}/metrics.json",
     log:
         "<logs>/measure/{experiment}/{method}/seed{seed}.log",
     benchmark:
         "<benchmarks>/measure/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
         experiment=one_of(FUNCTIONALS),
+    priority: 20
     group:
         "assess"
     conda:
@@ -84,14 +87,14 @@ rule measure:
     resources:
         mem_mb=1500,
         runtime=30,
-        gpu=0,
+        gpu=config["gpu"],
     params:
         digest=digest("evaluate"),
         options=options("history", "reference", "threshold"),
     shell:
         "OMP_NUM_THREADS={threads} flowtilt measure {input.config} --method {wildcards.method} "
-        "--seed {wildcards.seed} --model {input.model} --samples {input.samples} "
-        "--density {input.density} {params.options} --output {output} > {log} 2>&1"
+        "--seed {wildcards.seed} --model {input.model} --samples {output.samples} "
+        "--density {input.density} {params.options} --output {output.metrics} > {log} 2>&1"
 
 
 rule resolution:

@@ -158,7 +158,8 @@ def lean_adjoint(
         if k == 0:
             break
         a, step = adjoints[-1], steps[k]
-        pulled = torch.autograd.grad(v, x, a)[0] if v.requires_grad else torch.zeros_like(a)
+        # Of the product's sum: a vector given to autograd would have it import a symbolic algebra first.
+        pulled = torch.autograd.grad((v * a).sum(), x)[0] if v.requires_grad else torch.zeros_like(a)
         adjoints.append(step.state * a + step.velocity * pulled)
         if k == len(steps) - 1 and terminal.before is not None:
             adjoints[-1] = adjoints[-1] + terminal.before

@@ -22,6 +22,7 @@ from flowtilt.experiment import ConfigError, Experiment, FunctionalExperiment, m
 from flowtilt.seeding import seed_of
 from flowtilt.stages.evaluation import activity
 from flowtilt.stages.files import read_arrays, read_history, read_threshold, write_arrays, write_rows
+from flowtilt.stages.training import sample
 
 
 def _functional(experiment: Experiment) -> FunctionalExperiment:
@@ -45,14 +46,16 @@ def measure(
     reference: Path | None = None,
     threshold_file: Path | None = None,
 ) -> None:
-    """Metrics of one run: from its samples, and its objective on the grid where the optimum is known.
+    """Sample a run, and measure it by its samples and by its objective on the grid of the optimum.
+
+    Both in one stage, which takes less time than to start a second one.
 
     Args:
         experiment: of the run.
         method: of the run.
         seed: of the run.
         model: weights of the run's model.
-        samples: of the run.
+        samples: file for the run's samples.
         density_file: gridded log-density of the pretrained model.
         output: JSON file to write.
         history: of the fine-tuning, for the shares of active samples.
@@ -60,6 +63,7 @@ def measure(
         threshold_file: of tfft.
     """
     experiment = _functional(experiment)
+    sample(experiment, method, seed, model, samples)
     kind = method_of(experiment, method).kind
     density = GriddedDensity(*read_arrays(density_file, "axis", "log_density"))
     own = density

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
 from scipy.special import logsumexp
 
 from flowtilt.metrics.tails import Side, quantile
@@ -73,6 +72,7 @@ def no_blur(exponent: np.ndarray) -> np.ndarray:
 
 def gaussian_blur(width: float, grid: Grid) -> Blur:
     """Blur exponents with a Gaussian of standard deviation ``width`` (units of the plane)."""
+    from scipy.ndimage import gaussian_filter  # takes a quarter of a second, and most jobs do not need it
 
     def blur(exponent: np.ndarray) -> np.ndarray:
         return gaussian_filter(exponent, width / grid.spacing, mode="nearest")
