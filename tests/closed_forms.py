@@ -356,9 +356,7 @@ def matched_law(flow: FlowModel, reward: Quadratic, kl_weight: float, steps: int
     c, a = reward.linear / kl_weight, reward.curvature / kl_weight
     eye = torch.eye(len(c), dtype=torch.float64)
     # The adjoint of an affine flow is a product of constant Jacobians, one row a terminal unit vector.
-    products, _ = lean_adjoint(
-        flow, torch.zeros(steps + 1, *eye.shape).double(), Terminal(eye), coefficients
-    )
+    products, _ = lean_adjoint(flow, torch.zeros(steps + 1, *eye.shape).double(), Terminal(eye), coefficients)
     matrices, offsets = [], []
     r, q = eye, torch.zeros_like(c)
     for k in reversed(range(steps)):

@@ -20,7 +20,7 @@ from flowtilt.domains.planar.grid import (
 from flowtilt.domains.planar.truth import coarsen
 from flowtilt.experiment import Experiment
 from flowtilt.functionals.utilities import Side
-from flowtilt.measurements import Method, Runs, row_name, run_folder
+from flowtilt.measurements import Method, Runs, row_name, run_folder, runs_of
 from flowtilt.metrics.tails import upper_tail_mean
 from flowtilt.stages.files import write_history
 
@@ -52,13 +52,14 @@ def write_metrics(
 ) -> None:
     """Write all metrics files of an experiment; ``value`` gives a row's metrics by method, layer and seed."""
     for seed in runs.seeds:
+        files: dict[Path, dict[str, Mapping[str, float | None]]] = {}
         for layer in runs.layers:
-            rows = {row_name(m.name, layer): dict(value(m.name, layer, seed)) for m in runs.methods}
-            groups = [rows] if layer != "network" else [{row: metrics} for row, metrics in rows.items()]
-            for group in groups:
-                folder = run_folder(results, runs.name, next(iter(group)), layer, seed)
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "metrics.json").write_text(json.dumps({"rows": group}))
+            for method in runs.methods:
+                folder = run_folder(results, runs, method.name, layer, seed)
+                files.setdefault(folder, {})[row_name(method.name, layer)] = value(method.name, layer, seed)
+        for folder, rows in files.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.json").write_text(json.dumps({"rows": rows}))
 
 
 def plain_metrics(
@@ -111,7 +112,7 @@ def write_histories(results: Path, experiment: Experiment) -> None:
                     }
                     for update in (0, 1)
                 ]
-            folder = run_folder(results, experiment.name, name, "network", seed)
+            folder = run_folder(results, runs_of(experiment), name, "network", seed)
             folder.mkdir(parents=True, exist_ok=True)
             write_history(rows, folder / "history.csv")
 
@@ -123,12 +124,11 @@ def write_functional_arrays(results: Path, runs: Runs, cells: int, samples: int)
     law = np.outer(law, law) / law.sum() ** 2
     write_metrics(results, runs, functional_metrics)
     for seed in runs.seeds:
-        for layer in runs.layers[1:]:
-            rows = {row_name(m.name, layer): law.astype(np.float32) for m in runs.methods}
-            np.savez(run_folder(results, runs.name, "", layer, seed) / "laws.npz", axis=axis, **rows)
         for method in runs.methods:
+            rows = {row_name(method.name, layer): law.astype(np.float32) for layer in runs.layers[1:]}
+            np.savez(run_folder(results, runs, method.name, "", seed) / "laws.npz", axis=axis, **rows)
             x = np.random.default_rng(seed).normal(size=(samples, 2)).astype(np.float32)
-            path = run_folder(results, runs.name, method.name, "network", seed) / "samples.npz"
+            path = run_folder(results, runs, method.name, "network", seed) / "samples.npz"
             np.savez(path, x=x, log_density=np.zeros(10))
 
 
@@ -177,12 +177,12 @@ def write_arrays(
                 row = row_name(method.name, layer)
                 arrays[row] = coarsen(laws[row], 240).astype(np.float32)
                 arrays[f"{row}__rewards"] = histograms[row]
-            np.savez(run_folder(results, runs.name, "", layer, seed) / "laws.npz", **arrays)
+            np.savez(run_folder(results, runs, "", layer, seed) / "laws.npz", **arrays)
         random = np.random.default_rng(seed)
         for method in runs.methods:
             cell = laws[row_name(method.name, "resolved")].ravel()
             drawn = points[random.choice(cell.size, samples, p=cell / cell.sum())]
             x = drawn + random.uniform(-0.5, 0.5, drawn.shape) * grid.spacing
             reward = runs.sign * np.asarray(height(x))
-            path = run_folder(results, runs.name, method.name, "network", seed) / "samples.npz"
+            path = run_folder(results, runs, method.name, "network", seed) / "samples.npz"
             np.savez(path, x=x.astype(np.float32), reward=reward, log_density=np.zeros(10))

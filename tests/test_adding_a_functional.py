@@ -124,7 +124,7 @@ def test_the_experiment_runs(folder: Path, label: str, solver: str) -> None:
 
 @pytest.mark.parametrize("label", ["entropic_risk", "chi_squared"])
 def test_its_exact_steps_raise_the_objective(folder: Path, label: str) -> None:
-    rows = Folder(folder, cases(folder)[label]).solve()
+    rows = Folder(folder, cases(folder)[label]).solved()
     exact, optimum = rows["fdc_exact"], rows["fdc_optimum"]
     assert exact["functional_before"] < exact["functional"] <= optimum["functional"] + 1e-9
     gap = optimum["functional"] - exact["functional_before"]

@@ -16,7 +16,7 @@ from small import tiny
 
 STAGES = (
     *("resolve", "calibrate", "pretrain", "density", "offline", "threshold", "finetune", "sample"),
-    *("evaluate", "exact", "resolution", "measure", "solve", "table", "compare", "figures", "provenance"),
+    *("evaluate", "exact", "resolution", "measure", "table", "compare", "figures", "provenance"),
     *("theory", "theory-report", "costs"),
 )
 

@@ -40,7 +40,8 @@ class Folder:
     def run(self, stage: str, **options: Any) -> int:
         words = [stage, str(self.config)]
         for name, value in options.items():
-            text = str(self.file(value)) if isinstance(value, str) and "." in value[-12:] else str(value)
+            is_file = Path(str(value)).suffix in (".npz", ".json", ".csv", ".safetensors")
+            text = str(self.file(value)) if is_file else str(value)
             words += [f"--{name.replace('_', '-')}", text]
         return main(words)
 
@@ -57,19 +58,22 @@ class Folder:
         )
 
     def row(self, method: str, **more: str) -> dict[str, float]:
-        model = "pre.safetensors" if method == "pretrained" else "m.safetensors"
-        options = {"model": model, "samples": "m.npz", "density": "density.npz", "output": "m.json"}
-        assert self.run("measure", method=method, seed=0, **options, **more) == 0
-        return json.loads(self.file("m.json").read_text())["rows"][method]
+        return self.rows(method, **more)[method]
 
-    def solve(self) -> dict[str, dict[str, float]]:
-        files = {"output": "e.json", "laws": "e.npz", "optimum_output": "o.json", "optimum_laws": "o.npz"}
-        assert self.run("solve", density="density.npz", **files) == 0
-        return {
-            name: row
-            for file in ("e.json", "o.json")
-            for name, row in json.loads(self.file(file).read_text())["rows"].items()
-        }
+    def rows(self, method: str, **more: str) -> dict[str, dict[str, float]]:
+        """The network's row of a run and its solved ones."""
+        model = "pre.safetensors" if method == "pretrained" else "m.safetensors"
+        files = {"samples": "m.npz", "density": "density.npz", "output": "m.json", "laws": "l.npz"}
+        assert self.run("measure", method=method, seed=0, model=model, **files, **more) == 0
+        return json.loads(self.file("m.json").read_text())["rows"]
+
+    def solved(self) -> dict[str, dict[str, float]]:
+        """The solved rows of all methods, which do not depend on the run's own model."""
+        if not self.file("m.safetensors").exists():
+            self.file("m.safetensors").write_bytes(self.file("pre.safetensors").read_bytes())
+        networks = self.experiment.methods
+        found = {name: row for method in networks for name, row in self.rows(method).items()}
+        return {name: row for name, row in found.items() if name not in networks}
 
 
 @pytest.mark.parametrize("solver", ["adjoint_matching", "weighted_fitting"])
@@ -94,7 +98,7 @@ def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
             assert row[f"w1_{metric}_critic"] <= row[f"w1_{metric}"] * (1 + 1e-5)
         assert {"functional", "mean_reward", "kl", "active_share"} <= row.keys()
     assert ("effective_sample_size" in folder.file("m.csv").read_text()) == (solver == "weighted_fitting")
-    rows = folder.solve()
+    rows = folder.solved()
     assert set(rows) == {
         *(f"{m}_exact" for m in experiment.methods),
         *(f"{m}_optimum" for m in experiment.methods if m != "pretrained"),
@@ -139,7 +143,7 @@ def test_a_tail_in_a_row(tmp_path: Path, utility: dict[str, Any]) -> None:
         row = folder.row(method, history="m.csv", threshold="t.json")
         assert {"functional", "threshold", "offline_active_share", "active_share"} <= row.keys()
         assert ("effective_sample_size" in folder.file("m.csv").read_text()) == (method == "weighted")
-    rows = folder.solve()
+    rows = folder.solved()
     for method in ("am", "weighted"):
         exact, optimum = rows[f"{method}_exact"], rows[f"{method}_optimum"]
         assert exact["functional"] == optimum["functional"] > exact["functional_before"]
@@ -160,7 +164,7 @@ def test_a_method_s_own_solver_decides_what_it_takes_of_a_reward() -> None:
 
 def test_the_network_row_of_the_pretrained_model_is_its_own_grid_row(tmp_path: Path) -> None:
     folder = Folder(tmp_path, tiny("entropy_2d", **SMALL))
-    row, solved = folder.row("pretrained"), folder.solve()
+    row, solved = folder.row("pretrained"), folder.solved()
     assert row["functional"] == solved["pretrained_exact"]["functional"]
     assert {"entropy", "entropy_likelihood", "coverage", "outside"} <= row.keys()
     entropies = [solved[f"fdc_alpha_{a}_exact"]["entropy_likelihood"] for a in (0.5, 0.25, 0.1, 0.05, "0.0")]
@@ -184,8 +188,8 @@ def test_stages_refuse_experiments_of_the_other_kind(
     assert folder.run("exact", density="density.npz", output="e.json", laws="e.npz") == 1
     assert "key objective must have tail" in capsys.readouterr().err
     folder.config.write_text(dump(tiny()))
-    files = {"output": "e.json", "laws": "e.npz", "optimum_output": "o.json", "optimum_laws": "o.npz"}
-    assert folder.run("solve", density="density.npz", **files) == 1
+    files = {"samples": "m.npz", "density": "density.npz", "output": "m.json", "laws": "l.npz"}
+    assert folder.run("measure", method="pretrained", seed=0, model="pre.safetensors", **files) == 1
     assert "key objective must have utility" in capsys.readouterr().err
 
 

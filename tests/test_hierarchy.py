@@ -77,7 +77,7 @@ def test_what_falls_short_is_said_by_tier(lines: pd.DataFrame) -> None:
         ("log_barrier", "convex", "concave", "fdc"),
         ("design_log_det", "convex", "concave", "fdc"),
         ("wasserstein1", "general", "convex", "fdc"),
-        ("mmd_energy", "convex", "convex", "fdc"),
+        ("mmd", "convex", "convex", "fdc"),
     ],
 )
 def test_tiers_and_curvatures(

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from flowtilt.experiment import Experiment, load_file
-from flowtilt.measurements import ResultsError, collect_runs, run_folder, runs_of
+from flowtilt.measurements import ResultsError, collect_runs, runs_of
 from flowtilt.solver_study import SolverRun, costs_of, solver_points, solver_runs, solvers_panel
 from flowtilt.tables import write_table
 from made_up import functional_metrics, write_histories, write_metrics
@@ -84,7 +84,7 @@ def test_table_is_written_with_its_note(tmp_path: Path) -> None:
 
 
 def test_a_history_that_is_missing_or_broken_says_how_to_make_it(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path, "solvers_2d/entropy", "am", "network", 0)
+    folder = tmp_path / "runs/solvers_2d/entropy/am/seed0"
     history = folder / "history.csv"
     with pytest.raises(ResultsError, match=r"history.csv: no such file; make it with `snakemake"):
         costs_of(history)

@@ -24,7 +24,6 @@ from flowtilt.measurements import (
     LONG_COLUMNS,
     Method,
     ResultsError,
-    Runs,
     collect,
     entries,
     row_name,
@@ -86,11 +85,7 @@ def results(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def long(results: Path) -> pd.DataFrame:
-    return collect_all(results, made_up_runs())
-
-
-def collect_all(results: Path, runs: Runs) -> pd.DataFrame:
-    return collect(results, runs.name, [m.name for m in runs.methods], runs.seeds)
+    return collect(results, made_up_runs())
 
 
 # ------------------------------------------------------------------------------- reading
@@ -118,7 +113,7 @@ def test_missing_file_is_named_with_the_command_that_makes_it(results: Path) -> 
     path = results / "runs/risk_averse_2d/fdc/seed1/metrics.json"
     path.unlink()
     with pytest.raises(ResultsError, match=re.escape(f"snakemake --cores all {path}")):
-        collect_all(results, made_up_runs())
+        collect(results, made_up_runs())
 
 
 @pytest.mark.parametrize(
@@ -139,7 +134,7 @@ def test_malformed_file_is_named_with_the_fix(results: Path, content: str) -> No
     path = results / "runs/risk_averse_2d/fdc/seed0/metrics.json"
     path.write_text(content)
     with pytest.raises(ResultsError) as caught:
-        collect_all(results, made_up_runs())
+        collect(results, made_up_runs())
     assert str(path) in str(caught.value)
     assert "--force" in str(caught.value)
 
@@ -150,10 +145,10 @@ def test_only_the_pretrained_model_may_lack_an_exact_row(results: Path) -> None:
         rows = json.loads(path.read_text())["rows"]
         del rows["pretrained_exact"]
         path.write_text(json.dumps({"rows": rows}))
-    assert "pretrained_exact" not in set(collect_all(results, made_up_runs())["method"])
+    assert "pretrained_exact" not in set(collect(results, made_up_runs())["method"])
     path.write_text(json.dumps({"rows": {k: v for k, v in rows.items() if k != "am_exact"}}))
     with pytest.raises(ResultsError, match=re.escape("no row 'am_exact'")):
-        collect_all(results, made_up_runs())
+        collect(results, made_up_runs())
 
 
 def test_reported_values_of_the_project_are_read() -> None:
@@ -539,7 +534,7 @@ def test_study_that_never_resolves_says_so(tmp_path: Path) -> None:
 
 
 def collect_study(results: Path, study: StudyRuns) -> pd.DataFrame:
-    return pd.concat([collect_all(results, case) for case in study.cases], ignore_index=True)
+    return pd.concat([collect(results, case) for case in study.cases], ignore_index=True)
 
 
 def test_iterations_stand_beside_the_line_of_reference(tmp_path: Path) -> None:

@@ -108,21 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     stage = on_config(
         "measure",
         _measure,
-        "Sample a run on a functional and measure it.",
-        *("--method", "--seed", "--model", "--samples", "--density", "--output"),
+        "Sample a run on a functional, measure it, and solve its problem on the grid.",
+        *("--method", "--seed", "--model", "--samples", "--density", "--output", "--laws"),
     )
     stage.add_argument("--history", type=Path, help="the fine-tuning's history")
     stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for distances")
     stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
-
-    stage = on_config(
-        "solve",
-        _solve,
-        "Solve every method on a functional on the grid, and find its optimum.",
-        *("--density", "--output", "--laws"),
-    )
-    stage.add_argument("--optimum-output", type=Path, required=True, help="file for the optima's metrics")
-    stage.add_argument("--optimum-laws", type=Path, required=True, help="file for the optima's laws (npz)")
 
     stage = on_config("exact", _exact, "Solve every method on the grid.", "--density", "--output", "--laws")
     stage.add_argument("--resolution", type=Path, help="resolution file: solve at that resolution as well")
@@ -317,17 +308,11 @@ def _measure(a: argparse.Namespace) -> None:
         a.samples,
         a.density,
         a.output,
+        a.laws,
         a.history,
         a.reference,
         a.threshold,
     )
-
-
-def _solve(a: argparse.Namespace) -> None:
-    _prepare_torch()
-    from flowtilt.stages import functionals
-
-    functionals.solve(_load(a), a.density, a.output, a.laws, a.optimum_output, a.optimum_laws)
 
 
 def _exact(a: argparse.Namespace) -> None:

@@ -22,8 +22,11 @@ from flowtilt.tables import write_panels
 ASSESSMENT = ("sample", "evaluate", "measure")
 """Rules between a run's model and its metrics; which of the last two it is depends on the experiment."""
 
-SOLUTION = ("exact", "solve")
-"""Rules that solve all methods of an experiment on the grid; it has one of them."""
+COMPLETE = ({"sample", "evaluate"}, {"measure"})
+"""Of these rules, which assess a run together: those of a tail, and that of a functional."""
+
+SOLUTION = ("exact",)
+"""The rule that solves all methods of an experiment on a tail on the grid."""
 
 TOTAL_COLUMNS = ["rule", "jobs", "wall_seconds", "peak_memory_mb"]
 
@@ -174,11 +177,11 @@ def _updates(experiment: Experiment, method: str) -> int:
 
 
 def _total(benchmarks: Path, rules: Sequence[str], experiment: str, method: str, seed: int) -> float:
-    """Seconds of the jobs of some rules together; NaN if none of them was measured, or sampling was not."""
+    """Seconds of the jobs of some rules together; NaN unless all that belong together were measured."""
     jobs = {rule: measured_job(benchmarks, rule, experiment, method, seed) for rule in rules}
-    found = [job.seconds for job in jobs.values() if job is not None]
-    complete = len(found) == (2 if "sample" in jobs else 1)
-    return sum(found) if complete else math.nan
+    found = {rule: job.seconds for rule, job in jobs.items() if job is not None}
+    complete = len(found) == 1 if "evaluate" not in rules else set(found) in COMPLETE
+    return sum(found.values()) if complete else math.nan
 
 
 def _measured(values: Iterable[float]) -> list[float]:
@@ -196,8 +199,9 @@ NOTE = (
     "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
     "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
     "fine-tuned line of the table. Samples and metrics: the rules sample and evaluate or measure. "
-    "Solved rows: the rule exact or solve, one job for all methods of an experiment. The last table is of "
-    "all jobs measured when this was written, tables and figures among them if they were made before."
+    "Solved rows: the rule exact, one job for all methods of an experiment on a tail; those of a functional "
+    "are solved where it is measured. The last table is of all jobs measured when this was written, tables "
+    "and figures among them if they were made before."
 )
 
 

@@ -339,6 +339,9 @@ class Experiment(Section, ABC):
     layers: ClassVar[tuple[str, ...]]
     """Rows of each method in the tables: its network's, and those that are solved on the grid."""
 
+    solved_apart: ClassVar[bool] = True
+    """Whether rows solved on the grid are made for all methods together, in a folder for each layer."""
+
     reads_too: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Sections that a stage reads in experiments of this kind only."""
 
@@ -483,10 +486,10 @@ class FunctionalExperiment(Experiment):
     """An experiment on any utility and divergence of the registry, with or without a reward."""
 
     layers = ("network", "exact", "optimum")
+    solved_apart = False
     reads_too: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "finetune": ("cost", "evaluation"),
         "evaluate": ("path", "network", "data", "cost", "evaluation", "solver", "offline"),
-        "exact": ("data", "cost", "evaluation"),
     }
 
     reward: SlopeConfig | None = None

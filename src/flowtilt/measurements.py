@@ -59,6 +59,7 @@ class Runs:
         of: the experiment that a case derives from.
         value: where a case stands on its study's axis, if the cases differ in that.
         layers: of each method, the network's first.
+        solved_apart: whether the other layers have folders of their own, for all methods together.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Runs:
     of: str = ""
     value: float | None = None
     layers: tuple[str, ...] = LAYERS
+    solved_apart: bool = True
 
     @property
     def mean_metric(self) -> str:
@@ -109,6 +111,7 @@ def runs_of(experiment: Experiment) -> Runs:
         mass=experiment.mass,
         tail_metric=experiment.main_metric,
         layers=experiment.layers,
+        solved_apart=experiment.solved_apart,
         title=experiment.title,
         of=experiment.base,
         value=experiment.axis_value,
@@ -137,26 +140,18 @@ def row_words(row: str) -> str:
     return method + _WORDS[layer]
 
 
-def run_folder(results: str | Path, experiment: str, method: str, layer: str, seed: int) -> Path:
+def run_folder(results: str | Path, runs: Runs, method: str, layer: str, seed: int) -> Path:
     """Where the files of a row's run are kept."""
-    return Path(results) / "runs" / experiment / (method if layer == "network" else layer) / f"seed{seed}"
+    own = layer == "network" or not runs.solved_apart
+    return Path(results) / "runs" / runs.name / (method if own else layer) / f"seed{seed}"
 
 
-def collect(
-    results: str | Path,
-    experiment: str,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    layers: Sequence[str] = LAYERS,
-) -> pd.DataFrame:
+def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
     """All metrics of an experiment or case in long form.
 
     Args:
         results: root of the results.
-        experiment: name of the experiment, or ``study/label``.
-        methods: names; ``pretrained`` alone may have no exact or resolved row.
-        seeds: of which every one must have been run.
-        layers: of each method.
+        runs: of which every one must have been run; ``pretrained`` alone may have no solved row.
 
     Returns:
         Columns :data:`LONG_COLUMNS`, ``method`` being the row's name; the rows of a method follow
@@ -166,14 +161,14 @@ def collect(
         ResultsError: if a file is missing or malformed; the message says how to make it.
     """
     records: list[tuple[str, str, str, int, float]] = []
-    for method in methods:
-        for layer in layers:
+    for method in (m.name for m in runs.methods):
+        for layer in runs.layers:
             row = row_name(method, layer)
-            for seed in seeds:
-                path = run_folder(results, experiment, method, layer, seed) / "metrics.json"
+            for seed in runs.seeds:
+                path = run_folder(results, runs, method, layer, seed) / "metrics.json"
                 rows = read_metrics(path)
                 if row in rows:
-                    records += [(experiment, row, metric, seed, value) for metric, value in rows[row].items()]
+                    records += [(runs.name, row, metric, seed, value) for metric, value in rows[row].items()]
                 elif method != "pretrained" or layer == "network":
                     raise ResultsError(f"{path}: no row {row!r}, only {', '.join(rows)}; {_again(path)}")
     return _long(records)
@@ -181,8 +176,7 @@ def collect(
 
 def collect_runs(results: str | Path, runs: Iterable[Runs]) -> pd.DataFrame:
     """:func:`collect` for several experiments and cases."""
-    frames = [collect(results, r.name, [m.name for m in r.methods], r.seeds, r.layers) for r in runs]
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat([collect(results, each) for each in runs], ignore_index=True)
 
 
 def _long(records: Sequence[tuple[str, str, str, int, float]]) -> pd.DataFrame:
@@ -296,10 +290,11 @@ def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
     Raises:
         ResultsError: if a file is missing, malformed, or on another grid than that of the first seed.
     """
+    methods = [""] if runs.solved_apart else [m.name for m in runs.methods]
     seeds = []
     for seed in runs.seeds:
-        path = run_folder(results, runs.name, "", layer, seed) / "laws.npz"
-        seeds.append((path, _read_arrays(path)))
+        paths = [run_folder(results, runs, method, layer, seed) / "laws.npz" for method in methods]
+        seeds.append((paths[0], {name: a for path in paths for name, a in _read_arrays(path).items()}))
     first_path, first = seeds[0]
     for path, arrays in seeds:
         if missing := set(_frame(runs)) - arrays.keys():
@@ -335,7 +330,7 @@ def load_samples(results: str | Path, runs: Runs, method: str) -> tuple[np.ndarr
     needed = {"x", "reward"} if runs.has_tail else {"x"}
     points, rewards = [], []
     for seed in runs.seeds:
-        path = run_folder(results, runs.name, method, "network", seed) / "samples.npz"
+        path = run_folder(results, runs, method, "network", seed) / "samples.npz"
         arrays = _read_arrays(path)
         if missing := needed - arrays.keys():
             raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; {_again(path)}")

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from flowtilt.experiment import Experiment
-from flowtilt.measurements import by_row, read_history, row_name, run_folder, with_gaps
+from flowtilt.measurements import by_row, read_history, row_name, run_folder, runs_of, with_gaps
 from flowtilt.panels import Panel, over_seeds, pretty
 
 
@@ -118,13 +118,14 @@ def solver_runs(results: str | Path, long: pd.DataFrame, cases: Sequence[Experim
     reached, closed = by_row(long, "functional"), by_row(with_gaps(long), "gap_closed")
     runs = []
     for case in cases:
+        folders = runs_of(case)
         for name, method in case.methods.items():
             if method.kind == "pretrained":
                 continue
             for seed in case.seeds:
                 optimum = reached[case.name, row_name(name, "optimum"), seed]
                 missed = optimum - reached[case.name, name, seed]
-                history = run_folder(results, case.name, name, "network", seed) / "history.csv"
+                history = run_folder(results, folders, name, "network", seed) / "history.csv"
                 run = SolverRun(
                     case=case.name.split("/")[-1],
                     method=name,

@@ -307,7 +307,9 @@ def run_files(name: str, *kinds: str) -> list[str]:
             for method, settings in experiment.methods.items():
                 folder = run_folder(experiment.name, method, seed)
                 files += [f"{folder}/{file}" for file in MADE_BY_KIND[settings.kind]]
-            for rows in experiment.layers[1:]:
+                if not experiment.solved_apart:
+                    files.append(f"{folder}/laws.npz")
+            for rows in experiment.layers[1:] if experiment.solved_apart else ():
                 folder = run_folder(experiment.name, rows, seed)
                 files += [f"{folder}/metrics.json", f"{folder}/laws.npz"]
     return [file for file in dict.fromkeys(files) if not kinds or Path(file).name in kinds]

@@ -72,6 +72,7 @@ rule measure:
     output:
         samples="<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
         metrics="<results>/runs/{experiment}/{method}/seed{seed}/metrics.json",
+        laws="<results>/runs/{experiment}/{method}/seed{seed}/laws.npz",
     log:
         "<logs>/measure/{experiment}/{method}/seed{seed}.log",
     benchmark:
@@ -94,7 +95,8 @@ rule measure:
     shell:
         "OMP_NUM_THREADS={threads} flowtilt measure {input.config} --method {wildcards.method} "
         "--seed {wildcards.seed} --model {input.model} --samples {output.samples} "
-        "--density {input.density} {params.options} --output {output.metrics} > {log} 2>&1"
+        "--density {input.density} {params.options} --output {output.metrics} "
+        "--laws {output.laws} > {log} 2>&1"
 
 
 rule resolution:
@@ -152,33 +154,3 @@ rule exact:
         "--output {output.metrics} --laws {output.laws} --resolution {input.resolution} "
         "--resolved-output {output.resolved_metrics} --resolved-laws {output.resolved_laws} "
         "> {log} 2>&1"
-
-
-rule solve:
-    input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
-        density=base_density,
-    output:
-        metrics="<results>/runs/{experiment}/exact/seed{seed}/metrics.json",
-        laws="<results>/runs/{experiment}/exact/seed{seed}/laws.npz",
-        optimum_metrics="<results>/runs/{experiment}/optimum/seed{seed}/metrics.json",
-        optimum_laws="<results>/runs/{experiment}/optimum/seed{seed}/laws.npz",
-    log:
-        "<logs>/solve/{experiment}/exact/seed{seed}.log",
-    benchmark:
-        "<benchmarks>/solve/{experiment}/exact/seed{seed}.tsv"
-    wildcard_constraints:
-        experiment=one_of(FUNCTIONALS),
-    conda:
-        "../../envs/core.yaml"
-    threads: 1
-    resources:
-        mem_mb=1500,
-        runtime=30,
-        gpu=0,
-    params:
-        digest=digest("exact"),
-    shell:
-        "OMP_NUM_THREADS={threads} flowtilt solve {input.config} --density {input.density} "
-        "--output {output.metrics} --laws {output.laws} --optimum-output {output.optimum_metrics} "
-        "--optimum-laws {output.optimum_laws} > {log} 2>&1"

@@ -1,4 +1,4 @@
-"""Stages of the experiments on functionals: metrics of a run, and rows solved on the grid."""
+"""The stage that measures the experiments on functionals: networks, and what is solved on the grid."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from flowtilt.domains.planar.laws import (
     sample_metrics,
     solved_rows,
 )
-from flowtilt.domains.planar.rows import GriddedDensity
+from flowtilt.domains.planar.rows import GriddedDensity, Metrics
 from flowtilt.domains.planar.truth import gridded_density
 from flowtilt.experiment import ConfigError, Experiment, FunctionalExperiment, method_of
+from flowtilt.measurements import row_name
 from flowtilt.seeding import seed_of
 from flowtilt.stages.evaluation import activity
 from flowtilt.stages.files import read_arrays, read_history, read_threshold, write_arrays, write_rows
@@ -42,13 +43,14 @@ def measure(
     samples: Path,
     density_file: Path,
     output: Path,
+    laws: Path,
     history: Path | None = None,
     reference: Path | None = None,
     threshold_file: Path | None = None,
 ) -> None:
-    """Sample a run, and measure it by its samples and by its objective on the grid of the optimum.
+    """Sample a run and measure it, and solve its problem on the grid: by its own steps, and for the optimum.
 
-    Both in one stage, which takes less time than to start a second one.
+    All in one stage, since each takes less time than to start another.
 
     Args:
         experiment: of the run.
@@ -57,52 +59,48 @@ def measure(
         model: weights of the run's model.
         samples: file for the run's samples.
         density_file: gridded log-density of the pretrained model.
-        output: JSON file to write.
+        output: JSON file for the metrics of the network's row, and of the rows solved on the grid.
+        laws: file for the solved laws.
         history: of the fine-tuning, for the shares of active samples.
         reference: samples of the pretrained model, to measure distances from.
         threshold_file: of tfft.
     """
     experiment = _functional(experiment)
     sample(experiment, method, seed, model, samples)
-    kind = method_of(experiment, method).kind
     density = GriddedDensity(*read_arrays(density_file, "axis", "log_density"))
+    problem = grid_problem(experiment, method, density)
     own = density
-    if kind != "pretrained":
+    if method_of(experiment, method).kind != "pretrained":
         own = gridded_density(load_weights(build_model(experiment), model), experiment)
-    row = network_grid_metrics(grid_problem(experiment, method, density), own)
-    cloud = Cloud.of_samples(*read_arrays(samples, "x", "log_density"))
-    rewards = None if experiment.reward is None else read_arrays(samples, "reward")[0]
-    others = None
-    if reference is not None and experiment.evaluation.transport is not None:
-        others = Cloud.of_samples(*read_arrays(reference, "x", "log_density"))
-    row |= sample_metrics(experiment, cloud, rewards, others, density)
-    if others is not None and kind != "pretrained":
-        row |= critic_metrics(
-            experiment, cloud, others, seed_of(experiment.name, method, "critic", seed) % 2**31
-        )
+    row = network_grid_metrics(problem, own) | _sample_row(
+        experiment, method, seed, samples, density, reference
+    )
     if history is not None:
         row |= activity(read_history(history, "active_share"))
     if threshold_file is not None:
         row |= read_threshold(threshold_file)
-    write_rows({method: row}, output)
+    solved = {row_name(method, at): it for at, it in solved_rows(experiment, method, problem).items()}
+    grid, side = problem.grid, (problem.grid.cells, problem.grid.cells)
+    cells = {name: np.exp(it.log_p).reshape(side).astype(np.float32) for name, it in solved.items()}
+    write_arrays(laws, axis=grid.axis, **cells)
+    write_rows({method: row} | {name: it.metrics for name, it in solved.items()}, output)
 
 
-def solve(
-    experiment: Experiment,
-    density_file: Path,
-    output: Path,
-    laws: Path,
-    optimum_output: Path,
-    optimum_laws: Path,
-) -> None:
-    """Solve every method on the grid: its own steps exactly, and the optimum of its problem."""
-    experiment = _functional(experiment)
-    rows = solved_rows(experiment, GriddedDensity(*read_arrays(density_file, "axis", "log_density")))
-    for layer, metrics_file, laws_file in (
-        ("exact", output, laws),
-        ("optimum", optimum_output, optimum_laws),
-    ):
-        solved = rows[layer]
-        cells = {row: law.astype(np.float32) for row, law in solved.laws.items()}
-        write_arrays(laws_file, axis=solved.grid.axis, **cells)
-        write_rows(solved.metrics, metrics_file)
+def _sample_row(
+    experiment: FunctionalExperiment,
+    method: str,
+    seed: int,
+    samples: Path,
+    density: GriddedDensity,
+    reference: Path | None,
+) -> Metrics:
+    """Metrics of a run's samples, and by critics of their distance from the pretrained model's."""
+    cloud = Cloud.of_samples(*read_arrays(samples, "x", "log_density"))
+    rewards = None if experiment.reward is None else read_arrays(samples, "reward")[0]
+    if reference is None or experiment.evaluation.transport is None:
+        return sample_metrics(experiment, cloud, rewards, None, density)
+    others = Cloud.of_samples(*read_arrays(reference, "x", "log_density"))
+    critics = critic_metrics(
+        experiment, cloud, others, seed_of(experiment.name, method, "critic", seed) % 2**31
+    )
+    return sample_metrics(experiment, cloud, rewards, others, density) | critics

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from flowtilt.domains.planar.build import build_data, build_model, build_slope
 from flowtilt.domains.planar.grid import Grid, kl_divergence, normalise
-from flowtilt.domains.planar.optimum import Optimum, mirror_iterates, optimum_of, tail_optimum
+from flowtilt.domains.planar.optimum import mirror_iterates, optimum_of, tail_optimum
 from flowtilt.domains.planar.problems import build_objective
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics
 from flowtilt.experiment import FunctionalExperiment
@@ -162,45 +163,30 @@ def sample_metrics(
     return metrics
 
 
-@dataclass(frozen=True)
-class SolvedRows:
-    """Metrics and laws of all methods in one layer, solved on the grid.
+class SolvedRow(NamedTuple):
+    """One method solved on the grid: its metrics, and log cell probabilities, (cells^2,)."""
 
-    Attributes:
-        metrics: by row name (``fdc_exact``, ``fdc_optimum``, ...).
-        laws: cell probabilities by row name, (cells, cells).
-        grid: of the laws.
-    """
-
-    metrics: dict[str, Metrics]
-    laws: dict[str, np.ndarray]
-    grid: Grid
+    metrics: Metrics
+    log_p: np.ndarray
 
 
-def solved_rows(experiment: FunctionalExperiment, density: GriddedDensity) -> dict[str, SolvedRows]:
-    """Every method's own steps solved exactly (``exact``), and the optimum of its problem (``optimum``).
+def solved_rows(experiment: FunctionalExperiment, method: str, problem: GridProblem) -> dict[str, SolvedRow]:
+    """A method's own steps solved exactly (``exact``), and the optimum of its problem (``optimum``).
 
     Each row has the objective at the pretrained law as ``functional_before``; ``slack`` bounds what the
-    optimum of a concave objective may still lack.
+    optimum of a concave objective may still lack. The pretrained model has no optimum.
     """
-    grid = Grid(experiment.grid.extent, experiment.grid.cells)
-    layers = {layer: SolvedRows({}, {}, grid) for layer in ("exact", "optimum")}
-    best: dict[str, Optimum] = {}
-    for name, method in experiment.methods.items():
-        problem = grid_problem(experiment, name, density)
-        solved: dict[str, tuple[np.ndarray, Metrics]] = {"exact": (_exact_law(experiment, name, problem), {})}
-        if method.kind != "pretrained":
-            # Methods that share a problem share its optimum.
-            key = repr(experiment.problem_of(name))
-            if key not in best:
-                best[key] = optimum_of(problem.objective, _starts(experiment, problem))
-            solved["optimum"] = best[key].log_p, {"slack": best[key].slack}
-        before: Metrics = {"functional_before": problem.objective.finite_value(problem.start)}
-        for layer, (log_p, more) in solved.items():
-            row = f"{name}_{layer}"
-            layers[layer].metrics[row] = grid_metrics(experiment, problem, log_p) | before | more
-            layers[layer].laws[row] = np.exp(log_p).reshape(grid.cells, grid.cells)
-    return layers
+    before = problem.objective.finite_value(problem.start)
+    solved: dict[str, tuple[np.ndarray, Metrics]] = {"exact": (_exact_law(experiment, method, problem), {})}
+    if experiment.methods[method].kind != "pretrained":
+        best = optimum_of(problem.objective, _starts(experiment, problem))
+        solved["optimum"] = best.log_p, {"slack": best.slack}
+    return {
+        layer: SolvedRow(
+            grid_metrics(experiment, problem, log_p) | {"functional_before": before} | more, log_p
+        )
+        for layer, (log_p, more) in solved.items()
+    }
 
 
 def _exact_law(experiment: FunctionalExperiment, method: str, problem: GridProblem) -> np.ndarray:
