@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowtilt.experiment import Experiment, load_file, merge
+from flowtilt.configuration import merge
+from flowtilt.experiment import Experiment, load_file
 
 CONFIG = Path(__file__).parents[1] / "config"
 TINY: dict[str, Any] = {

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flowtilt.configuration import ConfigError, merge
 from flowtilt.domains.planar.problems import check_problems
-from flowtilt.experiment import ConfigError, Experiment, FunctionalExperiment, load_file, merge
+from flowtilt.experiment import Experiment, FunctionalExperiment, load_file
 from flowtilt.functionals.checks import check_entry
 from flowtilt.functionals.curvature import example_problem, tier_table
 from flowtilt.functionals.divergences import Renyi

@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flowtilt.experiment import (
-    ConfigError,
-    dump,
-    load_file,
-    load_resolved,
-    merge,
-    method_of,
-    stage_digest,
-)
+from flowtilt.configuration import ConfigError, merge
+from flowtilt.experiment import dump, load_file, load_resolved, method_of, stage_digest
 
 EXPERIMENTS = Path(__file__).parents[1] / "config" / "experiments"
 RISK = EXPERIMENTS / "risk_averse_2d.yaml"

@@ -11,8 +11,9 @@ import pytest
 
 from flowtilt import thresholds
 from flowtilt.cli import main
+from flowtilt.configuration import ConfigError
 from flowtilt.domains.planar.landscapes import Slope
-from flowtilt.experiment import ConfigError, Experiment, dump
+from flowtilt.experiment import Experiment, dump
 from small import tiny
 
 SMALL = {"grid": {"cells": 16}}

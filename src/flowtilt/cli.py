@@ -192,7 +192,8 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _resolve(a: argparse.Namespace) -> None:
-    from flowtilt.experiment import ConfigError, dump, load_file
+    from flowtilt.configuration import ConfigError
+    from flowtilt.experiment import dump, load_file
     from flowtilt.files import atomic_path
 
     experiments = load_file(a.file, a.override)

@@ -15,22 +15,39 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Model = TypeVar("Model", bound=BaseModel)
-Row = Annotated[list[float], Field(min_length=2, max_length=2)]
-Weights = Annotated[list[Positive], Field(min_length=2, max_length=2)]
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file, the key and the fix."""
+from flowtilt.configuration import (
+    ConfigError,
+    Section,
+    changed,
+    merge,
+    read_yaml,
+    validated,
+)
+from flowtilt.sections import (
+    BowlConfig,
+    CalibrationConfig,
+    DataConfig,
+    EvaluationConfig,
+    FunctionalEvaluationConfig,
+    FunctionalMethodConfig,
+    FunctionalObjective,
+    GridConfig,
+    MethodConfig,
+    NetworkConfig,
+    OfflineConfig,
+    PathConfig,
+    PretrainConfig,
+    SlopeConfig,
+    SolverConfig,
+    TailMethodConfig,
+    TailObjective,
+    ZonesConfig,
+)
 
 
 class TailSpec(NamedTuple):
@@ -45,292 +62,6 @@ class TailSpec(NamedTuple):
     side: Literal["lower", "upper"]
     mass: float
     alpha: float
-
-
-class Section(BaseModel):
-    """A mapping of a configuration: keys that it does not know are refused, and it cannot be changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PathConfig(Section):
-    """The interpolant; the rates belong to the variance-preserving one."""
-
-    kind: Literal["linear", "variance_preserving"] = "variance_preserving"
-    rate_min: Positive = 0.1
-    rate_max: Positive = 12.0
-
-
-class NetworkConfig(Section):
-    """The velocity network."""
-
-    widths: Annotated[list[Count], Field(min_length=1)]
-    activation: Literal["relu", "silu"]
-    prediction: Literal["velocity", "score"]
-
-
-class DataConfig(Section):
-    """A mixture of axis-aligned Gaussians in the plane that the model is pretrained on."""
-
-    weights: Annotated[list[Positive], Field(min_length=1)]
-    means: list[Row]
-    deviations: list[Row]
-
-    @model_validator(mode="after")
-    def _one_of_each(self) -> DataConfig:
-        if not len(self.weights) == len(self.means) == len(self.deviations):
-            raise ValueError("weights, means and deviations must have one entry per component")
-        if any(d <= 0 for row in self.deviations for d in row):
-            raise ValueError("deviations must be positive")
-        return self
-
-
-class PretrainConfig(Section):
-    """Flow-matching pretraining."""
-
-    updates: Count
-    batch: Count
-    learning_rate: Positive
-
-
-def _landscape(value: str, known: tuple[str, ...]) -> str:
-    if value not in known and value.count(":") != 1:
-        raise ValueError(f"must be {', '.join(known)} or module:Class")
-    return value
-
-
-class ZonesConfig(Section):
-    """A landscape of zones and bumps; see :mod:`flowtilt.domains.planar.landscapes` for the fields.
-
-    ``landscape`` is ``stripes``, ``spikes``, or ``module:Class`` for a subclass of ``Zones`` of
-    your own in an importable module.
-    """
-
-    landscape: str
-    left: float
-    plateau: float
-    right: float
-    bump: float
-    left_edge: float
-    right_edge: float
-    softness: Positive
-    width: Positive
-    spacing: Positive
-    inset: float
-    row: float = 0.0
-    sign: Literal[-1, 1]
-
-    @field_validator("landscape")
-    @classmethod
-    def _known_landscape(cls, value: str) -> str:
-        return _landscape(value, ("stripes", "spikes"))
-
-
-class SlopeConfig(Section):
-    """A reward that grows along the diagonal and levels off; see ``domains.planar.landscapes.Slope``.
-
-    ``landscape`` is ``slope``, or ``module:Class`` for a subclass of ``Slope`` of your own.
-    """
-
-    landscape: str
-    height: float
-    middle: float
-    softness: Positive
-
-    @field_validator("landscape")
-    @classmethod
-    def _known_landscape(cls, value: str) -> str:
-        return _landscape(value, ("slope",))
-
-
-class BowlConfig(Section):
-    """A cost that grows with the squared distance from a centre, and is 1 at the radius."""
-
-    centre: Row
-    radius: Positive
-
-
-class CalibrationConfig(Section):
-    """The pretrained row that the landscape's right edge is fitted to."""
-
-    target: float
-    bracket: Row
-
-
-class TailObjective(Section):
-    """The KL-regularised tail problem.
-
-    ``alpha`` is the KL weight of a sample's reward, in reward units a nat. The tail problems
-    divide it by the mass of the tail, since their first variation is a reward divided by it: all
-    methods then tilt a sample that counts by the same exponent a unit of reward.
-    """
-
-    tail: Literal["lower", "upper"]
-    level: Annotated[float, Field(gt=0, lt=1)]
-    alpha: Positive
-
-    @property
-    def mass(self) -> float:
-        """Probability of the tail."""
-        return self.level if self.tail == "lower" else 1 - self.level
-
-    @property
-    def tail_alpha(self) -> float:
-        """KL weight of the tail problem."""
-        return self.alpha / self.mass
-
-
-class TermConfig(Section):
-    """A utility or a divergence: its name in the registry, or ``module:NAME``, and its parameters."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    kind: str
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class FunctionalObjective(Section):
-    """``utility - alpha divergence``; alpha in units of the utility a unit of the divergence."""
-
-    utility: TermConfig
-    divergence: TermConfig
-    alpha: NotNegative
-
-
-class OfflineConfig(Section):
-    """Samples of the offline batch, and of the batch that FDC linearises at."""
-
-    samples: Count
-
-
-class SolverConfig(Section):
-    """The control solver of all methods, of which a method may change keys for itself.
-
-    One key, ``kind``, chooses it; ``pool``, ``ramp``, ``last_share`` and ``rest_share`` belong to
-    :class:`flowtilt.control.adjoint_matching.AdjointMatchingSettings`, ``bank`` and ``penalty`` to
-    :class:`flowtilt.control.weighted_fitting.WeightedFittingSettings`, the rest to both.
-    """
-
-    kind: Literal["adjoint_matching", "weighted_fitting"] = "adjoint_matching"
-    updates: Count
-    batch: Annotated[int, Field(ge=2)]
-    pool: Count
-    steps: Annotated[int, Field(ge=2)]
-    learning_rate: Positive
-    warmup: Share
-    ramp: Share
-    gradient_clip: Positive
-    endpoint_gradient: Literal["pathwise", "likelihood_ratio"] = "pathwise"
-    last_share: Share
-    rest_share: Share
-    bank: Count = 20000
-    penalty: Literal["kl", "pearson", "cressie_read_3", "reverse_kl", "squared_hellinger"] = "kl"
-
-    @model_validator(mode="after")
-    def _pool_holds_batch(self) -> SolverConfig:
-        if self.pool < self.batch:
-            raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
-        return self
-
-
-class MethodConfig(Section):
-    """One method of an experiment.
-
-    ``continue_from`` names an fdc method with fewer iterations to start from. ``updates`` is a
-    smaller number of updates than the solver's for each of the method's solves. ``solver`` changes
-    keys of the experiment's solver for this method alone.
-    """
-
-    step_key: ClassVar[str]
-
-    kind: Literal["pretrained", "am", "fdc", "tfft"]
-    iterations: Count | None = None
-    continue_from: str | None = None
-    updates: Count | None = None
-    solver: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _fields_of_kind(self) -> MethodConfig:
-        own = ("iterations", self.step_key, "continue_from")
-        given = {key for key in own if getattr(self, key) is not None}
-        if self.kind == "fdc":
-            if missing := {"iterations", self.step_key} - given:
-                raise ValueError(f"an fdc method needs {' and '.join(sorted(missing))}")
-        elif given:
-            raise ValueError(f"{', '.join(sorted(given))} belong to fdc, not to {self.kind}")
-        if self.kind == "pretrained" and self.solver:
-            raise ValueError("solver belongs to methods that are fine-tuned, not to pretrained; remove it")
-        return self
-
-    def continues(self, earlier: MethodConfig) -> bool:
-        """Whether this is ``earlier`` with more iterations."""
-        own, its = (m.model_dump(exclude={"iterations", "continue_from"}) for m in (self, earlier))
-        return own == its and (earlier.iterations or 0) < (self.iterations or 0)
-
-
-class TailMethodConfig(MethodConfig):
-    """A method on a tail; ``step`` is alpha over the KL weight of FDC's steps, 1 the largest in theory."""
-
-    step_key = "step"
-
-    step: Annotated[float, Field(gt=0, le=1)] | None = None
-
-
-class FunctionalMethodConfig(MethodConfig):
-    """A method on a functional.
-
-    ``step_weight`` is the KL weight of FDC's steps (the paper's eta), in units of the objective a
-    nat. ``objective`` changes keys of the experiment's for this method alone.
-    """
-
-    step_key = "step_weight"
-
-    step_weight: Positive | None = None
-    objective: dict[str, Any] = {}
-
-
-class EvaluationConfig(Section):
-    """Samples of each run, and how many of them get a log-density."""
-
-    samples: Count
-    density_samples: Count
-    ode_steps: Count
-
-
-class TransportConfig(Section):
-    """Distances from the pretrained model: mean shifts along the axes, and W1 in each ground metric.
-
-    ``metrics`` names the ground metrics and gives the weights of the two axes in
-    ``d(x, y)^2 = sum_i w_i (x_i - y_i)^2``; ``samples`` enter the exact distance.
-    """
-
-    metrics: Annotated[dict[str, Weights], Field(min_length=1)]
-    samples: Count
-
-
-class EntropyConfig(Section):
-    """Entropy by log-densities, and by a histogram of ``bins`` a side on ``[-extent, extent]^2``."""
-
-    extent: Positive
-    bins: Count
-
-
-class FunctionalEvaluationConfig(EvaluationConfig):
-    """The same, and which families of metrics are computed beside the objective."""
-
-    transport: TransportConfig | None = None
-    entropy: EntropyConfig | None = None
-
-
-class GridConfig(Section):
-    """The fine grid of the exact rows, and the coarse one where the model's density is computed."""
-
-    extent: Positive
-    cells: Annotated[int, Field(ge=16)]
-    density_cells: Annotated[int, Field(ge=8)]
 
 
 class Experiment(Section, ABC):
@@ -398,7 +129,7 @@ class Experiment(Section, ABC):
         return self
 
     def _solver(self, method: str) -> SolverConfig:
-        return _changed(self.solver, self.methods[method].solver, f"methods.{method}.solver")
+        return changed(self.solver, self.methods[method].solver, f"methods.{method}.solver")
 
     def solver_of(self, method: str) -> SolverConfig:
         """The control solver of a method: the experiment's with the method's changes.
@@ -519,7 +250,7 @@ class FunctionalExperiment(Experiment):
         return self
 
     def _problem(self, method: str) -> FunctionalObjective:
-        return _changed(self.objective, self.methods[method].objective, f"methods.{method}.objective")
+        return changed(self.objective, self.methods[method].objective, f"methods.{method}.objective")
 
     def _tail(self, method: str) -> TailSpec | None:
         problem = self._problem(method)
@@ -571,48 +302,14 @@ def dump(experiment: Experiment) -> str:
     return yaml.safe_dump(experiment.model_dump(), sort_keys=False)
 
 
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` merged in; mappings merge key by key, all else is replaced.
-
-    A mapping of another ``kind`` replaces the old one whole, since its other keys are parameters of
-    that kind.
-    """
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_kind(old, value):
-            merged[key] = merge(old, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _same_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return "kind" not in old or "kind" not in new or old["kind"] == new["kind"]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file, without any code in it being run."""
-    if not path.is_file():
-        near = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
-        raise ConfigError(f"{path}: no such file; experiments in {path.parent}: {near}")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold a mapping of keys, not {type(data).__name__}")
-    return data
-
-
 class Case(Section):
     """One case of a study: another experiment with some keys changed."""
 
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     of: str
     value: float | None = None
-    set: dict[str, Any] = {}
-    methods: dict[str, dict[str, Any]] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class StudyConfig(Section):
@@ -625,8 +322,8 @@ class StudyConfig(Section):
 
     axis: str
     table: Literal["axis", "hierarchy", "solvers"] = "axis"
-    set: dict[str, Any] = {}
-    methods: dict[str, dict[str, Any]] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     cases: Annotated[list[Case], Field(min_length=1)]
 
 
@@ -642,8 +339,8 @@ class Study(Section):
 class Skip(Section):
     """Cases of a study, by label, and methods that are left out of a file."""
 
-    cases: list[str] = []
-    methods: list[str] = []
+    cases: list[str] = Field(default_factory=list)
+    methods: list[str] = Field(default_factory=list)
 
 
 def read_study(path: Path) -> Study | None:
@@ -757,63 +454,3 @@ def method_of(experiment: Experiment, name: str) -> MethodConfig:
         known = ", ".join(experiment.methods)
         raise ConfigError(f"experiment {experiment.name}: unknown method {name!r}; it has {known}")
     return experiment.methods[name]
-
-
-def validated(kind: type[Model], data: Any, path: Path, case: str | None = None) -> Model:
-    """Some data as a section of a configuration.
-
-    Args:
-        kind: of the section.
-        data: plain, from a file.
-        path: of the file, for messages.
-        case: of a study, for messages.
-
-    Raises:
-        ConfigError: naming the file, the key and the fix; of the first three errors.
-    """
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        where = f"{path} (case {case})" if case else str(path)
-        raise ConfigError("; ".join(_explain(where, kind, e) for e in error.errors()[:3])) from None
-
-
-def _explain(where: str, kind: type[BaseModel], error: Any) -> str:
-    """One validation error as a sentence with the file, the key and the fix."""
-    key = ".".join(str(part) for part in error["loc"]) or "(whole file)"
-    if error["type"] == "extra_forbidden":
-        return (
-            f"{where}: key {key}: unknown; known keys here: {', '.join(_known_keys(kind, error['loc'][:-1]))}"
-        )
-    if error["type"] == "missing":
-        return f"{where}: key {key}: missing; add it"
-    message = error["msg"].removeprefix("Value error, ")
-    if isinstance(error["input"], dict):
-        return f"{where}: key {key}: {message}"
-    return f"{where}: key {key}: {message} (got {error['input']!r})"
-
-
-def _changed(section: Model, changes: Mapping[str, Any], where: str) -> Model:
-    """A section with some keys changed.
-
-    Raises:
-        ValueError: if that is no valid section; the message begins with ``where`` and names the key.
-    """
-    kind = type(section)
-    try:
-        return kind.model_validate(merge(section.model_dump(), changes))
-    except ValidationError as error:
-        raise ValueError(_explain(where, kind, error.errors()[0])) from None
-
-
-def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section at ``location``."""
-    section: Any = kind
-    for part in location:
-        fields = getattr(section, "model_fields", {})
-        if part not in fields:
-            continue  # an index, or a name chosen by the file
-        annotation = fields[part].annotation
-        inner = [a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")]
-        section = inner[0] if inner else annotation
-    return list(getattr(section, "model_fields", {}))

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from flowtilt.experiment import Experiment, FunctionalExperiment, FunctionalObjective, TermConfig
+from flowtilt.experiment import Experiment, FunctionalExperiment
 from flowtilt.measurements import entries, summarise, with_gaps
 from flowtilt.panels import Panel, over_seeds, pretty
+from flowtilt.sections import FunctionalObjective, TermConfig
 
 REQUIRED = {"linear": 90.0, "convex": 90.0, "general": 75.0}
 """Percent of the gap that FDC should close, by the paper's tier."""

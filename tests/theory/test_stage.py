@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from flowtilt.cli import main
-from flowtilt.experiment import ConfigError
+from flowtilt.configuration import ConfigError
 from flowtilt.theory.config import load_theory
 from small import CONFIG
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from flowtilt import thresholds
+from flowtilt.configuration import ConfigError
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
-from flowtilt.experiment import ConfigError, Experiment, method_of, tail_experiment
+from flowtilt.experiment import Experiment, method_of, tail_experiment
 from flowtilt.metrics.tails import dominance_violation
 from flowtilt.stages.files import read_arrays, read_history, read_threshold, write_json, write_rows
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from flowtilt.checkpoints import load_weights
+from flowtilt.configuration import ConfigError
 from flowtilt.domains.planar.build import build_model
 from flowtilt.domains.planar.laws import (
     Cloud,
@@ -18,7 +19,7 @@ from flowtilt.domains.planar.laws import (
 )
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics
 from flowtilt.domains.planar.truth import gridded_density
-from flowtilt.experiment import ConfigError, Experiment, FunctionalExperiment, method_of
+from flowtilt.experiment import Experiment, FunctionalExperiment, method_of
 from flowtilt.measurements import row_name
 from flowtilt.seeding import seed_of
 from flowtilt.stages.evaluation import activity

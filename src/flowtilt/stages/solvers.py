@@ -6,10 +6,10 @@ import torch
 
 from flowtilt.control import adjoint_matching, weighted_fitting
 from flowtilt.control.base import Progress, Solution
-from flowtilt.experiment import SolverConfig
 from flowtilt.fdc import Solver
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.model import FlowModel
+from flowtilt.sections import SolverConfig
 
 
 def build_solver(config: SolverConfig, updates: int, progress: Progress | None = None) -> Solver:

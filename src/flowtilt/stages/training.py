@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from flowtilt.checkpoints import load_weights, save_weights
+from flowtilt.configuration import ConfigError
 from flowtilt.control.base import Progress
 from flowtilt.domains.planar.build import build_data, build_model, build_reward, build_slope, reward_of
 from flowtilt.domains.planar.problems import build_objective
-from flowtilt.experiment import ConfigError, Experiment, FunctionalExperiment, method_of, tail_experiment
+from flowtilt.experiment import Experiment, FunctionalExperiment, method_of, tail_experiment
 from flowtilt.fdc import MirrorAscent, Solver, ascend
 from flowtilt.functionals.base import FirstVariation, Functional, Objective
 from flowtilt.functionals.divergences import KL

@@ -8,17 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flowtilt.experiment import (
-    ConfigError,
-    Count,
-    DataConfig,
-    Positive,
-    Row,
-    Section,
-    merge,
-    read_yaml,
-    validated,
-)
+from flowtilt.configuration import ConfigError, Count, Positive, Row, Section, merge, read_yaml, validated
+from flowtilt.sections import DataConfig
 
 Mass = Annotated[float, Field(gt=0, lt=1)]
 Side = Literal["lower", "upper"]

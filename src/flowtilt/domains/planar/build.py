@@ -8,20 +8,15 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from flowtilt.configuration import ConfigError
 from flowtilt.domains.planar.data import GaussianMixture
 from flowtilt.domains.planar.landscapes import LANDSCAPES, SLOPES, Bowl, Slope, Zones
 from flowtilt.domains.planar.model import PlanarFlow
-from flowtilt.experiment import (
-    ConfigError,
-    Experiment,
-    FunctionalExperiment,
-    PathConfig,
-    TailExperiment,
-    tail_experiment,
-)
+from flowtilt.experiment import Experiment, FunctionalExperiment, TailExperiment, tail_experiment
 from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
 from flowtilt.loading import imported
 from flowtilt.rewards import Reward
+from flowtilt.sections import PathConfig
 from flowtilt.seeding import seed_of
 
 Kind = TypeVar("Kind", bound=Reward)

@@ -13,10 +13,11 @@ import dataclasses
 import numpy as np
 from scipy.optimize import brentq
 
+from flowtilt.configuration import ConfigError
 from flowtilt.domains.planar.build import build_data, build_reward
 from flowtilt.domains.planar.grid import normalise
 from flowtilt.domains.planar.truth import build_grid
-from flowtilt.experiment import ConfigError, TailExperiment
+from flowtilt.experiment import TailExperiment
 from flowtilt.metrics.tails import lower_tail_mean, upper_tail_mean
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+from flowtilt.configuration import ConfigError
 from flowtilt.domains.planar.build import build_cost, build_data, build_model, build_slope
 from flowtilt.domains.planar.grid import Grid, normalise
-from flowtilt.experiment import ConfigError, FunctionalExperiment, TermConfig
+from flowtilt.experiment import FunctionalExperiment
 from flowtilt.functionals.base import FiniteLaw, Functional, Objective
 from flowtilt.functionals.divergences import ReferenceDraw
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients, check_needs
 from flowtilt.model import FlowModel
 from flowtilt.sampling import OdeSettings
+from flowtilt.sections import TermConfig
 
 CHECKED_CELLS = 32
 

@@ -22,9 +22,10 @@ from flowtilt.domains.planar.grid import (
     normalise,
 )
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
-from flowtilt.experiment import Experiment, TailExperiment, TailMethodConfig
+from flowtilt.experiment import Experiment, TailExperiment
 from flowtilt.model import FlowModel
 from flowtilt.sampling import OdeSettings, log_likelihood
+from flowtilt.sections import TailMethodConfig
 from flowtilt.thresholds import threshold
 
 
