@@ -98,8 +98,8 @@ def test_networks_reach_the_exact_rows_where_they_resolve_the_landscape(
         network = metric(by_seed, experiment, method, "objective")
         exact = metric(by_seed, experiment, f"{method}_exact", "objective")
         assert ((network - exact).abs() <= 0.05 * exact.abs()).all(), method
-    # Two sets of 40,000 samples of one law differ by 0.0186 with probability 1e-6.
-    assert (metric(by_seed, experiment, "am", "dominance_violation") < 0.0186).all()
+    # Two sets of 20,000 samples of one law differ by 0.0263 with probability 1e-6.
+    assert (metric(by_seed, experiment, "am", "dominance_violation") < 0.0263).all()
 
 
 def test_exact_rows_obey_the_theory(by_seed: pd.DataFrame) -> None:

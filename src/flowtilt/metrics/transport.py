@@ -17,7 +17,6 @@ from types import ModuleType
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.spatial.distance import cdist
 
 LARGEST_PROBLEM = 25_000_000
 """Largest number of pairs: 5,000 samples on either side, whose distances take 200 MB."""
@@ -87,6 +86,8 @@ def ground_distances(x: ArrayLike, y: ArrayLike, weights: Sequence[float] | None
         TransportError: for samples that are none, not finite or too many.
         ValueError: for weights that are not positive, or not one for each coordinate.
     """
+    from scipy.spatial.distance import cdist  # takes a while, and few of the jobs that come by here need it
+
     a, b = (_flat(np.asarray(v, dtype=np.float64)) for v in (x, y))
     if not (len(a) and len(b)):
         raise TransportError("optimal transport needs at least one sample on either side")

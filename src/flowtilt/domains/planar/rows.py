@@ -7,12 +7,15 @@ importing it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.interpolate import RectBivariateSpline
 
 from flowtilt.experiment import TailExperiment
 from flowtilt.metrics.tails import lower_tail_mean, upper_tail_mean
+
+if TYPE_CHECKING:
+    from scipy.interpolate import RectBivariateSpline
 
 Metrics = dict[str, float | None]
 
@@ -42,6 +45,10 @@ class GriddedDensity:
 
     @property
     def _spline(self) -> RectBivariateSpline:
+        from scipy.interpolate import (
+            RectBivariateSpline,  # a fifth of a second, which most jobs can do without
+        )
+
         return RectBivariateSpline(self.axis, self.axis, self.log_density)
 
 
