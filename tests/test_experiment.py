@@ -221,7 +221,8 @@ def test_a_study_changes_only_what_its_case_says() -> None:
     assert wide.reward.width == 0.48
     assert wide.reward.bump == parent.reward.bump
     assert narrow.solver == parent.solver
-    assert wide.solver == parent.solver.model_copy(update={"updates": 400, "learning_rate": 0.002})
+    own = {"updates": 300, "learning_rate": 0.002, "endpoint_gradient": "pathwise"}
+    assert wide.solver == parent.solver.model_copy(update=own)
     assert len(wide.seeds) == 3
 
 
