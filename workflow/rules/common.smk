@@ -13,7 +13,15 @@ from snakemake.utils import validate
 
 try:
     from flowtilt.configuration import ConfigError
-    from flowtilt.experiment import Experiment, FunctionalExperiment, TailExperiment, dump, load_file, read_study, stage_digest
+    from flowtilt.experiment import (
+        Experiment,
+        FunctionalExperiment,
+        TailExperiment,
+        dump,
+        load_file,
+        read_study,
+        stage_digest,
+    )
     from flowtilt.files import atomic_path
     from flowtilt.theory.config import TheoryConfig, load_theory
 except ModuleNotFoundError as error:
