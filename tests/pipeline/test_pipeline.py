@@ -257,7 +257,7 @@ def test_functional_of_a_module_that_is_not_there_is_refused(project: Project) -
     objective = {"objective": {"utility": {"kind": "my_functionals:ENTROPIC_RISK", "theta": 0.1}}}
     file = project.folder / "config" / "experiments" / "hierarchy_2d.yaml"
     study = yaml.safe_load(file.read_text())["study"]
-    study["cases"] = [{"label": "entropic_risk", "of": "ot_2d", "set": objective}]
+    study["cases"].append({"label": "entropic_risk", "of": "ot_2d", "set": objective})
     edit(file, study=study)
     assert_refused(
         project,

@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -23,6 +25,7 @@ try:
         stage_digest,
     )
     from flowtilt.files import atomic_path
+    from flowtilt.stages.checking import check_functional
     from flowtilt.theory.config import TheoryConfig, load_theory
 except ModuleNotFoundError as error:
     raise WorkflowError(
@@ -107,14 +110,16 @@ def load_all() -> dict[str, dict[str, Experiment]]:
 
 
 def check_functionals(experiments) -> None:
-    """Refuse functionals that no job could use, before any job starts."""
-    from flowtilt.domains.planar.problems import check_problems  # takes torch
+    """Refuse functionals that no job could use, before any job starts.
 
-    for experiment in experiments:
-        try:
-            check_problems(experiment)
-        except ConfigError as error:
-            raise WorkflowError(f"{experiment_file(experiment.name.split('/')[0])}: {error}") from None
+    In a process of its own: torch would stay in this one, which every job is started from.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        for experiment in experiments:
+            try:
+                process.submit(check_functional, experiment).result()
+            except ConfigError as error:
+                raise WorkflowError(f"{experiment_file(experiment.name.split('/')[0])}: {error}") from None
 
 
 def is_of(kind: type, name: str) -> bool:
