@@ -124,8 +124,9 @@ def test_metrics_have_one_row_a_method_and_no_nan(finished: Project) -> None:
         method = file.parent.parent.name
         if method in ("exact", "resolved"):
             assert all(row.endswith(f"_{method}") for row in rows)
-        else:
-            assert list(rows) == [method]
+        else:  # on a functional, with the rows that its own problem has on the grid
+            solved = [f"{method}_exact", f"{method}_optimum"]
+            assert list(rows) in ([method], [method, *solved[:1]], [method, *solved])
 
 
 @pytest.mark.parametrize(
