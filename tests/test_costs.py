@@ -120,7 +120,7 @@ def test_functionals_are_relative_to_the_expected_reward(tmp_path: Path) -> None
     assert named["hierarchy_2d/renyi", "fdc"].relative == 6.0
     assert math.isnan(named["hierarchy_2d/renyi", "fdc"].solve)
     assert named["hierarchy_2d/wasserstein1", "fdc"][5:10:2] == pytest.approx([25.0, 2.5, 4.0])
-    assert named["hierarchy_2d/wasserstein1", "fdc"].updates == 4 * 80
+    assert named["hierarchy_2d/wasserstein1", "fdc"].updates == 4 * 60
     panel = cost_panel([line for line in lines if line.method == "fdc"], "Hierarchy")
     assert [line[0] for line in panel.lines] == [name.partition("/")[2] for name in cases]
 
