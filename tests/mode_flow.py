@@ -7,23 +7,31 @@ from flowtilt.interpolants import Interpolant
 from flowtilt.model import FlowModel
 
 
-class ModeFlow(FlowModel):
-    """Given the mode z, an integer for each sample, the exact flow of ``laws[z]``; z is uniform."""
+class Modes(FlowModel):
+    """Given the mode z, an integer for each sample, the flow ``flows[z]``; z is uniform."""
 
-    def __init__(self, path: Interpolant, laws: list[Mixture]):
+    def __init__(self, flows: list[FlowModel]):
         super().__init__()
-        self.path, self.laws, self.data_variance = path, laws, 1.0
-        self.flows = torch.nn.ModuleList(MixtureFlow(path, law) for law in laws)
+        self.path, self.data_variance = flows[0].path, 1.0
+        self.flows = torch.nn.ModuleList(flows)
 
     def prior(self, count, generator, context=None):
-        return torch.randn(count, 2, generator=generator, dtype=torch.float64)
+        return self.flows[0].prior(count, generator)
 
     def velocity(self, x, t, context=None):
         each = torch.stack([flow.velocity(x, t) for flow in self.flows])
         return each[context, torch.arange(len(x))]
 
     def draw_context(self, count, generator):
-        return torch.randint(len(self.laws), (count,), generator=generator)
+        return torch.randint(len(self.flows), (count,), generator=generator)
 
     def select_context(self, context, index):
         return context[index]
+
+
+class ModeFlow(Modes):
+    """The exact flow of ``laws[z]``."""
+
+    def __init__(self, path: Interpolant, laws: list[Mixture]):
+        super().__init__([MixtureFlow(path, law) for law in laws])
+        self.laws = laws

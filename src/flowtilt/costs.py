@@ -19,14 +19,8 @@ from flowtilt.measurements import ResultsError
 from flowtilt.panels import Panel, over_seeds, pretty
 from flowtilt.tables import write_panels
 
-ASSESSMENT = ("sample", "evaluate", "measure")
-"""Rules between a run's model and its metrics; which of the last two it is depends on the experiment."""
-
-COMPLETE = ({"sample", "evaluate"}, {"measure"})
-"""Of these rules, which assess a run together: those of a tail, and that of a functional."""
-
-SOLUTION = ("exact",)
-"""The rule that solves all methods of an experiment on a tail on the grid."""
+ASSESSMENT = (("sample", "evaluate"), ("measure",))
+"""Rules between a run's model and its metrics: those of a tail, and that of a functional."""
 
 TOTAL_COLUMNS = ["rule", "jobs", "wall_seconds", "peak_memory_mb"]
 
@@ -142,12 +136,12 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
     lines: list[Cost] = []
     unit = math.nan
     for experiment in experiments:
-        solved = [_total(benchmarks, SOLUTION, experiment.name, "exact", s) for s in experiment.seeds]
+        exact = [measured_job(benchmarks, "exact", experiment.name, "exact", s) for s in experiment.seeds]
         for method, config in experiment.methods.items():
             names = (experiment.name, method)
             jobs = [measured_job(benchmarks, "finetune", *names, seed) for seed in experiment.seeds]
             tuned = [job.seconds for job in jobs if job is not None]
-            assessed = [_total(benchmarks, ASSESSMENT, *names, s) for s in experiment.seeds]
+            assessed = [_assessment(benchmarks, *names, seed) for seed in experiment.seeds]
             mean = _mean_sd(tuned)[0]
             if config.kind != "pretrained" and not any(line.updates for line in lines):
                 unit = mean
@@ -162,7 +156,7 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
                     mean / unit if unit > 0 else math.nan,
                     max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
                     *_mean_sd(_measured(assessed)),
-                    *_mean_sd(_measured(solved)),
+                    *_mean_sd([job.seconds for job in exact if job is not None]),
                 )
             )
     return lines
@@ -176,12 +170,14 @@ def _updates(experiment: Experiment, method: str) -> int:
     return experiment.updates_of(method) * ((config.iterations or 1) - (earlier or 0))
 
 
-def _total(benchmarks: Path, rules: Sequence[str], experiment: str, method: str, seed: int) -> float:
-    """Seconds of the jobs of some rules together; NaN unless all that belong together were measured."""
-    jobs = {rule: measured_job(benchmarks, rule, experiment, method, seed) for rule in rules}
-    found = {rule: job.seconds for rule, job in jobs.items() if job is not None}
-    complete = len(found) == 1 if "evaluate" not in rules else set(found) in COMPLETE
-    return sum(found.values()) if complete else math.nan
+def _assessment(benchmarks: Path, experiment: str, method: str, seed: int) -> float:
+    """Seconds between a run's model and its metrics; NaN unless all jobs of one way there were measured."""
+    for rules in ASSESSMENT:
+        jobs = [measured_job(benchmarks, rule, experiment, method, seed) for rule in rules]
+        found = [job.seconds for job in jobs if job is not None]
+        if len(found) == len(jobs):
+            return sum(found)
+    return math.nan
 
 
 def _measured(values: Iterable[float]) -> list[float]:

@@ -167,9 +167,9 @@ class OfflineConfig(Section):
 class SolverConfig(Section):
     """The control solver of all methods, of which a method may change keys for itself.
 
-    One key, ``kind``, chooses it; ``pool``, ``ramp``, ``last_share`` and ``rest_share`` belong to
-    :class:`flowtilt.control.adjoint_matching.AdjointMatchingSettings`, ``bank`` and ``penalty`` to
-    :class:`flowtilt.control.weighted_fitting.WeightedFittingSettings`, the rest to both.
+    One key, ``kind``, chooses it; ``pool``, ``ramp``, ``endpoint_gradient``, ``last_share`` and
+    ``rest_share`` belong to :class:`flowtilt.control.adjoint_matching.AdjointMatchingSettings`, ``bank``
+    and ``penalty`` to :class:`flowtilt.control.weighted_fitting.WeightedFittingSettings`, the rest to both.
     """
 
     kind: Literal["adjoint_matching", "weighted_fitting"] = "adjoint_matching"

@@ -366,7 +366,7 @@ def test_the_part_of_a_tilt_with_dear_values_keeps_its_own_gradient():
     pool = sample_sde(flow, 40, 6, generator(0))
     hinge = Hinge(Ridge(0.3), 0.5, 0.5, "upper")
     tilt = WeightedVariation(((2.0, hinge), (-0.5, ByGradient(LINEAR)), (0.0, ByGradient(QUADRATIC))))
-    ends = Ends.of(flow, tilt, pool, steps, None, "likelihood_ratio")
+    ends = Ends.of(flow, tilt, pool, tilt.active(pool[-1]), steps, None, "likelihood_ratio")
     ratio = 2.0 * likelihood_ratio_gradient(flow, hinge, pool, steps)
     torch.testing.assert_close(ends.ratio, ratio)
     assert torch.equal(ends.active, ratio.any(1))
@@ -376,7 +376,7 @@ def test_the_part_of_a_tilt_with_dear_values_keeps_its_own_gradient():
     torch.testing.assert_close(terminal.before, -0.1 * ratio[index])
     torch.testing.assert_close(terminal.end, 0.05 * LINEAR.gradient(pool[-1, index]))
     # By the pathwise estimator nothing is split.
-    whole = Ends.of(flow, tilt, pool, steps, None, "pathwise")
+    whole = Ends.of(flow, tilt, pool, tilt.active(pool[-1]), steps, None, "pathwise")
     assert whole.ratio is None
     expected = -0.1 * tilt.gradient(pool[-1, index])
     torch.testing.assert_close(whole.terminal(pool[-1, index], index, None, -0.1).end, expected)

@@ -347,7 +347,8 @@ def solve(
         pool = sample_sde(model, pool_size, settings.steps, generator, pool_context)
         if not bool(torch.isfinite(pool[-1]).all()):
             raise TrainingDiverged(_diverged("trajectories are no longer finite", update, settings))
-        ends = Ends.of(model, tilt, pool, steps, pool_context, settings.endpoint_gradient)
+        active = tilt.active(pool[-1], pool_context)
+        ends = Ends.of(model, tilt, pool, active, steps, pool_context, settings.endpoint_gradient)
         draw = stratified_draw(ends.active, settings.batch, generator)
         trajectories = pool[:, draw.index]
         context = model.select_context(pool_context, draw.index)
@@ -378,7 +379,7 @@ def solve(
         row: dict[str, Any] = {
             "update": update,
             "loss": float(loss.detach()),
-            "active_share": float(tilt.active(pool[-1], pool_context).double().mean()),
+            "active_share": float(active.double().mean()),
             "control_energy": _control_energy(energies * weights, settings),
             "gradient_norm": float(norm),
             "network_passes": passes,

@@ -98,14 +98,18 @@ class Ends:
         model: FlowModel,
         tilt: FirstVariation,
         pool: Tensor,
+        active: Tensor,
         steps: list[MemorylessStep],
         context: Context,
         estimator: EndpointGradient,
     ) -> Ends:
-        """By an estimator; a part of the tilt whose values are dear keeps its own gradient."""
+        """By an estimator; a part of the tilt whose values are dear keeps its own gradient.
+
+        ``active``, bool (pool,), says on which of the last states the tilt itself has a gradient.
+        """
         by_value, rest = (None, tilt) if estimator == "pathwise" else tilt.split()
         if by_value is None:
-            return cls(tilt.active(pool[-1], context), None, rest)
+            return cls(active, None, rest)
         ratio = likelihood_ratio_gradient(model, by_value, pool, steps, context)
         return cls(ratio.flatten(1).any(1), ratio, rest)
 
