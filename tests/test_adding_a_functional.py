@@ -119,13 +119,14 @@ def test_the_experiment_runs(folder: Path, label: str, solver: str) -> None:
     check_problems(case)
     stages = Folder(folder, case)
     assert stages.finetune("fdc") == 0
-    assert len(stages.file("m.csv").read_text().splitlines()) == 1 + 3 * TINY["solver"]["updates"]
-    assert np.isfinite(stages.row("fdc", history="m.csv")["functional"])
+    history = stages.file("fdc", "history.csv").read_text().splitlines()
+    assert len(history) == 1 + 3 * TINY["solver"]["updates"]
+    assert np.isfinite(stages.rows()["fdc"]["functional"])
 
 
 @pytest.mark.parametrize("label", ["entropic_risk", "chi_squared"])
 def test_its_exact_steps_raise_the_objective(folder: Path, label: str) -> None:
-    rows = Folder(folder, cases(folder)[label]).solved()
+    rows = Folder(folder, cases(folder)[label]).rows()
     exact, optimum = rows["fdc_exact"], rows["fdc_optimum"]
     assert exact["functional_before"] < exact["functional"] <= optimum["functional"] + 1e-9
     gap = optimum["functional"] - exact["functional_before"]

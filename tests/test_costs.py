@@ -52,7 +52,7 @@ def test_means_over_seeds(benchmarks: Path) -> None:
     assert (am.finetune, am.relative, am.memory, am.seeds, am.updates) == (20.5, 1.0, 510.0, 2, 200)
     assert am.finetune_sd == pytest.approx(math.sqrt(0.5))
     assert fdc.relative == pytest.approx(40.5 / 20.5)
-    assert (am.assess, fdc.assess, am.solve, fdc.solve) == (5.0, 9.0, 7.5, 7.5)
+    assert (am.assess, fdc.assess, am.shared, fdc.shared) == (5.0, 9.0, 7.5, 7.5)
     pretrained = lines["risk_averse_2d", "pretrained"]
     assert math.isnan(pretrained.finetune)
     assert (pretrained.assess, pretrained.seeds, pretrained.updates) == (5.0, 2, 0)
@@ -69,7 +69,7 @@ def test_what_was_not_measured_is_empty(benchmarks: Path, tmp_path: Path) -> Non
     assert main(["costs", str(RISK), str(HIERARCHY), *words]) == 0
     table = pd.read_csv(prefix.with_suffix(".csv"))
     assert (table["part"] == "runs").all()
-    assert table[["finetune", "relative", "memory", "assess", "solve"]].isna().all(axis=None)
+    assert table[["finetune", "relative", "memory", "assess", "shared"]].isna().all(axis=None)
     assert "| am | 200 |  |  |  |  |  | 0 |" in prefix.with_suffix(".md").read_text()
 
 
@@ -112,17 +112,22 @@ def test_a_malformed_benchmark_is_named(
 def test_functionals_are_relative_to_the_expected_reward(tmp_path: Path) -> None:
     for case, seconds in (("expected_reward", 10.0), ("renyi", 60.0), ("wasserstein1", 25.0)):
         write(tmp_path, f"finetune/hierarchy_2d/{case}/fdc/seed0", seconds, 700)
-        write(tmp_path, f"measure/hierarchy_2d/{case}/fdc/seed0", 4.0, 600)
+    write(tmp_path, "measure/hierarchy_2d/seed0", 4.0, 600)
     cases = load_file(HIERARCHY)
     lines = costs_of(tmp_path, cases.values())
     assert list(dict.fromkeys(line.experiment for line in lines)) == list(cases)
     named = by_name(lines)
     assert named["hierarchy_2d/renyi", "fdc"].relative == 6.0
-    assert math.isnan(named["hierarchy_2d/renyi", "fdc"].solve)
-    assert named["hierarchy_2d/wasserstein1", "fdc"][5:10:2] == pytest.approx([25.0, 2.5, 4.0])
-    assert named["hierarchy_2d/wasserstein1", "fdc"].updates == 4 * 60
+    assert math.isnan(named["hierarchy_2d/renyi", "fdc"].assess)
+    transport = named["hierarchy_2d/wasserstein1", "fdc"]
+    assert (transport.finetune, transport.relative, transport.shared) == (25.0, 2.5, 4.0)
+    assert transport.updates == 4 * cases["hierarchy_2d/wasserstein1"].solver.updates
     panel = cost_panel([line for line in lines if line.method == "fdc"], "Hierarchy")
     assert [line[0] for line in panel.lines] == [name.partition("/")[2] for name in cases]
+    assert [line[-2] for line in panel.lines] == [
+        "4.000",
+        *[""] * (len(cases) - 1),
+    ]  # one job for all of them
 
 
 def test_a_method_that_continues_another_counts_its_own_updates(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,49 +33,51 @@ class Folder:
         self.path, self.experiment = path, experiment
         self.config = path / "config.yaml"
         self.config.write_text(dump(experiment))
-        assert self.run("pretrain", seed=0, output="pre.safetensors", history="pre.csv") == 0
-        assert self.run("density", model="pre.safetensors", output="density.npz") == 0
+        self.base = path / "runs" / experiment.base / "pretrained" / "seed0"
+        self.base.mkdir(parents=True)
+        self.model = self.base / "model.safetensors"
+        assert self.run("pretrain", seed=0, output=self.model, history=self.base / "history.csv") == 0
+        assert self.run("density", model=self.model, output=self.base / "density.npz") == 0
 
-    def file(self, name: str) -> Path:
-        return self.path / name
+    def folder(self, method: str) -> Path:
+        return self.path / "runs" / self.experiment.name / method / "seed0"
+
+    def file(self, method: str, name: str) -> Path:
+        return self.folder(method) / name
 
     def run(self, stage: str, **options: Any) -> int:
         words = [stage, str(self.config)]
         for name, value in options.items():
-            is_file = Path(str(value)).suffix in (".npz", ".json", ".csv", ".safetensors")
-            text = str(self.file(value)) if is_file else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
+            words += [f"--{name.replace('_', '-')}", str(value)]
         return main(words)
 
-    def finetune(self, method: str, **more: str) -> int:
-        self.run("sample", method="pretrained", seed=0, model="pre.safetensors", output="pre.npz")
+    def finetune(self, method: str, **more: Path) -> int:
+        self.folder(method).mkdir(parents=True, exist_ok=True)
         return self.run(
             "finetune",
             method=method,
             seed=0,
-            pretrained="pre.safetensors",
-            output="m.safetensors",
-            history="m.csv",
+            pretrained=self.model,
+            output=self.file(method, "model.safetensors"),
+            history=self.file(method, "history.csv"),
             **more,
         )
 
-    def row(self, method: str, **more: str) -> dict[str, float]:
-        return self.rows(method, **more)[method]
+    def rows(self) -> dict[str, dict[str, float]]:
+        """The networks' rows and the solved ones of all methods, measured in one go.
 
-    def rows(self, method: str, **more: str) -> dict[str, dict[str, float]]:
-        """The network's row of a run and its solved ones."""
-        model = "pre.safetensors" if method == "pretrained" else "m.safetensors"
-        files = {"samples": "m.npz", "density": "density.npz", "output": "m.json", "laws": "l.npz"}
-        assert self.run("measure", method=method, seed=0, model=model, **files, **more) == 0
-        return json.loads(self.file("m.json").read_text())["rows"]
-
-    def solved(self) -> dict[str, dict[str, float]]:
-        """The solved rows of all methods, which do not depend on the run's own model."""
-        if not self.file("m.safetensors").exists():
-            self.file("m.safetensors").write_bytes(self.file("pre.safetensors").read_bytes())
-        networks = self.experiment.methods
-        found = {name: row for method in networks for name, row in self.rows(method).items()}
-        return {name: row for name, row in found.items() if name not in networks}
+        A method that was not fine-tuned is measured as the pretrained model; its solved rows are its own.
+        """
+        for method, config in self.experiment.methods.items():
+            if config.kind != "pretrained" and not self.folder(method).exists():
+                self.folder(method).mkdir(parents=True)
+                shutil.copy(self.model, self.folder(method))
+                self.file(method, "history.csv").write_text("update,active_share\n0,1.0\n")
+        assert self.run("measure", seed=0, results=self.path) == 0
+        rows = {}
+        for method in self.experiment.methods:
+            rows |= json.loads(self.file(method, "metrics.json").read_text())["rows"]
+        return rows
 
 
 @pytest.mark.parametrize("solver", ["adjoint_matching", "weighted_fitting"])
@@ -91,16 +94,18 @@ def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
     folder = Folder(tmp_path, experiment)
     for method in ("am", "fdc_dA"):
         assert folder.finetune(method) == 0
-        row = folder.row(method, history="m.csv", reference="pre.npz")
+    rows = folder.rows()
+    for method in ("am", "fdc_dA"):
+        row = rows[method]
         shift = row["horizontal_shift"] / row["vertical_shift"]
         assert row["horizontal_over_vertical_shift"] == pytest.approx(shift)
         # A critic is a lower estimate of the exact distance between the same samples.
         for metric in ("dA", "dB"):
             assert row[f"w1_{metric}_critic"] <= row[f"w1_{metric}"] * (1 + 1e-5)
         assert {"functional", "mean_reward", "kl", "active_share"} <= row.keys()
-    assert ("effective_sample_size" in folder.file("m.csv").read_text()) == (solver == "weighted_fitting")
-    rows = folder.solved()
-    assert set(rows) == {
+    history = folder.file("fdc_dA", "history.csv").read_text()
+    assert ("effective_sample_size" in history) == (solver == "weighted_fitting")
+    assert rows.keys() - experiment.methods.keys() == {
         *(f"{m}_exact" for m in experiment.methods),
         *(f"{m}_optimum" for m in experiment.methods if m != "pretrained"),
     }
@@ -128,23 +133,28 @@ def test_a_tail_in_a_row(tmp_path: Path, utility: dict[str, Any]) -> None:
             "am": {"kind": "tfft", "objective": {**tail, "alpha": 9.0}},
             "weighted": {"kind": "tfft", "solver": weighted},
         },
-        evaluation={"transport": {"samples": 100}},
+        evaluation={"transport": None},
     )
+    of_the_tail = {m: experiment.methods[m] for m in ("pretrained", "am", "weighted")}
+    experiment = experiment.model_copy(update={"methods": of_the_tail})
     folder = Folder(tmp_path, experiment)
-    assert folder.run("offline", seed=0, model="pre.safetensors", output="off.npz") == 0
-    rewards = np.load(folder.file("off.npz"))["reward"]
+    offline = folder.base / "offline.npz"
+    assert folder.run("offline", seed=0, model=folder.model, output=offline) == 0
+    rewards = np.load(offline)["reward"]
     assert folder.finetune("weighted") == 1  # without a threshold
     for method, alpha in (("am", 9.0), ("weighted", 8.0)):
-        assert folder.run("threshold", method=method, offline="off.npz", output="t.json") == 0
-        said = json.loads(folder.file("t.json").read_text())
+        file = folder.file(method, "threshold.json")
+        assert folder.run("threshold", method=method, offline=offline, output=file) == 0
+        said = json.loads(file.read_text())
         side = "lower" if utility["kind"] == "cvar" else "upper"
         mass = 0.8 if side == "lower" else 0.5
         assert said["threshold"] == thresholds.threshold(rewards, alpha, mass, side)  # type: ignore[arg-type]
-        assert folder.finetune(method, threshold="t.json") == 0
-        row = folder.row(method, history="m.csv", threshold="t.json")
-        assert {"functional", "threshold", "offline_active_share", "active_share"} <= row.keys()
-        assert ("effective_sample_size" in folder.file("m.csv").read_text()) == (method == "weighted")
-    rows = folder.solved()
+        assert folder.finetune(method, threshold=file) == 0
+        history = folder.file(method, "history.csv").read_text()
+        assert ("effective_sample_size" in history) == (method == "weighted")
+    rows = folder.rows()
+    for method in ("am", "weighted"):
+        assert {"functional", "threshold", "offline_active_share", "active_share"} <= rows[method].keys()
     for method in ("am", "weighted"):
         exact, optimum = rows[f"{method}_exact"], rows[f"{method}_optimum"]
         assert exact["functional"] == optimum["functional"] > exact["functional_before"]
@@ -165,7 +175,8 @@ def test_a_method_s_own_solver_decides_what_it_takes_of_a_reward() -> None:
 
 def test_the_network_row_of_the_pretrained_model_is_its_own_grid_row(tmp_path: Path) -> None:
     folder = Folder(tmp_path, tiny("entropy_2d", **SMALL))
-    row, solved = folder.row("pretrained"), folder.solved()
+    solved = folder.rows()
+    row = solved["pretrained"]
     assert row["functional"] == solved["pretrained_exact"]["functional"]
     assert {"entropy", "entropy_likelihood", "coverage", "outside"} <= row.keys()
     entropies = [solved[f"fdc_alpha_{a}_exact"]["entropy_likelihood"] for a in (0.5, 0.25, 0.1, 0.05, "0.0")]
@@ -186,11 +197,11 @@ def test_stages_refuse_experiments_of_the_other_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Folder(tmp_path, tiny("entropy_2d", **SMALL))
-    assert folder.run("exact", density="density.npz", output="e.json", laws="e.npz") == 1
+    files = {"output": tmp_path / "e.json", "laws": tmp_path / "e.npz"}
+    assert folder.run("exact", density=folder.base / "density.npz", **files) == 1
     assert "key objective must have tail" in capsys.readouterr().err
     folder.config.write_text(dump(tiny()))
-    files = {"samples": "m.npz", "density": "density.npz", "output": "m.json", "laws": "l.npz"}
-    assert folder.run("measure", method="pretrained", seed=0, model="pre.safetensors", **files) == 1
+    assert folder.run("measure", seed=0, results=tmp_path) == 1
     assert "key objective must have utility" in capsys.readouterr().err
 
 
@@ -200,6 +211,6 @@ def test_methods_of_one_step_share_their_noise(tmp_path: Path) -> None:
     methods = {"a": same, "b": {**same, "objective": {"alpha": 0.5}}}
     folder = Folder(tmp_path, tiny("entropy_2d", **SMALL, methods=methods))
     assert folder.finetune("a") == 0
-    first = folder.file("m.safetensors").read_bytes()
     assert folder.finetune("b") == 0
-    assert folder.file("m.safetensors").read_bytes() == first
+    first, second = (folder.file(method, "model.safetensors").read_bytes() for method in "ab")
+    assert first == second

@@ -20,6 +20,16 @@ Handler = Callable[[argparse.Namespace], None]
 log = logging.getLogger("flowtilt")
 
 
+def run() -> int:
+    """The command: :func:`main`, and a short way out.
+
+    The interpreter's last act is to look for garbage among all objects, torch's million among them.
+    """
+    code = main()
+    gc.freeze()
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage; returns 0, or 1 after an error that the user can mend."""
     arguments = _parser().parse_args(argv)
@@ -105,15 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
     stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for dominance")
 
-    stage = on_config(
-        "measure",
-        _measure,
-        "Sample a run on a functional, measure it, and solve its problem on the grid.",
-        *("--method", "--seed", "--model", "--samples", "--density", "--output", "--laws"),
-    )
-    stage.add_argument("--history", type=Path, help="the fine-tuning's history")
-    stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for distances")
-    stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
+    stage = add("measure", _measure, "Sample and measure runs on functionals, and solve their problems.")
+    stage.add_argument("config", type=Path, nargs="+", help="experiments' files, resolved")
+    stage.add_argument("--seed", type=int, required=True, help=_HELP["--seed"])
+    stage.add_argument("--results", type=Path, required=True, help="results folder with the trained models")
 
     stage = on_config("exact", _exact, "Solve every method on the grid.", "--density", "--output", "--laws")
     stage.add_argument("--resolution", type=Path, help="resolution file: solve at that resolution as well")
@@ -173,7 +178,7 @@ _HELP = {
     "--model": "weights to read (safetensors)",
     "--pretrained": "weights of the pretrained model (safetensors)",
     "--offline": "the offline batch (npz)",
-    "--samples": "the run's samples (npz); measure writes them",
+    "--samples": "the run's samples (npz)",
     "--density": "gridded log-density of the pretrained model (npz)",
     "--output": "file to write",
     "--history": "history to write (csv), a row an update",
@@ -298,22 +303,12 @@ def _evaluate(a: argparse.Namespace) -> None:
 
 
 def _measure(a: argparse.Namespace) -> None:
+    from flowtilt.experiment import load_resolved
+
     _prepare_torch()
     from flowtilt.stages import functionals
 
-    functionals.measure(
-        _load(a),
-        a.method,
-        a.seed,
-        a.model,
-        a.samples,
-        a.density,
-        a.output,
-        a.laws,
-        a.history,
-        a.reference,
-        a.threshold,
-    )
+    functionals.measure([load_resolved(file) for file in a.config], a.seed, a.results)
 
 
 def _exact(a: argparse.Namespace) -> None:
@@ -383,4 +378,4 @@ def _provenance(a: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

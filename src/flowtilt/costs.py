@@ -1,7 +1,8 @@
 """What the runs cost: wall time and memory, from the benchmarks that Snakemake writes beside them.
 
-A job's benchmark is ``{benchmarks}/{rule}/{experiment}/{method}/seed{n}.tsv``. Results that were made
-without one, by another copy or by hand, leave cells empty; nothing is run again for them.
+A job's benchmark is ``{benchmarks}/{rule}/{experiment}/{method}/seed{n}.tsv``, and for all runs of a file
+``{benchmarks}/measure/{file}/seed{n}.tsv``. Results that were made without one, by another copy or by
+hand, leave cells empty; nothing is run again for them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from flowtilt.measurements import ResultsError
 from flowtilt.panels import Panel, over_seeds, pretty
 from flowtilt.tables import write_panels
 
-ASSESSMENT = (("sample", "evaluate"), ("measure",))
-"""Rules between a run's model and its metrics: those of a tail, and that of a functional."""
+ASSESSMENT = ("sample", "evaluate")
+"""Rules between a run's model and its metrics, where a run has its own."""
 
 TOTAL_COLUMNS = ["rule", "jobs", "wall_seconds", "peak_memory_mb"]
 
@@ -82,9 +83,9 @@ def stage_costs(benchmarks: Path) -> dict[str, dict[str, float]]:
     return costs
 
 
-def measured_job(benchmarks: Path, rule: str, experiment: str, method: str, seed: int) -> Measured | None:
-    """What one job took, or None if it has no benchmark."""
-    file = benchmarks / rule / experiment / method / f"seed{seed}.tsv"
+def measured_job(benchmarks: Path, rule: str, runs: str, seed: int) -> Measured | None:
+    """What one job took, or None if it has no benchmark; ``runs`` is what it was of, as in its path."""
+    file = benchmarks / rule / runs / f"seed{seed}.tsv"
     if not file.is_file():
         return None
     lines = read_benchmark(file)
@@ -99,13 +100,15 @@ class Cost(NamedTuple):
         experiment: or case, as in the paths of its runs.
         method: of it.
         kind: of the method.
-        seeds: whose fine-tuning was measured; for the pretrained model, whose samples were.
+        seeds: whose fine-tuning was measured; for the pretrained model, whose shared job was.
         updates: optimiser steps of the fine-tuning, without those of a run that it continues.
         finetune, finetune_sd: of the fine-tuning.
         relative: fine-tuning over that of the first method of the file that is fine-tuned.
         memory: the largest of the fine-tuning over seeds, in MB.
-        assess, assess_sd: of sampling and metrics together.
-        solve, solve_sd: of the rows solved on the grid, for all methods of the experiment in one job.
+        assess, assess_sd: of sampling and metrics together, of a run on a tail.
+        shared, shared_sd: of one job for several methods: on a tail, of the rows solved on the grid for
+            all methods of the experiment; on functionals, of samples, metrics and solved rows of the file.
+        shared_by: what that job was of, as in the path of its benchmark.
     """
 
     experiment: str
@@ -119,8 +122,9 @@ class Cost(NamedTuple):
     memory: float
     assess: float
     assess_sd: float
-    solve: float
-    solve_sd: float
+    shared: float
+    shared_sd: float
+    shared_by: str
 
 
 def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
@@ -136,12 +140,16 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
     lines: list[Cost] = []
     unit = math.nan
     for experiment in experiments:
-        exact = [measured_job(benchmarks, "exact", experiment.name, "exact", s) for s in experiment.seeds]
+        rule, runs = ("exact", f"{experiment.name}/exact")
+        if not experiment.solved_apart:
+            rule, runs = ("measure", experiment.name.partition("/")[0])
+        found = [measured_job(benchmarks, rule, runs, seed) for seed in experiment.seeds]
+        shared = [job.seconds for job in found if job is not None]
         for method, config in experiment.methods.items():
-            names = (experiment.name, method)
-            jobs = [measured_job(benchmarks, "finetune", *names, seed) for seed in experiment.seeds]
+            run = f"{experiment.name}/{method}"
+            jobs = [measured_job(benchmarks, "finetune", run, seed) for seed in experiment.seeds]
             tuned = [job.seconds for job in jobs if job is not None]
-            assessed = [_assessment(benchmarks, *names, seed) for seed in experiment.seeds]
+            assessed = [_assessment(benchmarks, run, seed) for seed in experiment.seeds]
             mean = _mean_sd(tuned)[0]
             if config.kind != "pretrained" and not any(line.updates for line in lines):
                 unit = mean
@@ -150,13 +158,14 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
                     experiment.name,
                     method,
                     config.kind,
-                    len(_measured(assessed)) if config.kind == "pretrained" else len(tuned),
+                    len(shared if config.kind == "pretrained" else tuned),
                     _updates(experiment, method),
                     *_mean_sd(tuned),
                     mean / unit if unit > 0 else math.nan,
                     max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
                     *_mean_sd(_measured(assessed)),
-                    *_mean_sd([job.seconds for job in exact if job is not None]),
+                    *_mean_sd(shared),
+                    runs,
                 )
             )
     return lines
@@ -170,14 +179,10 @@ def _updates(experiment: Experiment, method: str) -> int:
     return experiment.updates_of(method) * ((config.iterations or 1) - (earlier or 0))
 
 
-def _assessment(benchmarks: Path, experiment: str, method: str, seed: int) -> float:
-    """Seconds between a run's model and its metrics; NaN unless all jobs of one way there were measured."""
-    for rules in ASSESSMENT:
-        jobs = [measured_job(benchmarks, rule, experiment, method, seed) for rule in rules]
-        found = [job.seconds for job in jobs if job is not None]
-        if len(found) == len(jobs):
-            return sum(found)
-    return math.nan
+def _assessment(benchmarks: Path, run: str, seed: int) -> float:
+    """Seconds between a run's model and its metrics; NaN unless all jobs there were measured."""
+    jobs = [measured_job(benchmarks, rule, run, seed) for rule in ASSESSMENT]
+    return sum(math.nan if job is None else job.seconds for job in jobs)
 
 
 def _measured(values: Iterable[float]) -> list[float]:
@@ -194,10 +199,10 @@ NOTE = (
     "From Snakemake's benchmarks, on the machine of the run: wall time in seconds, mean ± sd over seeds, and "
     "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
     "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
-    "fine-tuned line of the table. Samples and metrics: the rules sample and evaluate or measure. "
-    "Solved rows: the rule exact, one job for all methods of an experiment on a tail; those of a functional "
-    "are solved where it is measured. The last table is of all jobs measured when this was written, tables "
-    "and figures among them if they were made before."
+    "fine-tuned line of the table. Samples and metrics: the rules sample and evaluate. Shared: one job for "
+    "all methods; on a tail the rule exact, for the solved rows, and on functionals the rule measure, for "
+    "samples, metrics and solved rows of all runs of a seed. The last table is of all jobs measured when "
+    "this was written, tables and figures among them if they were made before."
 )
 
 
@@ -209,8 +214,8 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
     for line in lines:
         case = line.experiment.partition("/")[2]
         name = ", ".join(part for part in (case, "" if single and case else line.method) if part)
-        first = line.experiment != previous
-        previous = line.experiment
+        first = line.shared_by != previous
+        previous = line.shared_by
         cells.append(
             [
                 name,
@@ -219,12 +224,12 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
                 f"{line.relative:.2f}" if math.isfinite(line.relative) else "",
                 _cell(line.memory),
                 _cell(line.assess, line.assess_sd),
-                _cell(line.solve, line.solve_sd) if first else "",
+                _cell(line.shared, line.shared_sd) if first else "",
                 str(line.seeds),
             ]
         )
     header = ["method", "updates", "fine-tuning (s)", "relative", "its memory (MB)"]
-    header += ["samples and metrics (s)", "solved rows of all methods (s)", "seeds measured"]
+    header += ["samples and metrics (s)", "shared (s)", "seeds measured"]
     seeds = over_seeds(max((line.seeds for line in lines), default=1))
     return Panel(f"{title}: {seeds}", header, cells)
 

@@ -220,7 +220,7 @@ class FunctionalExperiment(Experiment):
     solved_apart = False
     reads_too: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "finetune": ("cost", "evaluation"),
-        "evaluate": ("path", "network", "data", "cost", "evaluation", "solver", "offline"),
+        "measure": ("data", "cost", "solver", "offline"),
     }
 
     reward: SlopeConfig | None = None
@@ -284,6 +284,7 @@ _STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "sample": ("name", "path", "network", "reward", "evaluation"),
     "evaluate": ("reward", "objective", "grid"),
     "exact": ("reward", "objective", "grid", "methods"),
+    "measure": ("name", "path", "network", "reward", "objective", "grid", "evaluation", "methods"),
 }
 
 

@@ -161,7 +161,7 @@ except WorkflowError as error:
 STUDIES = [name for name, cases in FILES.items() if name not in cases]
 EXPERIMENTS = {name: experiment for cases in FILES.values() for name, experiment in cases.items()}
 TAILS = [name for name, experiment in EXPERIMENTS.items() if isinstance(experiment, TailExperiment)]
-FUNCTIONALS = [name for name in EXPERIMENTS if name not in TAILS]
+FUNCTIONAL_FILES = [name for name in FILES if is_of(FunctionalExperiment, name)]
 METHODS = sorted({method for experiment in EXPERIMENTS.values() for method in experiment.methods})
 RESOLVED = {name: dump(experiment) for name, experiment in EXPERIMENTS.items()}
 OVERRIDES = json.dumps(config["overrides"], sort_keys=True)
@@ -295,6 +295,29 @@ MADE_BY_KIND = {
     "fdc": ["model.safetensors", "history.csv", "samples.npz", "metrics.json"],
     "tfft": ["threshold.json", "model.safetensors", "history.csv", "samples.npz", "metrics.json"],
 }
+
+
+def measured_runs(name: str) -> list[str]:
+    """What a file's experiments on functionals are measured from, for any seed."""
+    files = []
+    for experiment in FILES[name].values():
+        base = run_folder(experiment.base, "pretrained", "{seed}")
+        files += [f"{base}/model.safetensors", f"{base}/density.npz"]
+        for method, settings in experiment.methods.items():
+            folder = run_folder(experiment.name, method, "{seed}")
+            made = (file for file in MADE_BY_KIND[settings.kind] if file not in ("samples.npz", "metrics.json"))
+            files += [f"{folder}/{file}" for file in made]
+    return list(dict.fromkeys(files))
+
+
+def measured_files(name: str) -> list[str]:
+    """What the measurement of a file's experiments on functionals writes, for any seed."""
+    return [
+        f"{run_folder(experiment.name, method, '{seed}')}/{file}"
+        for experiment in FILES[name].values()
+        for method in experiment.methods
+        for file in ("samples.npz", "metrics.json", "laws.npz")
+    ]
 
 
 def run_files(name: str, *kinds: str) -> list[str]:

@@ -63,40 +63,36 @@ rule evaluate:
         "--output {output} > {log} 2>&1"
 
 
-rule measure:
-    input:
-        unpack(evaluate_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
-        model=sampled_model,
-        density=base_density,
-    output:
-        samples="<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
-        metrics="<results>/runs/{experiment}/{method}/seed{seed}/metrics.json",
-        laws="<results>/runs/{experiment}/{method}/seed{seed}/laws.npz",
-    log:
-        "<logs>/measure/{experiment}/{method}/seed{seed}.log",
-    benchmark:
-        "<benchmarks>/measure/{experiment}/{method}/seed{seed}.tsv"
-    wildcard_constraints:
-        experiment=one_of(FUNCTIONALS),
-    priority: 20
-    group:
-        "assess"
-    conda:
-        "../../envs/core.yaml"
-    threads: 1
-    resources:
-        mem_mb=1500,
-        runtime=30,
-        gpu=config["gpu"],
-    params:
-        digest=digest("evaluate"),
-        options=options("history", "reference", "threshold"),
-    shell:
-        "OMP_NUM_THREADS={threads} flowtilt measure {input.config} --method {wildcards.method} "
-        "--seed {wildcards.seed} --model {input.model} --samples {output.samples} "
-        "--density {input.density} {params.options} --output {output.metrics} "
-        "--laws {output.laws} > {log} 2>&1"
+# The experiments on functionals: all runs of a file and a seed in one job, since each takes less time than
+# to start another.
+for name in FUNCTIONAL_FILES:
+
+    rule:
+        name:
+            f"measure_{name}"
+        input:
+            measured_runs(name),
+            configs=ancient([f"<results>/configs/{experiment}.yaml" for experiment in FILES[name]]),
+        output:
+            measured_files(name),
+        log:
+            f"<logs>/measure/{name}/seed{{seed}}.log",
+        benchmark:
+            f"<benchmarks>/measure/{name}/seed{{seed}}.tsv"
+        priority: 20
+        conda:
+            "../../envs/core.yaml"
+        threads: 1
+        resources:
+            mem_mb=1500,
+            runtime=60,
+            gpu=config["gpu"],
+        params:
+            digest=[stage_digest(experiment, "measure") for experiment in FILES[name].values()],
+            results=results_folder,
+        shell:
+            "OMP_NUM_THREADS={threads} flowtilt measure {input.configs} --seed {wildcards.seed} "
+            "--results {params.results} > {log} 2>&1"
 
 
 rule resolution:

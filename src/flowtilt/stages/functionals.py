@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from flowtilt.domains.planar.laws import (
 )
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics
 from flowtilt.domains.planar.truth import gridded_density
-from flowtilt.experiment import Experiment, FunctionalExperiment, method_of
+from flowtilt.experiment import Experiment, FunctionalExperiment
 from flowtilt.measurements import row_name
 from flowtilt.seeding import seed_of
 from flowtilt.stages.evaluation import activity
@@ -36,55 +37,51 @@ def _functional(experiment: Experiment) -> FunctionalExperiment:
     return experiment
 
 
-def measure(
-    experiment: Experiment,
-    method: str,
-    seed: int,
-    model: Path,
-    samples: Path,
-    density_file: Path,
-    output: Path,
-    laws: Path,
-    history: Path | None = None,
-    reference: Path | None = None,
-    threshold_file: Path | None = None,
-) -> None:
-    """Sample a run and measure it, and solve its problem on the grid: by its own steps, and for the optimum.
+def measure(experiments: Sequence[Experiment], seed: int, results: Path) -> None:
+    """Sample and measure all runs of some experiments for one seed, and solve their problems on the grid.
 
-    All in one stage, since each takes less time than to start another.
+    All in one stage, since each takes less time than to start another. Every run's folder gets its
+    ``samples.npz``, its ``metrics.json`` (of the network's row, and of the rows solved on the grid: by the
+    method's own steps, and the optimum), and the solved laws, ``laws.npz``.
 
     Args:
-        experiment: of the run.
-        method: of the run.
-        seed: of the run.
-        model: weights of the run's model.
-        samples: file for the run's samples.
-        density_file: gridded log-density of the pretrained model.
-        output: JSON file for the metrics of the network's row, and of the rows solved on the grid.
-        laws: file for the solved laws.
-        history: of the fine-tuning, for the shares of active samples.
-        reference: samples of the pretrained model, to measure distances from.
-        threshold_file: of tfft.
+        experiments: on functionals, whose models are trained.
+        seed: of the runs.
+        results: root of the results.
+
+    Raises:
+        ConfigError: if an experiment is not on a functional.
     """
-    experiment = _functional(experiment)
-    sample(experiment, method, seed, model, samples)
-    density = GriddedDensity(*read_arrays(density_file, "axis", "log_density"))
+    for experiment in map(_functional, experiments):
+        # The pretrained model first: distances are measured from its samples.
+        for method, _ in sorted(experiment.methods.items(), key=lambda item: item[1].kind != "pretrained"):
+            _measure_run(experiment, method, seed, results / "runs")
+
+
+def _measure_run(experiment: FunctionalExperiment, method: str, seed: int, runs: Path) -> None:
+    kind = experiment.methods[method].kind
+    folder = runs / experiment.name / method / f"seed{seed}"
+    base = runs / experiment.base / "pretrained" / f"seed{seed}"
+    model = (base if kind == "pretrained" else folder) / "model.safetensors"
+    sample(experiment, method, seed, model, folder / "samples.npz")
+    density = GriddedDensity(*read_arrays(base / "density.npz", "axis", "log_density"))
     problem = grid_problem(experiment, method, density)
-    own = density
-    if method_of(experiment, method).kind != "pretrained":
+    own, reference = density, None
+    if kind != "pretrained":
         own = gridded_density(load_weights(build_model(experiment), model), experiment)
-    row = network_grid_metrics(problem, own) | _sample_row(
-        experiment, method, seed, samples, density, reference
-    )
-    if history is not None:
-        row |= activity(read_history(history, "active_share"))
-    if threshold_file is not None:
-        row |= read_threshold(threshold_file)
+        if "pretrained" in experiment.methods:
+            reference = runs / experiment.name / "pretrained" / f"seed{seed}" / "samples.npz"
+    row = network_grid_metrics(problem, own)
+    row |= _sample_row(experiment, method, seed, folder / "samples.npz", density, reference)
+    if kind != "pretrained":
+        row |= activity(read_history(folder / "history.csv", "active_share"))
+    if kind == "tfft":
+        row |= read_threshold(folder / "threshold.json")
     solved = {row_name(method, at): it for at, it in solved_rows(experiment, method, problem).items()}
     grid, side = problem.grid, (problem.grid.cells, problem.grid.cells)
     cells = {name: np.exp(it.log_p).reshape(side).astype(np.float32) for name, it in solved.items()}
-    write_arrays(laws, axis=grid.axis, **cells)
-    write_rows({method: row} | {name: it.metrics for name, it in solved.items()}, output)
+    write_arrays(folder / "laws.npz", axis=grid.axis, **cells)
+    write_rows({method: row} | {name: it.metrics for name, it in solved.items()}, folder / "metrics.json")
 
 
 def _sample_row(

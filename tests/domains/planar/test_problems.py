@@ -23,7 +23,7 @@ def functional(name: str = "ot_2d", **changes: Any) -> FunctionalExperiment:
 
 
 def test_methods_override_the_objective() -> None:
-    experiment = functional()
+    experiment = functional(methods={"am": {"objective": {"alpha": 1.5}}})
     model = build_model(experiment)
     check_problems(experiment)
     horizontal, vertical, am = (build_objective(experiment, m, model) for m in ("fdc_dB", "fdc_dA", "am"))
@@ -31,7 +31,7 @@ def test_methods_override_the_objective() -> None:
     assert isinstance(vertical.divergence, Wasserstein1)
     assert horizontal.divergence.weights == vertical.divergence.weights[::-1]
     assert isinstance(am.divergence, KL)
-    assert (am.alpha, vertical.alpha) == (3.0, 3.0)
+    assert (am.alpha, vertical.alpha) == (1.5, experiment.objective.alpha)
 
 
 def test_entropy_needs_no_reward_and_has_a_weight_for_each_method() -> None:

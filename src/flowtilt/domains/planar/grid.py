@@ -5,12 +5,12 @@ A law is an array of cell probabilities; a tilt is an array of exponents. Nothin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
 
 from flowtilt.metrics.tails import Side, quantile
 from flowtilt.rewards import Reward
@@ -55,9 +55,15 @@ class Grid:
         return reward(flat).numpy().reshape(self.cells, self.cells)
 
 
+def log_sum_exp(values: np.ndarray) -> float:
+    """``log sum exp`` over all entries, of which one at least is finite; scipy's takes longer to import."""
+    top = float(values.max())
+    return top + math.log(np.exp(values - top).sum())
+
+
 def normalise(log_density: np.ndarray) -> np.ndarray:
     """Log cell probabilities from an unnormalised log-density on the cells."""
-    return log_density - logsumexp(log_density)
+    return log_density - log_sum_exp(log_density)
 
 
 def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:

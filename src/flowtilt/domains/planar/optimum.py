@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import logsumexp
 
-from flowtilt.domains.planar.grid import tail_tilt
+from flowtilt.domains.planar.grid import log_sum_exp, normalise, tail_tilt
 from flowtilt.functionals.base import FiniteLaw, Functional, Objective
 from flowtilt.functionals.divergences import KL, Wasserstein1
 from flowtilt.functionals.utilities import SQ, CVaR, ExpectedReward
@@ -36,7 +35,7 @@ class Optimum:
 def mirror_step(objective: Functional, law: FiniteLaw, weight: float) -> FiniteLaw:
     """One exact step of Flow Density Control: the law proportional to ``p exp(G' / weight)``."""
     tilted = law.log_p + objective.finite_variation(law) / weight
-    return replace(law, log_p=tilted - logsumexp(tilted))
+    return replace(law, log_p=normalise(tilted))
 
 
 def mirror_iterates(objective: Functional, law: FiniteLaw, weight: float, count: int) -> list[FiniteLaw]:
@@ -108,7 +107,7 @@ def _line_search(
     mean = float(law.p @ variation)
     for _ in range(60):
         exponents = (variation - mean) / weight
-        normaliser = float(logsumexp(law.log_p + exponents))
+        normaliser = log_sum_exp(law.log_p + exponents)
         candidate = replace(law, log_p=law.log_p + exponents - normaliser)
         # <G', q - p> - weight KL(q || p) = weight log E_p exp((G' - E_p G') / weight)
         promised = weight * normaliser
