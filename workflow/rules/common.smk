@@ -305,7 +305,9 @@ def measured_runs(name: str) -> list[str]:
         files += [f"{base}/model.safetensors", f"{base}/density.npz"]
         for method, settings in experiment.methods.items():
             folder = run_folder(experiment.name, method, "{seed}")
-            made = (file for file in MADE_BY_KIND[settings.kind] if file not in ("samples.npz", "metrics.json"))
+            made = (
+                file for file in MADE_BY_KIND[settings.kind] if file not in ("samples.npz", "metrics.json")
+            )
             files += [f"{folder}/{file}" for file in made]
     return list(dict.fromkeys(files))
 
