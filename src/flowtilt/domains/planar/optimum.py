@@ -50,7 +50,7 @@ def tilt(law: FiniteLaw, exponents: np.ndarray) -> tuple[FiniteLaw, float]:
 
 
 def mirror_step(objective: Functional, law: FiniteLaw, weight: float) -> FiniteLaw:
-    """One exact step of Flow Density Control: the law proportional to ``p exp(G' / weight)`` (:func:`tilt`)."""
+    """One exact step of Flow Density Control: the :func:`tilt` of ``p`` by ``G' / weight``."""
     return tilt(law, objective.finite_variation(law) / weight)[0]
 
 
