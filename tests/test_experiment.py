@@ -58,6 +58,7 @@ def test_every_shipped_file_loads_and_survives_a_round_trip(file: Path, tmp_path
         ({"reward": {"landscape": "cliffs"}}, "reward.landscape", "stripes, spikes or module:Class"),
         ({"reward": {"width": 0.0}}, "reward.width", "greater than 0"),
         ({"data": {"weights": [1.0]}}, "data", "one entry per component"),
+        ({"data": {"modes": [0, 1]}}, "(whole file)", "data.modes: belongs to experiments on functionals"),
         ({"name": "another"}, "name", "must be the file's own"),
     ],
 )
@@ -78,6 +79,9 @@ def test_errors_name_the_file_the_key_and_the_fix(
     ("change", "key", "hint"),
     [
         ({"objective": {"alpha": -0.1}}, "objective.alpha", "greater than or equal to 0"),
+        ({"data": {"modes": [0, 1]}}, "data", "modes must have one entry per component"),
+        ({"data": {"modes": [1]}}, "data", "leave out no number from 0"),
+        ({"data": {"modes": [-1]}}, "data.modes.0", "greater than or equal to 0"),
         ({"objective": {"utility": {"kind": None}}}, "objective.utility.kind", "string"),
         ({"methods": {"am": {"kind": "tfft"}}}, "(whole file)", "methods.am: tfft raises a tail mean"),
         (

@@ -214,3 +214,35 @@ def test_methods_of_one_step_share_their_noise(tmp_path: Path) -> None:
     assert folder.finetune("b") == 0
     first, second = (folder.file(method, "model.safetensors").read_bytes() for method in "ab")
     assert first == second
+
+
+@pytest.mark.parametrize("solver", ["adjoint_matching", "weighted_fitting"])
+def test_modes_in_a_row(tmp_path: Path, solver: str) -> None:
+    """Every stage of a model with modes, by either solver; what is solved keeps them equally likely."""
+    reward = {"landscape": "slope", "height": 35.0, "middle": 1.0, "softness": 4.0}
+    # Modes far enough apart that the small network of a few updates has learned which is which.
+    data = {"means": [[-1.5, 0.0], [1.5, 0.0]]}
+    pretrain = {"updates": 150, "batch": 256, "learning_rate": 0.01}
+    changes = {"reward": reward, "data": data, "pretrain": pretrain, "solver": {"kind": solver, "bank": 500}}
+    experiment = tiny("modes_2d", **SMALL, **changes, methods={"fdc": {"iterations": 2}})
+    folder = Folder(tmp_path, experiment)
+    assert np.load(folder.base / "density.npz")["log_density"].shape == (2, 16, 16)
+    offline = folder.base / "offline.npz"
+    assert folder.run("offline", seed=0, model=folder.model, output=offline) == 0
+    assert np.load(offline)["x"].shape == (500, 2)
+    assert folder.finetune("fdc") == 0
+    rows = folder.rows()
+
+    samples = np.load(folder.file("pretrained", "samples.npz"))
+    left, right = (samples["x"][samples["mode"] == k, 0].mean() for k in (0, 1))
+    assert left < -0.5 < 0.5 < right
+    # The samples' own log-densities, given their modes, against the gridded ones: as coarse as the grid.
+    assert abs(rows["pretrained"]["kl"]) < 0.1
+    assert rows["pretrained"]["functional"] == rows["pretrained_exact"]["functional"]
+    assert {"functional", "grid_mass", "mean_reward", "kl", "active_share"} <= rows["fdc"].keys()
+    laws = np.load(folder.file("fdc", "laws.npz"))
+    assert laws["fdc_optimum"].shape == (16, 16)
+    assert float(laws["fdc_optimum"].sum()) == pytest.approx(1, abs=1e-6)
+    exact, optimum = rows["fdc_exact"], rows["fdc_optimum"]
+    assert exact["functional_before"] < exact["functional"] <= optimum["functional"] + 1e-9
+    assert optimum["slack"] < 1e-5

@@ -80,3 +80,28 @@ def test_a_loss_that_stops_being_finite_stops_the_run_and_names_the_update():
 
     with pytest.raises(TrainingDiverged, match="at update 3 of 10"):
         fit_flow(Failing(), DATA.sample, PretrainingSettings(updates=10, batch=8), generator(0))
+
+
+def test_data_with_a_context_bring_it_to_the_loss_and_to_the_noise():
+    class Recorder(MixtureFlow):
+        seen: ClassVar[list] = []
+
+        def noise_like(self, x, generator, context=None):
+            self.seen.append(context)
+            return super().noise_like(x, generator)
+
+        def matching_loss(self, x1, x0, t, context=None):
+            self.seen.append(context)
+            return super().matching_loss(x1, x0, t)
+
+    def source(count, generator):
+        return DATA.sample(count, generator), {"masks": torch.arange(count)}
+
+    plain, kept = (MixtureFlow(PATHS["linear"], START, trainable=True) for _ in range(2))
+    choice = PretrainingSettings(updates=2, batch=8, learning_rate=0.03)
+    model = Recorder(PATHS["linear"], START, trainable=True)
+    fit_flow(model, source, choice, generator(0))
+    assert [context["masks"].tolist() for context in model.seen] == [list(range(8))] * 4
+    fit_flow(plain, DATA.sample, choice, generator(0))
+    assert torch.equal(plain.means, model.means)
+    assert not torch.equal(plain.means, kept.means)

@@ -190,6 +190,12 @@ class TailExperiment(Experiment):
     objective: TailObjective
     methods: Annotated[Mapping[str, TailMethodConfig], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _no_modes(self) -> TailExperiment:
+        if self.data.modes is not None:
+            raise ValueError("data.modes: belongs to experiments on functionals, not to those on a tail")
+        return self
+
     def _tail(self, method: str) -> TailSpec:
         return TailSpec(self.objective.tail, self.objective.mass, self.objective.tail_alpha)
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from flowtilt.control.base import Progress, TrainingDiverged
-from flowtilt.model import FlowModel
+from flowtilt.model import Context, FlowModel
 from flowtilt.optimiser import Adam
 
-DataSource = Callable[[int, torch.Generator], Tensor]
+DataSource = Callable[[int, torch.Generator], Tensor | tuple[Tensor, Context]]
+"""Draws some data, (count, ...), or data with their context."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ def fit_flow(
     history = []
     started = time.perf_counter()
     for update in range(settings.updates):
-        x1 = data(settings.batch, generator)
-        x0 = model.noise_like(x1, generator)
+        drawn = data(settings.batch, generator)
+        x1, context = drawn if isinstance(drawn, tuple) else (drawn, None)
+        x0 = model.noise_like(x1, generator, context)
         # Stratified times: one in each of `batch` equal slices of (margin, 1 - margin).
         u = (torch.arange(settings.batch) + torch.rand(settings.batch, generator=generator)) / settings.batch
         t = settings.margin + (1 - 2 * settings.margin) * u
-        loss = model.matching_loss(x1, x0, t).mean()
+        loss = model.matching_loss(x1, x0, t, context).mean()
         if not bool(torch.isfinite(loss)):
             raise TrainingDiverged(
                 f"the flow-matching loss is {float(loss.detach())} at update {update} of {settings.updates}; "

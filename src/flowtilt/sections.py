@@ -28,11 +28,16 @@ class NetworkConfig(Section):
 
 
 class DataConfig(Section):
-    """A mixture of axis-aligned Gaussians in the plane that the model is pretrained on."""
+    """A mixture of axis-aligned Gaussians in the plane that the model is pretrained on.
+
+    ``modes`` makes the model conditional: it gives the mode of each component, from 0. Modes are equally
+    likely, and the weights count within each.
+    """
 
     weights: Annotated[list[Positive], Field(min_length=1)]
     means: list[Row]
     deviations: list[Row]
+    modes: list[Annotated[int, Field(ge=0)]] | None = None
 
     @model_validator(mode="after")
     def _one_of_each(self) -> DataConfig:
@@ -40,7 +45,16 @@ class DataConfig(Section):
             raise ValueError("weights, means and deviations must have one entry per component")
         if any(d <= 0 for row in self.deviations for d in row):
             raise ValueError("deviations must be positive")
+        if self.modes is not None and (
+            len(self.modes) != len(self.weights) or set(self.modes) != set(range(self.mode_count))
+        ):
+            raise ValueError("modes must have one entry per component, and leave out no number from 0")
         return self
+
+    @property
+    def mode_count(self) -> int:
+        """How many modes the model is conditional on; 0 without."""
+        return 0 if self.modes is None else max(self.modes, default=-1) + 1
 
 
 class PretrainConfig(Section):

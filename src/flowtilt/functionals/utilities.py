@@ -469,7 +469,7 @@ class DiverseModes(Functional):
     def finite_variation(self, law: FiniteLaw) -> np.ndarray:
         if law.modes is None:
             raise ValueError("diverse modes need a finite law with a mode for each point: give it modes")
-        if not 0 <= law.modes.min() <= law.modes.max() < self.modes:
+        if law.modes.min() != 0 or law.modes.max() != self.modes - 1:
             raise ValueError(
                 f"diverse modes of {self.modes} modes got a finite law with modes from "
                 f"{law.modes.min()} to {law.modes.max()}"

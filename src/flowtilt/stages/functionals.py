@@ -78,9 +78,8 @@ def _measure_run(experiment: FunctionalExperiment, method: str, seed: int, runs:
     if kind == "tfft":
         row |= read_threshold(folder / "threshold.json")
     solved = {row_name(method, at): it for at, it in solved_rows(experiment, method, problem).items()}
-    grid, side = problem.grid, (problem.grid.cells, problem.grid.cells)
-    cells = {name: np.exp(it.log_p).reshape(side).astype(np.float32) for name, it in solved.items()}
-    write_arrays(folder / "laws.npz", axis=grid.axis, **cells)
+    cells = {name: problem.cells(it.log_p).astype(np.float32) for name, it in solved.items()}
+    write_arrays(folder / "laws.npz", axis=problem.grid.axis, **cells)
     write_rows({method: row} | {name: it.metrics for name, it in solved.items()}, folder / "metrics.json")
 
 
@@ -93,11 +92,12 @@ def _sample_row(
     reference: Path | None,
 ) -> Metrics:
     """Metrics of a run's samples, and by critics of their distance from the pretrained model's."""
-    cloud = Cloud.of_samples(*read_arrays(samples, "x", "log_density"))
+    names = ["x", "log_density", *(["mode"] if experiment.data.modes else [])]
+    cloud = Cloud.of_samples(*read_arrays(samples, *names))
     rewards = None if experiment.reward is None else read_arrays(samples, "reward")[0]
     if reference is None or experiment.evaluation.transport is None:
         return sample_metrics(experiment, cloud, rewards, None, density)
-    others = Cloud.of_samples(*read_arrays(reference, "x", "log_density"))
+    others = Cloud.of_samples(*read_arrays(reference, *names))
     critics = critic_metrics(
         experiment, cloud, others, seed_of(experiment.name, method, "critic", seed) % 2**31
     )

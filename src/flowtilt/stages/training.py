@@ -49,7 +49,9 @@ def offline(experiment: Experiment, seed: int, model: Path, output: Path) -> Non
     """Draw the offline batch of a pretrained model, with rewards."""
     flow = load_weights(build_model(experiment), model)
     generator = _generator(experiment.name, "offline", seed)
-    x = sample_sde(flow, experiment.offline.samples, experiment.solver.steps, generator)[-1]
+    count = experiment.offline.samples
+    context = flow.draw_context(count, generator)
+    x = sample_sde(flow, count, experiment.solver.steps, generator, context)[-1]
     write_arrays(output, x=x.numpy(), reward=reward_of(experiment)(x).numpy())
 
 
@@ -155,17 +157,22 @@ def _ascent(experiment: Experiment, method: str, base: FlowModel) -> tuple[Funct
 
 
 def sample(experiment: Experiment, method: str, seed: int, model: Path, output: Path) -> None:
-    """Sample a run's model by the probability-flow ODE, with rewards and some log-densities."""
+    """Sample a run's model by the probability-flow ODE, with modes, rewards and some log-densities."""
     flow = load_weights(build_model(experiment), model)
     generator = _generator(experiment.name, method, "sample", seed)
     config = experiment.evaluation
     settings = OdeSettings(steps=config.ode_steps)
     with_density = min(config.density_samples, config.samples)
-    x, log_density = sample_with_log_density(flow, with_density, generator, settings=settings)
-    if config.samples > with_density:
-        rest = sample_ode(flow, config.samples - with_density, generator, settings=settings)
+    context = flow.draw_context(config.samples, generator)
+    first, last = torch.arange(config.samples).split([with_density, config.samples - with_density])
+    part = flow.select_context(context, first)
+    x, log_density = sample_with_log_density(flow, with_density, generator, part, settings)
+    if len(last):
+        rest = sample_ode(flow, len(last), generator, flow.select_context(context, last), settings)
         x = torch.cat([x, rest])
     arrays = {"x": x, "log_density": log_density}
+    if context is not None:
+        arrays["mode"] = context
     if isinstance(experiment, FunctionalExperiment):
         if (slope := build_slope(experiment)) is not None:
             arrays["reward"] = slope(x)

@@ -5,6 +5,7 @@ from scipy.optimize import minimize
 from flowtilt.domains.planar.grid import (
     Grid,
     expected_reward_tilt,
+    finite_law,
     gaussian_blur,
     hinge,
     kl_divergence,
@@ -13,6 +14,7 @@ from flowtilt.domains.planar.grid import (
     tail_tilt,
 )
 from flowtilt.domains.planar.landscapes import Spikes, Stripes
+from flowtilt.domains.planar.rows import GriddedDensity
 from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import dual_objective
@@ -310,3 +312,34 @@ def test_extreme_weights_stay_finite(side):
             # Exponents of up to 1e10 are rounded at 1e-6.
             assert np.exp(law).sum() == pytest.approx(1, abs=1e-5)
             assert np.isfinite(kl_divergence(law, log_p))
+
+
+# --- Modes -------------------------------------------------------------------------------------
+
+
+def test_a_law_of_cells_and_modes_has_equal_modes_each_with_its_own_density():
+    grid, random = Grid(3.0, 16), np.random.default_rng(0)
+    log_density = random.normal(size=(3, 16, 16))
+    law = finite_law(grid, log_density)
+    assert law.modes is not None
+    for k in range(3):
+        own = law.modes == k
+        np.testing.assert_array_equal(law.points[own].numpy(), grid.flat_points.numpy())
+        expected = np.exp(log_density[k]) / np.exp(log_density[k]).sum() / 3
+        np.testing.assert_allclose(law.p[own], expected.ravel(), rtol=1e-12)
+    single = finite_law(grid, log_density[1])
+    assert single.modes is None
+    np.testing.assert_allclose(single.p, 3 * law.p[law.modes == 1], rtol=1e-12)
+    np.testing.assert_array_equal(single.log_reference, single.log_p)
+
+
+def test_a_density_given_the_mode_is_read_at_each_point_by_its_own():
+    axis = np.linspace(-2, 2, 9)
+    x, y = np.meshgrid(axis, axis, indexing="ij")
+    density = GriddedDensity(axis, np.stack([x + y**2, 3 * x - y]))  # cubic splines are exact
+    points, modes = np.random.default_rng(0).uniform(-1.9, 1.9, (20, 2)), np.arange(20) % 2
+    expected = np.where(modes == 0, points[:, 0] + points[:, 1] ** 2, 3 * points[:, 0] - points[:, 1])
+    np.testing.assert_allclose(density.at(points, modes), expected, atol=1e-12)
+    fine = np.linspace(-1.5, 1.5, 4)
+    u, v = np.meshgrid(fine, fine, indexing="ij")
+    np.testing.assert_allclose(density.on(fine), np.stack([u + v**2, 3 * u - v]), atol=1e-12)

@@ -3,15 +3,30 @@
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linprog, minimize_scalar
+from scipy.optimize import linprog, minimize, minimize_scalar
 from scipy.special import logsumexp
 
-from flowtilt.domains.planar.grid import Grid, normalise, tail_tilt
+from flowtilt.domains.planar.grid import Grid, finite_law, normalise, tail_tilt
 from flowtilt.domains.planar.landscapes import Bowl, Slope
-from flowtilt.domains.planar.optimum import maximise, mirror_iterates, optimum_of, transport_optimum
+from flowtilt.domains.planar.optimum import (
+    maximise,
+    mirror_iterates,
+    mirror_step,
+    optimum_of,
+    tilt,
+    transport_optimum,
+)
 from flowtilt.functionals.base import FiniteLaw, Objective
 from flowtilt.functionals.divergences import KL, MMD, Wasserstein1
-from flowtilt.functionals.utilities import SQ, CVaR, Entropy, ExpectedReward, LogBarrier, MeanVariance
+from flowtilt.functionals.utilities import (
+    SQ,
+    CVaR,
+    DiverseModes,
+    Entropy,
+    ExpectedReward,
+    LogBarrier,
+    MeanVariance,
+)
 from flowtilt.metrics.transport import ground_distances
 
 SLOPE = Slope(height=35.0, middle=1.0, softness=1.0)
@@ -139,3 +154,117 @@ def test_slope_is_half_its_height_in_the_middle_and_levels_off():
     middle, high, low, above, below = Slope(35.0, 1.0, 0.5)(points).tolist()
     assert (middle, high, low) == pytest.approx((17.5, 35.0, 0.0), abs=1e-9)
     assert (above - below) / (2 * step) == pytest.approx(35.0 / 0.5, rel=1e-6)
+
+
+# --- Modes -------------------------------------------------------------------------------------
+
+ALPHA, SHIFT = 1.5, 0.5  # of the case in hierarchy_2d
+
+
+def two_modes(cells=40, extent=5.0):
+    """Unit Gaussians at (-SHIFT, 0) and (SHIFT, 0)."""
+    grid = Grid(extent, cells)
+    centres = np.array([[-SHIFT, 0.0], [SHIFT, 0.0]])
+    return finite_law(grid, -0.5 * ((grid.points - centres[:, None, None]) ** 2).sum(-1))
+
+
+def uneven_law(seed=0):
+    """Seven points in each of three modes, which are not equally likely."""
+    random = np.random.default_rng(seed)
+    table = random.dirichlet(np.ones(21)).reshape(3, 7)
+    points = torch.arange(7.0, dtype=torch.float64).repeat(3)[:, None]
+    reference = random.dirichlet(np.ones(7), 3) * table.sum(1, keepdims=True)
+    modes = np.repeat(np.arange(3), 7)
+    return table, reference, FiniteLaw(points, np.log(table.ravel()), np.log(reference.ravel()), modes)
+
+
+def test_a_tilt_keeps_every_mode_s_probability_and_returns_what_it_promises():
+    """``log normaliser = <exponents, q> - KL(q || p)``, the largest over laws with the same modes."""
+    table, _, law = uneven_law()
+    exponents = np.random.default_rng(1).normal(size=21)
+    tilted, normaliser = tilt(law, exponents)
+    q = tilted.p.reshape(3, 7)
+    np.testing.assert_allclose(q.sum(1), table.sum(1), rtol=1e-12)
+    for own, before, by in zip(q, table, exponents.reshape(3, 7), strict=True):
+        np.testing.assert_allclose(own / own.sum(), before * np.exp(by) / (before @ np.exp(by)), rtol=1e-12)
+    assert normaliser == pytest.approx(tilted.p @ (exponents - tilted.log_p + law.log_p), rel=1e-12)
+
+
+def test_a_mirror_step_of_diverse_modes_is_the_best_law_by_brute_force():
+    """``max_q <G', q> - weight KL(q || p)`` mode by mode, by a general optimiser over each mode's simplex."""
+    table, reference, law = uneven_law()
+    objective, weight = Objective(DiverseModes(3), KL(MODEL), 0.7), 2.0
+    stepped = mirror_step(objective, law, weight).p.reshape(3, 7)
+    marginal = table.sum(0)
+    for k in range(3):
+        share = table[k].sum()
+        before = table[k] / share
+        # The definition: log p_k(x) / mean p(x), less alpha times log p_k(x) / reference_k(x).
+        slope = np.log(before / marginal) - 0.7 * np.log(table[k] / reference[k])
+
+        def cost(logits, slope=slope, before=before):
+            log_q = logits - logsumexp(logits)
+            return -np.exp(log_q) @ (slope - weight * (log_q - np.log(before)))
+
+        found = minimize(cost, np.log(before), method="BFGS", options={"gtol": 1e-9}).x
+        np.testing.assert_allclose(stepped[k] / share, np.exp(found - logsumexp(found)), atol=1e-6)
+
+
+def test_diverse_modes_reach_the_power_of_the_odds():
+    """For two modes of equal normalisers the optimum's odds of a mode are the pretrained ones to the power
+    ``alpha / (alpha - 1)``: its law is ``p_pre(x | z) p(z | x)^(1 / alpha)`` up to a constant."""
+    law = two_modes()
+    objective = Objective(DiverseModes(2), KL(MODEL), ALPHA)
+    found = optimum_of(objective, [law])
+    x = law.points[:, 0].numpy() * np.where(law.modes == 0, -1.0, 1.0)
+    odds = -np.logaddexp(0, -2 * SHIFT * x * ALPHA / (ALPHA - 1))
+    best, _ = tilt(law, odds / ALPHA)
+    assert np.exp(found.log_p) == pytest.approx(best.p, abs=1e-6)
+    exact, before = objective.finite_value(best), objective.finite_value(law)
+    assert found.value == pytest.approx(exact, abs=1e-6 * (exact - before))
+    # In the plane's own units, on a line: alpha log E (2 p(z | x))^(1 / alpha).
+    line = np.linspace(-9, 9, 4001)
+    density = np.exp(-0.5 * (line - SHIFT) ** 2) / np.sqrt(2 * np.pi)
+    power = (2 / (1 + np.exp(-2 * SHIFT * line * ALPHA / (ALPHA - 1)))) ** (1 / ALPHA)
+    assert exact == pytest.approx(ALPHA * np.log(np.trapezoid(density * power, line)), abs=1e-5)
+
+
+def test_no_law_of_two_modes_is_better_than_the_optimum():
+    """``G* = max_q alpha E_z log E_pre[(M q(z | x))^(1 / alpha) | z]`` over every guess q of the mode.
+
+    It is concave for alpha above 1: another problem, by another optimiser, from a random start.
+    """
+    law = two_modes(cells=16, extent=4.0)
+    reference = law.reference.reshape(2, -1) * 2
+
+    def guess(logits):
+        u = 1 / (1 + np.exp(-logits))
+        powers = [(2 * q) ** (1 / ALPHA) for q in (1 - u, u)]
+        means = [own @ power for own, power in zip(reference, powers, strict=True)]
+        slope = (-reference[0] * powers[0] / means[0] * u + reference[1] * powers[1] / means[1] * (1 - u)) / 2
+        return -ALPHA / 2 * np.log(means).sum(), -slope
+
+    start = np.random.default_rng(0).normal(size=reference.shape[1])
+    found = minimize(
+        guess, start, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-10}
+    )
+    objective = Objective(DiverseModes(2), KL(MODEL), ALPHA)
+    best = maximise(objective, [law])
+    gained = best.value - objective.finite_value(law)
+    assert best.value == pytest.approx(-found.fun, abs=1e-5 * gained)
+    assert best.slack <= 1e-5 * gained
+
+
+def test_three_steps_of_the_case_close_most_of_the_gap():
+    """The log odds go ``c <- (1 - (alpha - 1) / w) c + alpha / w`` for steps of weight w, from 1."""
+    law = two_modes()
+    objective = Objective(DiverseModes(2), KL(MODEL), ALPHA)
+    odds = 1.0
+    for iterate in mirror_iterates(objective, law, ALPHA, 3):
+        odds = (1 - (ALPHA - 1) / ALPHA) * odds + 1
+        left, right = iterate.log_p.reshape(2, -1)
+        np.testing.assert_allclose(
+            right - left, odds * 2 * SHIFT * law.points[: len(left), 0].numpy(), atol=1e-9
+        )
+    before, best = objective.finite_value(law), optimum_of(objective, [law]).value
+    assert objective.finite_value(iterate) - before == pytest.approx(0.97 * (best - before), rel=0.01)

@@ -115,3 +115,12 @@ def test_a_reward_without_a_gradient_is_refused_for_adjoint_matching_only(
     with pytest.raises(ConfigError, match="needs the gradient of the reward"):
         check_problems(functional())
     check_problems(functional(solver={"kind": "weighted_fitting"}))
+
+
+def test_diverse_modes_must_be_those_of_the_data() -> None:
+    """The shipped model has two; a model without any is refused as a bad term, above."""
+    check_problems(functional("modes_2d"))
+    for wrong in (3, 4):
+        change = {"utility": {"modes": wrong}}
+        with pytest.raises(ConfigError, match=rf"objective\.utility.*{wrong} modes.*from 0 to 1"):
+            check_problems(functional("modes_2d", objective=change))

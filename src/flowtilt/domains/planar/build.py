@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flowtilt.configuration import ConfigError
-from flowtilt.domains.planar.data import GaussianMixture
+from flowtilt.domains.planar.data import GaussianMixture, ModeMixtures
 from flowtilt.domains.planar.landscapes import LANDSCAPES, SLOPES, Bowl, Slope, Zones
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.experiment import Experiment, FunctionalExperiment, TailExperiment, tail_experiment
@@ -34,13 +34,23 @@ def build_model(experiment: Experiment, seed: int = 0) -> PlanarFlow:
     network = experiment.network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(experiment.base, "initial weights", seed))
-        return PlanarFlow(build_path(experiment.path), network.widths, network.activation, network.prediction)
+        return PlanarFlow(
+            build_path(experiment.path),
+            network.widths,
+            network.activation,
+            network.prediction,
+            experiment.data.mode_count,
+        )
 
 
-def build_data(experiment: Experiment) -> GaussianMixture:
+def build_data(experiment: Experiment) -> GaussianMixture | ModeMixtures:
     """The data that the model is pretrained on."""
     data = experiment.data
-    return GaussianMixture(*(np.array(a) for a in (data.weights, data.means, data.deviations)))
+    arrays = [np.array(a) for a in (data.weights, data.means, data.deviations)]
+    if data.modes is None:
+        return GaussianMixture(*arrays)
+    own = [np.array(data.modes) == k for k in range(data.mode_count)]
+    return ModeMixtures(tuple(GaussianMixture(*(a[held] for a in arrays)) for held in own))
 
 
 def build_reward(experiment: TailExperiment) -> Zones:

@@ -1,4 +1,4 @@
-"""The planar data: mixtures of axis-aligned Gaussians."""
+"""The planar data: mixtures of axis-aligned Gaussians, one or one for each mode."""
 
 from __future__ import annotations
 
@@ -38,3 +38,24 @@ class GaussianMixture:
         log_weights = np.log(self.weights / self.weights.sum())
         terms = log_weights - 0.5 * (z**2).sum(-1) - log_normaliser
         return np.asarray(np.logaddexp.reduce(terms, axis=-1))
+
+
+@dataclass(frozen=True)
+class ModeMixtures:
+    """A mixture for each mode; modes are equally likely.
+
+    Attributes:
+        each: the mixtures, by mode.
+    """
+
+    each: tuple[GaussianMixture, ...]
+
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draws, (count, 2), and their modes, long (count,)."""
+        modes = torch.randint(len(self.each), (count,), generator=generator)
+        draws = torch.stack([mixture.sample(count, generator) for mixture in self.each])
+        return draws[modes, torch.arange(count)], modes
+
+    def log_density(self, points: np.ndarray) -> np.ndarray:
+        """Log-density of each mode in nats at points (..., 2), shape (modes, ...)."""
+        return np.stack([mixture.log_density(points) for mixture in self.each])

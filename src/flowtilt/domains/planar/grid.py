@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flowtilt.functionals.base import FiniteLaw
 from flowtilt.metrics.tails import Side, quantile
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import threshold
@@ -64,6 +65,24 @@ def log_sum_exp(values: np.ndarray) -> float:
 def normalise(log_density: np.ndarray) -> np.ndarray:
     """Log cell probabilities from an unnormalised log-density on the cells."""
     return log_density - log_sum_exp(log_density)
+
+
+def finite_law(grid: Grid, log_density: np.ndarray) -> FiniteLaw:
+    """The law on a grid's cells of a log-density there, which is its own reference.
+
+    Args:
+        grid: the grid.
+        log_density: in nats at the cell centres, up to a constant, (cells, cells); or of every mode,
+            (modes, cells, cells). The law is then one of pairs of a cell and a mode, mode by mode, with
+            modes equally likely.
+    """
+    if log_density.ndim == 2:
+        log_p = normalise(log_density).ravel()
+        return FiniteLaw(grid.flat_points, log_p, log_p)
+    count = len(log_density)
+    log_p = np.concatenate([normalise(own).ravel() for own in log_density]) - np.log(count)
+    modes = np.repeat(np.arange(count), grid.cells**2)
+    return FiniteLaw(grid.flat_points.repeat(count, 1), log_p, log_p, modes)
 
 
 def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:

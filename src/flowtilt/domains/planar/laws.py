@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from flowtilt.domains.planar.build import build_data, build_model, build_slope
-from flowtilt.domains.planar.grid import Grid, kl_divergence, normalise
-from flowtilt.domains.planar.optimum import mirror_iterates, optimum_of, tail_optimum
+from flowtilt.domains.planar.data import GaussianMixture
+from flowtilt.domains.planar.grid import Grid, finite_law, kl_divergence
+from flowtilt.domains.planar.optimum import mirror_iterates, optimum_of, tail_optimum, tilt
 from flowtilt.domains.planar.problems import build_objective
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics
 from flowtilt.experiment import FunctionalExperiment
@@ -27,16 +28,21 @@ class Cloud:
     Attributes:
         points: (n, 2).
         weights: (n,), of sum 1.
-        log_density: in nats, at the first points or at all, (m,).
+        log_density: in nats, at the first points or at all, (m,); given the mode if there are modes.
+        modes: of the points, integers (n,), if the model has modes.
     """
 
     points: np.ndarray
     weights: np.ndarray
     log_density: np.ndarray
+    modes: np.ndarray | None = None
 
     @classmethod
-    def of_samples(cls, points: np.ndarray, log_density: np.ndarray) -> Cloud:
-        return cls(points.astype(np.float64), np.full(len(points), 1 / len(points)), log_density)
+    def of_samples(
+        cls, points: np.ndarray, log_density: np.ndarray, modes: np.ndarray | None = None
+    ) -> Cloud:
+        weights = np.full(len(points), 1 / len(points))
+        return cls(points.astype(np.float64), weights, log_density, modes)
 
     @property
     def mean(self) -> np.ndarray:
@@ -45,7 +51,8 @@ class Cloud:
     def first(self, count: int) -> Cloud:
         """The first points alone, reweighted."""
         weights = self.weights[:count]
-        return Cloud(self.points[:count], weights / weights.sum(), self.log_density[:count])
+        modes = None if self.modes is None else self.modes[:count]
+        return Cloud(self.points[:count], weights / weights.sum(), self.log_density[:count], modes)
 
 
 def shift_metrics(cloud: Cloud, reference: Cloud) -> Metrics:
@@ -73,10 +80,10 @@ def transport_metrics(experiment: FunctionalExperiment, cloud: Cloud, reference:
 def coverage(experiment: FunctionalExperiment, cloud: Cloud) -> float | None:
     """Probability of the region around the data's lightest component: nearer to its mean than to any other.
 
-    Undefined for data of a single component.
+    Undefined for data of a single component, and for those of several modes.
     """
     data = build_data(experiment)
-    if len(data.weights) == 1:
+    if not isinstance(data, GaussianMixture) or len(data.weights) == 1:
         return None
     distances = np.linalg.norm(cloud.points[:, None] - data.means, axis=-1)
     return float(cloud.weights[distances.argmin(axis=1) == data.weights.argmin()].sum())
@@ -97,20 +104,26 @@ class GridProblem:
     start: FiniteLaw
 
     def law(self, log_p: np.ndarray) -> FiniteLaw:
-        """A law from log cell probabilities, (cells^2,)."""
-        return FiniteLaw(self.start.points, log_p, self.start.log_p)
+        """A law from log probabilities of the cells, (cells^2,), or of the cells in every mode."""
+        return replace(self.start, log_p=log_p)
 
     def cloud(self, log_p: np.ndarray) -> Cloud:
-        points = self.start.points.numpy(force=True)
-        return Cloud(points, np.exp(log_p), log_p - 2 * np.log(self.grid.spacing))
+        points, modes = self.start.points.numpy(force=True), self.start.modes
+        log_density = log_p - 2 * np.log(self.grid.spacing)
+        if modes is not None:
+            log_density = log_density - np.log(np.bincount(modes, np.exp(log_p)))[modes]
+        return Cloud(points, np.exp(log_p), log_density, modes)
+
+    def cells(self, log_p: np.ndarray) -> np.ndarray:
+        """Cell probabilities of a sample, over all modes, (cells, cells)."""
+        return np.exp(log_p).reshape(-1, self.grid.cells, self.grid.cells).sum(axis=0)
 
 
 def grid_problem(experiment: FunctionalExperiment, method: str, density: GriddedDensity) -> GridProblem:
     """A method's problem for a gridded pretrained density."""
     grid = Grid(experiment.grid.extent, experiment.grid.cells)
-    log_p = normalise(density.on(grid.axis)).ravel()
     objective = build_objective(experiment, method, build_model(experiment))
-    return GridProblem(objective, grid, FiniteLaw(grid.flat_points, log_p, log_p))
+    return GridProblem(objective, grid, finite_law(grid, density.on(grid.axis)))
 
 
 def grid_metrics(experiment: FunctionalExperiment, problem: GridProblem, log_p: np.ndarray) -> Metrics:
@@ -148,7 +161,8 @@ def sample_metrics(
     metrics: Metrics = {}
     if rewards is not None:
         metrics["mean_reward"] = float(rewards.mean(dtype=np.float64))
-    ratio = cloud.log_density.astype(np.float64) - density.at(cloud.points[: len(cloud.log_density)])
+    dense = cloud.first(len(cloud.log_density))
+    ratio = cloud.log_density.astype(np.float64) - density.at(dense.points, dense.modes)
     metrics["kl"] = float(ratio.mean())
     transport, entropy = experiment.evaluation.transport, experiment.evaluation.entropy
     if transport is not None and reference is not None:
@@ -164,7 +178,7 @@ def sample_metrics(
 
 
 class SolvedRow(NamedTuple):
-    """One method solved on the grid: its metrics, and log cell probabilities, (cells^2,)."""
+    """One method solved on the grid: its metrics, and log cell probabilities, (cells^2,) for each mode."""
 
     metrics: Metrics
     log_p: np.ndarray
@@ -213,7 +227,7 @@ def _starts(experiment: FunctionalExperiment, problem: GridProblem) -> list[Fini
     if reward is not None:
         rewards = reward(problem.start.points).numpy()
         scaled = (rewards - rewards.mean()) / rewards.std()
-        starts += [problem.law(normalise(problem.start.log_p + nats * scaled)) for nats in TILTS]
+        starts += [tilt(problem.start, nats * scaled)[0] for nats in TILTS]
     return starts
 
 
@@ -223,10 +237,12 @@ def network_grid_metrics(problem: GridProblem, density: GriddedDensity) -> Metri
     ``grid_mass`` is how much of its probability lies on the grid: 1 less what is off it, and less or
     more what the coarse log-density misses.
     """
-    log_density = density.on(problem.grid.axis).ravel()
-    mass = float(np.exp(log_density).sum() * problem.grid.spacing**2)
+    log_density = density.on(problem.grid.axis)
+    law = problem.law(finite_law(problem.grid, log_density).log_p)
+    cells = problem.grid.cells**2
+    mass = float(np.exp(log_density).reshape(-1, cells).sum(axis=1).mean() * problem.grid.spacing**2)
     return {
-        "functional": problem.objective.finite_value(problem.law(normalise(log_density))),
+        "functional": problem.objective.finite_value(law),
         "grid_mass": mass,
     }
 

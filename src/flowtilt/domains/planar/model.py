@@ -26,6 +26,8 @@ class PlanarFlow(FlowModel):
         activation: ``relu`` or ``silu``.
         prediction: what the network puts out. A score is smooth up to the data on the
             variance-preserving path; a velocity is finite everywhere on the linear one.
+        modes: how many modes the flow is conditional on, 0 for none. Its context is then the mode of
+            each sample, long (batch,), which the network sees as further inputs, one for each mode.
     """
 
     data_variance = 1.0
@@ -36,12 +38,14 @@ class PlanarFlow(FlowModel):
         widths: Sequence[int] = (512, 512, 256),
         activation: Literal["relu", "silu"] = "relu",
         prediction: Prediction = "score",
+        modes: int = 0,
     ) -> None:
         super().__init__()
         self.path = path
         self.prediction = prediction
+        self.modes = modes
         self.activate = FUNCTIONS[activation]
-        sizes = [3, *widths]
+        sizes = [3 + modes, *widths]
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
@@ -50,20 +54,38 @@ class PlanarFlow(FlowModel):
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
         return torch.randn(count, 2, generator=generator)
 
-    def predict(self, x: Tensor, t: Tensor) -> Tensor:
-        """The network's own output at states (batch, 2) and times () or (batch,)."""
+    def draw_context(self, count: int, generator: torch.Generator) -> Context:
+        """Modes of new samples, all equally likely; None, without a draw, if the flow has none."""
+        return torch.randint(self.modes, (count,), generator=generator) if self.modes else None
+
+    def select_context(self, context: Context, index: Tensor) -> Context:
+        return context[index] if self.modes else context
+
+    def predict(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        """The network's own output at states (batch, 2), times () or (batch,) and modes long (batch,).
+
+        Raises:
+            ValueError: if the flow has modes, and the context is not one for each state.
+        """
         # By functions and not by calls of the modules, which take as long as these small layers do.
         first, *rest = (module for module in self.network if isinstance(module, nn.Linear))
         if t.ndim:
-            h = F.linear(torch.cat([x, t.reshape(-1, 1)], dim=1), first.weight, first.bias)
+            h = F.linear(torch.cat([x, t.reshape(-1, 1)], dim=1), first.weight[:, :3], first.bias)
         else:  # one time for all goes into the bias
             h = F.linear(x, first.weight[:, :2], first.bias + t * first.weight[:, 2])
+        if self.modes:
+            if not isinstance(context, Tensor) or context.shape != (len(x),):
+                raise ValueError(
+                    f"a planar flow of {self.modes} modes needs the mode of each of the {len(x)} samples as "
+                    "their context; draw_context draws them"
+                )
+            h = h + F.embedding(context, first.weight[:, 3:].T)  # a product with one-hot rows
         for linear in rest:
             h = F.linear(self.activate(h), linear.weight, linear.bias)
         return h
 
     def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
-        return convert(self.predict(x, t), x, t, self.path, self.prediction, "velocity")
+        return convert(self.predict(x, t, context), x, t, self.path, self.prediction, "velocity")
 
     def matching_residual(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """Flow matching in the units of the output: noise for a score network, else velocity.
@@ -75,5 +97,5 @@ class PlanarFlow(FlowModel):
             return super().matching_residual(x1, x0, t, context)
         at = broadcast_time(t, x1)
         x = self.path.alpha(at) * x1 + self.path.beta(at) * x0
-        noise = convert(self.predict(x, t), x, t, self.path, self.prediction, "noise")
+        noise = convert(self.predict(x, t, context), x, t, self.path, self.prediction, "noise")
         return noise - x0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flowtilt.domains.planar.grid import log_sum_exp, normalise, tail_tilt
+from flowtilt.domains.planar.grid import log_sum_exp, tail_tilt
 from flowtilt.functionals.base import FiniteLaw, Functional, Objective
 from flowtilt.functionals.divergences import KL, Wasserstein1
 from flowtilt.functionals.utilities import SQ, CVaR, ExpectedReward
@@ -22,7 +22,8 @@ class Optimum:
     Attributes:
         log_p: log probabilities, (n,).
         value: of the functional there.
-        slack: ``max_x G'(x) - E_p G'``, how much more a concave functional could be worth anywhere.
+        slack: ``max_x G'(x) - E_p G'``, how much more a concave functional could be worth anywhere; the
+            mean over modes of these for a law of points and modes.
         steps: how many were taken.
     """
 
@@ -32,10 +33,24 @@ class Optimum:
     steps: int
 
 
+def tilt(law: FiniteLaw, exponents: np.ndarray) -> tuple[FiniteLaw, float]:
+    """The law proportional to ``p exp(exponents)``, and the logarithm of its normaliser.
+
+    A law of pairs of a point and a mode is tilted in each mode by itself, since no model can change how
+    likely a mode is: the second is then the mean over modes of the logarithms of their normalisers.
+    """
+    tilted = law.log_p + exponents
+    if law.modes is None:
+        normaliser = log_sum_exp(tilted)
+        return replace(law, log_p=tilted - normaliser), normaliser
+    kept = np.bincount(law.modes, law.p)
+    normalisers = np.array([log_sum_exp(tilted[law.modes == k]) for k in range(len(kept))]) - np.log(kept)
+    return replace(law, log_p=tilted - normalisers[law.modes]), float(kept @ normalisers)
+
+
 def mirror_step(objective: Functional, law: FiniteLaw, weight: float) -> FiniteLaw:
-    """One exact step of Flow Density Control: the law proportional to ``p exp(G' / weight)``."""
-    tilted = law.log_p + objective.finite_variation(law) / weight
-    return replace(law, log_p=normalise(tilted))
+    """One exact step of Flow Density Control: the :func:`tilt` of ``p`` by ``G' / weight``."""
+    return tilt(law, objective.finite_variation(law) / weight)[0]
 
 
 def mirror_iterates(objective: Functional, law: FiniteLaw, weight: float, count: int) -> list[FiniteLaw]:
@@ -97,7 +112,11 @@ def _ascend(objective: Functional, law: FiniteLaw, tolerance: float, steps: int)
 
 
 def _slack(variation: np.ndarray, law: FiniteLaw) -> float:
-    return float(variation.max() - law.p @ variation)
+    if law.modes is None:
+        return float(variation.max() - law.p @ variation)
+    kept = np.bincount(law.modes, law.p)
+    highest = np.array([variation[law.modes == k].max() for k in range(len(kept))])
+    return float(kept @ highest - law.p @ variation)
 
 
 def _line_search(
@@ -106,9 +125,7 @@ def _line_search(
     """The step of the smallest weight that keeps its promise; the law, its value and the weight."""
     mean = float(law.p @ variation)
     for _ in range(60):
-        exponents = (variation - mean) / weight
-        normaliser = log_sum_exp(law.log_p + exponents)
-        candidate = replace(law, log_p=law.log_p + exponents - normaliser)
+        candidate, normaliser = tilt(law, (variation - mean) / weight)
         # <G', q - p> - weight KL(q || p) = weight log E_p exp((G' - E_p G') / weight)
         promised = weight * normaliser
         try:

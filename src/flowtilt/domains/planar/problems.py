@@ -6,9 +6,9 @@ from typing import Literal
 
 from flowtilt.configuration import ConfigError
 from flowtilt.domains.planar.build import build_cost, build_data, build_model, build_slope
-from flowtilt.domains.planar.grid import Grid, normalise
+from flowtilt.domains.planar.grid import Grid, finite_law
 from flowtilt.experiment import FunctionalExperiment
-from flowtilt.functionals.base import FiniteLaw, Functional, Objective
+from flowtilt.functionals.base import Functional, Objective
 from flowtilt.functionals.divergences import ReferenceDraw
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients, check_needs
 from flowtilt.model import FlowModel
@@ -89,8 +89,7 @@ def check_problems(experiment: FunctionalExperiment) -> None:
     """
     model = build_model(experiment)
     grid = Grid(experiment.grid.extent, CHECKED_CELLS)
-    log_p = normalise(build_data(experiment).log_density(grid.points)).ravel()
-    law = FiniteLaw(grid.flat_points, log_p, log_p)
+    law = finite_law(grid, build_data(experiment).log_density(grid.points))
     for method, config in experiment.methods.items():
         solver = experiment.solver_of(method)
         takes: Literal["gradient", "value"] = "value" if solver.kind == "weighted_fitting" else "gradient"

@@ -28,20 +28,37 @@ class GriddedDensity:
 
     Attributes:
         axis: coordinates along either side, rising, (n,).
-        log_density: in nats at the points, first axis x, (n, n).
+        log_density: in nats at the points, first axis x, (n, n); or given each mode, (modes, n, n).
     """
 
     axis: np.ndarray
     log_density: np.ndarray
 
-    def at(self, points: np.ndarray) -> np.ndarray:
-        """Log-density at points (n, 2), (n,); points off the grid take the value at its border."""
+    def at(self, points: np.ndarray, modes: np.ndarray | None = None) -> np.ndarray:
+        """Log-density at points (n, 2), (n,); points off the grid take the value at its border.
+
+        Args:
+            points: where.
+            modes: of the points, integers (n,), if the density is one given the mode.
+        """
+        if self.log_density.ndim == 3:
+            each = np.stack([own.at(points) for own in self._by_mode])
+            return each[modes, np.arange(len(points))]
         clipped = np.clip(points, self.axis[0], self.axis[-1])
         return self._spline.ev(clipped[:, 0], clipped[:, 1])
 
     def on(self, axis: np.ndarray) -> np.ndarray:
-        """Log-density at all points of a square grid with this axis inside the own one, (m, m)."""
+        """Log-density at all points of a square grid with this axis inside the own one.
+
+        (m, m), or (modes, m, m) if the density is one given the mode.
+        """
+        if self.log_density.ndim == 3:
+            return np.stack([own.on(axis) for own in self._by_mode])
         return self._spline(axis, axis)
+
+    @property
+    def _by_mode(self) -> list[GriddedDensity]:
+        return [GriddedDensity(self.axis, own) for own in self.log_density]
 
     @property
     def _spline(self) -> RectBivariateSpline:

@@ -35,13 +35,20 @@ def build_grid(experiment: Experiment) -> Grid:
 
 
 def gridded_density(model: FlowModel, experiment: Experiment) -> GriddedDensity:
-    """The pretrained model's own log-density, by the probability-flow ODE at each grid point."""
+    """A model's own log-density, given each mode if it has any, by the ODE at each grid point."""
     axis = np.linspace(-experiment.grid.extent, experiment.grid.extent, experiment.grid.density_cells)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
     settings = OdeSettings(steps=experiment.evaluation.ode_steps)
     parts = torch.from_numpy(points).float().split(1024)
-    values = torch.cat([log_likelihood(model, part, settings=settings) for part in parts])
-    return GriddedDensity(axis, values.double().numpy().reshape(len(axis), len(axis)))
+
+    def given(mode: int | None) -> np.ndarray:
+        contexts = [None if mode is None else torch.full((len(part),), mode) for part in parts]
+        values = [log_likelihood(model, *both, settings) for both in zip(parts, contexts, strict=True)]
+        return torch.cat(values).double().numpy().reshape(len(axis), len(axis))
+
+    if modes := experiment.data.mode_count:
+        return GriddedDensity(axis, np.stack([given(mode) for mode in range(modes)]))
+    return GriddedDensity(axis, given(None))
 
 
 @dataclass(frozen=True)
