@@ -147,7 +147,7 @@ def convert(
     t = broadcast_time(t, x)
     if {source, target} == {"velocity", "score"}:
         # The short form keeps its accuracy at the end where the noise vanishes.
-        kappa, eta = _rates(path, t)
+        kappa, eta = rates(path, t)
         return kappa * x + eta * value if source == "score" else (value - kappa * x) / eta
     noise, endpoint = _noise_and_endpoint(value, x, t, path, source)
     if target == "noise":
@@ -159,7 +159,7 @@ def convert(
     return path.alpha_rate(t) * endpoint + path.beta_rate(t) * noise
 
 
-def _rates(path: Interpolant, t: Tensor) -> tuple[Tensor | float, Tensor | float]:
+def rates(path: Interpolant, t: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """``kappa`` and ``eta``; numbers if all samples share the time, as they do in every sampler."""
     if t.ndim == 0 and t.device.type == "cpu":  # where reading the number waits for nothing
         return _rates_at(path, float(t))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from flowtilt.interpolants import Interpolant, broadcast_time, convert
 
 Context = Any
 """What does not move along a trajectory (masks, prompts, guidance); opaque to solvers."""
+
+PullBack = Callable[[Tensor], Tensor]
+"""From a covector ``a`` at the velocity to ``(dv/dx)^T a``, both of the shape of the states."""
 
 
 class FlowModel(nn.Module, ABC):
@@ -43,6 +47,40 @@ class FlowModel(nn.Module, ABC):
     def score(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """Score of the path's law at ``(x, t)``, 0 < t < 1, from the velocity."""
         return convert(self.velocity(x, t, context), x, t, self.path, "velocity", "score")
+
+    def linearised(
+        self, states: Tensor, times: Tensor, context: Context = None
+    ) -> Callable[[int], tuple[Tensor, PullBack]]:
+        """The velocity and the pull-back of its Jacobian at each step of some trajectories.
+
+        Here by automatic differentiation, one step at a time when it is asked for. A model that knows its
+        derivative may take all steps through its layers at once.
+
+        Args:
+            states: (steps, batch, ...).
+            times: of the steps, (steps,).
+            context: of the batch.
+
+        Returns:
+            A function of the step's number, to its velocity (batch, ...), detached, and its pull-back.
+        """
+
+        def at(k: int) -> tuple[Tensor, PullBack]:
+            x = states[k].detach().requires_grad_(True)
+            with torch.enable_grad():
+                v = self.velocity(x, times[k], context)
+
+            def pull(a: Tensor) -> Tensor:
+                if not v.requires_grad:  # a velocity that does not depend on x
+                    return torch.zeros_like(a)
+                # Of the product's sum: given a vector, autograd would import a symbolic algebra first.
+                with torch.enable_grad():
+                    product = (v * a).sum()
+                return torch.autograd.grad(product, x, retain_graph=True)[0]
+
+            return v.detach(), pull
+
+        return at
 
     def draw_context(self, count: int, generator: torch.Generator) -> Context:
         """Draw the contexts of ``count`` new samples; models without one return ``None``."""

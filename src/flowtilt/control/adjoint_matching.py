@@ -148,19 +148,16 @@ def lean_adjoint(
     Returns:
         ``a_{k+1}`` and the base velocity at ``x_k`` for k = 0..steps-1, each (steps, batch, ...).
     """
-    times = time_grid(len(steps))
+    times = torch.tensor(time_grid(len(steps)), dtype=torch.float64).to(trajectories)
+    linearised = base.linearised(trajectories[:-1], times, context)
     adjoints, velocities = [terminal.end], []
     for k in range(len(steps) - 1, -1, -1):
-        x = trajectories[k].detach().requires_grad_(True)
-        with torch.enable_grad():
-            v = base.velocity(x, x.new_tensor(times[k]), context)
-        velocities.append(v.detach())
+        v, pull = linearised(k)
+        velocities.append(v)
         if k == 0:
             break
         a, step = adjoints[-1], steps[k]
-        # Of the product's sum: a vector given to autograd would have it import a symbolic algebra first.
-        pulled = torch.autograd.grad((v * a).sum(), x)[0] if v.requires_grad else torch.zeros_like(a)
-        adjoints.append(step.state * a + step.velocity * pulled)
+        adjoints.append(step.state * a + step.velocity * pull(a))
         if k == len(steps) - 1 and terminal.before is not None:
             adjoints[-1] = adjoints[-1] + terminal.before
     if terminal.before is not None:

@@ -160,3 +160,30 @@ def test_pretraining_gives_each_mode_its_own_law():
         x = own.sample(1000, generator(2))
         found = log_likelihood(model, x, torch.full((1000,), k), OdeSettings(steps=10)).double().numpy()
         assert float((own.log_density(x.numpy()) - found).mean()) == pytest.approx(0, abs=0.03)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize(("path", "prediction"), COMBINATIONS)
+def test_the_chain_rule_by_hand_is_that_of_autograd(path, prediction, activation):
+    rng = generator(0)
+    states, times = torch.randn(3, 7, 2, generator=rng).double(), torch.tensor([0.1, 0.5, 0.9]).double()
+    model = network(path, prediction, activation=activation).double()
+    by_hand, by_autograd = model.linearised(states, times), super(PlanarFlow, model).linearised(states, times)
+    for k in range(3):
+        (v, pull), (expected, reference) = by_hand(k), by_autograd(k)
+        torch.testing.assert_close(v, expected, rtol=1e-12, atol=1e-12)
+        for _ in range(2):  # and again from the same pass
+            a = torch.randn(7, 2, generator=rng).double()
+            torch.testing.assert_close(pull(a), reference(a), rtol=1e-12, atol=1e-12)
+
+
+def test_the_chain_rule_by_hand_knows_modes():
+    model = PlanarFlow(PATHS["vp"], (16, 16), "silu", "score", modes=3).double()
+    states, times, rng = torch.randn(1, 9, 2).double(), torch.tensor([0.5]).double(), generator(0)
+    context, a = model.draw_context(9, rng), torch.randn(9, 2, generator=rng).double()
+    (v, pull), (expected, reference) = (
+        linearised(states, times, context)(0)
+        for linearised in (model.linearised, super(PlanarFlow, model).linearised)
+    )
+    torch.testing.assert_close(v, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pull(a), reference(a), rtol=1e-12, atol=1e-12)

@@ -10,11 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtilt.interpolants import Interpolant, Prediction, broadcast_time, convert
-from flowtilt.model import Context, FlowModel
+from flowtilt.interpolants import Interpolant, Prediction, broadcast_time, convert, rates
+from flowtilt.model import Context, FlowModel, PullBack
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
+
+# A covector at an activation's output, and its input, to the covector there.
+PULL_BACKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda a, h: torch.ops.aten.threshold_backward(a, h, 0),
+    "silu": torch.ops.aten.silu_backward,
+}
 
 
 class PlanarFlow(FlowModel):
@@ -45,6 +51,7 @@ class PlanarFlow(FlowModel):
         self.prediction = prediction
         self.modes = modes
         self.activate = FUNCTIONS[activation]
+        self.pull_back = PULL_BACKS[activation]
         sizes = [3 + modes, *widths]
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(sizes):
@@ -67,8 +74,17 @@ class PlanarFlow(FlowModel):
         Raises:
             ValueError: if the flow has modes, and the context is not one for each state.
         """
-        # By functions and not by calls of the modules, which take as long as these small layers do.
-        first, *rest = (module for module in self.network if isinstance(module, nn.Linear))
+        h = self._first_layer(x, t, context)
+        for linear in self._linears()[1:]:
+            h = F.linear(self.activate(h), linear.weight, linear.bias)
+        return h
+
+    def _linears(self) -> list[nn.Linear]:
+        """Used by functions and not by calls, which would take as long as these small layers do."""
+        return [module for module in self.network if isinstance(module, nn.Linear)]
+
+    def _first_layer(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        first = self._linears()[0]
         if t.ndim:
             h = F.linear(torch.cat([x, t.reshape(-1, 1)], dim=1), first.weight[:, :3], first.bias)
         else:  # one time for all goes into the bias
@@ -80,9 +96,38 @@ class PlanarFlow(FlowModel):
                     "their context; draw_context draws them"
                 )
             h = h + F.embedding(context, first.weight[:, 3:].T)  # a product with one-hot rows
-        for linear in rest:
-            h = F.linear(self.activate(h), linear.weight, linear.bias)
         return h
+
+    def linearised(
+        self, states: Tensor, times: Tensor, context: Context = None
+    ) -> Callable[[int], tuple[Tensor, PullBack]]:
+        """As for any model, with the chain rule through the layers by hand.
+
+        A network this small spends most of a backward pass of autograd on bookkeeping.
+        """
+        if self.prediction not in ("velocity", "score"):
+            return super().linearised(states, times, context)
+        first, *rest = self._linears()
+
+        @torch.no_grad()
+        def at(k: int) -> tuple[Tensor, PullBack]:
+            x, t = states[k], times[k]
+            hidden = [self._first_layer(x, t, context)]
+            for linear in rest:
+                hidden.append(F.linear(self.activate(hidden[-1]), linear.weight, linear.bias))
+            output = hidden.pop()
+            scale = rates(self.path, t) if self.prediction == "score" else (0.0, 1.0)
+
+            @torch.no_grad()
+            def pull(a: Tensor) -> Tensor:
+                pulled = a
+                for linear, h in zip(reversed(rest), reversed(hidden), strict=True):
+                    pulled = self.pull_back(pulled @ linear.weight, h)
+                return scale[0] * a + scale[1] * (pulled @ first.weight[:, :2])
+
+            return scale[0] * x + scale[1] * output, pull
+
+        return at
 
     def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
         return convert(self.predict(x, t, context), x, t, self.path, self.prediction, "velocity")
