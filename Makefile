@@ -13,6 +13,8 @@ CORES ?= all
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
+# Where Python is told to write no bytecode, each of hundreds of jobs would compile the package again.
+COMPILE := $(BIN)/python -m compileall -q src
 SNAKEMAKE := $(BIN)/snakemake --workflow-profile workflow/profiles/default --cores $(CORES)
 
 .PHONY: help env results quick test benchmark clean distclean
@@ -26,9 +28,11 @@ help: ## list the targets
 env: $(STAMP) ## make the environment in .venv, with the pinned versions
 
 results: $(STAMP) ## run everything: models, samples, tables, figures
+	@$(COMPILE)
 	$(SNAKEMAKE)
 
 quick: $(STAMP) ## run every stage at smoke size, a first look in a few minutes
+	@$(COMPILE)
 	$(SNAKEMAKE) --configfile config/smoke.yaml
 
 test: $(STAMP) ## lint, type check, unit tests and the smoke pipeline

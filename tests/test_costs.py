@@ -121,7 +121,7 @@ def test_functionals_are_relative_to_the_expected_reward(tmp_path: Path) -> None
     assert math.isnan(named["hierarchy_2d/renyi", "fdc"].assess)
     transport = named["hierarchy_2d/wasserstein1", "fdc"]
     assert (transport.finetune, transport.relative, transport.shared) == (25.0, 2.5, 4.0)
-    assert transport.updates == 4 * cases["hierarchy_2d/wasserstein1"].solver.updates
+    assert transport.updates == 4 * cases["hierarchy_2d/wasserstein1"].updates_of("fdc")
     panel = cost_panel([line for line in lines if line.method == "fdc"], "Hierarchy")
     assert [line[0] for line in panel.lines] == [name.partition("/")[2] for name in cases]
     assert [line[-2] for line in panel.lines] == [

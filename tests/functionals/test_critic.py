@@ -4,7 +4,7 @@ import torch
 
 from closed_forms import PATHS, Mixture, MixtureFlow, generator, tensor
 from flowtilt.functionals.base import FiniteLaw, Law
-from flowtilt.functionals.critic import CriticSettings, train_critic
+from flowtilt.functionals.critic import CriticSettings, _untrained, _values_and_gradients, train_critic
 from flowtilt.functionals.divergences import ReferenceDraw, Wasserstein1
 from flowtilt.metrics.transport import wasserstein1
 
@@ -119,3 +119,14 @@ def test_the_finite_distance_is_that_of_the_samples(weights):
     law = FiniteLaw(torch.cat([x, y]), own, other)
     found = Wasserstein1(REFERENCE, weights).finite_value(law)
     assert found == pytest.approx(wasserstein1(x.numpy(), y.numpy(), weights), rel=1e-12)
+
+
+def test_gradients_by_the_chain_rule_are_those_of_autograd() -> None:
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(20, 3, generator=rng, dtype=torch.float64) for _ in range(2))
+    network = _untrained(a, b, [1.0, 2.0, 0.5], CriticSettings(width=8)).network
+    points = torch.cat([a, b]).requires_grad_(True)
+    values, gradients = _values_and_gradients(network, points)
+    torch.testing.assert_close(values, network(points)[:, 0], rtol=1e-12, atol=1e-12)
+    (expected,) = torch.autograd.grad(network(points).sum(), points)
+    torch.testing.assert_close(gradients, expected, rtol=1e-12, atol=1e-12)
