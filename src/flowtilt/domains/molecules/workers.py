@@ -28,10 +28,9 @@ from typing import Any, TypeVar, cast
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-ONE_THREAD = {
-    name: "1"
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-}
+ONE_THREAD = dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], "1")
+"""Variables of the environment in which workers start."""
+
 EXTRA = ("rdkit", "tblite")
 """Packages that only molecules need."""
 

@@ -19,13 +19,10 @@ BOHR = 0.529177210903
 
 METHOD = "GFN1-xTB"
 
-VALENCE_ELECTRONS = {1: 1, 5: 3, 6: 4, 7: 5, 8: 6, 9: 7, 14: 4, 15: 5, 16: 6, 17: 7, 35: 7, 53: 7}
-"""By atomic number, as the method counts them; its keys are the elements that are supported."""
+VALENCE_ELECTRONS = {1: 1, 6: 4, 7: 5, 8: 6, 9: 7}
+"""By atomic number, as the method counts them; its keys are the elements that are supported, QM9's."""
 
-COVALENT_RADII = {
-    **{1: 0.31, 5: 0.84, 6: 0.76, 7: 0.71, 8: 0.66, 9: 0.57, 14: 1.11},
-    **{15: 1.07, 16: 1.05, 17: 1.02, 35: 1.20, 53: 1.39},
-}
+COVALENT_RADII = {1: 0.31, 6: 0.76, 7: 0.71, 8: 0.66, 9: 0.57}
 """Ångström, by atomic number (Cordero et al. 2008)."""
 
 
@@ -52,11 +49,12 @@ class XTBSettings:
         unpaired: number of unpaired electrons. By default as few as possible: none if the number of
             electrons is even, one if it is odd (a doublet), which is also what the program ``xtb`` takes.
         max_iterations: of the self-consistent field; 250 is the method's usual limit.
-        closeness: smallest distance of two atoms over the sum of their covalent radii. Molecules have at
-            least 0.75; below a half the energy is a wall of the parametrisation, if not worse.
+        closeness: smallest distance of two atoms over the sum of their covalent radii. In QM9 it is at
+            least 0.78; below a half, energies are those of a wall that no molecule was fitted to.
         binding: bounds, in hartree an atom, on the energy above that of the separated neutral atoms, and
             one hartree a molecule more either way for each charge. A self-consistent field that
-            diverges can report energies like -1e7 hartree.
+            diverges can report energies like -1e7 hartree. In QM9 they are from -0.33 to -0.18 (4,605
+            molecules), in distorted molecules and random atoms that pass ``closeness`` up to 0.92.
         seconds: processor time that one molecule may take; it takes milliseconds.
     """
 
