@@ -19,7 +19,7 @@ from flowtilt.domains.molecules.workers import Lost, WorkerPool, shared_pool
 from flowtilt.domains.molecules.xtb import Molecule
 
 if TYPE_CHECKING:
-    from rdkit.Chem import Mol
+    from rdkit.Chem import Atom, Mol
 
 SMILES_AT_ONCE = 500
 SECONDS_OF_SMILES = 60.0
@@ -32,7 +32,7 @@ class Invalid(StrEnum):
     NOT_FINITE = "coordinates that are not finite"
     FRAGMENTS = "more than one fragment"
     BOND_ORDERS = "no bond orders that give every atom a possible valence and the molecule no charge"
-    CHARGED = "charges that no neighbour cancels"
+    CHARGED = "charges other than those of nitro groups and their like"
     RADICAL = "unpaired electrons"
     SANITISATION = "refused by RDKit's sanitisation"
     SEARCH = "too many combinations of bond orders"
@@ -48,10 +48,12 @@ class PerceptionSettings:
         factors: of the sum of covalent radii below which atoms are bonded, tried in turn until one gives
             a valid molecule. No single one does for QM9: a factor of 1.3 ties atoms across small rings
             and cages, a factor of 1.15 cuts long bonds of oxygen to nitrogen. Of QM9's 4,005 molecules
-            of up to twelve atoms both together accept all but two zwitterions, 1.3 alone 99.2 %, and
+            of up to twelve atoms both together accept all but four zwitterions, 1.3 alone 99.2 %, and
             1.3 without formal charges 97.6 %.
-        formal_charges: whether charges that a bonded neighbour cancels are allowed, as structures write
-            them in nitro groups. Separated charges never are.
+        formal_charges: whether a structure may have the charges that neutral groups are written with:
+            a positive nitrogen without hydrogens, bonded to a negative end of oxygen or nitrogen (nitro
+            groups, N-oxides, azides). Of any charges at all, a charge of the molecule of zero is made
+            of random atoms too easily.
         searches: limit on the combinations of valences that are tried, of which there are
             exponentially many.
         seconds: processor time that one molecule may take; it takes a millisecond.
@@ -141,7 +143,7 @@ def _structure(molecule: Molecule, factor: float, settings: PerceptionSettings) 
     with rdBase.BlockLogs():
         mol = _with_bonds(molecule, factor, settings.searches)
         charges = tuple(atom.GetFormalCharge() for atom in mol.GetAtoms())
-        if any(charges) and not (settings.formal_charges and _cancelled(mol)):
+        if any(charges) and not (settings.formal_charges and _paired(mol)):
             raise _Refused(Invalid.CHARGED)
         if any(atom.GetNumRadicalElectrons() for atom in mol.GetAtoms()):
             raise _Refused(Invalid.RADICAL)
@@ -193,12 +195,23 @@ def without_bonds(molecule: Molecule) -> Mol:
     return mol
 
 
-def _cancelled(mol: Mol) -> bool:
-    """Whether every charged atom has a neighbour of the opposite sign."""
+def _paired(mol: Mol) -> bool:
+    """Whether all formal charges are those of pairs that :class:`PerceptionSettings` allows."""
     return all(
-        any(atom.GetFormalCharge() * other.GetFormalCharge() < 0 for other in atom.GetNeighbors())
+        any(_pair(atom, other) or _pair(other, atom) for other in atom.GetNeighbors())
         for atom in mol.GetAtoms()
         if atom.GetFormalCharge()
+    )
+
+
+def _pair(positive: Atom, negative: Atom) -> bool:
+    return bool(
+        positive.GetAtomicNum() == 7
+        and positive.GetFormalCharge() == 1
+        and all(atom.GetAtomicNum() > 1 for atom in positive.GetNeighbors())
+        and negative.GetAtomicNum() in (7, 8)
+        and negative.GetFormalCharge() == -1
+        and negative.GetDegree() == 1
     )
 
 

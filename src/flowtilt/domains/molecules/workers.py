@@ -113,7 +113,7 @@ class WorkerPool:
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"a pool needs at least one worker, got workers={workers}")
-        self.size = workers or len(os.sched_getaffinity(0))
+        self.size = workers or _processors()
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> WorkerPool:
@@ -181,9 +181,10 @@ class WorkerPool:
         return cast("list[Result | Lost]", results)
 
     def _start(self, count: int) -> None:
-        new = [_Worker() for _ in range(count - len(self._workers))]
-        self._workers += new
-        for worker in new:
+        old = len(self._workers)
+        while len(self._workers) < count:
+            self._workers.append(_Worker())
+        for worker in self._workers[old:]:
             worker.await_ready()
 
     def _replace(self, worker: _Worker) -> _Worker:
@@ -191,6 +192,11 @@ class WorkerPool:
         self._workers.remove(worker)
         self._start(len(self._workers) + 1)
         return self._workers[-1]
+
+
+def _processors() -> int:
+    """How many this process may use, where the system tells; else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _unpacked(reply: bytes) -> Any:
