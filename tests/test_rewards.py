@@ -76,3 +76,30 @@ def test_a_finite_reward_with_an_infinite_gradient_is_named():
     kinked = Returning(lambda x: (x[:, 0] + 1).sqrt())
     with pytest.raises(RewardError, match=r"gradient that is not finite on 1 of 3 .* at \[-1\.0, 0\.0\]"):
         kinked.gradient(X)
+
+
+class Failing(Returning):
+    """One whose evaluations may fail."""
+
+    may_fail = True
+
+
+def test_a_reward_that_may_fail_is_nan_there_with_the_gradient_zero():
+    reward = Failing(BAD["nan"][0])
+    assert reward(X).isnan().tolist() == [True, False, True]
+    assert reward.gradient(X).tolist() == [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+    through_nan = Failing(lambda x: x[:, 0] * torch.tensor([torch.nan, 1.0, 1.0]))
+    assert through_nan.gradient(X).tolist() == [[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize("kind", ["infinite", "column", "scalar", "short"])
+def test_a_reward_that_may_fail_is_still_one_number_a_sample_and_not_infinite(kind):
+    function, message = BAD[kind]
+    with pytest.raises(RewardError, match=message.replace("Returning", "Failing")):
+        Failing(function).gradient(X)
+
+
+def test_a_hinge_on_a_reward_that_may_fail_is_inactive_there():
+    hinge = Hinge(Failing(BAD["nan"][0]), 0.0, 0.1, "lower")
+    assert hinge.active(X).tolist() == [False, True, False]
+    assert hinge.gradient(X).tolist() == [[0.0, 0.0], [10.0, 0.0], [0.0, 0.0]]

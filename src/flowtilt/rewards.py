@@ -22,16 +22,20 @@ class Reward(ABC):
 
     Attributes:
         differentiable: whether :meth:`gradient` can be called.
+        may_fail: whether an evaluation can fail, as that of an energy can. A failed sample has the value
+            NaN and the gradient zero; who uses values leaves it out and counts it. Where this is false,
+            a value that is not finite is an error. An infinite value always is.
     """
 
     differentiable: bool = True
+    may_fail: bool = False
 
     @abstractmethod
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         """Rewards of the samples ``x`` (batch, ...), shape (batch,)."""
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
-        """Gradient of each sample's reward, of the shape of ``x``.
+        """Gradient of each sample's reward, of the shape of ``x``; zero for an evaluation that failed.
 
         Raises:
             RewardError: if the values have another shape, or values or gradients are not all finite.
@@ -42,28 +46,36 @@ class Reward(ABC):
             if not values.requires_grad:  # constant in x
                 return torch.zeros_like(x)
             (gradient,) = torch.autograd.grad(values.sum(), x)
+        if self.may_fail:
+            failed = values.isnan().reshape(-1, *[1] * (x.ndim - 1))
+            gradient = gradient.masked_fill(failed, 0.0)
         _check_finite(gradient.flatten(1).isfinite().all(1), x, self, "has a gradient that is not finite")
         return gradient
 
     def __call__(self, x: Tensor, context: Context = None) -> Tensor:
-        """Checked rewards without a graph, shape (batch,).
+        """Checked rewards without a graph, shape (batch,); NaN where an evaluation failed.
 
         Raises:
-            RewardError: if the values have another shape or are not all finite.
+            RewardError: if the values have another shape or are not finite, but for those that may fail.
         """
         with torch.no_grad():
             return check_rewards(self.value(x, context), x, self)
 
 
 def check_rewards(values: Tensor, x: Tensor, reward: Reward) -> Tensor:
-    """Return ``values`` if they are one finite number a sample, else raise :class:`RewardError`."""
+    """Return ``values`` if they are one finite number a sample, or NaN where ``reward`` may fail.
+
+    Raises:
+        RewardError: if they are not.
+    """
     name = type(reward).__name__
     if values.shape != x.shape[:1]:
         raise RewardError(
             f"reward {name} returned shape {tuple(values.shape)} for a batch of {len(x)}; "
             f"it must return shape ({len(x)},): one number a sample"
         )
-    _check_finite(torch.isfinite(values), x, reward, "is not finite")
+    failed = values.isnan() if reward.may_fail else torch.zeros_like(values, dtype=torch.bool)
+    _check_finite(torch.isfinite(values) | failed, x, reward, "is not finite")
     return values
 
 

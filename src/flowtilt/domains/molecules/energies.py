@@ -1,0 +1,219 @@
+"""Energies of batches of molecules by GFN1-xTB, and the reward that is minus the energy.
+
+One rule for failures: a molecule without an energy has the energy NaN, the gradient zero and a reason,
+which is counted. Nothing is put in its place: statistics leave it out and say how many they left out,
+and it pulls a model in no direction.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from flowtilt.domains.molecules.workers import Lost, WorkerPool, shared_pool
+from flowtilt.domains.molecules.xtb import (
+    VALENCE_ELECTRONS,
+    Failure,
+    Molecule,
+    Point,
+    XTBSettings,
+    failed,
+    single_point,
+)
+from flowtilt.model import Context
+from flowtilt.rewards import Reward
+
+log = logging.getLogger(__name__)
+
+
+class Energies(NamedTuple):
+    """Energies of a batch.
+
+    Attributes:
+        energy: hartree, float64, (batch,); NaN where the calculation failed.
+        gradient: hartree/ångström, float64, (batch, atoms, 3); zero for padding and failures.
+        failures: the reason, or None, of each molecule.
+    """
+
+    energy: np.ndarray
+    gradient: np.ndarray
+    failures: tuple[Failure | None, ...]
+
+    def counts(self) -> Counter[Failure]:
+        """How many molecules failed for each reason."""
+        return Counter(failure for failure in self.failures if failure)
+
+
+def molecules_of(coordinates: np.ndarray, numbers: np.ndarray) -> list[Molecule]:
+    """The molecules of a padded batch, without their padding.
+
+    Args:
+        coordinates: ångström, (batch, atoms, 3).
+        numbers: atomic numbers, (batch, atoms); zero where there is no atom.
+
+    Raises:
+        ValueError: if the shapes do not belong together, or an element is not supported.
+    """
+    numbers, x = np.asarray(numbers), np.asarray(coordinates, dtype=np.float64)
+    if numbers.ndim != 2 or x.shape != (*numbers.shape, 3):
+        raise ValueError(
+            f"expected atomic numbers (batch, atoms) and coordinates (batch, atoms, 3), "
+            f"got {numbers.shape} and {x.shape}"
+        )
+    unknown = sorted(set(np.unique(numbers).tolist()) - {0, *VALENCE_ELECTRONS})
+    if unknown:
+        raise ValueError(f"elements {unknown} are not supported, only {sorted(VALENCE_ELECTRONS)}, and 0")
+    return [Molecule(z[z > 0].astype(np.int32), r[z > 0]) for z, r in zip(numbers, x, strict=True)]
+
+
+def evaluate(
+    coordinates: np.ndarray,
+    numbers: np.ndarray,
+    settings: XTBSettings | None = None,
+    pool: WorkerPool | None = None,
+) -> Energies:
+    """Energies and gradients of a batch, computed in worker processes.
+
+    Args:
+        coordinates: ångström, (batch, atoms, 3).
+        numbers: atomic numbers, (batch, atoms); zero where there is no atom.
+        settings: of the calculation.
+        pool: of workers; by default one shared by this process, with a worker for each processor.
+
+    Raises:
+        ValueError: if the arrays are not such a batch; see :func:`molecules_of`.
+        MissingExtra: if tblite is not installed.
+    """
+    settings = settings or XTBSettings()
+    molecules = molecules_of(coordinates, numbers)
+    points = single_points(molecules, settings, pool)
+    gradient = np.zeros((*np.shape(numbers), 3))
+    for own, z, point in zip(gradient, np.asarray(numbers), points, strict=True):
+        own[z > 0] = point.gradient
+    failures = tuple(point.failure for point in points)
+    return Energies(np.array([point.energy for point in points]), gradient, failures)
+
+
+def single_points(
+    molecules: Sequence[Molecule], settings: XTBSettings, pool: WorkerPool | None = None
+) -> list[Point]:
+    """Energies and gradients of molecules of any sizes; see :func:`evaluate`."""
+    tasks = [(molecule, settings) for molecule in molecules]
+    results = (pool or shared_pool()).map(single_point, tasks, settings.seconds)
+    points = []
+    for molecule, result in zip(molecules, results, strict=True):
+        if isinstance(result, Lost):
+            reason = Failure.TIME if result.timed_out else Failure.CRASHED
+            result = failed(len(molecule.numbers), reason, result.detail)
+        if result.failure:
+            log.debug("no energy: %s %s", result.failure, result.detail)
+        points.append(result)
+    return points
+
+
+class _Energy(torch.autograd.Function):
+    """Energies whose gradient on the coordinates was computed with them."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, coordinates: Tensor, energy: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return energy.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad_output[:, None, None] * gradient, None, None
+
+
+def energy(
+    coordinates: Tensor,
+    numbers: Tensor,
+    settings: XTBSettings | None = None,
+    pool: WorkerPool | None = None,
+) -> tuple[Tensor, Energies]:
+    """Energies in hartree, (batch,), with a gradient on the coordinates, and the same as arrays.
+
+    The tensor has the type and device of the coordinates. Arguments and errors are those of
+    :func:`evaluate`. There is a first derivative only.
+    """
+    computed = evaluate(coordinates.numpy(force=True), numbers.numpy(force=True), settings, pool)
+    return attach(coordinates, computed), computed
+
+
+def attach(coordinates: Tensor, computed: Energies) -> Tensor:
+    """Computed energies as a differentiable function of the coordinates that they belong to, (batch,)."""
+    values, gradient = (torch.from_numpy(a).to(coordinates) for a in (computed.energy, computed.gradient))
+    return _Energy.apply(coordinates, values, gradient)
+
+
+class Decoder(Protocol):
+    """Turns states into molecules."""
+
+    def __call__(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Coordinates in ångström, (batch, atoms, 3), differentiable in ``x``, and atomic numbers.
+
+        The atomic numbers are of shape (batch, atoms), zero where there is no atom.
+        """
+
+
+class XTBReward(Reward):
+    """Minus the GFN1-xTB total energy, in hartree, of the molecules that states decode to.
+
+    Its gradient is the analytic one of the method through the decoder's coordinates; there is none
+    on atom types, which are discrete. It evaluates in float64 and returns the type of the states.
+
+    Args:
+        decode: states to molecules.
+        settings: of the calculation.
+        workers: processes to use; by default one for each processor.
+
+    Attributes:
+        evaluated: molecules evaluated since the reward was made.
+        failures: how many of them failed, by reason.
+    """
+
+    may_fail = True
+
+    def __init__(
+        self, decode: Decoder, settings: XTBSettings | None = None, workers: int | None = None
+    ) -> None:
+        self.decode = decode
+        self.settings = settings or XTBSettings()
+        self.evaluated = 0
+        self.failures: Counter[Failure] = Counter()
+        self._workers = workers
+        self._latest: tuple[np.ndarray, np.ndarray, Energies] | None = None
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        coordinates, numbers = self.decode(x, context)
+        return -attach(coordinates, self._computed(coordinates, numbers))
+
+    def _computed(self, coordinates: Tensor, numbers: Tensor) -> Energies:
+        """Energies of a batch; asking twice in a row for one batch, as hinges do, computes them once."""
+        arrays = (coordinates.numpy(force=True).copy(), numbers.numpy(force=True).copy())
+        if self._latest and all(map(_same, arrays, self._latest[:2])):
+            return self._latest[2]
+        computed = evaluate(*arrays, self.settings, shared_pool(self._workers))
+        self._latest = (*arrays, computed)
+        self._count(computed)
+        return computed
+
+    def _count(self, computed: Energies) -> None:
+        counts = computed.counts()
+        self.evaluated += len(computed.energy)
+        self.failures += counts
+        if counts and counts.total() == len(computed.energy):
+            reasons = ", ".join(f"{failure} ({count})" for failure, count in counts.most_common())
+            log.warning("all %d molecules of a batch have no energy: %s", counts.total(), reasons)
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
