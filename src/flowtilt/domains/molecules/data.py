@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -39,7 +39,8 @@ class DataError(RuntimeError):
     """Molecular data that cannot be used; the message names the file and the fix."""
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True)
+class Record:
     """One line of the source: number in QM9, SMILES, types (atoms,) and ångström (atoms, 3)."""
 
     index: int
@@ -74,7 +75,7 @@ class Molecules:
     def __post_init__(self) -> None:
         atoms, size = int(self.counts.sum()), len(self.index)
         shapes = {name: getattr(self, name).shape for name in FIELDS}
-        wanted = {name: (size,) for name in FIELDS} | {"types": (atoms,), "coordinates": (atoms, 3)}
+        wanted = dict.fromkeys(FIELDS, (size,)) | {"types": (atoms,), "coordinates": (atoms, 3)}
         if shapes != wanted:
             raise ValueError(f"arrays do not belong together: shapes {shapes}, expected {wanted}")
         if not np.isfinite(self.coordinates).all() or (atoms and self.types.max() >= len(ELEMENTS)):
@@ -83,8 +84,8 @@ class Molecules:
     def select(self, chosen: np.ndarray) -> Molecules:
         """The molecules where ``chosen`` (bools, (molecules,)) is true."""
         atoms = np.repeat(chosen, self.counts)
-        per_molecule = (a[chosen] for a in (self.index, self.smiles, self.counts, self.split))
-        return Molecules(*per_molecule, self.types[atoms], self.coordinates[atoms])
+        kept = {name: getattr(self, name)[chosen] for name in ("index", "smiles", "counts", "split")}
+        return Molecules(**kept, types=self.types[atoms], coordinates=self.coordinates[atoms])
 
     def of_size(self, smallest: int, largest: int) -> Molecules:
         """The molecules of ``smallest`` to ``largest`` atoms.
@@ -151,7 +152,7 @@ def source_files() -> list[Path]:
     try:
         files = {str(file): file for file in distribution(PACKAGE).files or ()}
     except PackageNotFoundError:
-        raise DataError(f"package {PACKAGE}, which holds QM9, is not installed: pip install {PACKAGE}") from None
+        raise DataError(f"package {PACKAGE}, which holds QM9, is missing: pip install {PACKAGE}") from None
     paths = []
     for name in PARTS:
         file = files.get(name)

@@ -108,7 +108,7 @@ class MoleculeFlow(FlowModel):
         return coordinates, logits + own, error
 
     def endpoint(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
-        """The predicted mean of the endpoint at states ``x`` and times () or (batch,), of the shape of ``x``."""
+        """The predicted mean of the endpoint, of the shape of ``x``, at times () or (batch,)."""
         coordinates, logits, _ = self.predict(x, t, context)
         types = torch.softmax(logits, dim=2) * (self.units.type_scale * context.unsqueeze(2))
         return torch.cat([coordinates, types], dim=2)
