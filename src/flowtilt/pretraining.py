@@ -38,6 +38,9 @@ class PretrainingSettings:
         batch: samples an update.
         learning_rate: of Adam, annealed to zero by a cosine.
         margin: distance kept from both ends of time, where a target may be singular.
+        times: mean and standard deviation of the logit of the times, which then are drawn as by Esser et
+            al. (2024, section 3.1) instead of uniformly: an update then sees more of the times in between,
+            where a prediction is neither trivial nor impossible.
         warmup: share of the updates over which the learning rate rises; 0 for none.
         average: decay of the exponential moving average of the weights, which then is the result; 0 for
             none. The average forgets its beginning: update n decays it by ``min(average, n / (n + 10))``.
@@ -50,6 +53,7 @@ class PretrainingSettings:
     batch: int = 1024
     learning_rate: float = 1e-3
     margin: float = 1e-3
+    times: tuple[float, float] | None = None
     warmup: float = 0.0
     average: float = 0.0
     gradient_clip: float | None = None
@@ -133,6 +137,9 @@ def _draw(
     x0 = model.noise_like(x1, generator, context)
     # Stratified times: one in each of `batch` equal slices of (margin, 1 - margin).
     u = (torch.arange(settings.batch) + torch.rand(settings.batch, generator=generator)) / settings.batch
+    if settings.times is not None:
+        mean, deviation = settings.times
+        u = torch.sigmoid(mean + deviation * torch.special.ndtri(u))
     return x1, x0, settings.margin + (1 - 2 * settings.margin) * u, context
 
 

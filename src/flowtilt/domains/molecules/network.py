@@ -66,7 +66,7 @@ class Geometry:
     Attributes:
         positions: (batch, atoms, 3).
         pairs: 1 for pairs of two different atoms, else 0, (batch, atoms, atoms, 1).
-        attended: 0 where the second of a pair is an atom, else minus infinity, (batch, 1, atoms, atoms).
+        attended: 0 where the second of a pair is an atom, else minus infinity, (batch, 1, atoms, 1).
         shrink: ``1 / (1 + distance)`` of pairs of two different atoms, else 0, (batch, atoms, atoms, 1).
     """
 
@@ -89,7 +89,7 @@ class Layer(nn.Module):
         self.products = nn.Linear(settings.heads, pair, bias=False)
         # Of a pair's hidden features: its attention, its part in each vector, and its own update.
         self.carry = 0 if last else pair
-        self.read = nn.Linear(pair, settings.heads + vectors + self.carry)
+        self.read = nn.Linear(pair, settings.heads + vectors + self.carry, bias=False)
         self.values = nn.Linear(width, width)
         self.vector_values = nn.Linear(vectors, vectors, bias=False)
         self.lengths = nn.Linear(vectors, vectors, bias=False)
@@ -109,7 +109,8 @@ class Layer(nn.Module):
         hidden = F.silu(e + first.unsqueeze(2) + second.unsqueeze(1) + self.products(inner))
         logits, coefficients, carried = self.read(hidden).split([self.heads, self.vectors, self.carry], dim=3)
 
-        attention = torch.softmax(logits.permute(0, 3, 1, 2).contiguous() + geometry.attended, dim=3)
+        # Over the last dimension but one, which leaves the heads to be treated together.
+        attention = torch.softmax(logits + geometry.attended, dim=2).permute(0, 3, 1, 2)
         values = self.values(s).view(batch, atoms, self.heads, -1)
         vector_values = self.vector_values(u).view(batch, atoms, 3, self.heads, -1)
         together = torch.cat([values, vector_values.permute(0, 1, 3, 2, 4).flatten(3)], dim=3)
@@ -179,7 +180,7 @@ class EquivariantNetwork(nn.Module):
         distances = torch.sqrt(offsets.square().sum(3, keepdim=True) + SOFTENING)
         both = mask.unsqueeze(2) & mask.unsqueeze(1) & ~torch.eye(mask.shape[1], dtype=torch.bool)
         pairs = both.unsqueeze(3).to(positions)
-        attended = torch.zeros_like(pairs[:, :1, :, 0]).masked_fill(~mask.unsqueeze(1), -torch.inf)
+        attended = torch.zeros_like(positions[..., :1]).masked_fill(~mask.unsqueeze(2), -torch.inf)
         return Geometry(positions, pairs, attended.unsqueeze(1), pairs / (1 + distances)), distances
 
     def _radial_basis(self, distances: Tensor) -> Tensor:
