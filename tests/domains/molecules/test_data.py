@@ -1,6 +1,7 @@
 import base64
 import csv
 import hashlib
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -197,3 +198,15 @@ def test_a_small_window_gives_batches_of_nearly_one_size():
 
 def test_the_shares_of_sizes():
     assert data.size_histogram(np.array([3, 5, 3, 4])) == {3: 0.5, 4: 0.25, 5: 0.25}
+
+
+@pytest.mark.skipif(find_spec("qm9pack") is None, reason="needs the package qm9pack")
+def test_the_real_package_is_whole_and_begins_with_methane():
+    paths = data.source_files()
+    assert len(paths) == 3
+    methane = next(data.read_records(paths[0]))
+    assert methane.smiles == "C"
+    assert [ELEMENTS[k] for k in methane.types] == ["C", "H", "H", "H", "H"]
+    # The length of its bonds, by spectroscopy 1.087 Å at equilibrium, to a hundredth.
+    bonds = np.linalg.norm(methane.coordinates[1:] - methane.coordinates[0], axis=1)
+    np.testing.assert_allclose(bonds, 1.087, atol=0.01)

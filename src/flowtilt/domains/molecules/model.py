@@ -121,7 +121,8 @@ class MoleculeFlow(FlowModel):
     def matching_loss(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """Mean square of the coordinates' preconditioned error and cross entropy of the types, (batch,).
 
-        Both are means over a molecule's atoms; both have their minimum at the mean of the endpoint.
+        Both are means over a molecule's atoms, and have their minimum at the mean of the endpoint, as has
+        the mean square of :meth:`matching_residual`, which is that of velocities.
         """
         at = broadcast_time(t, x1)
         coordinates, logits, error = self.predict(at * x1 + (1 - at) * x0, t, context)

@@ -119,6 +119,7 @@ class Layer(nn.Module):
         scalars = scalars.transpose(1, 2).flatten(2)
         vectors = vectors.unflatten(3, (3, -1)).permute(0, 2, 3, 1, 4).flatten(3)
 
+        # A quarter of the sum over a dozen atoms is of the size of the other features.
         pooled = (geometry.pairs.transpose(2, 3) @ hidden).squeeze(2) / 4
         along = coefficients * geometry.shrink
         towards = torch.einsum("bijk,bjc->bick", along, geometry.positions)
@@ -165,7 +166,7 @@ class EquivariantNetwork(nn.Module):
         """
         geometry, distances = self._geometry(positions, mask)
         e = self.embed_pairs(self._radial_basis(distances))
-        size = mask.sum(1, keepdim=True).to(t) / 10
+        size = mask.sum(1, keepdim=True).to(t) / 10  # of order one
         shared = torch.cat([time_features(t), size], dim=1).unsqueeze(1).expand(-1, scalars.shape[1], -1)
         h = self.embed(torch.cat([scalars, shared], dim=2))
         v = self.embed_vectors(positions.unsqueeze(3))
@@ -186,6 +187,7 @@ class EquivariantNetwork(nn.Module):
     def _radial_basis(self, distances: Tensor) -> Tensor:
         """Gaussians of the distances, and the distances themselves."""
         centres = torch.linspace(0, self.reach, self.radial).to(distances)
+        # Further out than seven spreads the exponentials are nothing, and as denormal numbers slow.
         spread = self.reach / (self.radial - 1)
         bumps = torch.exp(-0.5 * ((distances - centres) / spread).clamp(-7, 7) ** 2)
         return torch.cat([bumps, distances / self.reach], dim=3)
