@@ -105,3 +105,23 @@ def test_data_with_a_context_bring_it_to_the_loss_and_to_the_noise():
     fit_flow(plain, DATA.sample, choice, generator(0))
     assert torch.equal(plain.means, model.means)
     assert not torch.equal(plain.means, kept.means)
+
+
+def test_times_can_be_drawn_with_a_normal_logit():
+    class Recorder(MixtureFlow):
+        times: ClassVar[list] = []
+
+        def matching_loss(self, x1, x0, t, context=None):
+            self.times.append(t)
+            return super().matching_loss(x1, x0, t, context)
+
+    model = Recorder(PATHS["linear"], START, trainable=True)
+    count = 2000
+    fit_flow(
+        model, DATA.sample, PretrainingSettings(1, batch=count, margin=1e-4, times=(1.0, 1.2)), generator(0)
+    )
+    u = torch.special.ndtr((torch.logit(model.times[0].double()) - 1.0) / 1.2)
+    # Stratified: one in each of equal slices, which the margin moves by 1e-4 at most.
+    excess = u - torch.arange(count) / count
+    assert float(excess.min()) > -1e-3
+    assert float(excess.max()) < 1 / count + 1e-3

@@ -6,13 +6,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flowtilt.control.base import Progress, TrainingDiverged
+from flowtilt.control.base import Progress, TrainingDiverged, annealed_rate
 from flowtilt.model import Context, FlowModel
 from flowtilt.optimiser import Adam
+from flowtilt.resuming import TrainingState
 
 DataSource = Callable[[int, torch.Generator], Tensor | tuple[Tensor, Context]]
 """Draws some data, (count, ...), or data with their context."""
@@ -27,12 +29,40 @@ class PretrainingSettings:
         batch: samples an update.
         learning_rate: of Adam, annealed to zero by a cosine.
         margin: distance kept from both ends of time, where a target may be singular.
+        times: mean and standard deviation of the logit of the times, which then are drawn as by Esser et
+            al. (2024, section 3.1) instead of uniformly: an update then sees more of the times in between,
+            where a prediction is neither trivial nor impossible.
+        warmup: share of the updates over which the learning rate rises; 0 for none.
+        average: decay of the exponential moving average of the weights, which then is the result; 0 for
+            none. The average forgets its beginning: update n decays it by ``min(average, n / (n + 10))``.
+        gradient_clip: bound on the norm of the parameters' gradient, or None.
+        bfloat16: whether the network's matrix products are computed in 16 bits, where that is faster.
+        compiled: whether the loss is compiled by torch, which takes minutes and a C++ compiler.
     """
 
     updates: int = 3000
     batch: int = 1024
     learning_rate: float = 1e-3
     margin: float = 1e-3
+    times: tuple[float, float] | None = None
+    warmup: float = 0.0
+    average: float = 0.0
+    gradient_clip: float | None = None
+    bfloat16: bool = False
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a training keeps its state, to go on from it after it was stopped.
+
+    Attributes:
+        path: of the file, safetensors. It is removed by nobody: a finished training returns at once.
+        seconds: wall time between two states.
+    """
+
+    path: Path
+    seconds: float = 60.0
 
 
 def fit_flow(
@@ -41,36 +71,70 @@ def fit_flow(
     settings: PretrainingSettings,
     generator: torch.Generator,
     progress: Progress | None = None,
+    resumption: Resumption | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place on fresh draws of ``data``; returns the history, a row an update.
 
+    With a resumption whose file is there, the training goes on from it exactly as if it had not been
+    stopped: weights, averages, moments and random state are those of the file, and the history is whole.
+
     Raises:
         TrainingDiverged: if the loss stops being finite; the message names the update.
+        CheckpointError: if the file to resume from belongs to another training.
     """
     model.requires_grad_(True)
-    optimiser = Adam(model.parameters())
-    history = []
-    started = time.perf_counter()
-    for update in range(settings.updates):
-        drawn = data(settings.batch, generator)
-        x1, context = drawn if isinstance(drawn, tuple) else (drawn, None)
-        x0 = model.noise_like(x1, generator, context)
-        # Stratified times: one in each of `batch` equal slices of (margin, 1 - margin).
-        u = (torch.arange(settings.batch) + torch.rand(settings.batch, generator=generator)) / settings.batch
-        t = settings.margin + (1 - 2 * settings.margin) * u
-        loss = model.matching_loss(x1, x0, t, context).mean()
+    state = TrainingState(model, Adam(model.parameters()), generator, settings)
+    if resumption is not None and resumption.path.is_file():
+        state.load(resumption.path)
+    loss_of = torch.compile(model.matching_loss, dynamic=False) if settings.compiled else model.matching_loss
+    started = saved = time.perf_counter()
+    earlier = state.history[-1]["seconds"] if state.history else 0.0
+    for update in range(len(state.history), settings.updates):
+        x1, x0, t, context = _draw(model, data, settings, generator)
+        with torch.autocast(x1.device.type, torch.bfloat16, enabled=settings.bfloat16):
+            loss = loss_of(x1, x0, t, context).mean()
         if not bool(torch.isfinite(loss)):
             raise TrainingDiverged(
                 f"the flow-matching loss is {float(loss.detach())} at update {update} of {settings.updates}; "
                 "lower learning_rate"
             )
-        optimiser.clear_gradients()
+        state.optimiser.clear_gradients()
         loss.backward()
-        cosine = 0.5 * (1 + math.cos(math.pi * update / settings.updates))
-        optimiser.step(settings.learning_rate * cosine)
-        row = {"update": update, "loss": float(loss.detach()), "seconds": time.perf_counter() - started}
-        history.append(row)
+        if settings.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        state.optimiser.step(_learning_rate(update, settings))
+        state.average(update)
+        now = time.perf_counter()
+        row = {"update": update, "loss": float(loss.detach()), "seconds": earlier + now - started}
+        state.history.append(row)
+        if resumption is not None and now - saved > resumption.seconds:
+            state.save(resumption.path)
+            saved = now
         if progress is not None:
             progress(row)
+    if resumption is not None:
+        state.save(resumption.path)
+    state.use_average()
     model.requires_grad_(False)
-    return history
+    return state.history
+
+
+def _draw(
+    model: FlowModel, data: DataSource, settings: PretrainingSettings, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Context]:
+    """Data, noise, times and context of one update."""
+    drawn = data(settings.batch, generator)
+    x1, context = drawn if isinstance(drawn, tuple) else (drawn, None)
+    x0 = model.noise_like(x1, generator, context)
+    # Stratified times: one in each of `batch` equal slices of (margin, 1 - margin).
+    u = (torch.arange(settings.batch) + torch.rand(settings.batch, generator=generator)) / settings.batch
+    if settings.times is not None:
+        mean, deviation = settings.times
+        u = torch.sigmoid(mean + deviation * torch.special.ndtri(u))
+    return x1, x0, settings.margin + (1 - 2 * settings.margin) * u, context
+
+
+def _learning_rate(update: int, settings: PretrainingSettings) -> float:
+    if settings.warmup:
+        return annealed_rate(update, settings.updates, settings.learning_rate, settings.warmup)
+    return settings.learning_rate * (0.5 * (1 + math.cos(math.pi * update / settings.updates)))

@@ -1,0 +1,131 @@
+"""The flow on molecules."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowtilt.domains.molecules.network import EquivariantNetwork, NetworkSettings
+from flowtilt.domains.molecules.states import ELEMENTS, WIDTH, Units, centred
+from flowtilt.interpolants import Linear, broadcast_time, convert
+from flowtilt.model import Context, FlowModel
+
+
+class MoleculeFlow(FlowModel):
+    """An equivariant flow on coordinates and atom types, in the states of :mod:`.states`.
+
+    The network predicts the endpoint: the mean of the coordinates given the noisy state, and the
+    probabilities of the types. Coordinates are preconditioned as by Karras et al. (2022, table 1), for data
+    of unit variance on the linear path: with ``s = sqrt(t^2 + (1 - t)^2)`` the network sees ``x / s`` and
+    gives ``F`` of ``y = (t / s^2) x + ((1 - t) / s) F``, whose target has unit variance at every time.
+
+    The context is the mask of atoms, bools, (batch, atoms).
+
+    Args:
+        settings: sizes of the network.
+        units: of the states.
+        size_weights: how often each number of atoms occurs, from 0 to the largest, (largest + 1,).
+        type_weight: of the types' cross entropy in the loss, beside the coordinates' mean square.
+    """
+
+    data_variance = 0.0
+    has_likelihood = False
+
+    size_weights: Tensor
+
+    def __init__(
+        self,
+        settings: NetworkSettings,
+        units: Units,
+        size_weights: Tensor,
+        type_weight: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.path = Linear()
+        self.units = units
+        self.type_weight = type_weight
+        self.network = EquivariantNetwork(settings, len(ELEMENTS), len(ELEMENTS))
+        # In the checkpoint, so that sampling needs no data.
+        self.register_buffer("size_weights", size_weights.double())
+
+    @property
+    def atoms(self) -> int:
+        """The largest number of atoms."""
+        return len(self.size_weights) - 1
+
+    def draw_context(self, count: int, generator: torch.Generator) -> Tensor:
+        """Masks of ``count`` molecules, their sizes drawn as they occur in the data, (count, atoms)."""
+        return self.context_of(torch.multinomial(self.size_weights, count, True, generator=generator))
+
+    def context_of(self, sizes: Tensor) -> Tensor:
+        """Masks of molecules of given numbers of atoms, long, (count,).
+
+        Raises:
+            ValueError: if the data have no molecule of one of the sizes.
+        """
+        known = self.size_weights.nonzero().flatten()
+        unknown = sorted(set(sizes.tolist()) - set(known.tolist()))
+        if unknown:
+            raise ValueError(
+                f"no training example has {', '.join(map(str, unknown))} atoms; "
+                f"ask for sizes among {', '.join(map(str, known.tolist()))}"
+            )
+        return torch.arange(self.atoms) < sizes[:, None]
+
+    def select_context(self, context: Context, index: Tensor) -> Tensor:
+        mask: Tensor = context
+        return mask[index]
+
+    def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
+        return self._in_subspace(torch.randn(count, context.shape[1], WIDTH, generator=generator), context)
+
+    def noise_like(self, x: Tensor, generator: torch.Generator, context: Context = None) -> Tensor:
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        return self._in_subspace(noise, context)
+
+    @staticmethod
+    def _in_subspace(x: Tensor, mask: Tensor) -> Tensor:
+        """States with their centres of mass and their padding at zero."""
+        return torch.cat([centred(x[..., :3], mask), x[..., 3:] * mask.unsqueeze(2)], dim=2)
+
+    def predict(self, x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network says of states (batch, atoms, 3 + types) at times () or (batch,).
+
+        Returns:
+            Coordinates of the endpoint (batch, atoms, 3), logits of the types (batch, atoms, types), and the
+            scale of the coordinates' error, ``(1 - t) / s``, (batch, 1, 1).
+        """
+        t = t.expand(len(x)) if t.ndim == 0 else t
+        at = broadcast_time(t, x)
+        scale = torch.sqrt(at**2 + (1 - at) ** 2)
+        positions = centred(x[..., :3], mask)
+        vectors, logits = self.network(positions / scale, x[..., 3:] / scale, t[:, None], mask)
+        error = (1 - at) / scale
+        coordinates = at / scale**2 * positions + error * centred(vectors, mask)
+        # What an atom's own noisy type says of it is known: a Gaussian likelihood ratio.
+        own = at * self.units.type_scale / ((1 - at) ** 2 + 1e-3) * x[..., 3:]
+        return coordinates, logits + own, error
+
+    def endpoint(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        """The predicted mean of the endpoint, of the shape of ``x``, at times () or (batch,)."""
+        coordinates, logits, _ = self.predict(x, t, context)
+        types = torch.softmax(logits, dim=2) * (self.units.type_scale * context.unsqueeze(2))
+        return torch.cat([coordinates, types], dim=2)
+
+    def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        velocity = convert(self.endpoint(x, t, context), x, t, self.path, "endpoint", "velocity")
+        # Near the data the conversion magnifies what rounding leaves of the centre of mass.
+        return self._in_subspace(velocity, context)
+
+    def matching_loss(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        """Mean square of the coordinates' preconditioned error and cross entropy of the types, (batch,).
+
+        Both are means over a molecule's atoms, and have their minimum at the mean of the endpoint, as has
+        the mean square of :meth:`matching_residual`, which is that of velocities.
+        """
+        at = broadcast_time(t, x1)
+        coordinates, logits, error = self.predict(at * x1 + (1 - at) * x0, t, context)
+        squares = ((coordinates - x1[..., :3]) / error).square().sum(2) / 3
+        cross = -(x1[..., 3:] / self.units.type_scale * F.log_softmax(logits, dim=2)).sum(2)
+        return ((squares + self.type_weight * cross) * context).sum(1) / context.sum(1)

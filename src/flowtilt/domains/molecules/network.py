@@ -1,0 +1,193 @@
+"""An E(3)-equivariant network on molecules: scalars and vectors on atoms, scalars on pairs of atoms.
+
+Three kinds of features pass through every layer: scalars ``h`` (batch, atoms, width) and vectors ``v``
+(batch, atoms, 3, vectors) of atoms, and scalars ``e`` (batch, atoms, atoms, pair width) of ordered pairs.
+Pairs see the scalars of both atoms and the inner products of their vectors; atoms gather from pairs by
+attention and by a sum. Vectors are made of differences of positions and of each other, with
+coefficients that are invariant, so that the whole is equivariant under rotations and reflections
+(as in Schütt et al. 2021, PaiNN, with the attention over vectors of Irwin et al. 2025, SemlaFlow).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Sizes of the network.
+
+    Attributes:
+        layers: rounds of exchange between atoms.
+        width: scalars of an atom, a multiple of ``heads``.
+        vectors: vectors of an atom, a multiple of ``heads``.
+        pair_width: scalars of a pair. Pairs take most of the time.
+        heads: of the attention.
+        radial: radial basis functions of a distance.
+        reach: distance of the last of them, in units of a state.
+    """
+
+    layers: int = 5
+    width: int = 128
+    vectors: int = 32
+    pair_width: int = 64
+    heads: int = 8
+    radial: int = 24
+    reach: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "vectors"):
+            if getattr(self, name) % self.heads:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be a multiple of heads ({self.heads})")
+
+
+TIMES = 16
+"""Features of a time."""
+
+SOFTENING = 1e-6
+"""Added to squared lengths, so that their roots have gradients at zero."""
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Features of times of shape (batch, 1), (batch, TIMES): cosines, and the logarithm of the noise."""
+    waves = torch.cos(math.pi * t * torch.arange(TIMES - 1).to(t))
+    return torch.cat([waves, torch.log(1 - t + 1e-3) / 3], dim=1)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What stays the same through all layers.
+
+    Attributes:
+        positions: (batch, atoms, 3).
+        pairs: 1 for pairs of two different atoms, else 0, (batch, atoms, atoms, 1).
+        attended: 0 where the second of a pair is an atom, else minus infinity, (batch, 1, atoms, 1).
+        shrink: ``1 / (1 + distance)`` of pairs of two different atoms, else 0, (batch, atoms, atoms, 1).
+    """
+
+    positions: Tensor
+    pairs: Tensor
+    attended: Tensor
+    shrink: Tensor
+
+
+class Layer(nn.Module):
+    """One round of exchange between atoms."""
+
+    def __init__(self, settings: NetworkSettings, last: bool) -> None:
+        super().__init__()
+        width, vectors, pair = settings.width, settings.vectors, settings.pair_width
+        self.heads, self.vectors, self.pair = settings.heads, vectors, pair
+        self.norm = nn.LayerNorm(width)
+        self.ends = nn.Linear(width, 2 * pair)
+        self.probes = nn.Linear(vectors, 2 * settings.heads, bias=False)
+        self.products = nn.Linear(settings.heads, pair, bias=False)
+        # Of a pair's hidden features: its attention, its part in each vector, and its own update.
+        self.carry = 0 if last else pair
+        self.read = nn.Linear(pair, settings.heads + vectors + self.carry, bias=False)
+        self.values = nn.Linear(width, width)
+        self.vector_values = nn.Linear(vectors, vectors, bias=False)
+        self.lengths = nn.Linear(vectors, vectors, bias=False)
+        self.node = nn.Sequential(
+            nn.Linear(2 * width + pair + vectors, 2 * width), nn.SiLU(), nn.Linear(2 * width, width + vectors)
+        )
+        self.mix = nn.Linear(vectors, vectors, bias=False)
+
+    def forward(self, h: Tensor, v: Tensor, e: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+        batch, atoms, width = h.shape
+        s = self.norm(h)
+        u = v * torch.rsqrt(v.square().mean((2, 3), keepdim=True) * 3 + SOFTENING)
+
+        first, second = self.ends(s).split(self.pair, dim=2)
+        left, right = self.probes(u).split(self.heads, dim=3)
+        inner = (left.permute(0, 3, 1, 2) @ right.permute(0, 3, 2, 1)).permute(0, 2, 3, 1)
+        hidden = F.silu(e + first.unsqueeze(2) + second.unsqueeze(1) + self.products(inner))
+        logits, coefficients, carried = self.read(hidden).split([self.heads, self.vectors, self.carry], dim=3)
+
+        # Over the last dimension but one, which leaves the heads to be treated together.
+        attention = torch.softmax(logits + geometry.attended, dim=2).permute(0, 3, 1, 2)
+        values = self.values(s).view(batch, atoms, self.heads, -1)
+        vector_values = self.vector_values(u).view(batch, atoms, 3, self.heads, -1)
+        together = torch.cat([values, vector_values.permute(0, 1, 3, 2, 4).flatten(3)], dim=3)
+        gathered = attention @ together.transpose(1, 2)
+        scalars, vectors = gathered.split([width // self.heads, 3 * self.vectors // self.heads], dim=3)
+        scalars = scalars.transpose(1, 2).flatten(2)
+        vectors = vectors.unflatten(3, (3, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+
+        # A quarter of the sum over a dozen atoms is of the size of the other features.
+        pooled = (geometry.pairs.transpose(2, 3) @ hidden).squeeze(2) / 4
+        along = coefficients * geometry.shrink
+        towards = torch.einsum("bijk,bjc->bick", along, geometry.positions)
+        away = geometry.positions.unsqueeze(3) * along.sum(2).unsqueeze(2)
+        v = v + self.mix(vectors + away - towards)
+
+        lengths = torch.sqrt(self.lengths(v).square().sum(2) + SOFTENING)
+        update = self.node(torch.cat([s, scalars, pooled, lengths], dim=2))
+        change, gate = update.split([width, self.vectors], dim=2)
+        return h + change, v * (1 + gate.tanh().unsqueeze(2)), e + carried if self.carry else e
+
+
+class EquivariantNetwork(nn.Module):
+    """From noisy molecules to a vector and scalars for each atom.
+
+    Args:
+        settings: sizes.
+        inputs: scalars that each atom comes with.
+        outputs: scalars that each atom gets.
+    """
+
+    def __init__(self, settings: NetworkSettings, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.reach, self.radial = settings.reach, settings.radial
+        self.embed = nn.Linear(inputs + TIMES + 1, settings.width)
+        self.embed_vectors = nn.Linear(1, settings.vectors, bias=False)
+        self.embed_pairs = nn.Linear(settings.radial + 1, settings.pair_width)
+        last = settings.layers - 1
+        self.layers = nn.ModuleList(Layer(settings, last=k == last) for k in range(settings.layers))
+        self.norm = nn.LayerNorm(settings.width)
+        self.scalars = nn.Linear(settings.width, outputs)
+        self.vectors = nn.Linear(settings.vectors, 1, bias=False)
+        for layer in (self.scalars, self.vectors):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, positions: Tensor, scalars: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors (batch, atoms, 3) and scalars (batch, atoms, outputs); any value in padding.
+
+        Args:
+            positions: relative to a centre that moves with the molecule, (batch, atoms, 3).
+            scalars: (batch, atoms, inputs).
+            t: times, (batch, 1).
+            mask: which rows are atoms, (batch, atoms).
+        """
+        geometry, distances = self._geometry(positions, mask)
+        e = self.embed_pairs(self._radial_basis(distances))
+        size = mask.sum(1, keepdim=True).to(t) / 10  # of order one
+        shared = torch.cat([time_features(t), size], dim=1).unsqueeze(1).expand(-1, scalars.shape[1], -1)
+        h = self.embed(torch.cat([scalars, shared], dim=2))
+        v = self.embed_vectors(positions.unsqueeze(3))
+        for layer in self.layers:
+            h, v, e = layer(h, v, e, geometry)
+        return self.vectors(v).squeeze(3), self.scalars(self.norm(h))
+
+    @staticmethod
+    def _geometry(positions: Tensor, mask: Tensor) -> tuple[Geometry, Tensor]:
+        """The geometry, and the distances of all pairs, (batch, atoms, atoms, 1)."""
+        offsets = positions.unsqueeze(2) - positions.unsqueeze(1)
+        distances = torch.sqrt(offsets.square().sum(3, keepdim=True) + SOFTENING)
+        both = mask.unsqueeze(2) & mask.unsqueeze(1) & ~torch.eye(mask.shape[1], dtype=torch.bool)
+        pairs = both.unsqueeze(3).to(positions)
+        attended = torch.zeros_like(positions[..., :1]).masked_fill(~mask.unsqueeze(2), -torch.inf)
+        return Geometry(positions, pairs, attended.unsqueeze(1), pairs / (1 + distances)), distances
+
+    def _radial_basis(self, distances: Tensor) -> Tensor:
+        """Gaussians of the distances, and the distances themselves."""
+        centres = torch.linspace(0, self.reach, self.radial).to(distances)
+        # Further out than seven spreads the exponentials are nothing, and as denormal numbers slow.
+        spread = self.reach / (self.radial - 1)
+        bumps = torch.exp(-0.5 * ((distances - centres) / spread).clamp(-7, 7) ** 2)
+        return torch.cat([bumps, distances / self.reach], dim=3)

@@ -1,0 +1,96 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from flowtilt.checkpoints import load_weights
+from flowtilt.configuration import ConfigError, validated
+from flowtilt.domains.molecules import data
+from flowtilt.domains.molecules.build import MoleculeConfig, build_model, pretrain
+from flowtilt.sampling import sample_sde
+
+CONFIG = {
+    "name": "made_up",
+    "subset": {"largest": 5},
+    "units": {"type_scale": 0.3},
+    "network": {"layers": 1, "width": 8, "vectors": 4, "pair_width": 4, "heads": 2, "radial": 4},
+    "pretrain": {"updates": 6, "batch": 4, "bfloat16": False},
+}
+
+
+@pytest.fixture
+def molecules(tmp_path):
+    """A file of made-up molecules of 3, 4 and 6 atoms."""
+    rng = np.random.default_rng(0)
+    records = [
+        data.Record(i, "C", rng.integers(5, size=n), rng.normal(size=(n, 3)))
+        for i, n in enumerate([3, 4, 6, 4, 3, 4] * 10)
+    ]
+    path = tmp_path / "molecules.npz"
+    whole = data.gather(records)
+    np.savez_compressed(path, **{name: getattr(whole, name) for name in data.FIELDS})
+    return path
+
+
+def test_pretraining_from_a_configuration_goes_on_where_it_was(molecules, tmp_path):
+    config = MoleculeConfig.model_validate(CONFIG)
+
+    def stop(row):
+        if row["update"] == 2:
+            raise KeyboardInterrupt
+
+    whole = pretrain(config, molecules, 0, tmp_path / "a.safetensors", tmp_path / "a_state.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, molecules, 0, tmp_path / "b.safetensors", tmp_path / "b_state.safetensors", stop)
+    assert not (tmp_path / "b.safetensors").exists()
+    again = pretrain(config, molecules, 0, tmp_path / "b.safetensors", tmp_path / "b_state.safetensors")
+    assert [row["loss"] for row in again] == [row["loss"] for row in whole]
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_checkpoint_has_all_that_sampling_needs(molecules, tmp_path):
+    config = MoleculeConfig.model_validate(CONFIG)
+    pretrain(config, molecules, 0, tmp_path / "a.safetensors", tmp_path / "state.safetensors")
+    flow = load_weights(build_model(config), tmp_path / "a.safetensors")
+    # Of the whole subset: molecules of six atoms are not in it, and none has five.
+    assert flow.size_weights.tolist() == [0, 0, 0, 20, 30, 0]
+    generator = torch.Generator().manual_seed(0)
+    mask = flow.draw_context(5, generator)
+    x = sample_sde(flow, 5, 4, generator, mask)[-1]
+    assert x.shape == (5, 5, 8)
+    assert bool(torch.isfinite(x).all())
+
+
+def test_weights_follow_from_name_and_seed():
+    config = MoleculeConfig.model_validate(CONFIG)
+    other = MoleculeConfig.model_validate(CONFIG | {"name": "other"})
+    first, same, seed, name = (
+        model.network.embed.weight
+        for model in (
+            build_model(config, seed=1),
+            build_model(config, seed=1),
+            build_model(config, seed=2),
+            build_model(other, seed=1),
+        )
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, seed)
+    assert not torch.equal(first, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"subset": {"smallest": 9, "largest": 5}},
+            r"subset: smallest \(9\) must not be above largest \(5\)",
+        ),
+        ({"network": {"width": 9}}, r"network: width \(9\) must be a multiple of heads \(8\)"),
+        ({"units": {"length": 0}}, r"units\.length: .* greater than 0"),
+        ({"pretrain": {"updates": 5, "average": 1.0}}, r"pretrain\.average: .* less than 1"),
+    ],
+)
+def test_errors_name_the_file_the_key_and_the_fix(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=r"some\.yaml: key " + message):
+        validated(MoleculeConfig, json.loads(json.dumps(CONFIG | change)), tmp_path / "some.yaml")
