@@ -190,7 +190,7 @@ def test_draws_are_whole_molecules_each_as_likely_as_any_other():
 def test_a_small_window_gives_batches_of_nearly_one_size():
     molecules = set_of(np.arange(1000) % 10 + 3)
     source, rng = MoleculeSource(molecules, Units(), window=0.02), generator(0)
-    spans = [torch.unique(source(32, rng).context.sum(1)).numel() for _ in range(50)]
+    spans = [torch.unique(source(32, rng)[1].sum(1)).numel() for _ in range(50)]
     assert max(spans) <= 2
     with pytest.raises(ValueError, match="window must be in"):
         MoleculeSource(molecules, Units(), window=0.0)
