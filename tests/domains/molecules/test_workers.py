@@ -70,6 +70,19 @@ def test_a_crash_is_lost_alone(pool, kind, detail):
     assert pool.map(worker_tasks.behave, ["c"], 10) == ["c"]
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_many_losses_among_many_items(workers):
+    """Items that a lost worker had not begun are not lost with it."""
+    kinds = (
+        np.random.default_rng(0).choice(["a", "b", "crash", "exit"], size=40, p=[0.4, 0.4, 0.1, 0.1]).tolist()
+    )
+    with WorkerPool(workers) as pool:
+        results = pool.map(worker_tasks.behave, kinds, 10)
+    for kind, result in zip(kinds, results, strict=True):
+        assert isinstance(result, Lost) if kind in ("crash", "exit") else result == kind
+    assert 4 <= sum(isinstance(result, Lost) for result in results) <= 20
+
+
 def test_a_worker_that_died_between_calls_is_replaced():
     with WorkerPool(1) as pool:
         (first,) = pool.map(worker_tasks.process, [None], 10)

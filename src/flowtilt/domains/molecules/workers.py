@@ -5,8 +5,9 @@ no Python signal interrupts. So each item goes to a process of its own that the 
 that crashes, or exceeds the time of an item, costs that item alone and is replaced.
 
 Workers are fresh interpreters on one thread each, and import what a function's module imports and no
-more: modules of functions for workers keep away from torch. An item goes to the next free worker, which
-balances the load; results come in the order of the items and do not depend on the number of workers.
+more: modules of functions for workers keep away from torch. Items go to workers as they become free,
+which balances the load; results come in the order of the items and do not depend on how many workers
+there are.
 """
 
 from __future__ import annotations
@@ -62,9 +63,10 @@ class Lost:
 
 
 class _Worker:
-    """One process, and the connection to it."""
+    """One process, the connection to it, and the indices of the items that it has, the current first."""
 
     def __init__(self) -> None:
+        self.held: deque[int] = deque()
         self.connection, theirs = Pipe()
         with theirs:
             path = os.pathsep.join(entry or str(os.curdir) for entry in sys.path)
@@ -158,27 +160,34 @@ class WorkerPool:
         self._start(min(self.size, len(items)))
         results: list[Result | Lost | None] = [None] * len(items)
         waiting = deque(range(len(items)))
-        idle = list(self._workers)
-        busy: dict[Connection, tuple[_Worker, int]] = {}
-        while waiting or busy:
-            while waiting and idle:
-                worker, index = idle.pop(), waiting.popleft()
+        while waiting or any(worker.held for worker in self._workers):
+            self._hand_out(waiting, lambda index: pickle.dumps((function, items[index], seconds)))
+            busy = {worker.connection: worker for worker in self._workers if worker.held}
+            for connection in wait(list(busy)) if busy else []:
+                worker = busy[cast(Connection, connection)]
                 try:
-                    worker.connection.send_bytes(pickle.dumps((function, items[index], seconds)))
-                except (BrokenPipeError, ConnectionResetError):  # died while it was idle
-                    waiting.appendleft(index)
-                    idle.append(self._replace(worker))
-                    continue
-                busy[worker.connection] = (worker, index)
-            for connection in wait(list(busy)):
-                worker, index = busy.pop(cast(Connection, connection))
-                try:
-                    results[index] = _unpacked(worker.connection.recv_bytes())
+                    results[worker.held[0]] = _unpacked(worker.connection.recv_bytes())
+                    worker.held.popleft()
                 except (EOFError, ConnectionResetError):
-                    results[index] = worker.lost()
-                    worker = self._replace(worker)
-                idle.append(worker)
+                    lost, *others = worker.held
+                    results[lost] = worker.lost()
+                    waiting.extendleft(reversed(others))
+                    self._replace(worker)
         return cast("list[Result | Lost]", results)
+
+    def _hand_out(self, waiting: deque[int], message: Callable[[int], bytes]) -> None:
+        """Give every worker an item, and while there are many a second one, so that none waits for us."""
+        for held in range(2):
+            for worker in list(self._workers):
+                if len(worker.held) != held or len(waiting) <= held * len(self._workers):
+                    continue
+                try:
+                    worker.connection.send_bytes(message(waiting[0]))
+                except (BrokenPipeError, ConnectionResetError):
+                    if not worker.held:  # it died while it was idle; else its end is read as that of an item
+                        self._replace(worker)
+                else:
+                    worker.held.append(waiting.popleft())
 
     def _start(self, count: int) -> None:
         old = len(self._workers)
@@ -187,11 +196,10 @@ class WorkerPool:
         for worker in self._workers[old:]:
             worker.await_ready()
 
-    def _replace(self, worker: _Worker) -> _Worker:
+    def _replace(self, worker: _Worker) -> None:
         worker.stop()
         self._workers.remove(worker)
         self._start(len(self._workers) + 1)
-        return self._workers[-1]
 
 
 def _processors() -> int:
