@@ -193,11 +193,11 @@ NOTE = (
     "From Snakemake's benchmarks, on the machine of the run: wall time in seconds, mean ± sd over seeds, and "
     "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
     "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
-    "fine-tuned line of the table. Samples and metrics: the rules sample and evaluate, of each run; in studies "
-    "and on functionals the rule measure, one job for all runs of a seed, shown in the first line. Solved "
-    "rows: the rule exact, one job for all methods of an experiment on a tail; on functionals they are solved "
-    "by the rule measure. The last table is of all jobs measured when this was written, tables and figures "
-    "among them if they were made before."
+    "fine-tuned line of the table. Samples and metrics: the rules sample and evaluate, of each run; in "
+    "studies and on functionals the rule measure, one job for all runs of a seed, shown in the first line. "
+    "Solved rows: the rule exact, one job for all methods of an experiment on a tail; on functionals they are "
+    "solved by the rule measure. The last table is of all jobs measured when this was written, tables and "
+    "figures among them if they were made before."
 )
 
 
