@@ -196,8 +196,8 @@ NOTE = (
     "fine-tuned line of the table. Samples and metrics: the rules sample and evaluate, of each run; in "
     "studies and on functionals the rule measure, one job for all runs of a seed, shown in the first line. "
     "Solved rows: the rule exact, one job for all methods of an experiment on a tail; on functionals they "
-    "are solved by the rule measure. The last table is of all jobs measured when this was written, tables and "
-    "figures among them if they were made before."
+    "are solved by the rule measure. The last table is of all jobs measured when this was written, tables "
+    "and figures among them if they were made before."
 )
 
 
