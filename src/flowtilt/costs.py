@@ -209,6 +209,8 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
     for before, line in zip([None, *lines], lines, strict=False):
         case = line.experiment.partition("/")[2]
         name = ", ".join(part for part in (case, "" if single and case else line.method) if part)
+        assessed_above = before is not None and before.assessed == line.assessed
+        solved_above = before is not None and before.experiment == line.experiment
         cells.append(
             [
                 name,
@@ -216,12 +218,8 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
                 _cell(line.finetune, line.finetune_sd),
                 f"{line.relative:.2f}" if math.isfinite(line.relative) else "",
                 _cell(line.memory),
-                _cell(line.assess, line.assess_sd)
-                if before is None or line.assessed != before.assessed
-                else "",
-                _cell(line.solve, line.solve_sd)
-                if before is None or line.experiment != before.experiment
-                else "",
+                "" if assessed_above else _cell(line.assess, line.assess_sd),
+                "" if solved_above else _cell(line.solve, line.solve_sd),
                 str(line.seeds),
             ]
         )
