@@ -52,7 +52,7 @@ def test_means_over_seeds(benchmarks: Path) -> None:
     assert (am.finetune, am.relative, am.memory, am.seeds, am.updates) == (20.5, 1.0, 510.0, 2, 200)
     assert am.finetune_sd == pytest.approx(math.sqrt(0.5))
     assert fdc.relative == pytest.approx(40.5 / 20.5)
-    assert (am.assess, fdc.assess, am.shared, fdc.shared) == (5.0, 9.0, 7.5, 7.5)
+    assert (am.assess, fdc.assess, am.solve, fdc.solve) == (5.0, 9.0, 7.5, 7.5)
     pretrained = lines["risk_averse_2d", "pretrained"]
     assert math.isnan(pretrained.finetune)
     assert (pretrained.assess, pretrained.seeds, pretrained.updates) == (5.0, 2, 0)
@@ -69,7 +69,7 @@ def test_what_was_not_measured_is_empty(benchmarks: Path, tmp_path: Path) -> Non
     assert main(["costs", str(RISK), str(HIERARCHY), *words]) == 0
     table = pd.read_csv(prefix.with_suffix(".csv"))
     assert (table["part"] == "runs").all()
-    assert table[["finetune", "relative", "memory", "assess", "shared"]].isna().all(axis=None)
+    assert table[["finetune", "relative", "memory", "assess", "solve"]].isna().all(axis=None)
     assert "| am | 200 |  |  |  |  |  | 0 |" in prefix.with_suffix(".md").read_text()
 
 
@@ -118,13 +118,13 @@ def test_functionals_are_relative_to_the_expected_reward(tmp_path: Path) -> None
     assert list(dict.fromkeys(line.experiment for line in lines)) == list(cases)
     named = by_name(lines)
     assert named["hierarchy_2d/renyi", "fdc"].relative == 6.0
-    assert math.isnan(named["hierarchy_2d/renyi", "fdc"].assess)
+    assert math.isnan(named["hierarchy_2d/renyi", "fdc"].solve)
     transport = named["hierarchy_2d/wasserstein1", "fdc"]
-    assert (transport.finetune, transport.relative, transport.shared) == (25.0, 2.5, 4.0)
+    assert (transport.finetune, transport.relative, transport.assess) == (25.0, 2.5, 4.0)
     assert transport.updates == 4 * cases["hierarchy_2d/wasserstein1"].updates_of("fdc")
     panel = cost_panel([line for line in lines if line.method == "fdc"], "Hierarchy")
     assert [line[0] for line in panel.lines] == [name.partition("/")[2] for name in cases]
-    assert [line[-2] for line in panel.lines] == [
+    assert [line[-3] for line in panel.lines] == [
         "4.000",
         *[""] * (len(cases) - 1),
     ]  # one job for all of them

@@ -193,16 +193,23 @@ def test_coverage_is_the_cell_of_the_lightest_component() -> None:
     assert coverage(tiny("ot_2d"), cloud) is None  # type: ignore[arg-type]
 
 
-def test_stages_refuse_experiments_of_the_other_kind(
+def test_a_stage_for_tails_refuses_other_functionals(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Folder(tmp_path, tiny("entropy_2d", **SMALL))
     files = {"output": tmp_path / "e.json", "laws": tmp_path / "e.npz"}
     assert folder.run("exact", density=folder.base / "density.npz", **files) == 1
     assert "key objective must have tail" in capsys.readouterr().err
-    folder.config.write_text(dump(tiny()))
-    assert folder.run("measure", seed=0, results=tmp_path) == 1
-    assert "key objective must have utility" in capsys.readouterr().err
+
+
+def test_runs_on_tails_are_measured_together_too(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, tiny())
+    assert folder.finetune("am") == 0
+    tuned = {m: folder.experiment.methods[m] for m in ("am", "pretrained")}  # in any order
+    folder.config.write_text(dump(folder.experiment.model_copy(update={"methods": tuned})))
+    assert folder.run("measure", seed=0, results=tmp_path) == 0
+    (row,) = json.loads(folder.file("am", "metrics.json").read_text())["rows"].values()
+    assert {"worst_1pct_cost", "kl", "active_share", "dominance_violation"} <= row.keys()
 
 
 def test_methods_of_one_step_share_their_noise(tmp_path: Path) -> None:

@@ -115,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
     stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for dominance")
 
-    stage = add("measure", _measure, "Sample and measure runs on functionals, and solve their problems.")
+    stage = add(
+        "measure", _measure, "Sample and measure all runs of a seed, and solve problems on functionals."
+    )
     stage.add_argument("config", type=Path, nargs="+", help="experiments' files, resolved")
     stage.add_argument("--seed", type=int, required=True, help=_HELP["--seed"])
     stage.add_argument("--results", type=Path, required=True, help="results folder with the trained models")
@@ -306,9 +308,9 @@ def _measure(a: argparse.Namespace) -> None:
     from flowtilt.experiment import load_resolved
 
     _prepare_torch()
-    from flowtilt.stages import functionals
+    from flowtilt.stages import measuring
 
-    functionals.measure([load_resolved(file) for file in a.config], a.seed, a.results)
+    measuring.measure([load_resolved(file) for file in a.config], a.seed, a.results)
 
 
 def _exact(a: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from flowtilt.panels import Panel, over_seeds, pretty
 from flowtilt.tables import write_panels
 
 ASSESSMENT = ("sample", "evaluate")
-"""Rules between a run's model and its metrics, where a run has its own."""
+"""Rules between a run's model and its metrics, where a run has jobs of its own."""
 
 TOTAL_COLUMNS = ["rule", "jobs", "wall_seconds", "peak_memory_mb"]
 
@@ -105,10 +105,9 @@ class Cost(NamedTuple):
         finetune, finetune_sd: of the fine-tuning.
         relative: fine-tuning over that of the first method of the file that is fine-tuned.
         memory: the largest of the fine-tuning over seeds, in MB.
-        assess, assess_sd: of sampling and metrics together, of a run on a tail.
-        shared, shared_sd: of one job for several methods: on a tail, of the rows solved on the grid for
-            all methods of the experiment; on functionals, of samples, metrics and solved rows of the file.
-        shared_by: what that job was of, as in the path of its benchmark.
+        assess, assess_sd: of sampling and metrics together; on functionals, with the solved rows.
+        assessed: what that was of, as in the paths of the benchmarks: the run, or all runs of the file.
+        solve, solve_sd: of the rows solved on the grid, on a tail, for all methods of the experiment.
     """
 
     experiment: str
@@ -122,9 +121,9 @@ class Cost(NamedTuple):
     memory: float
     assess: float
     assess_sd: float
-    shared: float
-    shared_sd: float
-    shared_by: str
+    assessed: str
+    solve: float
+    solve_sd: float
 
 
 def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
@@ -140,16 +139,15 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
     lines: list[Cost] = []
     unit = math.nan
     for experiment in experiments:
-        rule, runs = ("exact", f"{experiment.name}/exact")
-        if not experiment.solved_apart:
-            rule, runs = ("measure", experiment.name.partition("/")[0])
-        found = [measured_job(benchmarks, rule, runs, seed) for seed in experiment.seeds]
-        shared = [job.seconds for job in found if job is not None]
+        solved = _seconds(benchmarks, ("exact",), f"{experiment.name}/exact", experiment.seeds)
+        file, _, case = experiment.name.partition("/")
+        together = case or not experiment.solved_apart
         for method, config in experiment.methods.items():
             run = f"{experiment.name}/{method}"
             jobs = [measured_job(benchmarks, "finetune", run, seed) for seed in experiment.seeds]
             tuned = [job.seconds for job in jobs if job is not None]
-            assessed = [_assessment(benchmarks, run, seed) for seed in experiment.seeds]
+            rules, of = (("measure",), file) if together else (ASSESSMENT, run)
+            assessed = _seconds(benchmarks, rules, of, experiment.seeds)
             mean = _mean_sd(tuned)[0]
             if config.kind != "pretrained" and not any(line.updates for line in lines):
                 unit = mean
@@ -158,17 +156,23 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
                     experiment.name,
                     method,
                     config.kind,
-                    len(shared if config.kind == "pretrained" else tuned),
+                    len(assessed if config.kind == "pretrained" else tuned),
                     _updates(experiment, method),
                     *_mean_sd(tuned),
                     mean / unit if unit > 0 else math.nan,
                     max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
-                    *_mean_sd(_measured(assessed)),
-                    *_mean_sd(shared),
-                    runs,
+                    *_mean_sd(assessed),
+                    of,
+                    *_mean_sd(solved),
                 )
             )
     return lines
+
+
+def _seconds(benchmarks: Path, rules: Iterable[str], runs: str, seeds: Iterable[int]) -> list[float]:
+    """Seconds of some rules together, for each seed of which all were measured."""
+    found = [[measured_job(benchmarks, rule, runs, seed) for rule in rules] for seed in seeds]
+    return [sum(job.seconds for job in jobs if job) for jobs in found if None not in jobs]
 
 
 def _updates(experiment: Experiment, method: str) -> int:
@@ -177,16 +181,6 @@ def _updates(experiment: Experiment, method: str) -> int:
         return 0
     earlier = experiment.methods[config.continue_from].iterations if config.continue_from else 0
     return experiment.updates_of(method) * ((config.iterations or 1) - (earlier or 0))
-
-
-def _assessment(benchmarks: Path, run: str, seed: int) -> float:
-    """Seconds between a run's model and its metrics; NaN unless all jobs there were measured."""
-    jobs = [measured_job(benchmarks, rule, run, seed) for rule in ASSESSMENT]
-    return sum(math.nan if job is None else job.seconds for job in jobs)
-
-
-def _measured(values: Iterable[float]) -> list[float]:
-    return [value for value in values if math.isfinite(value)]
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -199,10 +193,11 @@ NOTE = (
     "From Snakemake's benchmarks, on the machine of the run: wall time in seconds, mean ± sd over seeds, and "
     "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
     "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
-    "fine-tuned line of the table. Samples and metrics: the rules sample and evaluate. Shared: one job for "
-    "all methods; on a tail the rule exact, for the solved rows, and on functionals the rule measure, for "
-    "samples, metrics and solved rows of all runs of a seed. The last table is of all jobs measured when "
-    "this was written, tables and figures among them if they were made before."
+    "fine-tuned line of the table. Samples and metrics: the rules sample and evaluate, of each run; in "
+    "studies and on functionals the rule measure, one job for all runs of a seed, shown in the first line. "
+    "Solved rows: the rule exact, one job for all methods of an experiment on a tail; on functionals they "
+    "are solved by the rule measure. The last table is of all jobs measured when this was written, tables "
+    "and figures among them if they were made before."
 )
 
 
@@ -210,12 +205,12 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
     """The costs of one file as text: a line a method, or a case where every case has one method."""
     per_case = [line.experiment for line in lines]
     single = len(set(per_case)) == len(per_case)
-    cells, previous = [], None
-    for line in lines:
+    cells: list[list[str]] = []
+    for before, line in zip([None, *lines], lines, strict=False):
         case = line.experiment.partition("/")[2]
         name = ", ".join(part for part in (case, "" if single and case else line.method) if part)
-        first = line.shared_by != previous
-        previous = line.shared_by
+        assessed_above = before is not None and before.assessed == line.assessed
+        solved_above = before is not None and before.experiment == line.experiment
         cells.append(
             [
                 name,
@@ -223,13 +218,13 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
                 _cell(line.finetune, line.finetune_sd),
                 f"{line.relative:.2f}" if math.isfinite(line.relative) else "",
                 _cell(line.memory),
-                _cell(line.assess, line.assess_sd),
-                _cell(line.shared, line.shared_sd) if first else "",
+                "" if assessed_above else _cell(line.assess, line.assess_sd),
+                "" if solved_above else _cell(line.solve, line.solve_sd),
                 str(line.seeds),
             ]
         )
     header = ["method", "updates", "fine-tuning (s)", "relative", "its memory (MB)"]
-    header += ["samples and metrics (s)", "shared (s)", "seeds measured"]
+    header += ["samples and metrics (s)", "solved rows of all methods (s)", "seeds measured"]
     seeds = over_seeds(max((line.seeds for line in lines), default=1))
     return Panel(f"{title}: {seeds}", header, cells)
 

@@ -161,7 +161,10 @@ except WorkflowError as error:
 STUDIES = [name for name, cases in FILES.items() if name not in cases]
 EXPERIMENTS = {name: experiment for cases in FILES.values() for name, experiment in cases.items()}
 TAILS = [name for name, experiment in EXPERIMENTS.items() if isinstance(experiment, TailExperiment)]
-FUNCTIONAL_FILES = [name for name in FILES if is_of(FunctionalExperiment, name)]
+# A run on a tail is sampled and evaluated by itself, but in studies; there, and on functionals, which have
+# many small ones, those of a file and a seed together.
+MEASURED_ALONE = [name for name in TAILS if name in FILES]
+MEASURED_TOGETHER = [name for name in FILES if name not in MEASURED_ALONE]
 METHODS = sorted({method for experiment in EXPERIMENTS.values() for method in experiment.methods})
 RESOLVED = {name: dump(experiment) for name, experiment in EXPERIMENTS.items()}
 OVERRIDES = json.dumps(config["overrides"], sort_keys=True)
@@ -298,7 +301,7 @@ MADE_BY_KIND = {
 
 
 def measured_runs(name: str) -> list[str]:
-    """What a file's experiments on functionals are measured from, for any seed."""
+    """What the runs of a file are measured from, for any seed."""
     files = []
     for experiment in FILES[name].values():
         base = run_folder(experiment.base, "pretrained", "{seed}")
@@ -313,12 +316,13 @@ def measured_runs(name: str) -> list[str]:
 
 
 def measured_files(name: str) -> list[str]:
-    """What the measurement of a file's experiments on functionals writes, for any seed."""
+    """What the measurement of a file's runs writes, for any seed."""
+    laws = [] if is_of(TailExperiment, name) else ["laws.npz"]
     return [
         f"{run_folder(experiment.name, method, '{seed}')}/{file}"
         for experiment in FILES[name].values()
         for method in experiment.methods
-        for file in ("samples.npz", "metrics.json", "laws.npz")
+        for file in ["samples.npz", "metrics.json", *laws]
     ]
 
 

@@ -12,7 +12,7 @@ rule sample:
     benchmark:
         "<benchmarks>/sample/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(TAILS),
+        experiment=one_of(MEASURED_ALONE),
     priority: 20
     group:
         "assess"
@@ -43,7 +43,7 @@ rule evaluate:
     benchmark:
         "<benchmarks>/evaluate/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(TAILS),
+        experiment=one_of(MEASURED_ALONE),
     priority: 20
     group:
         "assess"
@@ -63,9 +63,8 @@ rule evaluate:
         "--output {output} > {log} 2>&1"
 
 
-# The experiments on functionals: all runs of a file and a seed in one job, since each takes less time than
-# to start another.
-for name in FUNCTIONAL_FILES:
+# All runs of a file and a seed in one job: each takes less time than to start another.
+for name in MEASURED_TOGETHER:
 
     rule:
         name:

