@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import snakemake.benchmark
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
@@ -32,6 +33,10 @@ except ModuleNotFoundError as error:
         f"{error}: the environment that runs Snakemake must hold the package flowtilt; "
         "make one with `make env`, or run `pip install -e .` in your own"
     ) from None
+
+# By default, in a job's first seconds, Snakemake asks for its memory twice a second. On two cores with two
+# jobs of torch, the kernel needed 5 % of a core to answer.
+snakemake.benchmark.BENCHMARK_INTERVAL_SHORT = 2.0
 
 # Jobs call the command of the environment that runs Snakemake, whether it is activated or not.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
