@@ -5,7 +5,7 @@ import torch
 
 from closed_forms import PATHS, Mixture, MixtureFlow, generator
 from flowtilt.checkpoints import CheckpointError
-from flowtilt.pretraining import Batch, PretrainingSettings, Resumption, fit_flow
+from flowtilt.pretraining import PretrainingSettings, Resumption, fit_flow
 
 DATA = Mixture.of(
     [0.3, 0.7], [[-1.0, 0.5], [1.0, -0.5]], [[[0.3, 0.1], [0.1, 0.2]], [[0.2, 0.0], [0.0, 0.3]]]
@@ -126,6 +126,6 @@ def test_data_with_a_context_pass_it_to_noise_and_loss():
             return super().matching_loss(x1, x0, t)
 
     with_context = Conditional(PATHS["linear"], START, trainable=True)
-    fit_flow(with_context, lambda n, g: Batch(DATA.sample(n, g), "the context"), SETTINGS, generator(0))
+    fit_flow(with_context, lambda n, g: (DATA.sample(n, g), "the context"), SETTINGS, generator(0))
     without, _ = fit()
     assert torch.equal(with_context.means, without.means)
