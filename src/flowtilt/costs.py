@@ -20,7 +20,7 @@ from flowtilt.measurements import ResultsError
 from flowtilt.panels import Panel, over_seeds, pretty
 from flowtilt.tables import write_panels
 
-ASSESSMENT = ("sample", "evaluate")
+ASSESSMENT: tuple[str, ...] = ("sample", "evaluate")
 """Rules between a run's model and its metrics, where a run has jobs of its own."""
 
 TOTAL_COLUMNS = ["rule", "jobs", "wall_seconds", "peak_memory_mb"]
@@ -100,7 +100,7 @@ class Cost(NamedTuple):
         experiment: or case, as in the paths of its runs.
         method: of it.
         kind: of the method.
-        seeds: whose fine-tuning was measured; for the pretrained model, whose shared job was.
+        seeds: whose fine-tuning was measured; for the pretrained model, whose samples were.
         updates: optimiser steps of the fine-tuning, without those of a run that it continues.
         finetune, finetune_sd: of the fine-tuning.
         relative: fine-tuning over that of the first method of the file that is fine-tuned.
@@ -140,13 +140,13 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
     unit = math.nan
     for experiment in experiments:
         solved = _seconds(benchmarks, ("exact",), f"{experiment.name}/exact", experiment.seeds)
-        file, _, case = experiment.name.partition("/")
-        together = case or not experiment.solved_apart
         for method, config in experiment.methods.items():
             run = f"{experiment.name}/{method}"
             jobs = [measured_job(benchmarks, "finetune", run, seed) for seed in experiment.seeds]
             tuned = [job.seconds for job in jobs if job is not None]
-            rules, of = (("measure",), file) if together else (ASSESSMENT, run)
+            rules, of = ASSESSMENT, run
+            if experiment.measured_together:
+                rules, of = ("measure",), experiment.name.partition("/")[0]
             assessed = _seconds(benchmarks, rules, of, experiment.seeds)
             mean = _mean_sd(tuned)[0]
             if config.kind != "pretrained" and not any(line.updates for line in lines):

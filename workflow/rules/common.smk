@@ -166,9 +166,7 @@ except WorkflowError as error:
 STUDIES = [name for name, cases in FILES.items() if name not in cases]
 EXPERIMENTS = {name: experiment for cases in FILES.values() for name, experiment in cases.items()}
 TAILS = [name for name, experiment in EXPERIMENTS.items() if isinstance(experiment, TailExperiment)]
-# A run on a tail is sampled and evaluated by itself, but in studies; there, and on functionals, which have
-# many small ones, those of a file and a seed together.
-MEASURED_ALONE = [name for name in TAILS if name in FILES]
+MEASURED_ALONE = [name for name, experiment in EXPERIMENTS.items() if not experiment.measured_together]
 MEASURED_TOGETHER = [name for name in FILES if name not in MEASURED_ALONE]
 METHODS = sorted({method for experiment in EXPERIMENTS.values() for method in experiment.methods})
 RESOLVED = {name: dump(experiment) for name, experiment in EXPERIMENTS.items()}

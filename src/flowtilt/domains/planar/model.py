@@ -79,8 +79,9 @@ class PlanarFlow(FlowModel):
         Raises:
             ValueError: if the flow has modes, and the context is not one for each state.
         """
-        h = self._first_layer(x, t, context)
-        for linear in self._linears()[1:]:
+        first, *rest = self._linears()
+        h = self._through(first, x, t, context)
+        for linear in rest:
             h = _affine(linear, self.activate(h))
         return h.T
 
@@ -88,9 +89,8 @@ class PlanarFlow(FlowModel):
         """Used by functions and not by calls, which would take as long as these small layers do."""
         return [module for module in self.network if isinstance(module, nn.Linear)]
 
-    def _first_layer(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+    def _through(self, first: nn.Linear, x: Tensor, t: Tensor, context: Context) -> Tensor:
         """The first layer's output, features first, (width, batch)."""
-        first = self._linears()[0]
         if t.ndim:
             inputs = torch.cat([x.T, t.reshape(1, -1)])
             h = torch.addmm(first.bias[:, None], first.weight[:, :3], inputs)
@@ -119,7 +119,7 @@ class PlanarFlow(FlowModel):
         @torch.no_grad()
         def at(k: int) -> tuple[Tensor, PullBack]:
             x, t = states[k], times[k]
-            hidden = [self._first_layer(x, t, context)]
+            hidden = [self._through(first, x, t, context)]
             for linear in rest:
                 hidden.append(_affine(linear, self.activate(hidden[-1])))
             output = hidden.pop().T
