@@ -34,8 +34,8 @@ except ModuleNotFoundError as error:
         "make one with `make env`, or run `pip install -e .` in your own"
     ) from None
 
-# By default, in a job's first seconds, Snakemake asks for its memory twice a second. On two cores with two
-# jobs of torch, the kernel needed 5 % of a core to answer.
+# By default, in a job's first seconds, Snakemake asks for its memory twice a second. With two jobs of torch,
+# Snakemake then took 13 % of a core; asking every two seconds, 2 %.
 snakemake.benchmark.BENCHMARK_INTERVAL_SHORT = 2.0
 
 # Jobs call the command of the environment that runs Snakemake, whether it is activated or not.
