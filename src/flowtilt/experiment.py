@@ -91,11 +91,6 @@ class Experiment(Section, ABC):
     grid: GridConfig
     axis_value: float | None = None
 
-    @property
-    def measured_together(self) -> bool:
-        """Whether one job measures all runs of the file and a seed: in studies, and on functionals."""
-        return "/" in self.name or not self.solved_apart
-
     @field_validator("seeds", mode="before")
     @classmethod
     def _count_of_seeds(cls, value: Any) -> Any:

@@ -14,7 +14,7 @@ from flowtilt.interpolants import Interpolant, Prediction, broadcast_time, conve
 from flowtilt.model import Context, FlowModel, PullBack
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "silu": F.silu}
 
 # A covector at an activation's output, and its input, to the covector there.
 PULL_BACKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -81,8 +81,9 @@ class PlanarFlow(FlowModel):
         """
         first, *rest = self._linears()
         h = self._through(first, x, t, context)
+        in_place = not torch.is_grad_enabled()  # nobody else holds h, unless a backward pass will need it
         for linear in rest:
-            h = _affine(linear, self.activate(h))
+            h = _affine(linear, self.activate(h, inplace=in_place))
         return h.T
 
     def _linears(self) -> list[nn.Linear]:
