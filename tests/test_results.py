@@ -31,11 +31,16 @@ def metric(by_seed: pd.DataFrame, experiment: str, method: str, name: str) -> pd
 
 def test_every_configured_run_is_there(by_seed: pd.DataFrame) -> None:
     configured = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["experiments"]
-    for file in configured:  # of a file that only others start from nothing is reported
+    started_from = set()
+    for file in configured:
         for name, experiment in load_file(ROOT / "config" / "experiments" / f"{file}.yaml").items():
             for method in experiment.methods:
                 seeds = metric(by_seed, name, method, experiment.main_metric).index
                 assert sorted(seeds) == experiment.seeds
+            started_from.add(experiment.base)
+    # Of a file that only others start from, nothing is reported.
+    files = {path.stem for path in (ROOT / "config" / "experiments").glob("*.yaml")}
+    assert files == {*configured, *started_from}
 
 
 def test_risk_averse_ordering_on_every_seed(by_seed: pd.DataFrame) -> None:
@@ -159,12 +164,13 @@ def test_hierarchy_closes_every_gap() -> None:
 
 
 def test_weighted_fitting_comes_near_every_optimum() -> None:
-    """Within 5 % of the optimum's G; the entropy's has a constant in it: there nine tenths of the way too."""
+    """Within 5 % of the optimum's G. The entropy's G has a constant in it, so there of the way to it."""
     table = pd.read_csv(TABLES / "solvers_2d.csv")
     best = table[table["method"] == "weighted_fitting_2000"]
     assert set(best["case"]) == {"expected_reward", "lower_tail", "upper_tail", "entropy"}
-    assert (best["gap"] <= 5).all()
-    assert (best.loc[best["case"] == "entropy", "closed"] >= 90).all()
+    entropy = best["case"] == "entropy"
+    assert (best.loc[~entropy, "gap"] <= 5).all()
+    assert (best.loc[entropy, "closed"] >= 95).all()
 
 
 def test_the_bounds_of_mirror_ascent_hold_at_every_iteration() -> None:
@@ -199,5 +205,5 @@ def test_provenance_is_complete() -> None:
     record = json.loads((ROOT / "results" / "provenance.json").read_text())
     assert len(record["commit"]["hash"]) == 40
     assert record["commit"]["modified"] is False
-    assert {"pretrain", "finetune", "sample", "evaluate", "exact", "measure"} <= record["stages"].keys()
+    assert {"pretrain", "finetune", "exact", "measure"} <= record["stages"].keys()
     assert len(record["config_hash"]) == 64

@@ -20,9 +20,6 @@ from flowtilt.measurements import ResultsError
 from flowtilt.panels import Panel, over_seeds, pretty
 from flowtilt.tables import write_panels
 
-ASSESSMENT = ("sample", "evaluate")
-"""Rules between a run's model and its metrics, where a run has jobs of its own."""
-
 TOTAL_COLUMNS = ["rule", "jobs", "wall_seconds", "peak_memory_mb"]
 
 
@@ -100,13 +97,13 @@ class Cost(NamedTuple):
         experiment: or case, as in the paths of its runs.
         method: of it.
         kind: of the method.
-        seeds: whose fine-tuning was measured; for the pretrained model, whose shared job was.
+        seeds: whose fine-tuning was measured; for the pretrained model, whose samples were.
         updates: optimiser steps of the fine-tuning, without those of a run that it continues.
         finetune, finetune_sd: of the fine-tuning.
         relative: fine-tuning over that of the first method of the file that is fine-tuned.
         memory: the largest of the fine-tuning over seeds, in MB.
-        assess, assess_sd: of sampling and metrics together; on functionals, with the solved rows.
-        assessed: what that was of, as in the paths of the benchmarks: the run, or all runs of the file.
+        assess, assess_sd: of sampling and metrics together, for all runs of the file; on functionals, with
+            the solved rows.
         solve, solve_sd: of the rows solved on the grid, on a tail, for all methods of the experiment.
     """
 
@@ -121,7 +118,6 @@ class Cost(NamedTuple):
     memory: float
     assess: float
     assess_sd: float
-    assessed: str
     solve: float
     solve_sd: float
 
@@ -139,15 +135,13 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
     lines: list[Cost] = []
     unit = math.nan
     for experiment in experiments:
-        solved = _seconds(benchmarks, ("exact",), f"{experiment.name}/exact", experiment.seeds)
-        file, _, case = experiment.name.partition("/")
-        together = case or not experiment.solved_apart
+        solved = _seconds(benchmarks, "exact", f"{experiment.name}/exact", experiment.seeds)
         for method, config in experiment.methods.items():
             run = f"{experiment.name}/{method}"
             jobs = [measured_job(benchmarks, "finetune", run, seed) for seed in experiment.seeds]
             tuned = [job.seconds for job in jobs if job is not None]
-            rules, of = (("measure",), file) if together else (ASSESSMENT, run)
-            assessed = _seconds(benchmarks, rules, of, experiment.seeds)
+            file = experiment.name.partition("/")[0]
+            assessed = _seconds(benchmarks, "measure", file, experiment.seeds)
             mean = _mean_sd(tuned)[0]
             if config.kind != "pretrained" and not any(line.updates for line in lines):
                 unit = mean
@@ -162,17 +156,16 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
                     mean / unit if unit > 0 else math.nan,
                     max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
                     *_mean_sd(assessed),
-                    of,
                     *_mean_sd(solved),
                 )
             )
     return lines
 
 
-def _seconds(benchmarks: Path, rules: Iterable[str], runs: str, seeds: Iterable[int]) -> list[float]:
-    """Seconds of some rules together, for each seed of which all were measured."""
-    found = [[measured_job(benchmarks, rule, runs, seed) for rule in rules] for seed in seeds]
-    return [sum(job.seconds for job in jobs if job) for jobs in found if None not in jobs]
+def _seconds(benchmarks: Path, rule: str, runs: str, seeds: Iterable[int]) -> list[float]:
+    """Seconds of a rule, for each seed of which it was measured."""
+    jobs = (measured_job(benchmarks, rule, runs, seed) for seed in seeds)
+    return [job.seconds for job in jobs if job is not None]
 
 
 def _updates(experiment: Experiment, method: str) -> int:
@@ -193,11 +186,10 @@ NOTE = (
     "From Snakemake's benchmarks, on the machine of the run: wall time in seconds, mean ± sd over seeds, and "
     "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
     "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
-    "fine-tuned line of the table. Samples and metrics: the rules sample and evaluate, of each run; in "
-    "studies and on functionals the rule measure, one job for all runs of a seed, shown in the first line. "
-    "Solved rows: the rule exact, one job for all methods of an experiment on a tail; on functionals they "
-    "are solved by the rule measure. The last table is of all jobs measured when this was written, tables "
-    "and figures among them if they were made before."
+    "fine-tuned line of the table. Samples and metrics: the rule measure, one job for all runs of a seed, "
+    "shown in the first line. Solved rows: the rule exact, one job for all methods of an experiment on a "
+    "tail; on functionals they are solved by the rule measure. The last table is of all jobs measured when "
+    "this was written, tables and figures among them if they were made before."
 )
 
 
@@ -209,7 +201,6 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
     for before, line in zip([None, *lines], lines, strict=False):
         case = line.experiment.partition("/")[2]
         name = ", ".join(part for part in (case, "" if single and case else line.method) if part)
-        assessed_above = before is not None and before.assessed == line.assessed
         solved_above = before is not None and before.experiment == line.experiment
         cells.append(
             [
@@ -218,7 +209,7 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
                 _cell(line.finetune, line.finetune_sd),
                 f"{line.relative:.2f}" if math.isfinite(line.relative) else "",
                 _cell(line.memory),
-                "" if assessed_above else _cell(line.assess, line.assess_sd),
+                "" if before else _cell(line.assess, line.assess_sd),
                 "" if solved_above else _cell(line.solve, line.solve_sd),
                 str(line.seeds),
             ]

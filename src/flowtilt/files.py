@@ -25,3 +25,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def folder_of(results: str | Path, experiment: str, made: str, seed: int) -> Path:
+    """Where the files of a run are kept; ``made`` is its method, or the layer of rows solved together."""
+    return Path(results) / "runs" / experiment / made / f"seed{seed}"

@@ -18,6 +18,7 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from flowtilt.experiment import Experiment
+from flowtilt.files import folder_of
 
 LAYERS = ("network", "exact", "resolved")
 _WORDS = {"network": "", "exact": ", exact", "resolved": ", at finite resolution", "optimum": ", optimum"}
@@ -143,7 +144,7 @@ def row_words(row: str) -> str:
 def run_folder(results: str | Path, runs: Runs, method: str, layer: str, seed: int) -> Path:
     """Where the files of a row's run are kept."""
     own = layer == "network" or not runs.solved_apart
-    return Path(results) / "runs" / runs.name / (method if own else layer) / f"seed{seed}"
+    return folder_of(results, runs.name, method if own else layer, seed)
 
 
 def collect(results: str | Path, runs: Runs) -> pd.DataFrame:

@@ -34,8 +34,8 @@ except ModuleNotFoundError as error:
         "make one with `make env`, or run `pip install -e .` in your own"
     ) from None
 
-# By default, in a job's first seconds, Snakemake asks for its memory twice a second. On two cores with two
-# jobs of torch, the kernel needed 5 % of a core to answer.
+# By default, in a job's first seconds, Snakemake asks for its memory twice a second. With two jobs of torch,
+# Snakemake then took 13 % of a core; asking every two seconds, 2 %.
 snakemake.benchmark.BENCHMARK_INTERVAL_SHORT = 2.0
 
 # Jobs call the command of the environment that runs Snakemake, whether it is activated or not.
@@ -166,10 +166,6 @@ except WorkflowError as error:
 STUDIES = [name for name, cases in FILES.items() if name not in cases]
 EXPERIMENTS = {name: experiment for cases in FILES.values() for name, experiment in cases.items()}
 TAILS = [name for name, experiment in EXPERIMENTS.items() if isinstance(experiment, TailExperiment)]
-# A run on a tail is sampled and evaluated by itself, but in studies; there, and on functionals, which have
-# many small ones, those of a file and a seed together.
-MEASURED_ALONE = [name for name in TAILS if name in FILES]
-MEASURED_TOGETHER = [name for name in FILES if name not in MEASURED_ALONE]
 METHODS = sorted({method for experiment in EXPERIMENTS.values() for method in experiment.methods})
 RESOLVED = {name: dump(experiment) for name, experiment in EXPERIMENTS.items()}
 OVERRIDES = json.dumps(config["overrides"], sort_keys=True)
@@ -265,25 +261,6 @@ def finetune_inputs(wildcards) -> dict[str, str]:
     if start is None:
         return {}
     return {"start": f"{run_folder(wildcards.experiment, start, wildcards.seed)}/model.safetensors"}
-
-
-def sampled_model(wildcards) -> str:
-    if kind_of(wildcards) == "pretrained":
-        return base_model(wildcards)
-    return f"{run_folder(**wildcards)}/model.safetensors"
-
-
-def evaluate_inputs(wildcards) -> dict[str, str]:
-    """What the evaluation of a run reads beside its samples."""
-    kind, inputs = kind_of(wildcards), {}
-    if kind != "pretrained":
-        inputs["history"] = f"{run_folder(**wildcards)}/history.csv"
-        if "pretrained" in EXPERIMENTS[wildcards.experiment].methods:
-            reference = run_folder(wildcards.experiment, "pretrained", wildcards.seed)
-            inputs["reference"] = f"{reference}/samples.npz"
-    if kind == "tfft":
-        inputs["threshold"] = f"{run_folder(**wildcards)}/threshold.json"
-    return inputs
 
 
 def resolution_runs(file: str) -> list[str]:

@@ -1,70 +1,8 @@
 # Every row of the tables: the networks' samples, and the same steps solved exactly on a grid.
 
 
-rule sample:
-    input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
-        model=sampled_model,
-    output:
-        "<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
-    log:
-        "<logs>/sample/{experiment}/{method}/seed{seed}.log",
-    benchmark:
-        "<benchmarks>/sample/{experiment}/{method}/seed{seed}.tsv"
-    wildcard_constraints:
-        experiment=one_of(MEASURED_ALONE),
-    priority: 20
-    group:
-        "assess"
-    conda:
-        "../../envs/core.yaml"
-    threads: 1
-    resources:
-        mem_mb=1500,
-        runtime=30,
-        gpu=config["gpu"],
-    params:
-        digest=digest("sample"),
-    shell:
-        "OMP_NUM_THREADS={threads} flowtilt sample {input.config} --method {wildcards.method} "
-        "--seed {wildcards.seed} --model {input.model} --output {output} > {log} 2>&1"
-
-
-rule evaluate:
-    input:
-        unpack(evaluate_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
-        samples="<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
-        density=base_density,
-    output:
-        "<results>/runs/{experiment}/{method}/seed{seed}/metrics.json",
-    log:
-        "<logs>/evaluate/{experiment}/{method}/seed{seed}.log",
-    benchmark:
-        "<benchmarks>/evaluate/{experiment}/{method}/seed{seed}.tsv"
-    wildcard_constraints:
-        experiment=one_of(MEASURED_ALONE),
-    priority: 20
-    group:
-        "assess"
-    conda:
-        "../../envs/core.yaml"
-    threads: 1
-    resources:
-        mem_mb=1000,
-        runtime=10,
-        gpu=0,
-    params:
-        digest=digest("evaluate"),
-        options=options("history", "threshold", "reference"),
-    shell:
-        "OMP_NUM_THREADS={threads} flowtilt evaluate {input.config} --method {wildcards.method} "
-        "--samples {input.samples} --density {input.density} {params.options} "
-        "--output {output} > {log} 2>&1"
-
-
 # All runs of a file and a seed in one job: each takes less time than to start another.
-for name in MEASURED_TOGETHER:
+for name in FILES:
 
     rule:
         name:

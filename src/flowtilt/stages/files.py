@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flowtilt.experiment import Experiment
-from flowtilt.files import atomic_path
+from flowtilt.files import atomic_path, folder_of
 
 Metrics = dict[str, float | None]
 
@@ -46,10 +46,9 @@ class RunFiles:
 
     @classmethod
     def of(cls, results: Path, experiment: Experiment, method: str, seed: int) -> RunFiles:
-        def folder(name: str, of: str) -> Path:
-            return results / "runs" / name / of / f"seed{seed}"
-
-        own, base = folder(experiment.name, method), folder(experiment.base, "pretrained")
+        own = folder_of(results, experiment.name, method, seed)
+        base = folder_of(results, experiment.base, "pretrained", seed)
+        pretrained = folder_of(results, experiment.name, "pretrained", seed)
         kind = experiment.methods[method].kind
         tuned = kind != "pretrained"
         compared = tuned and "pretrained" in experiment.methods
@@ -61,7 +60,7 @@ class RunFiles:
             density=base / "density.npz",
             history=own / "history.csv" if tuned else None,
             threshold=own / "threshold.json" if kind == "tfft" else None,
-            reference=folder(experiment.name, "pretrained") / "samples.npz" if compared else None,
+            reference=pretrained / "samples.npz" if compared else None,
         )
 
 

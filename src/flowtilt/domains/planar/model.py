@@ -14,7 +14,7 @@ from flowtilt.interpolants import Interpolant, Prediction, broadcast_time, conve
 from flowtilt.model import Context, FlowModel, PullBack
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "silu": F.silu}
 
 # A covector at an activation's output, and its input, to the covector there.
 PULL_BACKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -79,18 +79,19 @@ class PlanarFlow(FlowModel):
         Raises:
             ValueError: if the flow has modes, and the context is not one for each state.
         """
-        h = self._first_layer(x, t, context)
-        for linear in self._linears()[1:]:
-            h = _affine(linear, self.activate(h))
+        first, *rest = self._linears()
+        h = self._through(first, x, t, context)
+        in_place = not torch.is_grad_enabled()  # nobody else holds h, unless a backward pass will need it
+        for linear in rest:
+            h = _affine(linear, self.activate(h, inplace=in_place))
         return h.T
 
     def _linears(self) -> list[nn.Linear]:
         """Used by functions and not by calls, which would take as long as these small layers do."""
         return [module for module in self.network if isinstance(module, nn.Linear)]
 
-    def _first_layer(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+    def _through(self, first: nn.Linear, x: Tensor, t: Tensor, context: Context) -> Tensor:
         """The first layer's output, features first, (width, batch)."""
-        first = self._linears()[0]
         if t.ndim:
             inputs = torch.cat([x.T, t.reshape(1, -1)])
             h = torch.addmm(first.bias[:, None], first.weight[:, :3], inputs)
@@ -119,7 +120,7 @@ class PlanarFlow(FlowModel):
         @torch.no_grad()
         def at(k: int) -> tuple[Tensor, PullBack]:
             x, t = states[k], times[k]
-            hidden = [self._first_layer(x, t, context)]
+            hidden = [self._through(first, x, t, context)]
             for linear in rest:
                 hidden.append(_affine(linear, self.activate(hidden[-1])))
             output = hidden.pop().T
