@@ -1,8 +1,8 @@
 """What the runs cost: wall time and memory, from the benchmarks that Snakemake writes beside them.
 
 A job's benchmark is ``{benchmarks}/{rule}/{experiment}/{method}/seed{n}.tsv``, and for all runs of a file
-``{benchmarks}/measure/{file}/seed{n}.tsv``. Results that were made without one, by another copy or by
-hand, leave cells empty; nothing is run again for them.
+``{benchmarks}/measure/{file}/seed{n}.tsv``; rules on molecules begin with ``molecules_``. Results that
+were made without one, by another copy or by hand, leave cells empty; nothing is run again for them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from flowtilt.experiment import Experiment, load_file, read_study
+from flowtilt.experiment import AnyExperiment, load_file, read_study
 from flowtilt.measurements import ResultsError
+from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.panels import Panel, over_seeds, pretty
 from flowtilt.tables import write_panels
 
@@ -103,12 +104,14 @@ class Cost(NamedTuple):
         seeds: whose fine-tuning was measured; for the pretrained model, whose shared job was.
         updates: optimiser steps of the fine-tuning, without those of a run that it continues.
         finetune, finetune_sd: of the fine-tuning.
-        relative: fine-tuning over that of the first method of the file that is fine-tuned.
+        relative: fine-tuning over that of the first method of the file that is fine-tuned; on molecules
+            with what tfft needs before it.
         memory: the largest of the fine-tuning over seeds, in MB.
         assess, assess_sd: of sampling and metrics together, of a run on a tail.
         shared, shared_sd: of one job for several methods: on a tail, of the rows solved on the grid for
             all methods of the experiment; on functionals, of samples, metrics and solved rows of the file.
         shared_by: what that job was of, as in the path of its benchmark.
+        threshold: of tfft on molecules, the offline batch and its threshold: mean over seeds in seconds.
     """
 
     experiment: str
@@ -125,9 +128,10 @@ class Cost(NamedTuple):
     shared: float
     shared_sd: float
     shared_by: str
+    threshold: float = math.nan
 
 
-def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
+def costs_of(benchmarks: Path, experiments: Iterable[AnyExperiment]) -> list[Cost]:
     """One line a method, in the order of the experiments and cases of one file.
 
     Args:
@@ -140,18 +144,18 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
     lines: list[Cost] = []
     unit = math.nan
     for experiment in experiments:
-        rule, runs = ("exact", f"{experiment.name}/exact")
-        if not experiment.solved_apart:
-            rule, runs = ("measure", experiment.name.partition("/")[0])
+        rule, runs = _shared_job(experiment)
         found = [measured_job(benchmarks, rule, runs, seed) for seed in experiment.seeds]
         shared = [job.seconds for job in found if job is not None]
         for method, config in experiment.methods.items():
             run = f"{experiment.name}/{method}"
-            jobs = [measured_job(benchmarks, "finetune", run, seed) for seed in experiment.seeds]
+            finetune = f"{experiment.rules}finetune"
+            jobs = [measured_job(benchmarks, finetune, run, seed) for seed in experiment.seeds]
             tuned = [job.seconds for job in jobs if job is not None]
-            assessed = [_assessment(benchmarks, run, seed) for seed in experiment.seeds]
+            assessed = [_assessment(benchmarks, experiment.rules, run, seed) for seed in experiment.seeds]
             mean = _mean_sd(tuned)[0]
-            if config.kind != "pretrained" and not any(line.updates for line in lines):
+            before = _before(benchmarks, experiment, method)
+            if tuned and not math.isfinite(unit):
                 unit = mean
             lines.append(
                 Cost(
@@ -161,27 +165,53 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
                     len(shared if config.kind == "pretrained" else tuned),
                     _updates(experiment, method),
                     *_mean_sd(tuned),
-                    mean / unit if unit > 0 else math.nan,
+                    (mean + (before if math.isfinite(before) else 0.0)) / unit if unit > 0 else math.nan,
                     max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
                     *_mean_sd(_measured(assessed)),
                     *_mean_sd(shared),
                     runs,
+                    before,
                 )
             )
     return lines
 
 
-def _updates(experiment: Experiment, method: str) -> int:
+def _shared_job(experiment: AnyExperiment) -> tuple[str, str]:
+    """The job that all methods of an experiment share: its rule, and what it is of."""
+    if isinstance(experiment, MoleculeExperiment):
+        return "molecules_offline", f"{experiment.base}/pretrained"
+    if not experiment.solved_apart:
+        return "measure", experiment.name.partition("/")[0]
+    return "exact", f"{experiment.name}/exact"
+
+
+def _before(benchmarks: Path, experiment: AnyExperiment, method: str) -> float:
+    """Seconds of the offline batch and the threshold of a tfft method on molecules; else NaN."""
+    if not isinstance(experiment, MoleculeExperiment) or experiment.methods[method].kind != "tfft":
+        return math.nan
+    seconds = []
+    for seed in experiment.seeds:
+        threshold = measured_job(benchmarks, "molecules_threshold", f"{experiment.name}/{method}", seed)
+        batch = measured_job(benchmarks, *_shared_job(experiment), seed)
+        if threshold is not None and batch is not None:
+            seconds.append(threshold.seconds + batch.seconds)
+    return _mean_sd(seconds)[0]
+
+
+def _updates(experiment: AnyExperiment, method: str) -> int:
     config = experiment.methods[method]
-    if config.kind == "pretrained":
+    if config.kind in ("pretrained", "data"):
         return 0
-    earlier = experiment.methods[config.continue_from].iterations if config.continue_from else 0
+    earlier = None
+    if not isinstance(experiment, MoleculeExperiment):
+        start = experiment.methods[method].continue_from
+        earlier = experiment.methods[start].iterations if start else None
     return experiment.updates_of(method) * ((config.iterations or 1) - (earlier or 0))
 
 
-def _assessment(benchmarks: Path, run: str, seed: int) -> float:
+def _assessment(benchmarks: Path, rules: str, run: str, seed: int) -> float:
     """Seconds between a run's model and its metrics; NaN unless all jobs there were measured."""
-    jobs = [measured_job(benchmarks, rule, run, seed) for rule in ASSESSMENT]
+    jobs = [measured_job(benchmarks, f"{rules}{rule}", run, seed) for rule in ASSESSMENT]
     return sum(math.nan if job is None else job.seconds for job in jobs)
 
 
@@ -200,8 +230,9 @@ NOTE = (
     "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
     "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
     "fine-tuned line of the table. Samples and metrics: the rules sample and evaluate. Shared: one job for "
-    "all methods; on a tail the rule exact, for the solved rows, and on functionals the rule measure, for "
-    "samples, metrics and solved rows of all runs of a seed. The last table is of all jobs measured when "
+    "all methods; on a tail the rule exact, for the solved rows, on functionals the rule measure, for "
+    "samples, metrics and solved rows of all runs of a seed, and on molecules the offline batch, which "
+    "with the threshold is counted in the relative cost of tfft. The last table is of all jobs measured when "
     "this was written, tables and figures among them if they were made before."
 )
 

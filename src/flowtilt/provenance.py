@@ -23,6 +23,9 @@ PACKAGES = (
     "safetensors",
     "matplotlib",
     "snakemake",
+    "qm9pack",
+    "rdkit",
+    "tblite",
 )
 
 
