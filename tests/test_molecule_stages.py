@@ -97,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     methods = {
         "tfft": {"kind": "tfft", "level": 0.8},
         "rising": {"kind": "tfft", "level": 0.9, "rise": 0.5},
-        "fdc": {"iterations": 2, "level": 0.9},
+        "fdc": {"iterations": 2, "level": 0.5},
     }
     made = Folder(tmp_path_factory.mktemp("molecules"), methods=methods, **REACHABLE)
     assert made.pretrain() == 0
