@@ -39,7 +39,7 @@ class MoleculeFlow(FlowModel):
         settings: NetworkSettings,
         units: Units,
         size_weights: Tensor,
-        type_weight: float = 0.5,
+        type_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.path = Linear()
