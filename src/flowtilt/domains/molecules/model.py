@@ -106,7 +106,7 @@ class MoleculeFlow(FlowModel):
         """The predicted mean of the endpoint, of the shape of ``x``, at times () or (batch,)."""
         mask = _mask_of(context)
         coordinates, logits, _ = self.predict(x, t, mask)
-        types = torch.softmax(logits, dim=2) * (self.units.type_scale * mask.unsqueeze(2))
+        types = self.units.type_scale * torch.softmax(logits, dim=2) * mask.unsqueeze(2)
         return torch.cat([coordinates, types], dim=2)
 
     def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
