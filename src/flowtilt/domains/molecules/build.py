@@ -36,7 +36,7 @@ class UnitsConfig(Section):
     """See :class:`flowtilt.domains.molecules.states.Units`."""
 
     length: Positive = 1.25
-    type_scale: Positive = 0.2
+    type_scale: Positive = 0.1
 
 
 class MoleculeNetworkConfig(Section):

@@ -35,7 +35,7 @@ class Units:
     """
 
     length: float = 1.25
-    type_scale: float = 0.2
+    type_scale: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("length", "type_scale"):
