@@ -28,7 +28,7 @@ class UnitsConfig(Section):
     """See :class:`flowtilt.domains.molecules.states.Units`."""
 
     length: Positive = 1.25
-    type_scale: Positive = 0.5
+    type_scale: Positive = 0.1
 
 
 class MoleculeNetworkConfig(Section):
@@ -55,14 +55,14 @@ class MoleculePretrainConfig(Section):
     ``type_weight`` of the loss."""
 
     updates: Count
-    batch: Count = 128
+    batch: Count = 64
     learning_rate: Positive = 1e-3
     warmup: Share = 0.01
     average: Annotated[float, Field(ge=0, lt=1)] = 0.9995
     gradient_clip: Positive = 1.0
-    times: tuple[float, Positive] = (1.0, 1.2)
+    times: tuple[float, Positive] = (1.5, 1.2)
     window: Annotated[float, Field(gt=0, le=1)] = 1.0
-    type_weight: Positive = 0.5
+    type_weight: Positive = 1.0
     bfloat16: bool = True
     compiled: bool = False
 
