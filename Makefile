@@ -48,7 +48,7 @@ benchmark: $(STAMP) ## measure speed and memory
 
 clean: ## remove caches and intermediate results; tables and figures stay
 	rm -rf .snakemake .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -rf results/{configs,runs,theory,logs,benchmarks,smoke,paper} results/resolution.json
+	rm -rf results/{configs,data,runs,theory,logs,benchmarks,smoke,paper} results/resolution.json
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment as well

@@ -48,6 +48,11 @@ include: "workflow/rules/report.smk"
 include: "workflow/rules/theory.smk"
 
 
+if MOLECULE_FILES:
+
+    include: "workflow/rules/molecules.smk"
+
+
 rule all:
     default_target: True
     input:

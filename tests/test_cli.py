@@ -18,6 +18,8 @@ STAGES = (
     *("resolve", "calibrate", "pretrain", "density", "offline", "threshold", "finetune", "sample"),
     *("evaluate", "exact", "resolution", "measure", "table", "compare", "figures", "provenance"),
     *("theory", "theory-report", "costs"),
+    *(f"molecules-{stage}" for stage in ("data", "pretrain", "offline", "threshold", "finetune")),
+    *("molecules-sample", "molecules-evaluate"),
 )
 
 

@@ -280,7 +280,7 @@ def test_table_of_a_study_must_fit_its_cases(name: str, table: str, tmp_path: Pa
 
 def test_overrides_have_the_last_word() -> None:
     overrides = {"seeds": 1, "solver": {"updates": 7}}
-    for file in EXPERIMENTS.glob("*.yaml"):
+    for file in EXPERIMENTS.glob("*_2d.yaml"):
         for experiment in load_file(file, overrides).values():
             assert experiment.seeds == [0]
             assert experiment.solver.updates == 7

@@ -5,7 +5,7 @@ import torch
 
 from closed_forms import PATHS, Mixture, MixtureFlow, generator
 from flowtilt.checkpoints import CheckpointError
-from flowtilt.pretraining import PretrainingSettings, Resumption, fit_flow
+from flowtilt.pretraining import PretrainingSettings, Resumption, Watch, fit_flow
 
 DATA = Mixture.of(
     [0.3, 0.7], [[-1.0, 0.5], [1.0, -0.5]], [[[0.3, 0.1], [0.1, 0.2]], [[0.2, 0.0], [0.0, 0.3]]]
@@ -129,3 +129,19 @@ def test_data_with_a_context_pass_it_to_noise_and_loss():
     fit_flow(with_context, lambda n, g: (DATA.sample(n, g), "the context"), SETTINGS, generator(0))
     without, _ = fit()
     assert torch.equal(with_context.means, without.means)
+
+
+def test_watching_shows_the_averages_and_changes_nothing():
+    seen = {}
+
+    def look(updates, model):
+        seen[updates] = model.means.detach().clone()
+
+    plain, history = fit()
+    watched = MixtureFlow(PATHS["linear"], START, trainable=True)
+    again = fit_flow(watched, DATA.sample, SETTINGS, generator(0), watch=Watch(15, look))
+    assert losses(again) == losses(history)
+    assert torch.equal(watched.means, plain.means)
+    assert list(seen) == [15, 30]
+    assert torch.equal(seen[30], plain.means)  # what the training ends with
+    assert not torch.equal(seen[15], seen[30])

@@ -22,8 +22,9 @@ class Project:
 
     @classmethod
     def copied_to(cls, folder: Path) -> Project:
-        for part in ("config", "envs", "workflow"):
-            shutil.copytree(ROOT / part, folder / part)
+        for part in ("config", "envs", "workflow", "resources"):
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, folder / part)
         shutil.copy(ROOT / "Snakefile", folder)
         return cls(folder)
 

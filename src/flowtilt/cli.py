@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowtilt.cli_molecules import add_stages
+
 Handler = Callable[[argparse.Namespace], None]
 
 log = logging.getLogger("flowtilt")
@@ -114,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--history", type=Path, help="the fine-tuning's history")
     stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
     stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for dominance")
+
+    add_stages(add)
 
     stage = add(
         "measure", _measure, "Sample and measure all runs of a seed, and solve problems on functionals."
@@ -218,7 +222,7 @@ def _calibrate(a: argparse.Namespace) -> None:
     print(f"right_edge: {calibrated_edge(tail_experiment(load_resolved(a.config))):.5f}")
 
 
-def _prepare_torch() -> None:
+def prepare_torch() -> None:
     """Hold torch to the threads that the job was given, and take numbers below 1e-38 as zero.
 
     Gradients far out on a sigmoid's flank are that small, and a processor takes some thirty times as
@@ -235,11 +239,11 @@ def _training() -> Any:
     """The stages that train and sample networks."""
     from flowtilt.stages import training
 
-    _prepare_torch()
+    prepare_torch()
     return training
 
 
-class _Bar:
+class Bar:
     """A progress bar over updates that shows the loss."""
 
     def __init__(self, total: int, label: str) -> None:
@@ -253,19 +257,19 @@ class _Bar:
 
 
 def _load(a: argparse.Namespace) -> Any:
-    from flowtilt.experiment import load_resolved
+    from flowtilt.experiment import load_resolved, planar_experiment
 
-    return load_resolved(a.config)
+    return planar_experiment(load_resolved(a.config))
 
 
 def _pretrain(a: argparse.Namespace) -> None:
     experiment = _load(a)
-    bar = _Bar(experiment.pretrain.updates, "pretrain")
+    bar = Bar(experiment.pretrain.updates, "pretrain")
     _training().pretrain(experiment, a.seed, a.output, a.history, bar)
 
 
 def _density(a: argparse.Namespace) -> None:
-    _prepare_torch()
+    prepare_torch()
     from flowtilt.stages import truth
 
     truth.density(_load(a), a.model, a.output)
@@ -286,7 +290,7 @@ def _finetune(a: argparse.Namespace) -> None:
 
     experiment = _load(a)
     iterations = method_of(experiment, a.method).iterations or 1
-    bar = _Bar(experiment.updates_of(a.method) * iterations, f"{experiment.name} {a.method}")
+    bar = Bar(experiment.updates_of(a.method) * iterations, f"{experiment.name} {a.method}")
     _training().finetune(
         experiment, a.method, a.seed, a.pretrained, a.output, a.history, a.start, a.threshold, bar
     )
@@ -305,12 +309,13 @@ def _evaluate(a: argparse.Namespace) -> None:
 
 
 def _measure(a: argparse.Namespace) -> None:
-    from flowtilt.experiment import load_resolved
+    from flowtilt.experiment import load_resolved, planar_experiment
 
-    _prepare_torch()
+    prepare_torch()
     from flowtilt.stages import measuring
 
-    measuring.measure([load_resolved(file) for file in a.config], a.seed, a.results)
+    experiments = [planar_experiment(load_resolved(file)) for file in a.config]
+    measuring.measure(experiments, a.seed, a.results)
 
 
 def _exact(a: argparse.Namespace) -> None:
@@ -326,11 +331,12 @@ def _exact(a: argparse.Namespace) -> None:
 
 
 def _resolution(a: argparse.Namespace) -> None:
-    from flowtilt.experiment import load_resolved
+    from flowtilt.experiment import load_resolved, planar_experiment
 
     if not len(a.config) == len(a.samples) == len(a.density):
         raise ValueError("--config, --samples and --density must name one file a run each")
-    runs = zip(map(load_resolved, a.config), a.samples, a.density, strict=True)
+    experiments = (planar_experiment(load_resolved(file)) for file in a.config)
+    runs = zip(experiments, a.samples, a.density, strict=True)
     from flowtilt.stages import truth
 
     truth.measure_resolution(runs, a.output)

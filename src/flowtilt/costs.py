@@ -1,8 +1,8 @@
 """What the runs cost: wall time and memory, from the benchmarks that Snakemake writes beside them.
 
 A job's benchmark is ``{benchmarks}/{rule}/{experiment}/{method}/seed{n}.tsv``, and for all runs of a file
-``{benchmarks}/measure/{file}/seed{n}.tsv``. Results that were made without one, by another copy or by
-hand, leave cells empty; nothing is run again for them.
+``{benchmarks}/measure/{file}/seed{n}.tsv``; rules on molecules begin with ``molecules_``. Results that
+were made without one, by another copy or by hand, leave cells empty; nothing is run again for them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from flowtilt.experiment import Experiment, load_file, read_study
+from flowtilt.experiment import AnyExperiment, load_file, read_study
 from flowtilt.measurements import ResultsError
+from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.panels import Panel, over_seeds, pretty
 from flowtilt.tables import write_panels
 
@@ -97,13 +98,14 @@ class Cost(NamedTuple):
         experiment: or case, as in the paths of its runs.
         method: of it.
         kind: of the method.
-        seeds: whose fine-tuning was measured; for the pretrained model, whose samples were.
+        seeds: whose fine-tuning was measured; of a method without one, whose samples were.
         updates: optimiser steps of the fine-tuning, without those of a run that it continues.
         finetune, finetune_sd: of the fine-tuning.
-        relative: fine-tuning over that of the first method of the file that is fine-tuned.
+        threshold: of tfft, what comes before: the offline batch and the threshold.
+        relative: threshold and fine-tuning over those of the first method of the file that is fine-tuned.
         memory: the largest of the fine-tuning over seeds, in MB.
-        assess, assess_sd: of sampling and metrics together, for all runs of the file; on functionals, with
-            the solved rows.
+        assess, assess_sd: of sampling and metrics together: in the plane for all runs of the file, and on
+            functionals with the solved rows; on molecules for the run.
         solve, solve_sd: of the rows solved on the grid, on a tail, for all methods of the experiment.
     """
 
@@ -114,6 +116,7 @@ class Cost(NamedTuple):
     updates: int
     finetune: float
     finetune_sd: float
+    threshold: float
     relative: float
     memory: float
     assess: float
@@ -122,7 +125,7 @@ class Cost(NamedTuple):
     solve_sd: float
 
 
-def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
+def costs_of(benchmarks: Path, experiments: Iterable[AnyExperiment]) -> list[Cost]:
     """One line a method, in the order of the experiments and cases of one file.
 
     Args:
@@ -135,25 +138,27 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
     lines: list[Cost] = []
     unit = math.nan
     for experiment in experiments:
-        solved = _seconds(benchmarks, "exact", f"{experiment.name}/exact", experiment.seeds)
+        solved = _seconds(benchmarks, ["exact"], f"{experiment.name}/exact", experiment.seeds)
         for method, config in experiment.methods.items():
             run = f"{experiment.name}/{method}"
-            jobs = [measured_job(benchmarks, "finetune", run, seed) for seed in experiment.seeds]
+            finetune = f"{experiment.rules}finetune"
+            jobs = [measured_job(benchmarks, finetune, run, seed) for seed in experiment.seeds]
             tuned = [job.seconds for job in jobs if job is not None]
-            file = experiment.name.partition("/")[0]
-            assessed = _seconds(benchmarks, "measure", file, experiment.seeds)
-            mean = _mean_sd(tuned)[0]
-            if config.kind != "pretrained" and not any(line.updates for line in lines):
-                unit = mean
+            assessed = _assessment(benchmarks, experiment, run)
+            threshold = _threshold(benchmarks, experiment, run) if config.kind == "tfft" else math.nan
+            cost = _mean_sd(tuned)[0] + (threshold if math.isfinite(threshold) else 0.0)
+            if _updates(experiment, method) and not any(line.updates for line in lines):
+                unit = cost
             lines.append(
                 Cost(
                     experiment.name,
                     method,
                     config.kind,
-                    len(assessed if config.kind == "pretrained" else tuned),
+                    len(tuned if _updates(experiment, method) else assessed),
                     _updates(experiment, method),
                     *_mean_sd(tuned),
-                    mean / unit if unit > 0 else math.nan,
+                    threshold,
+                    cost / unit if unit > 0 else math.nan,
                     max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
                     *_mean_sd(assessed),
                     *_mean_sd(solved),
@@ -162,17 +167,35 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
     return lines
 
 
-def _seconds(benchmarks: Path, rule: str, runs: str, seeds: Iterable[int]) -> list[float]:
-    """Seconds of a rule, for each seed of which it was measured."""
-    jobs = (measured_job(benchmarks, rule, runs, seed) for seed in seeds)
-    return [job.seconds for job in jobs if job is not None]
+def _seconds(benchmarks: Path, rules: Iterable[str], runs: str, seeds: Iterable[int]) -> list[float]:
+    """Seconds of some rules together, for each seed of which all were measured."""
+    found = [[measured_job(benchmarks, rule, runs, seed) for rule in rules] for seed in seeds]
+    return [sum(job.seconds for job in jobs if job) for jobs in found if None not in jobs]
 
 
-def _updates(experiment: Experiment, method: str) -> int:
+def _assessment(benchmarks: Path, experiment: AnyExperiment, run: str) -> list[float]:
+    """Seconds between models and metrics, for each seed of which they were measured."""
+    if isinstance(experiment, MoleculeExperiment):
+        return _seconds(benchmarks, ["molecules_sample", "molecules_evaluate"], run, experiment.seeds)
+    return _seconds(benchmarks, ["measure"], experiment.name.partition("/")[0], experiment.seeds)
+
+
+def _threshold(benchmarks: Path, experiment: AnyExperiment, run: str) -> float:
+    """Mean seconds of the offline batch and the threshold of a run."""
+    batch = f"{experiment.base}/pretrained"
+    batches = _seconds(benchmarks, [f"{experiment.rules}offline"], batch, experiment.seeds)
+    thresholds = _seconds(benchmarks, [f"{experiment.rules}threshold"], run, experiment.seeds)
+    return _mean_sd(batches)[0] + _mean_sd(thresholds)[0]
+
+
+def _updates(experiment: AnyExperiment, method: str) -> int:
     config = experiment.methods[method]
-    if config.kind == "pretrained":
+    if config.kind in ("pretrained", "data"):
         return 0
-    earlier = experiment.methods[config.continue_from].iterations if config.continue_from else 0
+    earlier = None
+    if not isinstance(experiment, MoleculeExperiment):
+        start = experiment.methods[method].continue_from
+        earlier = experiment.methods[start].iterations if start else None
     return experiment.updates_of(method) * ((config.iterations or 1) - (earlier or 0))
 
 
@@ -186,35 +209,39 @@ NOTE = (
     "From Snakemake's benchmarks, on the machine of the run: wall time in seconds, mean ± sd over seeds, and "
     "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
     "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
-    "fine-tuned line of the table. Samples and metrics: the rule measure, one job for all runs of a seed, "
-    "shown in the first line. Solved rows: the rule exact, one job for all methods of an experiment on a "
-    "tail; on functionals they are solved by the rule measure. The last table is of all jobs measured when "
-    "this was written, tables and figures among them if they were made before."
+    "fine-tuned line of the table, with what tfft needs before it, the offline batch and the threshold. "
+    "Samples and metrics: in the plane the rule measure, one job for all runs of a seed, shown in the first "
+    "line; on molecules two jobs of each run. Solved rows: the rule exact, one job for all methods of an "
+    "experiment on a tail; on functionals they are solved by the rule measure. The last table is of all jobs "
+    "measured when this was written, tables and figures among them if they were made before."
 )
 
 
 def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
-    """The costs of one file as text: a line a method, or a case where every case has one method."""
+    """The costs of one file as text: a line a method, or a case where every case has one method.
+
+    What several lines share is shown in the first of them.
+    """
     per_case = [line.experiment for line in lines]
     single = len(set(per_case)) == len(per_case)
     cells: list[list[str]] = []
     for before, line in zip([None, *lines], lines, strict=False):
         case = line.experiment.partition("/")[2]
         name = ", ".join(part for part in (case, "" if single and case else line.method) if part)
-        solved_above = before is not None and before.experiment == line.experiment
         cells.append(
             [
                 name,
                 str(line.updates) if line.updates else "",
                 _cell(line.finetune, line.finetune_sd),
+                _cell(line.threshold),
                 f"{line.relative:.2f}" if math.isfinite(line.relative) else "",
                 _cell(line.memory),
-                "" if before else _cell(line.assess, line.assess_sd),
-                "" if solved_above else _cell(line.solve, line.solve_sd),
+                "" if before and before.assess == line.assess else _cell(line.assess, line.assess_sd),
+                "" if before and before.solve == line.solve else _cell(line.solve, line.solve_sd),
                 str(line.seeds),
             ]
         )
-    header = ["method", "updates", "fine-tuning (s)", "relative", "its memory (MB)"]
+    header = ["method", "updates", "fine-tuning (s)", "threshold (s)", "relative", "its memory (MB)"]
     header += ["samples and metrics (s)", "solved rows of all methods (s)", "seeds measured"]
     seeds = over_seeds(max((line.seeds for line in lines), default=1))
     return Panel(f"{title}: {seeds}", header, cells)

@@ -4,8 +4,9 @@ An experiment is one YAML file; a study is a file whose ``study`` block lists ca
 experiment derived from another file and complete in itself. Scales (smoke, paper) are overrides
 that are merged in last. This module imports neither torch nor the numerics: a workflow reads it.
 
-There are two kinds of experiments, told apart by their ``objective``: those on a tail of a reward,
-and those on any pair of a utility and a divergence (``objective.utility``).
+There are two kinds of experiments in the plane, told apart by their ``objective``: those on a tail of a
+reward, and those on any pair of a utility and a divergence (``objective.utility``). Those on molecules
+have the key ``domain: molecules``, and a module of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, overload
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -28,6 +29,8 @@ from flowtilt.configuration import (
     read_yaml,
     validated,
 )
+from flowtilt.domains.molecules.sections import MoleculeMethodConfig
+from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.sections import (
     BowlConfig,
     CalibrationConfig,
@@ -46,32 +49,22 @@ from flowtilt.sections import (
     SolverConfig,
     TailMethodConfig,
     TailObjective,
+    TailSpec,
     ZonesConfig,
 )
 
 
-class TailSpec(NamedTuple):
-    """The tail problem of one method: what its offline threshold and its single solve are for.
-
-    Attributes:
-        side: ``lower`` or ``upper``.
-        mass: probability of the tail, in (0, 1).
-        alpha: KL weight, in units of the reward a nat.
-    """
-
-    side: Literal["lower", "upper"]
-    mass: float
-    alpha: float
-
-
 class Experiment(Section, ABC):
-    """What every experiment, or one case of a study, has; see the two kinds below."""
+    """What every experiment in the plane, or one case of a study, has; see the two kinds below."""
 
     layers: ClassVar[tuple[str, ...]]
     """Rows of each method in the tables: its network's, and those that are solved on the grid."""
 
     solved_apart: ClassVar[bool] = True
     """Whether rows solved on the grid are made for all methods together, in a folder for each layer."""
+
+    rules: ClassVar[str] = ""
+    """What the names of the workflow's rules for its stages begin with."""
 
     reads_too: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Sections that a stage reads in experiments of this kind only."""
@@ -281,6 +274,9 @@ _NO_TAIL = (
 )
 
 
+AnyExperiment = Experiment | MoleculeExperiment
+
+
 _STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "pretrain": ("base", "path", "network", "data", "pretrain"),
     "density": ("path", "network", "grid", "evaluation"),
@@ -294,19 +290,23 @@ _STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-def stage_digest(experiment: Experiment, stage: str, method: str | None = None) -> str:
+def stage_digest(experiment: AnyExperiment, stage: str, method: str | None = None) -> str:
     """Hash of just the sections that a stage reads, so that a change reruns only what it touches."""
     data = experiment.model_dump()
-    sections = (*_STAGE_SECTIONS[stage], *experiment.reads_too.get(stage, ()))
+    if isinstance(experiment, MoleculeExperiment):
+        sections = experiment.stage_sections[stage]
+    else:
+        sections = (*_STAGE_SECTIONS[stage], *experiment.reads_too.get(stage, ()))
     read: dict[str, Any] = {section: data[section] for section in sections}
     if method is not None:
         read["method"] = data["methods"][method]
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def dump(experiment: Experiment) -> str:
+def dump(experiment: AnyExperiment) -> str:
     """The experiment as YAML that :func:`load_resolved` reads back."""
-    return yaml.safe_dump(experiment.model_dump(), sort_keys=False)
+    data = experiment.model_dump(mode="json" if isinstance(experiment, MoleculeExperiment) else "python")
+    return yaml.safe_dump(data, sort_keys=False)
 
 
 class Case(Section):
@@ -324,11 +324,11 @@ class StudyConfig(Section):
 
     ``table`` chooses its table and its figure: rows along the axis for cases on tails; for cases on
     functionals ``hierarchy``, what FDC reaches of each, or ``solvers``, what each solver reaches at what
-    cost.
+    cost; for cases on molecules ``levels``, what each level of the tail reaches at what cost.
     """
 
     axis: str
-    table: Literal["axis", "hierarchy", "solvers"] = "axis"
+    table: Literal["axis", "hierarchy", "solvers", "levels"] = "axis"
     set: dict[str, Any] = Field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     cases: Annotated[list[Case], Field(min_length=1)]
@@ -356,13 +356,14 @@ def read_study(path: Path) -> Study | None:
     return validated(Study, data, path) if "study" in data else None
 
 
-def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Experiment]:
+def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, AnyExperiment]:
     """The experiments of one file by name: one, or one per case of a study.
 
     Args:
         path: the YAML file; its ``name`` must be the file's.
-        overrides: merged into every experiment last; but the key ``skip`` names, by file, cases and
-            methods that are left out (see :class:`Skip`).
+        overrides: merged into every experiment in the plane last, and what is under the key ``molecules``
+            into every one on molecules; but the key ``skip`` names, by file, cases and methods that are
+            left out (see :class:`Skip`).
 
     Raises:
         ConfigError: naming the file, the key and the fix.
@@ -370,6 +371,22 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     path = Path(path)
     overrides = dict(overrides or {})
     skip = _skip_of(overrides.pop("skip", {}), path)
+    of_molecules = overrides.pop("molecules", {})
+    if not isinstance(of_molecules, Mapping):
+        raise ConfigError(f"{path}: key molecules: must map keys of experiments on molecules to values")
+
+    def finish(merged: dict[str, Any], case: str | None = None) -> AnyExperiment:
+        """The experiment from its data, with what overrides it and without what is left out."""
+        kind = _class_of(merged)
+        merged = merge(merged, of_molecules if kind is MoleculeExperiment else overrides)
+        _leave_out(merged.get("methods", {}), skip, path)
+        if study is not None and study.study.table not in _TABLES[_class_of(merged)]:
+            raise ConfigError(
+                f"{path}: key study.table: must be axis if the cases are on tails, hierarchy or solvers if "
+                f"they are on functionals, and levels if they are on molecules (got {study.study.table!r})"
+            )
+        return validated(_class_of(merged), merged, path, case)
+
     data = read_yaml(path)
     if data.get("name") != path.stem:
         raise ConfigError(
@@ -377,12 +394,10 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
         )
     study = read_study(path)
     if study is None:
-        merged = merge({"base": path.stem, **data}, overrides)
-        _leave_out(merged.get("methods", {}), skip, path)
-        return {path.stem: validated(_class_of(merged), merged, path)}
+        return {path.stem: finish({"base": path.stem, **data})}
     if unknown := set(skip.cases) - {case.label for case in study.study.cases}:
         raise ConfigError(f"{path}: key skip.{path.stem}.cases: there is no case {min(unknown)!r}")
-    experiments = {}
+    experiments: dict[str, AnyExperiment] = {}
     for case in study.study.cases:
         if case.label in skip.cases:
             continue
@@ -399,15 +414,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
             "methods": merge(study.study.methods, case.methods),
             "axis_value": case.value,
         }
-        merged = merge({**changed, **own}, overrides)
-        _leave_out(merged["methods"], skip, path)
-        kind = _class_of(merged)
-        if (kind is TailExperiment) != (study.study.table == "axis"):
-            raise ConfigError(
-                f"{path}: key study.table: must be axis if the cases are on tails, and hierarchy or solvers "
-                f"if they are on functionals (got {study.study.table!r})"
-            )
-        experiments[name] = validated(kind, merged, path, case.label)
+        experiments[name] = finish({**changed, **own}, case.label)
     return experiments
 
 
@@ -426,7 +433,7 @@ def _leave_out(methods: dict[str, Any], skip: Skip, path: Path) -> None:
         del methods[name]
 
 
-def load_resolved(path: str | Path) -> Experiment:
+def load_resolved(path: str | Path) -> AnyExperiment:
     """An experiment from a file that :func:`dump` wrote, or from an ordinary experiment file."""
     path = Path(path)
     data = read_yaml(path)
@@ -435,14 +442,52 @@ def load_resolved(path: str | Path) -> Experiment:
     return validated(_class_of(data), {"base": path.stem, **data}, path)
 
 
-def _class_of(data: Mapping[str, Any]) -> type[Experiment]:
-    """The kind of experiment that some data describe."""
+def _class_of(
+    data: Mapping[str, Any],
+) -> type[TailExperiment] | type[FunctionalExperiment] | type[MoleculeExperiment]:
+    """The kind of experiment that some data describe; without a domain it is in the plane."""
+    if "domain" in data:
+        return MoleculeExperiment
     objective = data.get("objective")
     functional = isinstance(objective, Mapping) and "utility" in objective
     return FunctionalExperiment if functional else TailExperiment
 
 
-def tail_experiment(experiment: Experiment) -> TailExperiment:
+_TABLES: Mapping[type[AnyExperiment], tuple[str, ...]] = {
+    TailExperiment: ("axis",),
+    FunctionalExperiment: ("hierarchy", "solvers"),
+    MoleculeExperiment: ("levels",),
+}
+"""Tables that a study can have, by the kind of its cases."""
+
+
+def planar_experiment(experiment: AnyExperiment) -> Experiment:
+    """The experiment, if it is one in the plane.
+
+    Raises:
+        ConfigError: for one on molecules.
+    """
+    if isinstance(experiment, MoleculeExperiment):
+        raise ConfigError(
+            f"experiment {experiment.name}: is on molecules; this stage is for those in the plane"
+        )
+    return experiment
+
+
+def molecule_experiment(experiment: AnyExperiment) -> MoleculeExperiment:
+    """The experiment, if it is one on molecules.
+
+    Raises:
+        ConfigError: for one in the plane.
+    """
+    if not isinstance(experiment, MoleculeExperiment):
+        raise ConfigError(
+            f"experiment {experiment.name}: is in the plane; this stage is for those with domain: molecules"
+        )
+    return experiment
+
+
+def tail_experiment(experiment: AnyExperiment) -> TailExperiment:
     """The experiment, if it is one on a tail.
 
     Raises:
@@ -455,8 +500,20 @@ def tail_experiment(experiment: Experiment) -> TailExperiment:
     return experiment
 
 
-def method_of(experiment: Experiment, name: str) -> MethodConfig:
-    """A method of the experiment by name."""
+@overload
+def method_of(experiment: Experiment, name: str) -> MethodConfig: ...
+
+
+@overload
+def method_of(experiment: MoleculeExperiment, name: str) -> MoleculeMethodConfig: ...
+
+
+def method_of(experiment: AnyExperiment, name: str) -> MethodConfig | MoleculeMethodConfig:
+    """A method of the experiment by name.
+
+    Raises:
+        ConfigError: if there is none of the name.
+    """
     if name not in experiment.methods:
         known = ", ".join(experiment.methods)
         raise ConfigError(f"experiment {experiment.name}: unknown method {name!r}; it has {known}")

@@ -24,8 +24,22 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy.ndimage import gaussian_filter, grey_opening
 
-from flowtilt.experiment import Experiment, FunctionalExperiment, load_file, read_study, tail_experiment
+from flowtilt.experiment import (
+    Experiment,
+    FunctionalExperiment,
+    load_file,
+    planar_experiment,
+    read_study,
+    tail_experiment,
+)
 from flowtilt.figures_functionals import hierarchy_figure, metrics_figure, solvers_figure
+from flowtilt.figures_molecules import (
+    draw_molecules,
+    energies_figure,
+    levels_figure,
+    load_generated,
+    shown_molecules,
+)
 from flowtilt.files import atomic_path
 from flowtilt.hierarchy import reached
 from flowtilt.measurements import (
@@ -39,11 +53,14 @@ from flowtilt.measurements import (
     load_samples,
     read_resolution,
     row_name,
+    run_folder,
     runs_of,
     summarise,
     with_gaps,
 )
 from flowtilt.metrics.tails import quantile
+from flowtilt.molecule_experiment import MoleculeExperiment
+from flowtilt.molecule_tables import levels
 from flowtilt.panels import describe, pretty
 from flowtilt.solver_study import solver_runs
 from flowtilt.studies import (
@@ -555,10 +572,16 @@ def write_figures(
     """
     experiments = list(load_file(file, overrides).values())
     study, first = read_study(Path(file)), experiments[0]
-    if study is not None and study.study.table == "solvers":
-        draw_solvers(results, study.title, experiments, prefix)
+    molecules = [e for e in experiments if isinstance(e, MoleculeExperiment)]
+    if study is not None and molecules:
+        with figure_style():
+            save_figure(levels_figure(levels(results, molecules), study.title), f"{prefix}.png")
+    elif isinstance(first, MoleculeExperiment):
+        draw_molecule_experiment(results, runs_of(first), read_reported(reported), prefix)
+    elif study is not None and study.study.table == "solvers":
+        draw_solvers(results, study.title, list(map(planar_experiment, experiments)), prefix)
     elif study is not None and study.study.table == "hierarchy":
-        draw_hierarchy(results, study.title, experiments, prefix)
+        draw_hierarchy(results, study.title, list(map(planar_experiment, experiments)), prefix)
     elif study is not None:
         draw_study(results, study_runs_of(study, experiments), prefix)
     elif isinstance(first, FunctionalExperiment):
@@ -625,6 +648,26 @@ def _reported_tails(reported: pd.DataFrame, runs: Runs) -> dict[str, dict[str, f
     for source, method, value in chosen[["source", "method", "value"]].itertuples(index=False):
         found.setdefault(str(source), {})[str(method)] = float(value)
     return found
+
+
+def draw_molecule_experiment(
+    results: str | Path, runs: Runs, reported: pd.DataFrame, prefix: str | Path
+) -> None:
+    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment on molecules.
+
+    Args:
+        results: root of the results.
+        runs: the experiment.
+        reported: see :func:`flowtilt.tables.read_reported`.
+        prefix: of the files to write.
+    """
+    generated = {m.name: load_generated(results, runs, m.name) for m in runs.methods}
+    with figure_style():
+        figure = energies_figure(runs, generated, _reported_tails(reported, runs))
+        save_figure(figure, f"{prefix}_energies.png")
+    folders = {m.name: run_folder(results, runs, m.name, "network", runs.seeds[0]) for m in runs.methods}
+    rows = [(name, shown_molecules(folder / "molecules.sdf")) for name, folder in folders.items()]
+    draw_molecules(f"{prefix}_molecules.png", rows)
 
 
 def draw_functional(

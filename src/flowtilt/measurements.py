@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
-    from flowtilt.experiment import Experiment
+    from flowtilt.experiment import AnyExperiment
 from flowtilt.files import folder_of
 
 LAYERS = ("network", "exact", "resolved")
@@ -95,7 +95,7 @@ class Runs:
         return self.value if method.value is None else method.value
 
 
-def runs_of(experiment: Experiment) -> Runs:
+def runs_of(experiment: AnyExperiment) -> Runs:
     """The part of a configured experiment or case that tables and figures need.
 
     In a case without an axis value of its own, FDC methods stand at their number of iterations.
@@ -295,7 +295,7 @@ def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
     seeds = []
     for seed in runs.seeds:
         paths = [run_folder(results, runs, method, layer, seed) / "laws.npz" for method in methods]
-        seeds.append((paths[0], {name: a for path in paths for name, a in _read_arrays(path).items()}))
+        seeds.append((paths[0], {name: a for path in paths for name, a in read_arrays(path).items()}))
     first_path, first = seeds[0]
     for path, arrays in seeds:
         if missing := set(_frame(runs)) - arrays.keys():
@@ -332,7 +332,7 @@ def load_samples(results: str | Path, runs: Runs, method: str) -> tuple[np.ndarr
     points, rewards = [], []
     for seed in runs.seeds:
         path = run_folder(results, runs, method, "network", seed) / "samples.npz"
-        arrays = _read_arrays(path)
+        arrays = read_arrays(path)
         if missing := needed - arrays.keys():
             raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; {_again(path)}")
         points.append(arrays["x"])
@@ -340,7 +340,12 @@ def load_samples(results: str | Path, runs: Runs, method: str) -> tuple[np.ndarr
     return np.concatenate(points), np.concatenate(rewards)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file by name.
+
+    Raises:
+        ResultsError: if it is missing or not whole.
+    """
     if not path.is_file():
         raise ResultsError(_missing(path))
     try:

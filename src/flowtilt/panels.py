@@ -50,15 +50,38 @@ _DESCRIPTIONS = {
     "threshold": Description("threshold", "reward"),
     "dominance_violation": Description("violation of dominance", "share", "lower"),
 }
+_DESCRIPTIONS |= {
+    "mean_negative_energy": Description("mean of minus energy", "hartree", "higher"),
+    "valid_mean_negative_energy": Description("mean of the valid", "hartree", "higher"),
+    "validity_pct": Description("valid", "%", "higher"),
+    "uniqueness_pct": Description("unique", "%", "higher"),
+    "novelty_pct": Description("novel", "%"),
+    "converged_pct": Description("with an energy", "%", "higher"),
+    "energy_per_atom": Description("energy an atom", "hartree"),
+    "relaxation_energy_mean": Description("relaxation energy, mean", "hartree", "lower"),
+    "relaxation_energy_median": Description("relaxation energy, median", "hartree", "lower"),
+    "heavy_atoms": Description("heavy atoms", ""),
+    "atomic_number": Description("mean atomic number", ""),
+    "elements_total_variation": Description("elements, total variation", ""),
+    "sizes_total_variation": Description("sizes, total variation", ""),
+    "inactive_updates": Description("updates without an active sample", "share", "lower"),
+    "path_kl": Description("path-space KL", "nats"),
+    "training_energies": Description("energies in training", ""),
+    "training_failed_share": Description("failed in training", "share"),
+}
+_UNITS = {"negative_energy": "hartree"}
+"""Of what the names of tail metrics end with, where that is not the unit itself."""
+
 _TRANSPORT = re.compile(r"w1_(\w+?)(_critic)?")
-_TAIL = re.compile(r"(worst|top)_([0-9.]+)pct_(\w+)")
+_TAIL = re.compile(r"(valid_)?(worst|top)_([0-9.]+)pct_(\w+)")
 
 
 def describe(metric: str) -> Description:
     """Words and unit of a metric; an unknown one keeps its own name."""
     if tail := _TAIL.fullmatch(metric):
-        which, percent, unit = tail.groups()
-        return Description(f"{which}-{percent} % mean", unit, "lower" if unit == "cost" else "higher")
+        valid, which, percent, unit = tail.groups()
+        words = f"{which}-{percent} % mean" + (" of the valid" if valid else "")
+        return Description(words, _UNITS.get(unit, unit), "lower" if unit == "cost" else "higher")
     if transport := _TRANSPORT.fullmatch(metric):
         name, critic = transport.groups()
         return Description(f"W1 under {name}{' by critic' if critic else ''}", "distance", "lower")

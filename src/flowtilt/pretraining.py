@@ -65,6 +65,19 @@ class Resumption:
     seconds: float = 60.0
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Looks at the model as it would be if the training ended now, which does not change the training.
+
+    Attributes:
+        every: updates between two looks.
+        look: called with the number of updates done and the model, with its averages for weights.
+    """
+
+    every: int
+    look: Callable[[int, FlowModel], None]
+
+
 def fit_flow(
     model: FlowModel,
     data: DataSource,
@@ -72,6 +85,7 @@ def fit_flow(
     generator: torch.Generator,
     progress: Progress | None = None,
     resumption: Resumption | None = None,
+    watch: Watch | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place on fresh draws of ``data``; returns the history, a row an update.
 
@@ -110,6 +124,9 @@ def fit_flow(
         if resumption is not None and now - saved > resumption.seconds:
             state.save(resumption.path)
             saved = now
+        if watch is not None and (update + 1) % watch.every == 0:
+            with state.averaged():
+                watch.look(update + 1, model)
         if progress is not None:
             progress(row)
     if resumption is not None:

@@ -23,6 +23,9 @@ PACKAGES = (
     "safetensors",
     "matplotlib",
     "snakemake",
+    "qm9pack",
+    "rdkit",
+    "tblite",
 )
 
 
@@ -35,14 +38,19 @@ def write_provenance(config_hash: str, benchmarks: Path, output: Path) -> None:
         output: JSON file to write.
     """
     record = {
-        "commit": _commit(),
+        "commit": commit(),
         "config_hash": config_hash,
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "versions": versions(),
         "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
         "stages": stage_costs(benchmarks),
     }
     with atomic_path(output) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that numbers may depend on; None of those that are not installed."""
+    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
 
 
 def _version(package: str) -> str | None:
@@ -52,7 +60,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> dict[str, Any]:
+def commit() -> dict[str, Any]:
     """The commit that is checked out, and whether sources or configuration differ from it."""
 
     def git(*arguments: str) -> str:

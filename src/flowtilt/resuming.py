@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,18 @@ class TrainingState:
         """Give the model the averages, if there are any."""
         for parameter, mean in zip(self.optimiser.parameters, self.averages, strict=False):
             parameter.copy_(mean)
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The model with the averages for its weights, if there are any, for the length of a block."""
+        own = [p.detach().clone() for p in self.optimiser.parameters]
+        self.use_average()
+        try:
+            yield self.model
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.optimiser.parameters, own, strict=True):
+                    parameter.copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name; the history apart, these are the tensors themselves."""

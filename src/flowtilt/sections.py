@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from flowtilt.configuration import Count, NotNegative, Positive, Row, Section, Share
 
 Weights = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+
+
+class TailSpec(NamedTuple):
+    """The tail problem of one method: what its offline threshold and its single solve are for.
+
+    Attributes:
+        side: ``lower`` or ``upper``.
+        mass: probability of the tail, in (0, 1).
+        alpha: KL weight, in units of the reward a nat.
+    """
+
+    side: Literal["lower", "upper"]
+    mass: float
+    alpha: float
 
 
 class PathConfig(Section):

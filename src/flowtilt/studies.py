@@ -17,7 +17,7 @@ from flowtilt.measurements import LAYERS, Runs, entries, row_name, row_words, ru
 from flowtilt.panels import Panel, describe, over_seeds, pretty
 
 if TYPE_CHECKING:
-    from flowtilt.experiment import Experiment, Study
+    from flowtilt.experiment import AnyExperiment, Study
 
 RESOLVED_WITHIN = 0.05
 
@@ -39,7 +39,7 @@ class StudyRuns:
     tolerance: float | None = None
 
 
-def study_runs_of(study: Study, cases: Iterable[Experiment]) -> StudyRuns:
+def study_runs_of(study: Study, cases: Iterable[AnyExperiment]) -> StudyRuns:
     """A configured study and its cases; see :class:`StudyRuns`.
 
     Only cases can differ in a length of the landscape; where methods are what varies, there is

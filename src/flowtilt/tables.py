@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flowtilt import hierarchy, solver_study
-from flowtilt.experiment import Experiment, load_file, read_study
+from flowtilt import hierarchy, molecule_tables, solver_study
+from flowtilt.experiment import Experiment, load_file, planar_experiment, read_study
 from flowtilt.files import atomic_path
 from flowtilt.measurements import (
     LAYERS,
     SUMMARY_COLUMNS,
+    Entry,
     ResultsError,
     Runs,
     collect_runs,
@@ -32,6 +33,7 @@ from flowtilt.measurements import (
     summarise,
     with_gaps,
 )
+from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.panels import Panel, describe, latex, markdown, over_seeds, pretty
 from flowtilt.studies import Point, StudyRuns, findings, study_panels, study_points, study_runs_of
 
@@ -154,16 +156,31 @@ def experiment_panels(long: pd.DataFrame, runs: Runs, reported: pd.DataFrame) ->
         reported: see :func:`read_reported`.
     """
     summary = entries(summarise(with_gaps(long)))
-    beside = _reported_columns(long, reported)
+    beside = reported_columns(long, reported)
     known = list(dict.fromkeys(e.metric for e in summary))
     first = [runs.tail_metric, "gap_closed", *beside, runs.mean_metric, "kl", "objective", "gap"]
     first = [metric for metric in dict.fromkeys(first) if metric in known]
     rest = [metric for metric in known if metric not in first and metric != "relative_gap"]
-    rows = list(dict.fromkeys(e.row for e in summary))
     caption = f"{runs.title or runs.name}: {over_seeds(len(runs.seeds))}"
+    return panels_of(summary, {caption: first, "Details": rest}, beside)
+
+
+def panels_of(
+    summary: Sequence[Entry],
+    groups: Mapping[str, Sequence[str]],
+    beside: Mapping[str, Sequence[tuple[str, Mapping[str, str]]]],
+) -> list[Panel]:
+    """Tables of rows and metrics, by caption; those without any column are left out.
+
+    Args:
+        summary: of all rows.
+        groups: metrics of each table, by its caption.
+        beside: by metric, columns that stand beside ours; see :func:`reported_columns`.
+    """
+    rows = list(dict.fromkeys(e.row for e in summary))
     panels = []
-    for heading, metrics in ((caption, first), ("Details", rest)):
-        columns: list[tuple[str, dict[str, str]]] = []
+    for heading, metrics in groups.items():
+        columns: list[tuple[str, Mapping[str, str]]] = []
         for metric in metrics:
             own = {e.row: pretty(e.value, e.sd) for e in summary if e.metric == metric}
             columns += [(describe(metric).header, own), *beside.get(metric, [])]
@@ -172,7 +189,7 @@ def experiment_panels(long: pd.DataFrame, runs: Runs, reported: pd.DataFrame) ->
     return [panel.without_empty_columns() for panel in panels if len(panel.header) > 1]
 
 
-def _reported_columns(
+def reported_columns(
     long: pd.DataFrame, reported: pd.DataFrame
 ) -> dict[str, list[tuple[str, dict[str, str]]]]:
     """By metric, the columns that stand beside ours: header and cells by row."""
@@ -231,16 +248,20 @@ def write_table(
         ConfigError: if the file is not a valid experiment or study.
         ResultsError: if a file of results is missing or malformed, or the reported values are.
     """
-    experiments = load_file(file, overrides).values()
+    experiments = list(load_file(file, overrides).values())
     beside = read_reported(reported)
     study = read_study(Path(file))
-    if study is None:
-        (experiment,) = experiments
-        write_experiment_table(results, runs_of(experiment), prefix, beside)
+    molecules = [e for e in experiments if isinstance(e, MoleculeExperiment)]
+    if molecules and study is None:
+        write_molecules_table(results, molecules[0], prefix, beside)
+    elif molecules and study is not None:
+        write_levels_table(results, study.title, molecules, prefix)
+    elif study is None:
+        write_experiment_table(results, runs_of(experiments[0]), prefix, beside)
     elif study.study.table == "hierarchy":
-        write_hierarchy_table(results, study.title, list(experiments), prefix)
+        write_hierarchy_table(results, study.title, list(map(planar_experiment, experiments)), prefix)
     elif study.study.table == "solvers":
-        write_solvers_table(results, study.title, list(experiments), prefix)
+        write_solvers_table(results, study.title, list(map(planar_experiment, experiments)), prefix)
     else:
         write_study_table(results, study_runs_of(study, experiments), prefix)
 
@@ -272,6 +293,30 @@ def write_experiment_table(
     long = collect_runs(results, [runs])
     note = f"{ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE} {_VERDICTS}"
     write_panels(prefix, table_frame(long, reported), experiment_panels(long, runs, reported), note)
+
+
+def write_molecules_table(
+    results: str | Path, experiment: MoleculeExperiment, prefix: str | Path, reported: pd.DataFrame
+) -> None:
+    """:func:`write_table` for an experiment on molecules; the text says what holds of what should."""
+    runs = runs_of(experiment)
+    long = collect_runs(results, [runs])
+    summary = entries(summarise(long))
+    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
+    panels = panels_of(summary, molecule_tables.groups(experiment, caption), reported_columns(long, reported))
+    said = "\n".join(f"- {line}" for line in molecule_tables.findings(long, experiment, reported))
+    note = f"{said}\n\n{molecule_tables.NOTE} {_VERDICTS}"
+    write_panels(prefix, table_frame(long, reported), panels, note)
+
+
+def write_levels_table(
+    results: str | Path, title: str, cases: Sequence[MoleculeExperiment], prefix: str | Path
+) -> None:
+    """:func:`write_table` for a study of the level of the tail; histories are read as well."""
+    lines = molecule_tables.levels(results, cases)
+    frame = pd.DataFrame(lines, columns=list(molecule_tables.LevelLine._fields))
+    panels = [molecule_tables.levels_panel(lines, title)]
+    write_panels(prefix, frame, panels, molecule_tables.LEVELS_NOTE)
 
 
 def write_study_table(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:

@@ -527,6 +527,25 @@ def test_a_solve_repeats_itself_leaves_the_base_alone_and_reports_every_update()
     assert all(row["active_share"] == 1 for row in seen)
 
 
+def test_a_schedule_gives_each_update_its_tilt_and_ends_where_it_ends():
+    flow, asked = quick_flow(), []
+    choice = settings(**QUICK | {"updates": 4, "pool": 64})
+    hinges = [Hinge(LINEAR, at, 0.5, "upper") for at in (-9.0, -9.0, 9.0, -9.0)]
+
+    def schedule(progress):
+        asked.append(progress)
+        return hinges[round(4 * progress)]
+
+    solution = solve(flow, schedule, 1.0, choice, generator(7))
+    assert asked == [0, 0.25, 0.5, 0.75]
+    assert [row["active_share"] for row in solution.history] == [1, 1, 0, 1]
+    constant, plain = (
+        solve(flow, tilt, 1.0, choice, generator(7)).model for tilt in (lambda _: hinges[0], hinges[0])
+    )
+    for a, b in zip(constant.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 class Counted(CorrectedFlow):
     """Counts network passes of states as they happen, in a list that its copies share."""
 

@@ -17,7 +17,7 @@ from snakemake.utils import validate
 try:
     from flowtilt.configuration import ConfigError
     from flowtilt.experiment import (
-        Experiment,
+        AnyExperiment,
         FunctionalExperiment,
         TailExperiment,
         dump,
@@ -26,6 +26,7 @@ try:
         stage_digest,
     )
     from flowtilt.files import atomic_path
+    from flowtilt.molecule_experiment import MoleculeExperiment
     from flowtilt.stages.checking import check_functional
     from flowtilt.theory.config import TheoryConfig, load_theory
 except ModuleNotFoundError as error:
@@ -70,7 +71,7 @@ def theory_file(name: str) -> str:
     return f"config/theory/{name}.yaml"
 
 
-def load_experiments(name: str, where: str) -> dict[str, Experiment]:
+def load_experiments(name: str, where: str) -> dict[str, AnyExperiment]:
     """The experiments of one file; ``where`` says which file and key name it."""
     file = Path(experiment_file(name))
     if not file.is_file():
@@ -87,7 +88,7 @@ def load_experiments(name: str, where: str) -> dict[str, Experiment]:
     raise WorkflowError(f"{config_files()}: key overrides: merged into {message}")
 
 
-def load_all() -> dict[str, dict[str, Experiment]]:
+def load_all() -> dict[str, dict[str, AnyExperiment]]:
     """Every file that is needed, by name: those to run, the study of the resolution, and their bases."""
     files = {
         name: load_experiments(name, f"{config_files()}: key experiments") for name in config["experiments"]
@@ -111,7 +112,30 @@ def load_all() -> dict[str, dict[str, Experiment]]:
         files.setdefault(base, load_experiments(base, where))
         if base not in files[base]:
             raise WorkflowError(f"{where}: {base} is a study; name one experiment")
+    check_shared(files)
     return files
+
+
+def check_shared(files: dict[str, dict[str, AnyExperiment]]) -> None:
+    """Refuse cases on molecules that would change what they share with the experiment they derive from."""
+    for name, cases in files.items():
+        for case in cases.values():
+            if not isinstance(case, MoleculeExperiment):
+                continue
+            base = files[case.base][case.base]
+            for stage in ("pretrain", "offline"):
+                for key in base.stage_sections[stage]:
+                    if key != "solver" and getattr(case, key) != getattr(base, key):
+                        raise WorkflowError(
+                            f"{experiment_file(name)}: key {key}: {case.name} has the pretrained model and "
+                            f"the offline batch of {case.base}, and so must have the same {key}; make it an "
+                            "experiment of its own"
+                        )
+            if case.solver.steps != base.solver.steps:
+                raise WorkflowError(
+                    f"{experiment_file(name)}: key solver.steps: {case.name} has the offline batch of "
+                    f"{case.base}, and so must have the same steps"
+                )
 
 
 def check_functionals(experiments) -> None:
@@ -166,6 +190,11 @@ except WorkflowError as error:
 STUDIES = [name for name, cases in FILES.items() if name not in cases]
 EXPERIMENTS = {name: experiment for cases in FILES.values() for name, experiment in cases.items()}
 TAILS = [name for name, experiment in EXPERIMENTS.items() if isinstance(experiment, TailExperiment)]
+MOLECULES = [name for name, experiment in EXPERIMENTS.items() if isinstance(experiment, MoleculeExperiment)]
+MOLECULE_FILES = [name for name in FILES if is_of(MoleculeExperiment, name)]
+PLANAR = [name for name in EXPERIMENTS if name not in MOLECULES]
+PLANAR_FILES = [name for name in FILES if name not in MOLECULE_FILES]
+FUNCTIONAL_FILES = [name for name in FILES if is_of(FunctionalExperiment, name)]
 METHODS = sorted({method for experiment in EXPERIMENTS.values() for method in experiment.methods})
 RESOLVED = {name: dump(experiment) for name, experiment in EXPERIMENTS.items()}
 OVERRIDES = json.dumps(config["overrides"], sort_keys=True)
@@ -228,7 +257,7 @@ def config_hash() -> str:
 
 
 def kind_of(wildcards) -> str:
-    """The kind of a job's method: pretrained, am, fdc or tfft."""
+    """The kind of a job's method: pretrained, am, fdc or tfft; on molecules also data."""
     methods = EXPERIMENTS[wildcards.experiment].methods
     if wildcards.method not in methods:
         known = ", ".join(methods)
@@ -271,6 +300,72 @@ def resolution_runs(file: str) -> list[str]:
         for method, settings in experiment.methods.items()
         if settings.kind == "am"
         for seed in experiment.seeds
+    ]
+
+
+# Molecules: one pretrained model for all seeds, and one offline batch a seed for all methods
+
+
+def shared_folder(wildcards) -> str:
+    """Folder of what all methods of a job's experiment start from, in the experiment that it derives from."""
+    return f"<results>/runs/{EXPERIMENTS[wildcards.experiment].base}/pretrained"
+
+
+def checkpoint_of(wildcards) -> list[str]:
+    """The shipped weights and their record, if the pretrained model is taken from them and they are there."""
+    shipped = EXPERIMENTS[wildcards.experiment].checkpoint
+    files = [] if shipped.retrain else [Path(shipped.path), Path(shipped.path).with_suffix(".json")]
+    return [str(file) for file in files if file.is_file()]
+
+
+def finetune_molecules_inputs(wildcards) -> dict[str, str]:
+    if kind_of(wildcards) != "tfft":
+        return {}
+    return {"threshold": f"{run_folder(**wildcards)}/threshold.json"}
+
+
+def sample_molecules_inputs(wildcards) -> dict[str, str]:
+    """What the molecules of a run are drawn from: data, the pretrained model, or the run's own."""
+    kind = kind_of(wildcards)
+    if kind == "data":
+        return {"molecules": "<results>/data/qm9.npz"}
+    folder = shared_folder(wildcards) if kind == "pretrained" else run_folder(**wildcards)
+    return {"model": f"{folder}/model.safetensors"}
+
+
+def evaluate_molecules_inputs(wildcards) -> dict[str, str]:
+    """What the evaluation of a run reads beside its molecules."""
+    kind, inputs = kind_of(wildcards), {}
+    if kind not in ("data", "pretrained"):
+        inputs["history"] = f"{run_folder(**wildcards)}/history.csv"
+    if kind == "tfft":
+        inputs["threshold"] = f"{run_folder(**wildcards)}/threshold.json"
+    return inputs
+
+
+def molecule_files(experiment: MoleculeExperiment) -> list[str]:
+    """Files of all runs of an experiment on molecules."""
+    base = f"<results>/runs/{experiment.base}/pretrained"
+    files = [f"{base}/model.safetensors", f"{base}/training.json"]
+    for seed in experiment.seeds:
+        for method, settings in experiment.methods.items():
+            made = ["samples.npz", "metrics.json", "molecules.sdf", "energies.npz"]
+            if settings.tuned:
+                made = ["model.safetensors", "history.csv", *made]
+            if settings.kind == "tfft":
+                made = ["threshold.json", *made]
+            files += [f"{run_folder(experiment.name, method, seed)}/{file}" for file in made]
+    return files
+
+
+def compared_files(experiment: MoleculeExperiment) -> list[str]:
+    """Files that the table of a study of the level reads of the experiment that its cases derive from."""
+    made = {"pretrained": ["metrics.json"], "am": ["metrics.json", "history.csv"]}
+    return [
+        f"{run_folder(experiment.base, method, seed)}/{file}"
+        for seed in experiment.seeds
+        for method, files in made.items()
+        for file in files
     ]
 
 
@@ -317,6 +412,9 @@ def run_files(name: str, *kinds: str) -> list[str]:
     """
     files = []
     for experiment in FILES[name].values():
+        if name in MOLECULE_FILES:
+            files += molecule_files(experiment)
+            continue
         for seed in experiment.seeds:
             base = run_folder(experiment.base, "pretrained", seed)
             files += [f"{base}/model.safetensors", f"{base}/density.npz"]
@@ -334,6 +432,10 @@ def run_files(name: str, *kinds: str) -> list[str]:
 def read_by_table(name: str) -> list[str]:
     """What the table and the figure of a file are made from: metrics, and for solvers their costs as well."""
     study = read_study(Path(experiment_file(name)))
+    if study is not None and name in MOLECULE_FILES:
+        cases = FILES[name].values()
+        compared = [file for case in cases for file in compared_files(case)]
+        return list(dict.fromkeys([*run_files(name, "metrics.json", "history.csv"), *compared]))
     costs = study is not None and study.study.table == "solvers"
     return run_files(name, "metrics.json", *(["history.csv"] if costs else []))
 
@@ -345,9 +447,12 @@ def tables_of(name: str) -> list[str]:
 def figures_of(name: str) -> list[str]:
     if name in STUDIES:
         return [f"<results>/figures/{name}.png"]
-    kinds = (
-        ("landscape", "densities", "histograms") if is_of(TailExperiment, name) else ("densities", "metrics")
-    )
+    if name in MOLECULE_FILES:
+        kinds = ("energies", "molecules")
+    elif is_of(TailExperiment, name):
+        kinds = ("landscape", "densities", "histograms")
+    else:
+        kinds = ("densities", "metrics")
     return [f"<results>/figures/{name}_{kind}.png" for kind in kinds]
 
 
@@ -363,4 +468,8 @@ TABLES = [*for_all(tables_of), "<results>/tables/comparison.csv", "<results>/tab
 TABLES += tables_of("costs")
 TABLES += [file for name in THEORY for file in tables_of(f"theory_{name}")]
 FIGURES = [*for_all(figures_of), *(f"<results>/figures/theory_{name}.png" for name in THEORY)]
-MODELS = [file for file in RUNS if Path(file).match("pretrained/*/model.safetensors")]
+MODELS = [
+    file
+    for file in RUNS
+    if Path(file).match("pretrained/*/model.safetensors") or Path(file).match("pretrained/model.safetensors")
+]

@@ -2,7 +2,7 @@
 
 
 # All runs of a file and a seed in one job: each takes less time than to start another.
-for name in FILES:
+for name in PLANAR_FILES:
 
     rule:
         name:

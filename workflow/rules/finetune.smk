@@ -11,6 +11,8 @@ rule threshold:
         "<logs>/threshold/{experiment}/{method}/seed{seed}.log",
     benchmark:
         "<benchmarks>/threshold/{experiment}/{method}/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(PLANAR),
     priority: 20
     conda:
         "../../envs/core.yaml"
@@ -39,6 +41,7 @@ rule finetune:
     benchmark:
         "<benchmarks>/finetune/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
+        experiment=one_of(PLANAR),
         method=one_of(method for method in METHODS if method != "pretrained"),
     priority: 10
     conda:

@@ -11,6 +11,8 @@ rule pretrain:
         "<logs>/pretrain/{experiment}/pretrained/seed{seed}.log",
     benchmark:
         "<benchmarks>/pretrain/{experiment}/pretrained/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(PLANAR),
     # First what is longest and what everything waits for, but for the short jobs that have come within
     # reach: each look at the queue takes time with its length.
     priority: 10
@@ -38,6 +40,8 @@ rule density:
         "<logs>/density/{experiment}/pretrained/seed{seed}.log",
     benchmark:
         "<benchmarks>/density/{experiment}/pretrained/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(PLANAR),
     priority: 20
     conda:
         "../../envs/core.yaml"
@@ -63,6 +67,8 @@ rule offline:
         "<logs>/offline/{experiment}/pretrained/seed{seed}.log",
     benchmark:
         "<benchmarks>/offline/{experiment}/pretrained/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(PLANAR),
     priority: 20
     conda:
         "../../envs/core.yaml"

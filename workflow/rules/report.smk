@@ -174,7 +174,7 @@ rule functional_figures:
     benchmark:
         "<benchmarks>/functional_figures/{name}.tsv"
     wildcard_constraints:
-        name=one_of(name for name in FILES if name not in STUDIES and not is_of(TailExperiment, name)),
+        name=one_of(name for name in FUNCTIONAL_FILES if name not in STUDIES),
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -210,7 +210,7 @@ rule study_figure:
     benchmark:
         "<benchmarks>/study_figure/{name}.tsv"
     wildcard_constraints:
-        name=one_of(STUDIES),
+        name=one_of(name for name in STUDIES if name not in MOLECULE_FILES),
     conda:
         "../../envs/core.yaml"
     threads: 1

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -297,9 +298,13 @@ def _diverged(what: str, update: int, settings: AdjointMatchingSettings) -> str:
     )
 
 
+Schedule = Callable[[float], FirstVariation]
+"""The tilt of an update by the share of the updates before it, in [0, 1)."""
+
+
 def solve(
     base: FlowModel,
-    tilt: FirstVariation,
+    tilt: FirstVariation | Schedule,
     kl_weight: float,
     settings: AdjointMatchingSettings,
     generator: torch.Generator,
@@ -309,7 +314,8 @@ def solve(
 
     Args:
         base: the model to tilt; left unchanged.
-        tilt: what to tilt by.
+        tilt: what to tilt by; or a schedule that ends at it. Every update is unbiased for the problem of
+            its own tilt, so that the last ones solve the problem at the schedule's end.
         kl_weight: positive, in units of the tilt a nat.
         settings: of the regression.
         generator: source of all randomness.
@@ -337,15 +343,16 @@ def solve(
     times = torch.tensor(time_grid(settings.steps), dtype=torch.float64)[:-1]
     solution = Solution(model)
     started = time.perf_counter()
-    pool_size = settings.pool if tilt.sparse else settings.batch
     passes = 0
     for update in range(settings.updates):
+        own = tilt if isinstance(tilt, FirstVariation) else tilt(update / settings.updates)
+        pool_size = settings.pool if own.sparse else settings.batch
         pool_context = model.draw_context(pool_size, generator)
         pool = sample_sde(model, pool_size, settings.steps, generator, pool_context)
         if not bool(torch.isfinite(pool[-1]).all()):
             raise TrainingDiverged(_diverged("trajectories are no longer finite", update, settings))
-        active = tilt.active(pool[-1], pool_context)
-        ends = Ends.of(model, tilt, pool, active, steps, pool_context, settings.endpoint_gradient)
+        active = own.active(pool[-1], pool_context)
+        ends = Ends.of(model, own, pool, active, steps, pool_context, settings.endpoint_gradient)
         draw = stratified_draw(ends.active, settings.batch, generator)
         trajectories = pool[:, draw.index]
         context = model.select_context(pool_context, draw.index)

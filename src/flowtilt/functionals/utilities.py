@@ -16,7 +16,7 @@ from torch import Tensor
 from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, per_sample
 from flowtilt.metrics.tails import Side, lower_tail_mean, quantile, upper_tail_mean
 from flowtilt.model import Context, FlowModel
-from flowtilt.rewards import Reward
+from flowtilt.rewards import Reward, RewardError
 from flowtilt.sampling import OdeSettings, log_likelihood
 
 
@@ -25,8 +25,19 @@ class InfeasibleBarrier(ValueError):
 
 
 def _values(reward: Reward, law: Law) -> np.ndarray:
-    """Rewards of the law's samples, float64, (batch,)."""
-    return reward(law.samples, law.context).double().numpy(force=True)
+    """Rewards of the law's samples, float64; without those that failed, where a reward may fail.
+
+    Raises:
+        RewardError: if all have failed.
+    """
+    values = reward(law.samples, law.context).double().numpy(force=True)
+    kept = values[~np.isnan(values)]
+    if not kept.size:
+        raise RewardError(
+            f"reward {type(reward).__name__} failed on all {len(values)} samples of a law; a functional "
+            "needs at least one value: look at the model that draws them"
+        )
+    return np.asarray(kept)
 
 
 def _finite_values(reward: Reward, law: FiniteLaw) -> np.ndarray:
@@ -36,9 +47,17 @@ def _finite_values(reward: Reward, law: FiniteLaw) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RewardVariation(FirstVariation):
-    """The reward itself: first variation of the expected reward."""
+    """The reward itself: first variation of the expected reward.
+
+    It is active everywhere, but for evaluations that failed.
+    """
 
     reward: Reward
+
+    def active(self, x: Tensor, context: Context = None) -> Tensor:
+        if self.reward.may_fail:
+            return ~self.reward(x, context).isnan()
+        return super().active(x, context)
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         return self.reward(x, context)
@@ -53,7 +72,7 @@ class Hinge(FirstVariation):
 
     ``-(threshold - r)_+ / mass`` for the lower side and ``(r - threshold)_+ / mass`` for the
     upper: the first variation of a tail mean when the threshold is the quantile, and TFFT's
-    pseudo-reward when it is the dual solution.
+    pseudo-reward when it is the dual solution. It is not active on evaluations that failed.
 
     Attributes:
         reward: the reward.

@@ -113,6 +113,20 @@ def read_history(path: Path, column: str) -> np.ndarray:
         raise StageError(f"{path}: not a training's history ({error!r}); delete it and run again") from None
 
 
+def read_schedule(path: Path) -> list[dict[str, float]]:
+    """The rungs of a rising level from the threshold stage: masses and thresholds, in their order."""
+    try:
+        rungs = json.loads(path.read_text())["schedule"]
+        found = [{key: float(rung[key]) for key in ("mass", "threshold")} for rung in rungs]
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file; run the threshold stage first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{path}: has no schedule ({error!r}); delete it and run again") from None
+    if not found:
+        raise StageError(f"{path}: has an empty schedule; delete it and run again")
+    return found
+
+
 def read_threshold(path: Path) -> dict[str, float]:
     """Threshold and offline active share from the threshold stage."""
     try:

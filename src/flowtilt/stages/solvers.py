@@ -25,8 +25,9 @@ def build_solver(config: SolverConfig, updates: int, progress: Progress | None =
     return _adjoint_matching(config, updates, progress)
 
 
-def _adjoint_matching(config: SolverConfig, updates: int, progress: Progress | None) -> Solver:
-    settings = adjoint_matching.AdjointMatchingSettings(
+def adjoint_matching_settings(config: SolverConfig, updates: int) -> adjoint_matching.AdjointMatchingSettings:
+    """The settings of Adjoint Matching that a configuration has, with a number of updates."""
+    return adjoint_matching.AdjointMatchingSettings(
         updates=updates,
         batch=config.batch,
         pool=config.pool,
@@ -39,6 +40,10 @@ def _adjoint_matching(config: SolverConfig, updates: int, progress: Progress | N
         last_share=config.last_share,
         rest_share=config.rest_share,
     )
+
+
+def _adjoint_matching(config: SolverConfig, updates: int, progress: Progress | None) -> Solver:
+    settings = adjoint_matching_settings(config, updates)
 
     def solve(base: FlowModel, tilt: FirstVariation, kl_weight: float, random: torch.Generator) -> Solution:
         return adjoint_matching.solve(base, tilt, kl_weight, settings, random, progress)

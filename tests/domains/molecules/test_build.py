@@ -7,7 +7,8 @@ import torch
 from flowtilt.checkpoints import load_weights
 from flowtilt.configuration import ConfigError, validated
 from flowtilt.domains.molecules import data
-from flowtilt.domains.molecules.build import MoleculeConfig, build_model, pretrain
+from flowtilt.domains.molecules.build import build_model, build_units, decoder, padded, pretrain
+from flowtilt.domains.molecules.sections import MoleculeConfig
 from flowtilt.sampling import sample_sde
 
 CONFIG = {
@@ -94,3 +95,26 @@ def test_weights_follow_from_name_and_seed():
 def test_errors_name_the_file_the_key_and_the_fix(tmp_path, change, message):
     with pytest.raises(ConfigError, match=r"some\.yaml: key " + message):
         validated(MoleculeConfig, json.loads(json.dumps(CONFIG | change)), tmp_path / "some.yaml")
+
+
+def test_decoded_states_are_the_molecules_that_were_packed(molecules):
+    config = MoleculeConfig.model_validate(CONFIG)
+    chosen = data.load(molecules).of_size(3, 5)
+    source = data.MoleculeSource(chosen, build_units(config))
+    x, numbers = decoder(build_units(config))(source.states, source.mask)
+    # The source sorts by size, and puts centres of mass at zero.
+    ordered = sorted(chosen.as_molecules(), key=lambda molecule: len(molecule.numbers))
+    expected_x, expected_numbers = padded(ordered)
+    assert torch.equal(numbers, expected_numbers)
+    centre = (expected_x * source.mask.unsqueeze(2)).sum(1) / source.mask.sum(1, keepdim=True)
+    expected_x = (expected_x - centre.unsqueeze(1)) * source.mask.unsqueeze(2)
+    torch.testing.assert_close(x, expected_x, atol=1e-5, rtol=0)
+
+
+def test_a_type_column_has_no_gradient_of_what_is_decoded():
+    config = MoleculeConfig.model_validate(CONFIG)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    coordinates, _ = decoder(build_units(config))(x, torch.ones(2, 3, dtype=torch.bool))
+    (gradient,) = torch.autograd.grad(coordinates.square().sum(), x)
+    assert bool(gradient[..., :3].all())
+    assert not gradient[..., 3:].any()

@@ -8,7 +8,8 @@ import xtb_program
 from flowtilt.domains.molecules.energies import XTBReward, energy, evaluate, molecules_of
 from flowtilt.domains.molecules.workers import WorkerPool
 from flowtilt.domains.molecules.xtb import Failure, Molecule, XTBSettings, single_point
-from flowtilt.functionals.utilities import Hinge
+from flowtilt.functionals.base import Law
+from flowtilt.functionals.utilities import SQ, ExpectedReward, Hinge, RewardVariation
 from flowtilt.rewards import RewardError
 
 pytest.importorskip("tblite", reason="the extra 'molecules' is not installed")
@@ -127,6 +128,24 @@ def test_a_hinge_is_inactive_where_the_reward_failed_and_computes_energies_once(
     assert reward.evaluated == len(x)
 
 
+def test_molecules_of_a_pool_are_not_computed_again_in_any_order():
+    x, numbers = states()
+    reward = XTBReward(decode, workers=1)
+    pool = reward(x, numbers)
+    chosen = torch.tensor([3, 4, 0])
+    torch.testing.assert_close(reward(x[chosen], numbers[chosen]), pool[chosen], equal_nan=True)
+    part = reward.gradient(x[chosen], numbers[chosen])
+    assert reward.evaluated == 5
+    fresh = XTBReward(decode, workers=1)
+    torch.testing.assert_close(part, fresh.gradient(x[chosen], numbers[chosen]))
+    moved = x.clone()
+    moved[1, 0, 0] += 0.01
+    reward(moved, numbers)  # one is new: the others are known still
+    assert reward.evaluated == 6
+    reward(x, numbers)  # but what the last batch had not is forgotten
+    assert reward.evaluated == 7
+
+
 def test_the_reward_counts_what_it_evaluated_and_why_it_failed():
     x, numbers = states()
     reward = XTBReward(decode, workers=1)
@@ -134,6 +153,20 @@ def test_the_reward_counts_what_it_evaluated_and_why_it_failed():
     reward(x + 1.0, numbers)  # the same molecules elsewhere
     assert reward.evaluated == 10
     assert reward.failures == {Failure.TOO_CLOSE: 2}
+
+
+def test_functionals_leave_failures_out():
+    x, numbers = states()
+    reward = XTBReward(decode, workers=1)
+    kept = -np.array([case.energy for case in SMALL[:4]])
+    law = Law(None, x, numbers)
+    assert ExpectedReward(reward).value(law) == pytest.approx(kept.mean(), abs=1e-6)
+    hinge = SQ(reward, 0.6).linearise(law)
+    assert hinge.threshold == pytest.approx(np.sort(kept)[2], abs=1e-6)
+    assert not hinge.active(x, numbers)[4]
+    assert RewardVariation(reward).active(x, numbers).tolist() == [True, True, True, True, False]
+    with pytest.raises(RewardError, match="failed on all 5 samples of a law"):
+        SQ(reward, 0.6).linearise(Law(None, 0.01 * x, numbers))
 
 
 def test_a_batch_that_fails_as_a_whole_is_said_once_and_has_no_gradient(caplog):

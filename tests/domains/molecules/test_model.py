@@ -215,3 +215,11 @@ def test_the_loss_is_least_at_the_mean_of_the_endpoint():
 def test_sizes_of_layers_must_divide_by_heads():
     with pytest.raises(ValueError, match=r"vectors \(10\) must be a multiple of heads \(4\)"):
         NetworkSettings(vectors=10, heads=4)
+
+
+def test_a_missing_mask_is_named():
+    model = MoleculeFlow(SMALL, Units(), SIZES)
+    with pytest.raises(TypeError, match="needs the mask of atoms as its context, not NoneType"):
+        sample_ode(model, 3, generator(0))
+    with pytest.raises(TypeError, match="draw one with draw_context"):
+        model.noise_like(torch.zeros(2, 6, WIDTH), generator(0))

@@ -2,90 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field, model_validator
+from torch import Tensor
 
 from flowtilt.checkpoints import save_weights
-from flowtilt.configuration import Count, Positive, Section, Share
 from flowtilt.control.base import Progress
 from flowtilt.domains.molecules.data import Molecules, MoleculeSource, load
+from flowtilt.domains.molecules.energies import Decoder
 from flowtilt.domains.molecules.model import MoleculeFlow
 from flowtilt.domains.molecules.network import NetworkSettings
-from flowtilt.domains.molecules.states import Units
-from flowtilt.pretraining import PretrainingSettings, Resumption, fit_flow
+from flowtilt.domains.molecules.sections import MoleculeConfig, XTBConfig
+from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, Units, unpack
+from flowtilt.domains.molecules.xtb import Molecule, XTBSettings
+from flowtilt.model import Context
+from flowtilt.pretraining import PretrainingSettings, Resumption, Watch, fit_flow
 from flowtilt.seeding import seed_of
-
-
-class SubsetConfig(Section):
-    """Which molecules of QM9: by their numbers of atoms, hydrogen included."""
-
-    smallest: Count = 1
-    largest: Count = 12
-
-    @model_validator(mode="after")
-    def _in_order(self) -> SubsetConfig:
-        if self.smallest > self.largest:
-            raise ValueError(f"smallest ({self.smallest}) must not be above largest ({self.largest})")
-        return self
-
-
-class UnitsConfig(Section):
-    """See :class:`flowtilt.domains.molecules.states.Units`."""
-
-    length: Positive = 1.25
-    type_scale: Positive = 0.5
-
-
-class MoleculeNetworkConfig(Section):
-    """See :class:`flowtilt.domains.molecules.network.NetworkSettings`."""
-
-    layers: Count = 4
-    width: Count = 128
-    vectors: Count = 16
-    pair_width: Count = 48
-    heads: Count = 8
-    radial: Annotated[int, Field(ge=2)] = 24
-    reach: Positive = 5.0
-
-    @model_validator(mode="after")
-    def _divisible(self) -> MoleculeNetworkConfig:
-        NetworkSettings(**self.model_dump())  # which says what is wrong
-        return self
-
-
-class MoleculePretrainConfig(Section):
-    """See :class:`flowtilt.pretraining.PretrainingSettings`; ``window`` is of the source of molecules,
-    ``type_weight`` of the loss."""
-
-    updates: Count
-    batch: Count = 128
-    learning_rate: Positive = 1e-3
-    warmup: Share = 0.01
-    average: Annotated[float, Field(ge=0, lt=1)] = 0.9995
-    gradient_clip: Positive = 1.0
-    times: tuple[float, Positive] = (1.0, 1.2)
-    window: Annotated[float, Field(gt=0, le=1)] = 1.0
-    type_weight: Positive = 0.5
-    bfloat16: bool = True
-    compiled: bool = False
-
-
-class MoleculeConfig(Section):
-    """A flow on molecules: data, units, network and pretraining. ``name`` is that of its weights."""
-
-    name: str
-    subset: SubsetConfig
-    units: UnitsConfig = UnitsConfig()
-    network: MoleculeNetworkConfig = MoleculeNetworkConfig()
-    pretrain: MoleculePretrainConfig
 
 
 def build_units(config: MoleculeConfig) -> Units:
     """What the states of the configuration are measured in."""
     return Units(**config.units.model_dump())
+
+
+def build_xtb(config: XTBConfig) -> XTBSettings:
+    """How energies are computed."""
+    return XTBSettings(**config.model_dump())
+
+
+def decoder(units: Units) -> Decoder:
+    """From states of :mod:`.states`, with their mask as context, to coordinates and atomic numbers.
+
+    The type of an atom is its largest type column: a discrete choice, so that there is no gradient of
+    anything decoded on the type columns.
+    """
+    numbers = torch.tensor(ATOMIC_NUMBERS)
+
+    def decode(x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        coordinates, types = unpack(x, context, units)
+        return coordinates, numbers[types] * context
+
+    return decode
+
+
+def padded(molecules: Sequence[Molecule]) -> tuple[Tensor, Tensor]:
+    """Coordinates in ångström (n, atoms, 3) and atomic numbers (n, atoms), zero where there is no atom."""
+    atoms = max(len(molecule.numbers) for molecule in molecules)
+    coordinates = torch.zeros(len(molecules), atoms, 3)
+    numbers = torch.zeros(len(molecules), atoms, dtype=torch.long)
+    for row, (z, x) in enumerate(molecules):
+        coordinates[row, : len(z)], numbers[row, : len(z)] = torch.from_numpy(x), torch.from_numpy(z)
+    return coordinates, numbers
 
 
 def build_model(
@@ -118,6 +87,7 @@ def pretrain(
     output: Path,
     state: Path,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> list[dict[str, float]]:
     """Pretrain the configured flow on the training split; returns the history, a row an update.
 
@@ -128,15 +98,17 @@ def pretrain(
         output: where the weights go, the averaged ones.
         state: where the training keeps its state, and goes on from if the file is there.
         progress: called with each update's row.
+        watch: looks at the model now and then.
     """
     chosen = subset_of(config, molecules)
     sizes = torch.zeros(config.subset.largest + 1, dtype=torch.float64)
     weights = chosen.size_weights()
     sizes[: len(weights)] = weights
     model = build_model(config, sizes, seed)
-    keys = config.pretrain.model_dump(exclude={"window", "type_weight"})
+    keys = config.pretrain.model_dump(exclude={"window", "type_weight", "check"})
     source = MoleculeSource(chosen.of_split("train"), build_units(config), config.pretrain.window)
     generator = torch.Generator().manual_seed(seed_of(config.name, "pretrain", seed))
-    history = fit_flow(model, source, PretrainingSettings(**keys), generator, progress, Resumption(state))
+    settings = PretrainingSettings(**keys)
+    history = fit_flow(model, source, settings, generator, progress, Resumption(state), watch)
     save_weights(model, output)
     return history

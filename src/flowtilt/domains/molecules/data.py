@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.domains.molecules.states import ELEMENTS, Units, pack
+from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, ELEMENTS, Units, pack
+from flowtilt.domains.molecules.xtb import Molecule
 from flowtilt.files import atomic_path
 from flowtilt.seeding import seed_of
 
@@ -104,6 +105,15 @@ class Molecules:
     def of_split(self, split: Split) -> Molecules:
         """The molecules of one split."""
         return self.select(self.split == SPLITS.index(split))
+
+    def as_molecules(self) -> list[Molecule]:
+        """One by one, as energies and structures take them."""
+        ends = np.cumsum(self.counts)[:-1]
+        numbers = np.array(ATOMIC_NUMBERS, dtype=np.int32)[self.types]
+        return [
+            Molecule(z, x.astype(np.float64))
+            for z, x in zip(np.split(numbers, ends), np.split(self.coordinates, ends), strict=True)
+        ]
 
     def size_weights(self) -> Tensor:
         """How many molecules there are of each number of atoms from 0 to the largest, float64."""

@@ -51,6 +51,14 @@ class Energies(NamedTuple):
         return Counter(failure for failure in self.failures if failure)
 
 
+class Row(NamedTuple):
+    """What :class:`Energies` has of one molecule; the gradient of shape (atoms, 3)."""
+
+    energy: float
+    gradient: np.ndarray
+    failure: Failure | None
+
+
 def molecules_of(coordinates: np.ndarray, numbers: np.ndarray) -> list[Molecule]:
     """The molecules of a padded batch, without their padding.
 
@@ -190,21 +198,31 @@ class XTBReward(Reward):
         self.evaluated = 0
         self.failures: Counter[Failure] = Counter()
         self._workers = workers
-        self._latest: tuple[np.ndarray, np.ndarray, Energies] | None = None
+        self._latest: dict[bytes, Row] = {}
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         coordinates, numbers = self.decode(x, context)
         return -attach(coordinates, self._computed(coordinates, numbers))
 
     def _computed(self, coordinates: Tensor, numbers: Tensor) -> Energies:
-        """Energies of a batch; asking twice in a row for one batch, as hinges do, computes them once."""
-        arrays = (coordinates.numpy(force=True).copy(), numbers.numpy(force=True).copy())
-        if self._latest and all(map(_same, arrays, self._latest[:2])):
-            return self._latest[2]
-        computed = evaluate(*arrays, self.settings, shared_pool(self._workers))
-        self._latest = (*arrays, computed)
-        self._count(computed)
-        return computed
+        """Energies of a batch; molecules of the last batch that had new ones are not computed again.
+
+        A solver asks for the values of a pool of molecules, and then for the gradients of some of them.
+        """
+        positions, kinds = (array.numpy(force=True) for array in (coordinates, numbers))
+        keys = [x.tobytes() + z.tobytes() for x, z in zip(positions, kinds, strict=True)]
+        new = [i for i, key in enumerate(keys) if key not in self._latest]
+        if new:
+            fresh = evaluate(positions[new], kinds[new], self.settings, shared_pool(self._workers))
+            self._count(fresh)
+            rows = dict(zip((keys[i] for i in new), map(Row, *fresh), strict=True))
+            self._latest = {key: rows.get(key) or self._latest[key] for key in keys}
+        known = [self._latest[key] for key in keys]
+        return Energies(
+            np.array([row.energy for row in known]),
+            np.array([row.gradient for row in known]).reshape(*kinds.shape, 3),
+            tuple(row.failure for row in known),
+        )
 
     def _count(self, computed: Energies) -> None:
         counts = computed.counts()
@@ -213,7 +231,3 @@ class XTBReward(Reward):
         if counts and counts.total() == len(computed.energy):
             reasons = ", ".join(f"{failure} ({count})" for failure, count in counts.most_common())
             log.warning("all %d molecules of a batch have no energy: %s", counts.total(), reasons)
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)

@@ -39,7 +39,7 @@ class MoleculeFlow(FlowModel):
         settings: NetworkSettings,
         units: Units,
         size_weights: Tensor,
-        type_weight: float = 0.5,
+        type_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.path = Linear()
@@ -74,20 +74,15 @@ class MoleculeFlow(FlowModel):
         return torch.arange(self.atoms) < sizes[:, None]
 
     def select_context(self, context: Context, index: Tensor) -> Tensor:
-        mask: Tensor = context
-        return mask[index]
+        return _mask_of(context)[index]
 
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
-        return self._in_subspace(torch.randn(count, context.shape[1], WIDTH, generator=generator), context)
+        mask = _mask_of(context)
+        return _in_subspace(torch.randn(count, mask.shape[1], WIDTH, generator=generator), mask)
 
     def noise_like(self, x: Tensor, generator: torch.Generator, context: Context = None) -> Tensor:
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        return self._in_subspace(noise, context)
-
-    @staticmethod
-    def _in_subspace(x: Tensor, mask: Tensor) -> Tensor:
-        """States with their centres of mass and their padding at zero."""
-        return torch.cat([centred(x[..., :3], mask), x[..., 3:] * mask.unsqueeze(2)], dim=2)
+        return _in_subspace(noise, _mask_of(context))
 
     def predict(self, x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the network says of states (batch, atoms, 3 + types) at times () or (batch,).
@@ -103,20 +98,21 @@ class MoleculeFlow(FlowModel):
         vectors, logits = self.network(positions / scale, x[..., 3:] / scale, t[:, None], mask)
         error = (1 - at) / scale
         coordinates = at / scale**2 * positions + error * centred(vectors, mask)
-        # What an atom's own noisy type says of it is known: a Gaussian likelihood ratio.
+        # What an atom's own noisy type says of it is a Gaussian likelihood ratio, bounded near the data.
         own = at * self.units.type_scale / ((1 - at) ** 2 + 1e-3) * x[..., 3:]
         return coordinates, logits + own, error
 
     def endpoint(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
         """The predicted mean of the endpoint, of the shape of ``x``, at times () or (batch,)."""
-        coordinates, logits, _ = self.predict(x, t, context)
-        types = torch.softmax(logits, dim=2) * (self.units.type_scale * context.unsqueeze(2))
+        mask = _mask_of(context)
+        coordinates, logits, _ = self.predict(x, t, mask)
+        types = self.units.type_scale * torch.softmax(logits, dim=2) * mask.unsqueeze(2)
         return torch.cat([coordinates, types], dim=2)
 
     def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
         velocity = convert(self.endpoint(x, t, context), x, t, self.path, "endpoint", "velocity")
         # Near the data the conversion magnifies what rounding leaves of the centre of mass.
-        return self._in_subspace(velocity, context)
+        return _in_subspace(velocity, context)
 
     def matching_loss(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """Mean square of the coordinates' preconditioned error and cross entropy of the types, (batch,).
@@ -124,8 +120,23 @@ class MoleculeFlow(FlowModel):
         Both are means over a molecule's atoms, and have their minimum at the mean of the endpoint, as has
         the mean square of :meth:`matching_residual`, which is that of velocities.
         """
-        at = broadcast_time(t, x1)
-        coordinates, logits, error = self.predict(at * x1 + (1 - at) * x0, t, context)
+        at, mask = broadcast_time(t, x1), _mask_of(context)
+        coordinates, logits, error = self.predict(at * x1 + (1 - at) * x0, t, mask)
         squares = ((coordinates - x1[..., :3]) / error).square().sum(2) / 3
         cross = -(x1[..., 3:] / self.units.type_scale * F.log_softmax(logits, dim=2)).sum(2)
-        return ((squares + self.type_weight * cross) * context).sum(1) / context.sum(1)
+        return ((squares + self.type_weight * cross) * mask).sum(1) / mask.sum(1)
+
+
+def _mask_of(context: Context) -> Tensor:
+    """The mask of atoms, which a flow on molecules does nothing without."""
+    if not isinstance(context, Tensor):
+        raise TypeError(
+            f"a flow on molecules needs the mask of atoms as its context, not {type(context).__name__}; "
+            "draw one with draw_context"
+        )
+    return context
+
+
+def _in_subspace(x: Tensor, mask: Tensor) -> Tensor:
+    """States with their centres of mass and their padding at zero."""
+    return torch.cat([centred(x[..., :3], mask), x[..., 3:] * mask.unsqueeze(2)], dim=2)

@@ -99,37 +99,50 @@ class Layer(nn.Module):
         self.mix = nn.Linear(vectors, vectors, bias=False)
 
     def forward(self, h: Tensor, v: Tensor, e: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-        batch, atoms, width = h.shape
+        """Scalars, vectors and pairs after the exchange, of the shapes they had."""
         s = self.norm(h)
-        u = v * torch.rsqrt(v.square().mean((2, 3), keepdim=True) * 3 + SOFTENING)
+        u = v * torch.rsqrt(3 * v.square().mean((2, 3), keepdim=True) + SOFTENING)
+        hidden = self._pairs(s, u, e)
+        logits, coefficients, carried = self.read(hidden).split([self.heads, self.vectors, self.carry], dim=3)
+        scalars, vectors = self._attend(s, u, logits + geometry.attended)
+        v = v + self.mix(vectors + _along_offsets(coefficients * geometry.shrink, geometry.positions))
+        lengths = torch.sqrt(self.lengths(v).square().sum(2) + SOFTENING)
+        # A quarter of the sum over a dozen atoms is of the size of the other features.
+        pooled = (geometry.pairs.transpose(2, 3) @ hidden).squeeze(2) / 4
+        update = self.node(torch.cat([s, scalars, pooled, lengths], dim=2))
+        change, gate = update.split([h.shape[2], self.vectors], dim=2)
+        return h + change, v * (1 + gate.tanh().unsqueeze(2)), e + carried if self.carry else e
 
+    def _pairs(self, s: Tensor, u: Tensor, e: Tensor) -> Tensor:
+        """Hidden features of pairs, of the shape of ``e``, from both atoms and what the pair has."""
         first, second = self.ends(s).split(self.pair, dim=2)
         left, right = self.probes(u).split(self.heads, dim=3)
         inner = (left.permute(0, 3, 1, 2) @ right.permute(0, 3, 2, 1)).permute(0, 2, 3, 1)
-        hidden = F.silu(e + first.unsqueeze(2) + second.unsqueeze(1) + self.products(inner))
-        logits, coefficients, carried = self.read(hidden).split([self.heads, self.vectors, self.carry], dim=3)
+        return F.silu(e + first.unsqueeze(2) + second.unsqueeze(1) + self.products(inner))
 
+    def _attend(self, s: Tensor, u: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention's means of the other atoms' scalars and vectors, in the shapes of ``s`` and ``u``."""
+        batch, atoms, width = s.shape
         # Over the last dimension but one, which leaves the heads to be treated together.
-        attention = torch.softmax(logits + geometry.attended, dim=2).permute(0, 3, 1, 2)
+        attention = torch.softmax(logits, dim=2).permute(0, 3, 1, 2)
         values = self.values(s).view(batch, atoms, self.heads, -1)
         vector_values = self.vector_values(u).view(batch, atoms, 3, self.heads, -1)
         together = torch.cat([values, vector_values.permute(0, 1, 3, 2, 4).flatten(3)], dim=3)
         gathered = attention @ together.transpose(1, 2)
         scalars, vectors = gathered.split([width // self.heads, 3 * self.vectors // self.heads], dim=3)
-        scalars = scalars.transpose(1, 2).flatten(2)
         vectors = vectors.unflatten(3, (3, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+        return scalars.transpose(1, 2).flatten(2), vectors
 
-        # A quarter of the sum over a dozen atoms is of the size of the other features.
-        pooled = (geometry.pairs.transpose(2, 3) @ hidden).squeeze(2) / 4
-        along = coefficients * geometry.shrink
-        towards = torch.einsum("bijk,bjc->bick", along, geometry.positions)
-        away = geometry.positions.unsqueeze(3) * along.sum(2).unsqueeze(2)
-        v = v + self.mix(vectors + away - towards)
 
-        lengths = torch.sqrt(self.lengths(v).square().sum(2) + SOFTENING)
-        update = self.node(torch.cat([s, scalars, pooled, lengths], dim=2))
-        change, gate = update.split([width, self.vectors], dim=2)
-        return h + change, v * (1 + gate.tanh().unsqueeze(2)), e + carried if self.carry else e
+def _along_offsets(coefficients: Tensor, positions: Tensor) -> Tensor:
+    """``sum_j c_ij (r_i - r_j)`` without the differences themselves, (batch, atoms, 3, vectors).
+
+    Args:
+        coefficients: ``c``, (batch, atoms, atoms, vectors).
+        positions: ``r``, (batch, atoms, 3).
+    """
+    towards = torch.einsum("bijk,bjc->bick", coefficients, positions)
+    return positions.unsqueeze(3) * coefficients.sum(2).unsqueeze(2) - towards
 
 
 class EquivariantNetwork(nn.Module):

@@ -30,11 +30,12 @@ class Units:
     Attributes:
         length: ångström a unit of the coordinates. 1.25 gives QM9's smaller molecules unit variance.
         type_scale: value of a type's column where it applies. The smaller, the later in time a type
-            comes out of the noise, and the more of the geometry is there when it does.
+            comes out of the noise, and the more of the geometry is there when it does: what an atom
+            can be follows from its neighbours, and not the other way round.
     """
 
     length: float = 1.25
-    type_scale: float = 0.5
+    type_scale: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("length", "type_scale"):

@@ -1,0 +1,146 @@
+"""An experiment on molecules: minus the GFN1-xTB energy as the reward, and the tail of its best share.
+
+The files have the key ``domain: molecules``; :mod:`flowtilt.experiment` reads them. This module imports
+neither torch nor the numerics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from flowtilt.configuration import Section, changed
+from flowtilt.domains.molecules.sections import (
+    CheckpointConfig,
+    MoleculeConfig,
+    MoleculeEvaluationConfig,
+    MoleculeMethodConfig,
+    MoleculeModelConfig,
+    MoleculeNetworkConfig,
+    MoleculeObjective,
+    MoleculePretrainConfig,
+    SubsetConfig,
+    UnitsConfig,
+    XTBConfig,
+)
+from flowtilt.sections import OfflineConfig, SolverConfig, TailSpec
+
+_FLOW = ("subset", "units", "network")
+
+
+class MoleculeExperiment(Section):
+    """One experiment on molecules, or one case of a study of them.
+
+    ``base`` is the experiment whose pretrained model and offline batches this one uses.
+    """
+
+    layers: ClassVar[tuple[str, ...]] = ("network",)
+    """Rows of each method in the tables: there is no grid to solve anything on."""
+
+    solved_apart: ClassVar[bool] = True
+    rules: ClassVar[str] = "molecules_"
+    """What the names of the workflow's rules for its stages begin with."""
+
+    stage_sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "pretrain": ("base", "model", *_FLOW, "pretrain", "checkpoint"),
+        "offline": ("base", "model", *_FLOW, "reward", "offline", "solver"),
+        "threshold": ("objective", "solver"),
+        "finetune": ("name", "model", *_FLOW, "reward", "objective", "offline", "solver"),
+        "sample": ("base", "model", *_FLOW, "evaluation"),
+        "evaluate": ("subset", "reward", "objective", "evaluation"),
+    }
+    """What each stage reads; see :func:`flowtilt.experiment.stage_digest`."""
+
+    unit: ClassVar[str] = "negative_energy"
+
+    name: str
+    domain: Literal["molecules"]
+    title: str
+    base: str
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    model: MoleculeModelConfig
+    subset: SubsetConfig
+    units: UnitsConfig = UnitsConfig()
+    network: MoleculeNetworkConfig = MoleculeNetworkConfig()
+    pretrain: MoleculePretrainConfig
+    checkpoint: CheckpointConfig
+    reward: XTBConfig = XTBConfig()
+    objective: MoleculeObjective
+    offline: OfflineConfig
+    solver: SolverConfig
+    methods: Annotated[Mapping[str, MoleculeMethodConfig], Field(min_length=1)]
+    evaluation: MoleculeEvaluationConfig
+    axis_value: float | None = None
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count_of_seeds(cls, value: Any) -> Any:
+        return list(range(value)) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _solvers_fit(self) -> MoleculeExperiment:
+        for name, method in self.methods.items():
+            solver = self._solver(name)
+            if solver.kind != "adjoint_matching" and method.tuned:
+                raise ValueError(
+                    f"methods.{name}.solver.kind: molecules are fine-tuned by adjoint_matching; "
+                    "weighted_fitting has no rule for energies that fail"
+                )
+            if solver.endpoint_gradient != "pathwise" and method.tuned:
+                raise ValueError(
+                    f"methods.{name}.solver.endpoint_gradient: must be pathwise; likelihood_ratio takes "
+                    "values, which may fail"
+                )
+        return self
+
+    def _solver(self, method: str) -> SolverConfig:
+        return changed(self.solver, self.methods[method].solver, f"methods.{method}.solver")
+
+    @property
+    def flow(self) -> MoleculeConfig:
+        """The configuration of the pretrained flow."""
+        return MoleculeConfig(
+            name=self.model.name,
+            subset=self.subset,
+            units=self.units,
+            network=self.network,
+            pretrain=self.pretrain,
+        )
+
+    def solver_of(self, method: str) -> SolverConfig:
+        """The control solver of a method: the experiment's with the method's changes."""
+        return self._solver(method)
+
+    def updates_of(self, method: str) -> int:
+        """Optimiser steps in each solve of a method."""
+        return self.methods[method].updates or self.solver_of(method).updates
+
+    def level_of(self, method: str) -> float:
+        """The level b of a method's tail, its best share being 1 - b."""
+        return self.methods[method].level or self.objective.level
+
+    def tail_of(self, method: str) -> TailSpec:
+        """Side, mass and KL weight of a method's tail problem."""
+        mass = 1 - self.level_of(method)
+        return TailSpec("upper", mass, self.objective.alpha / mass)
+
+    @property
+    def mass(self) -> float:
+        """Share of the law that the table is led by."""
+        return 1 - self.objective.level
+
+    @property
+    def main_metric(self) -> str:
+        """Mean over that share: the name of the metric that the tables lead with."""
+        return tail_metric(self.objective.level)
+
+    @property
+    def mean_metric(self) -> str:
+        return f"mean_{self.unit}"
+
+
+def tail_metric(level: float) -> str:
+    """Name of the mean over the best share of minus the energies: ``top_0.2pct_negative_energy``."""
+    return f"top_{100 * (1 - level):.6g}pct_{MoleculeExperiment.unit}"

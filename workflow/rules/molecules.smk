@@ -1,0 +1,281 @@
+# Molecules: QM9 once, one pretrained model for all seeds, and then a chain of jobs for each run.
+#
+# A job's network runs on one thread, since its numbers must not depend on how many there are, and its
+# energies in as many processes as the job has threads. Jobs that run a network have one of each: two of
+# them side by side keep two cores busy, where one with two processes would leave a core idle while its
+# network runs. Energies and structures of a whole run are the work of processes alone, and take two.
+
+
+localrules:
+    molecule_figures,
+    levels_figure,
+
+
+rule molecules_data:
+    output:
+        "<results>/data/qm9.npz",
+    log:
+        "<logs>/molecules_data/qm9.log",
+    benchmark:
+        "<benchmarks>/molecules_data/qm9.tsv"
+    priority: 20
+    conda:
+        "../../envs/molecules.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=20,
+        gpu=0,
+    shell:
+        "OMP_NUM_THREADS=1 flowtilt molecules-data --output {output} > {log} 2>&1"
+
+
+rule molecules_pretrain:
+    input:
+        checkpoint_of,
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        molecules="<results>/data/qm9.npz",
+    output:
+        model="<results>/runs/{experiment}/pretrained/model.safetensors",
+        record="<results>/runs/{experiment}/pretrained/training.json",
+    log:
+        "<logs>/molecules_pretrain/{experiment}.log",
+    benchmark:
+        "<benchmarks>/molecules_pretrain/{experiment}.tsv"
+    wildcard_constraints:
+        experiment=one_of(MOLECULES),
+    priority: 20
+    conda:
+        "../../envs/molecules.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=300,
+        gpu=config["gpu"],
+    params:
+        digest=digest("pretrain"),
+    shell:
+        "OMP_NUM_THREADS=1 flowtilt molecules-pretrain {input.config} --molecules {input.molecules} "
+        "--output {output.model} --record {output.record} > {log} 2>&1"
+
+
+rule molecules_offline:
+    input:
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        model="<results>/runs/{experiment}/pretrained/model.safetensors",
+    output:
+        "<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
+    log:
+        "<logs>/molecules_offline/{experiment}/pretrained/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/molecules_offline/{experiment}/pretrained/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(MOLECULES),
+    priority: 20
+    conda:
+        "../../envs/molecules.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=60,
+        gpu=config["gpu"],
+    params:
+        digest=digest("offline"),
+    shell:
+        "OMP_NUM_THREADS=1 flowtilt molecules-offline {input.config} --seed {wildcards.seed} "
+        "--model {input.model} --output {output} --workers {threads} > {log} 2>&1"
+
+
+rule molecules_threshold:
+    input:
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        offline=lambda wildcards: f"{shared_folder(wildcards)}/seed{wildcards.seed}/offline.npz",
+    output:
+        "<results>/runs/{experiment}/{method}/seed{seed}/threshold.json",
+    log:
+        "<logs>/molecules_threshold/{experiment}/{method}/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/molecules_threshold/{experiment}/{method}/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(MOLECULES),
+    priority: 20
+    conda:
+        "../../envs/molecules.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+        gpu=0,
+    params:
+        digest=digest("threshold"),
+    shell:
+        "OMP_NUM_THREADS=1 flowtilt molecules-threshold {input.config} --method {wildcards.method} "
+        "--offline {input.offline} --output {output} > {log} 2>&1"
+
+
+rule molecules_finetune:
+    input:
+        unpack(finetune_molecules_inputs),
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        pretrained=lambda wildcards: f"{shared_folder(wildcards)}/model.safetensors",
+    output:
+        model="<results>/runs/{experiment}/{method}/seed{seed}/model.safetensors",
+        history="<results>/runs/{experiment}/{method}/seed{seed}/history.csv",
+    log:
+        "<logs>/molecules_finetune/{experiment}/{method}/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/molecules_finetune/{experiment}/{method}/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(MOLECULES),
+    priority: 10
+    conda:
+        "../../envs/molecules.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=720,
+        gpu=config["gpu"],
+    params:
+        digest=digest("finetune"),
+        options=options("threshold"),
+    shell:
+        "OMP_NUM_THREADS=1 flowtilt molecules-finetune {input.config} --method {wildcards.method} "
+        "--seed {wildcards.seed} --pretrained {input.pretrained} {params.options} "
+        "--output {output.model} --history {output.history} --workers {threads} > {log} 2>&1"
+
+
+rule molecules_sample:
+    input:
+        unpack(sample_molecules_inputs),
+        config=ancient("<results>/configs/{experiment}.yaml"),
+    output:
+        "<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
+    log:
+        "<logs>/molecules_sample/{experiment}/{method}/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/molecules_sample/{experiment}/{method}/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(MOLECULES),
+    priority: 10
+    conda:
+        "../../envs/molecules.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=120,
+        gpu=config["gpu"],
+    params:
+        digest=digest("sample"),
+        options=options("model", "molecules"),
+    shell:
+        "OMP_NUM_THREADS=1 flowtilt molecules-sample {input.config} --method {wildcards.method} "
+        "--seed {wildcards.seed} {params.options} --output {output} > {log} 2>&1"
+
+
+rule molecules_evaluate:
+    input:
+        unpack(evaluate_molecules_inputs),
+        config=ancient("<results>/configs/{experiment}.yaml"),
+        samples="<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
+        molecules="<results>/data/qm9.npz",
+    output:
+        metrics="<results>/runs/{experiment}/{method}/seed{seed}/metrics.json",
+        sdf="<results>/runs/{experiment}/{method}/seed{seed}/molecules.sdf",
+        energies="<results>/runs/{experiment}/{method}/seed{seed}/energies.npz",
+    log:
+        "<logs>/molecules_evaluate/{experiment}/{method}/seed{seed}.log",
+    benchmark:
+        "<benchmarks>/molecules_evaluate/{experiment}/{method}/seed{seed}.tsv"
+    wildcard_constraints:
+        experiment=one_of(MOLECULES),
+    conda:
+        "../../envs/molecules.yaml"
+    threads: 2
+    resources:
+        mem_mb=2000,
+        runtime=120,
+        gpu=0,
+    params:
+        digest=digest("evaluate"),
+        options=options("history", "threshold"),
+    shell:
+        "OMP_NUM_THREADS=1 flowtilt molecules-evaluate {input.config} --method {wildcards.method} "
+        "--samples {input.samples} --molecules {input.molecules} {params.options} "
+        "--output {output.metrics} --sdf {output.sdf} --energies {output.energies} "
+        "--workers {threads} > {log} 2>&1"
+
+
+rule molecule_figures:
+    input:
+        file=lambda wildcards: experiment_file(wildcards.name),
+        reported="config/reported_results.csv",
+        runs=lambda wildcards: run_files(wildcards.name),
+    output:
+        energies=report(
+            "<results>/figures/{name}_energies.png",
+            caption="../report/energies.rst",
+            category="Figures",
+            labels={"experiment": "{name}", "figure": "energies"},
+        ),
+        molecules=report(
+            "<results>/figures/{name}_molecules.png",
+            caption="../report/molecules.rst",
+            category="Figures",
+            labels={"experiment": "{name}", "figure": "molecules"},
+        ),
+    log:
+        "<logs>/molecule_figures/{name}.log",
+    benchmark:
+        "<benchmarks>/molecule_figures/{name}.tsv"
+    wildcard_constraints:
+        name=one_of(name for name in MOLECULE_FILES if name not in STUDIES),
+    conda:
+        "../../envs/molecules.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=10,
+        gpu=0,
+    params:
+        overrides=OVERRIDES,
+        results=results_folder,
+        prefix=lambda wildcards, output: output.energies.removesuffix("_energies.png"),
+    shell:
+        "OMP_NUM_THREADS=1 flowtilt figures {input.file} --override {params.overrides:q} "
+        "--results {params.results} --reported {input.reported} --output-prefix {params.prefix} "
+        "> {log} 2>&1"
+
+
+rule levels_figure:
+    input:
+        file=lambda wildcards: experiment_file(wildcards.name),
+        reported="config/reported_results.csv",
+        runs=lambda wildcards: read_by_table(wildcards.name),
+    output:
+        report(
+            "<results>/figures/{name}.png",
+            caption="../report/levels.rst",
+            category="Figures",
+            labels={"experiment": "{name}", "figure": "levels"},
+        ),
+    log:
+        "<logs>/levels_figure/{name}.log",
+    benchmark:
+        "<benchmarks>/levels_figure/{name}.tsv"
+    wildcard_constraints:
+        name=one_of(name for name in MOLECULE_FILES if name in STUDIES),
+    conda:
+        "../../envs/molecules.yaml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=10,
+        gpu=0,
+    params:
+        overrides=OVERRIDES,
+        results=results_folder,
+        prefix=lambda wildcards, output: output[0].removesuffix(".png"),
+    shell:
+        "OMP_NUM_THREADS=1 flowtilt figures {input.file} --override {params.overrides:q} "
+        "--results {params.results} --reported {input.reported} --output-prefix {params.prefix} "
+        "> {log} 2>&1"
