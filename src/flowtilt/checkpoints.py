@@ -46,7 +46,7 @@ def load_weights(model: Module, path: Path) -> Module:
         raise CheckpointError(
             f"{path}: made for another network: {first} is {found.get(first, 'absent')} in the file "
             f"and {expected.get(first, 'absent')} in the configured one; "
-            f"set key network.widths to match, or {remake}"
+            f"set the section network of the configuration to match, or {remake}"
         )
     model.load_state_dict(tensors)
     return model.requires_grad_(False)
