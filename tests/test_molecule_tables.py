@@ -157,7 +157,7 @@ def test_costs_of_tfft_include_what_comes_before(tmp_path: Path) -> None:
     assert (lines["am"].relative, lines["fdc"].relative, lines["tfft"].relative) == (1.0, 1.5, 1.1)
     assert lines["tfft"].threshold == 20.0
     assert np.isnan(lines["am"].threshold)
-    assert (lines["am"].assess, lines["am"].shared, lines["am"].memory) == (50.0, 18.0, 700.0)
+    assert (lines["am"].assess, lines["am"].memory) == (50.0, 700.0)
     assert lines["data"].updates == 0
     assert lines["fdc"].updates == 20
 
