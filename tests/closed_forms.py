@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from flowtilt.control.adjoint_matching import lean_adjoint, loss_scale
 from flowtilt.control.endpoints import Terminal
-from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
+from flowtilt.interpolants import Interpolant, Linear, VariancePreserving, time_grid
 from flowtilt.model import Context, FlowModel
 from flowtilt.rewards import Reward
-from flowtilt.sampling import memoryless_steps, time_grid
+from flowtilt.sampling import memoryless_steps
 
 PATHS: dict[str, Interpolant] = {"linear": Linear(), "vp": VariancePreserving()}
 
@@ -292,7 +292,7 @@ def chain_law(model: FlowModel, steps: int, dimension: int = 2) -> tuple[Tensor,
     """
     eye = torch.eye(dimension, dtype=torch.float64)
     mean, covariance = torch.zeros_like(eye[0]), eye
-    for t, step in zip(time_grid(steps)[:-1], memoryless_steps(model, steps), strict=True):
+    for t, step in zip(model.time_grid(steps)[:-1], memoryless_steps(model, steps), strict=True):
         matrix, offset = affine_velocity(model, t, dimension)
         jacobian = step.state * eye + step.velocity * matrix
         mean = jacobian @ mean + step.velocity * offset
@@ -361,7 +361,7 @@ def matched_law(flow: FlowModel, reward: Quadratic, kl_weight: float, steps: int
     r, q = eye, torch.zeros_like(c)
     for k in reversed(range(steps)):
         step = coefficients[k]
-        slope, offset = affine_velocity(flow, time_grid(steps)[k], len(c))
+        slope, offset = affine_velocity(flow, flow.time_grid(steps)[k], len(c))
         jacobian, shift = step.state * eye + step.velocity * slope, step.velocity * offset
         pull = step.velocity * float(scale.noise[k] / scale.mean[k]) * products[k].T
         implicit = eye + pull @ a @ r

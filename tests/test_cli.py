@@ -147,7 +147,7 @@ def test_truncated_checkpoint(folder: Folder, capsys: pytest.CaptureFixture[str]
 
 def test_checkpoint_of_another_network(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.config.write_text(dump(tiny(network={"widths": [16, 32]})))
-    fails(capsys, folder.finetune("am"), "pre.safetensors", "network.widths", "(16,)", "(32,)")
+    fails(capsys, folder.finetune("am"), "pre.safetensors", "section network", "(16,)", "(32,)")
 
 
 def test_a_failed_run_leaves_the_earlier_result(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def test_what_was_not_measured_is_empty(benchmarks: Path, tmp_path: Path) -> Non
     table = pd.read_csv(prefix.with_suffix(".csv"))
     assert (table["part"] == "runs").all()
     assert table[["finetune", "relative", "memory", "assess", "solve"]].isna().all(axis=None)
-    assert "| am | 200 |  |  |  |  |  | 0 |" in prefix.with_suffix(".md").read_text()
+    assert "| am | 200 |  |  |  |  |  |  | 0 |" in prefix.with_suffix(".md").read_text()
 
 
 def test_memory_of_a_short_job_is_unknown(tmp_path: Path) -> None:

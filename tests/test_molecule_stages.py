@@ -97,9 +97,9 @@ REACHABLE = {"objective": {"alpha": 5.0}}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """With the pretrained model and the offline batch."""
     methods = {
-        "tfft": {"kind": "tfft", "level": 0.8},
+        "tfft": {"level": 0.8, "solver": {"pool": 8}},
         "rising": {"kind": "tfft", "level": 0.9, "rise": 0.5},
-        "fdc": {"iterations": 2, "level": 0.5},
+        "fdc": {"iterations": 2, "level": 0.5, "solver": {"pool": 8}},
     }
     made = Folder(tmp_path_factory.mktemp("molecules"), methods=methods, **REACHABLE)
     assert made.pretrain() == 0

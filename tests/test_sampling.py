@@ -19,14 +19,13 @@ from closed_forms import (
     relative_error,
     tensor,
 )
-from flowtilt.interpolants import Linear
+from flowtilt.interpolants import Linear, time_grid
 from flowtilt.sampling import (
     OdeSettings,
     log_likelihood,
     sample_ode,
     sample_sde,
     sample_with_log_density,
-    time_grid,
 )
 
 GAUSSIAN = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]])
@@ -40,6 +39,7 @@ paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 def test_the_time_grid_is_even_and_ends_exactly():
     assert time_grid(4) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert time_grid(7)[-1] == 1.0
+    assert time_grid(4, 2) == [0.0, 1 - 0.75**2, 0.75, 1 - 0.25**2, 1.0]
     with pytest.raises(ValueError, match="at least one step"):
         time_grid(0)
 

@@ -189,6 +189,20 @@ def _noise_and_endpoint(
     return noise, (x - beta * noise) / alpha
 
 
+def time_grid(steps: int, power: float = 1.0) -> list[float]:
+    """``steps + 1`` times from 0 to 1, which are ``1 - (1 - u)^power`` of equally spaced ``u``.
+
+    Where structure appears late, a power above 1 spends the steps there.
+
+    Raises:
+        ValueError: if there is no step.
+    """
+    if steps < 1:
+        raise ValueError(f"a time grid needs at least one step, got {steps}")
+    even = [k / steps for k in range(steps + 1)]
+    return even if power == 1 else [1 - (1 - u) ** power for u in even]
+
+
 @dataclass(frozen=True)
 class MemorylessStep:
     """One step ``x_s = state x_t + velocity v(x_t, t) + noise xi`` of the memoryless process."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowtilt.interpolants import Interpolant, broadcast_time, convert
+from flowtilt.interpolants import Interpolant, broadcast_time, convert, time_grid
 
 Context = Any
 """What does not move along a trajectory (masks, prompts, guidance); opaque to solvers."""
@@ -25,12 +25,15 @@ class FlowModel(nn.Module, ABC):
         path: the interpolant.
         data_variance: rough variance of the data, which sets the noise of the memoryless steps
             (see :func:`flowtilt.interpolants.memoryless_step`); 0 gives DDIM's.
+        time_power: how much denser the steps of samplers and solvers are towards the data, see
+            :func:`flowtilt.interpolants.time_grid`.
         has_likelihood: whether :func:`flowtilt.sampling.log_likelihood` makes sense for it.
     """
 
     path: Interpolant
     data_variance: float = 0.0
     has_likelihood: bool = True
+    time_power: float = 1.0
 
     @abstractmethod
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
@@ -39,6 +42,10 @@ class FlowModel(nn.Module, ABC):
     @abstractmethod
     def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """Velocity of the probability flow at states ``x`` (batch, ...) and times ``t`` () or (batch,)."""
+
+    def time_grid(self, steps: int) -> list[float]:
+        """The ``steps + 1`` times at which samplers and solvers see the flow; see :func:`time_grid`."""
+        return time_grid(steps, self.time_power)
 
     def noise_like(self, x: Tensor, generator: torch.Generator, context: Context = None) -> Tensor:
         """Standard normal noise in the space where the model's states live, shaped as ``x``."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from flowtilt.configuration import Section, changed
+from flowtilt.configuration import Positive, Section, changed
 from flowtilt.domains.molecules.sections import (
     CheckpointConfig,
     MoleculeConfig,
@@ -28,6 +28,7 @@ from flowtilt.domains.molecules.sections import (
 from flowtilt.sections import OfflineConfig, SolverConfig, TailSpec
 
 _FLOW = ("subset", "units", "network")
+_SOLVED = (*_FLOW, "time_power")
 
 
 class MoleculeExperiment(Section):
@@ -45,10 +46,10 @@ class MoleculeExperiment(Section):
 
     stage_sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "pretrain": ("base", "model", *_FLOW, "pretrain", "checkpoint"),
-        "offline": ("base", "model", *_FLOW, "reward", "offline", "solver"),
+        "offline": ("base", "model", *_SOLVED, "reward", "offline", "solver"),
         "threshold": ("objective", "solver"),
-        "finetune": ("name", "model", *_FLOW, "reward", "objective", "offline", "solver"),
-        "sample": ("base", "model", *_FLOW, "evaluation"),
+        "finetune": ("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
+        "sample": ("base", "model", *_SOLVED, "evaluation"),
         "evaluate": ("subset", "reward", "objective", "evaluation"),
     }
     """What each stage reads; see :func:`flowtilt.experiment.stage_digest`."""
@@ -65,6 +66,7 @@ class MoleculeExperiment(Section):
     units: UnitsConfig = UnitsConfig()
     network: MoleculeNetworkConfig = MoleculeNetworkConfig()
     pretrain: MoleculePretrainConfig
+    time_power: Positive = 1.0
     checkpoint: CheckpointConfig
     reward: XTBConfig = XTBConfig()
     objective: MoleculeObjective
@@ -107,6 +109,7 @@ class MoleculeExperiment(Section):
             units=self.units,
             network=self.network,
             pretrain=self.pretrain,
+            time_power=self.time_power,
         )
 
     def solver_of(self, method: str) -> SolverConfig:

@@ -1,6 +1,6 @@
 """Sampling from a flow: the probability-flow ODE, the memoryless SDE, and log-likelihoods.
 
-All samplers run on a fixed grid of times from noise (0) to data (1).
+All samplers run on the model's grid of times from noise (0) to data (1).
 """
 
 from __future__ import annotations
@@ -19,21 +19,14 @@ from flowtilt.model import Context, FlowModel
 Field = Callable[[Tensor, Tensor], Tensor]
 
 
-def time_grid(steps: int) -> list[float]:
-    """``steps + 1`` equally spaced times from 0 to 1."""
-    if steps < 1:
-        raise ValueError(f"a time grid needs at least one step, got {steps}")
-    return [k / steps for k in range(steps + 1)]
-
-
 @lru_cache(maxsize=32)
-def _steps_of(path: Interpolant, data_variance: float, steps: int) -> list[MemorylessStep]:
-    return [memoryless_step(path, t, s, data_variance) for t, s in itertools.pairwise(time_grid(steps))]
+def _steps_of(path: Interpolant, data_variance: float, times: tuple[float, ...]) -> list[MemorylessStep]:
+    return [memoryless_step(path, t, s, data_variance) for t, s in itertools.pairwise(times)]
 
 
 def memoryless_steps(model: FlowModel, steps: int) -> list[MemorylessStep]:
-    """The coefficients of all steps of the memoryless process on :func:`time_grid`."""
-    return _steps_of(model.path, model.data_variance, steps)
+    """The coefficients of all steps of the memoryless process on the model's time grid."""
+    return _steps_of(model.path, model.data_variance, tuple(model.time_grid(steps)))
 
 
 CHUNK = 2048
@@ -56,7 +49,7 @@ def sample_sde(
     Args:
         model: the flow.
         count: number of trajectories, at least 1.
-        steps: number of equal time steps.
+        steps: number of time steps, on the model's grid.
         generator: source of randomness.
         context: of the trajectories.
     """
@@ -66,7 +59,7 @@ def sample_sde(
         index = torch.arange(start, start + size)
         part = model.select_context(context, index)
         states = [model.prior(size, generator, part)]
-        for t, step in zip(time_grid(steps)[:-1], coefficients, strict=True):
+        for t, step in zip(model.time_grid(steps)[:-1], coefficients, strict=True):
             x = states[-1]
             v = model.velocity(x, x.new_tensor(t), part)
             x_next = torch.add(step.state * x, v, alpha=step.velocity)
@@ -88,7 +81,7 @@ class OdeSettings:
     """How the probability-flow ODE is solved.
 
     Attributes:
-        steps: number of equal steps of the classical Runge-Kutta method (order 4).
+        steps: number of steps of the classical Runge-Kutta method (order 4), on the model's time grid.
         margin: distance kept from both ends of time, where a velocity may be singular.
     """
 
@@ -124,7 +117,7 @@ def sample_ode(
     settings: OdeSettings = OdeSettings(),
 ) -> Tensor:
     """Samples of the probability-flow ODE ``dx/dt = v(x, t)`` at time 1, shape (count, ...)."""
-    times = _open_ends(time_grid(settings.steps), settings.margin)
+    times = _open_ends(model.time_grid(settings.steps), settings.margin)
     parts, start = [], 0
     for size in _chunks(count):
         part = model.select_context(context, torch.arange(start, start + size))
@@ -175,7 +168,7 @@ def sample_with_log_density(
     """
     x = model.prior(count, generator, context)
     y = torch.cat([x.reshape(count, -1), _prior_log_density(x)[:, None]], dim=1)
-    times = _open_ends(time_grid(settings.steps), settings.margin)
+    times = _open_ends(model.time_grid(settings.steps), settings.margin)
     y = _integrate(_augmented_field(model, x.shape[1:], context), y, times)
     return y[:, :-1].reshape(x.shape), y[:, -1]
 
@@ -189,7 +182,7 @@ def log_likelihood(
     divergence (one backward pass per dimension): meant for low dimensions.
     """
     y = torch.cat([x.reshape(len(x), -1), x.new_zeros(len(x), 1)], dim=1)
-    times = _open_ends(time_grid(settings.steps), settings.margin)[::-1]
+    times = _open_ends(model.time_grid(settings.steps), settings.margin)[::-1]
     y = _integrate(_augmented_field(model, x.shape[1:], context), y, times)
     # Backwards in time the last entry holds log p(x_0) - log p(x_1) with the opposite sign.
     return _prior_log_density(y[:, :-1]) - y[:, -1]

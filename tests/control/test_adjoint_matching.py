@@ -35,9 +35,10 @@ from flowtilt.control.base import TrainingDiverged
 from flowtilt.control.endpoints import Ends, Terminal, likelihood_ratio_gradient
 from flowtilt.functionals.base import FirstVariation, WeightedVariation
 from flowtilt.functionals.utilities import Hinge, RewardVariation
+from flowtilt.interpolants import time_grid
 from flowtilt.model import FlowModel
 from flowtilt.rewards import Reward
-from flowtilt.sampling import memoryless_steps, sample_sde, time_grid
+from flowtilt.sampling import memoryless_steps, sample_sde
 
 GAUSSIAN = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]])
 MIXTURE = Mixture.of(
@@ -117,13 +118,15 @@ def test_thinning_keeps_rare_gradients_at_a_lower_variance_than_a_plain_subset()
 
 
 @paths
-def test_the_lean_adjoint_is_the_gradient_through_the_whole_chain_of_means(path):
+@pytest.mark.parametrize("power", [1, 2])
+def test_the_lean_adjoint_is_the_gradient_through_the_whole_chain_of_means(path, power):
     """With the noise held fixed, ``a_k`` is the derivative of ``-f(x_N)`` by ``x_k``."""
     flow, count = nonlinear_flow(path), 12
+    flow.time_power = power
     steps = memoryless_steps(flow, count)
     rng = generator(2)
     states = [torch.randn(7, 2, generator=rng, dtype=torch.float64, requires_grad=True)]
-    for t, step in zip(time_grid(count)[:-1], steps, strict=True):
+    for t, step in zip(flow.time_grid(count)[:-1], steps, strict=True):
         x = states[-1]
         noise = step.noise * torch.randn(x.shape, generator=rng, dtype=x.dtype)
         states.append(step.state * x + step.velocity * flow.velocity(x, tensor(t)) + noise)
@@ -135,7 +138,7 @@ def test_the_lean_adjoint_is_the_gradient_through_the_whole_chain_of_means(path)
     )
     # Float64 rounding over a dozen products of Jacobians of order one.
     torch.testing.assert_close(adjoints, torch.stack(gradients[1:]), rtol=1e-11, atol=1e-12)
-    for k, t in enumerate(time_grid(count)[:-1]):
+    for k, t in enumerate(flow.time_grid(count)[:-1]):
         torch.testing.assert_close(velocities[k], flow.velocity(trajectories[k], tensor(t)))
     assert not adjoints.requires_grad
     assert not velocities.requires_grad
@@ -176,15 +179,17 @@ def test_the_lean_adjoint_runs_through_the_base_along_trajectories_of_any_model(
 @paths
 @pytest.mark.parametrize("count", [2, 7, 40])
 @pytest.mark.parametrize("data_variance", [0.0, 1.0])
+@pytest.mark.parametrize("power", [1, 2.5])
 def test_the_lean_adjoint_of_a_linear_reward_and_gaussian_data_is_exact_with_any_number_of_steps(
-    path, count, data_variance
+    path, count, data_variance, power
 ):
     """``a(t) = (alpha S Sigma^-1)^T a(1)``, the slope of ``E[x_1 | x_t]``, which every step conserves."""
     flow = MixtureFlow(path, GAUSSIAN, data_variance)
+    flow.time_power = power
     steps = memoryless_steps(flow, count)
     terminal, s = tensor([[1.0, -2.0]]), GAUSSIAN.covariance
     adjoints, _ = lean_adjoint(flow, torch.zeros(count + 1, 1, 2).double(), Terminal(terminal), steps)
-    for k, t in enumerate(tensor(time_grid(count))[1:]):
+    for k, t in enumerate(tensor(flow.time_grid(count))[1:]):
         alpha, beta = path.alpha(t), path.beta(t)
         at_time = alpha**2 * s + beta**2 * torch.eye(2, dtype=torch.float64)
         limit = terminal @ (alpha * s @ torch.linalg.inv(at_time))
@@ -250,12 +255,15 @@ def test_the_scales_of_the_loss_tend_to_those_of_the_continuous_problem(path):
 
 @paths
 @rewards
-def test_what_adjoint_matching_converges_to_has_order_one(path, reward):
+@pytest.mark.parametrize("power", [1, 2])
+def test_what_adjoint_matching_converges_to_has_order_one(path, reward, power):
     """Mean and covariance of the fixed point of the regression against those of the continuous problem."""
     limit = memoryless_limit(path, GAUSSIAN, reward, KL_WEIGHT)
     errors = {"mean": [], "covariance": []}
+    flow = MixtureFlow(path, GAUSSIAN)
+    flow.time_power = power
     for count in (80, 160, 320, 640):
-        found = matched_law(MixtureFlow(path, GAUSSIAN), reward, KL_WEIGHT, count)
+        found = matched_law(flow, reward, KL_WEIGHT, count)
         for name, value, exact in zip(errors, found, limit, strict=True):
             errors[name].append(float(torch.linalg.norm(value - exact)))
     for name in errors:

@@ -37,7 +37,7 @@ from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
 from flowtilt.model import Context, FlowModel
 from flowtilt.optimiser import Adam
-from flowtilt.sampling import memoryless_steps, sample_sde, time_grid
+from flowtilt.sampling import memoryless_steps, sample_sde
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def lean_adjoint(
     Returns:
         ``a_{k+1}`` and the base velocity at ``x_k`` for k = 0..steps-1, each (steps, batch, ...).
     """
-    times = torch.tensor(time_grid(len(steps)), dtype=torch.float64).to(trajectories)
+    times = torch.tensor(base.time_grid(len(steps)), dtype=torch.float64).to(trajectories)
     linearised = base.linearised(trajectories[:-1], times, context)
     adjoints, velocities = [terminal.end], []
     for k in range(len(steps) - 1, -1, -1):
@@ -189,7 +189,7 @@ def _targets(
         some = base.select_context(context, index)
         of_some = lean_adjoint(base, trajectories[:, index], terminal.select(index), steps, some)[0]
         adjoints[:, index] = of_some[chosen]
-    times = torch.tensor(time_grid(len(steps)), dtype=torch.float64).to(trajectories)
+    times = torch.tensor(base.time_grid(len(steps)), dtype=torch.float64).to(trajectories)
     with torch.no_grad():
         velocities = _velocities(base, trajectories[chosen], times[chosen], context)
     return adjoints, velocities
@@ -219,15 +219,16 @@ def loss_scale(base: FlowModel, steps: list[MemorylessStep]) -> LossScale:
 
     Step k moves its mean by ``velocity_k (v - v_base)`` and the optimal move is ``-noise_k^2 a``.
     The final step has no noise; there the continuous-time relation ``v - v_base = -eta a`` holds
-    the place of the discrete one, so that the model's last move is trained too.
+    the place of the discrete one, so that the model's last move is trained too. Squared, and averaged
+    over the steps, the moves are twice the path-space KL divergence on any grid of times.
     """
     h = 1 / len(steps)
     mean, noise = [], []
-    for k, step in enumerate(steps):
+    for t, step in zip(base.time_grid(len(steps))[:-1], steps, strict=True):
         if step.noise > 0:
             nu = step.noise
         else:
-            nu = math.sqrt(step.velocity * float(base.path.eta(torch.tensor(k * h, dtype=torch.float64))))
+            nu = math.sqrt(step.velocity * float(base.path.eta(torch.tensor(t, dtype=torch.float64))))
         mean.append(step.velocity / nu / math.sqrt(h))
         noise.append(nu / math.sqrt(h))
     return LossScale(torch.tensor(mean, dtype=torch.float64), torch.tensor(noise, dtype=torch.float64))
@@ -340,7 +341,7 @@ def solve(
     optimiser = Adam(model.parameters())
     steps = memoryless_steps(base, settings.steps)
     scale = loss_scale(base, steps)
-    times = torch.tensor(time_grid(settings.steps), dtype=torch.float64)[:-1]
+    times = torch.tensor(base.time_grid(settings.steps), dtype=torch.float64)[:-1]
     solution = Solution(model)
     started = time.perf_counter()
     passes = 0

@@ -11,7 +11,6 @@ from torch import Tensor
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
 from flowtilt.model import Context, FlowModel
-from flowtilt.sampling import time_grid
 
 EndpointGradient = Literal["pathwise", "likelihood_ratio"]
 
@@ -66,7 +65,7 @@ def likelihood_ratio_gradient(
     Returns:
         The estimates, (batch, ...): they stand at the states before the last.
     """
-    times = time_grid(len(steps))
+    times = model.time_grid(len(steps))
     noisy, last = steps[-2:]
     before, state, end = trajectories[-3:]
     v = model.velocity(before, before.new_tensor(times[-3]), context)

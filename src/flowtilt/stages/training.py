@@ -151,7 +151,7 @@ def _ascent(experiment: Experiment, method: str, base: FlowModel) -> tuple[Funct
     problem, reward = tails.objective, build_reward(tails)
     utility = CVaR(reward, problem.level) if problem.tail == "lower" else SQ(reward, problem.level)
     # Scores are compared at the last time where the solver trains the velocity.
-    kl = KL(base, score_time=1 - 1 / tails.solver_of(method).steps)
+    kl = KL(base, score_time=base.time_grid(tails.solver_of(method).steps)[-2])
     step = tails.methods[method].step or 1.0
     return Objective(utility, kl, problem.tail_alpha), problem.tail_alpha / step, step
 

@@ -72,7 +72,9 @@ def build_model(
     network = NetworkSettings(**config.network.model_dump())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.name, "initial weights", seed))
-        return MoleculeFlow(network, build_units(config), size_weights, config.pretrain.type_weight)
+        return MoleculeFlow(
+            network, build_units(config), size_weights, config.pretrain.type_weight, config.time_power
+        )
 
 
 def subset_of(config: MoleculeConfig, molecules: Path) -> Molecules:

@@ -27,6 +27,7 @@ class MoleculeFlow(FlowModel):
         units: of the states.
         size_weights: how often each number of atoms occurs, from 0 to the largest, (largest + 1,).
         type_weight: of the types' cross entropy in the loss, beside the coordinates' mean square.
+        time_power: see :class:`flowtilt.model.FlowModel`.
     """
 
     data_variance = 0.0
@@ -40,11 +41,13 @@ class MoleculeFlow(FlowModel):
         units: Units,
         size_weights: Tensor,
         type_weight: float = 1.0,
+        time_power: float = 1.0,
     ) -> None:
         super().__init__()
         self.path = Linear()
         self.units = units
         self.type_weight = type_weight
+        self.time_power = time_power
         self.network = EquivariantNetwork(settings, len(ELEMENTS), len(ELEMENTS))
         # In the checkpoint, so that sampling needs no data.
         self.register_buffer("size_weights", size_weights.double())

@@ -76,13 +76,18 @@ class MoleculePretrainConfig(Section):
 
 
 class MoleculeConfig(Section):
-    """A flow on molecules: data, units, network and pretraining. ``name`` is that of its weights."""
+    """A flow on molecules: data, units, network and pretraining. ``name`` is that of its weights.
+
+    ``time_power`` is of the times that samplers and solvers see it at, see
+    :func:`flowtilt.interpolants.time_grid`; the weights do not depend on it.
+    """
 
     name: str
     subset: SubsetConfig
     units: UnitsConfig = UnitsConfig()
     network: MoleculeNetworkConfig = MoleculeNetworkConfig()
     pretrain: MoleculePretrainConfig
+    time_power: Positive = 1.0
 
 
 class MoleculeModelConfig(Section):
