@@ -27,12 +27,14 @@ class FlowModel(nn.Module, ABC):
             (see :func:`flowtilt.interpolants.memoryless_step`); 0 gives DDIM's.
         time_power: how much denser the steps of samplers and solvers are towards the data, see
             :func:`flowtilt.interpolants.time_grid`.
+        quadratic_loss: whether :meth:`matching_loss` is the mean square of :meth:`matching_residual`.
         has_likelihood: whether :func:`flowtilt.sampling.log_likelihood` makes sense for it.
     """
 
     path: Interpolant
     data_variance: float = 0.0
     has_likelihood: bool = True
+    quadratic_loss: bool = True
     time_power: float = 1.0
 
     @abstractmethod

@@ -209,6 +209,7 @@ class SolverConfig(Section):
     warmup: Share
     ramp: Share
     gradient_clip: Positive
+    control_clip: Positive | None = None
     endpoint_gradient: Literal["pathwise", "likelihood_ratio"] = "pathwise"
     last_share: Share
     rest_share: Share

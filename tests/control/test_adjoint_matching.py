@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.integrate import solve_ivp
 from scipy.stats import norm
 
@@ -25,6 +26,7 @@ from closed_forms import (
 )
 from flowtilt.control.adjoint_matching import (
     AdjointMatchingSettings,
+    _clipped,
     _targets,
     lean_adjoint,
     loss_scale,
@@ -528,7 +530,7 @@ def test_a_solve_repeats_itself_leaves_the_base_alone_and_reports_every_update()
         assert bool((a != 0).any())
     assert seen == runs[0].history
     assert [row["update"] for row in seen] == [0, 1, 2]
-    expected = {"update", "loss", "active_share", "control_energy", "gradient_norm"}
+    expected = {"update", "loss", "active_share", "control_energy", "gradient_norm", "clipped_share"}
     assert set(seen[0]) == expected | {"network_passes", "seconds"}
     # The first update still runs the base; velocities are compared at times in single precision.
     assert seen[0]["control_energy"] < 1e-12
@@ -720,3 +722,47 @@ def test_trajectories_that_stop_being_finite_stop_the_run():
     choice = settings(**(QUICK | {"updates": 20, "learning_rate": 1e200}))
     with pytest.raises(TrainingDiverged, match=r"at update \d+ of 20"):
         solve(quick_flow(), Exploding(), 1.0, choice, generator(0))
+
+
+# --- Shortened controls ------------------------------------------------------------------------
+
+
+@paths
+def test_a_control_that_is_too_long_is_shortened_and_keeps_its_direction(path):
+    flow = MixtureFlow(path, GAUSSIAN)
+    scale = loss_scale(flow, memoryless_steps(flow, 6))
+    adjoints = torch.randn(6, 50, 2, generator=generator(0), dtype=torch.float64)
+    adjoints[:, 0] *= 1000
+    shortened, share = _clipped(adjoints, scale, 0.8)
+    controls = scale.noise.view(-1, 1) * adjoints.norm(dim=2)
+    found = scale.noise.view(-1, 1) * shortened.norm(dim=2)
+    long = controls > 0.8
+    assert share == pytest.approx(float(long.double().mean()))
+    assert 0 < share < 1
+    torch.testing.assert_close(found[long], torch.full_like(found[long], 0.8))
+    torch.testing.assert_close(shortened[~long], adjoints[~long])
+    torch.testing.assert_close(
+        F.cosine_similarity(shortened, adjoints, dim=2), torch.ones(6, 50, dtype=torch.float64)
+    )
+    kept, none = _clipped(adjoints, scale, None)
+    assert none == 0
+    assert torch.equal(kept, adjoints)
+
+
+def test_a_bound_that_nothing_reaches_changes_nothing():
+    flow = CorrectedFlow(MixtureFlow(PATHS["vp"], GAUSSIAN), AffineTable(PATHS["vp"], 10))
+    runs = [
+        solve(
+            flow,
+            RewardVariation(LINEAR),
+            KL_WEIGHT,
+            settings(steps=10, updates=5, control_clip=clip),
+            generator(0),
+        )
+        for clip in (None, 1e6, 0.05)
+    ]
+    losses = [[row["loss"] for row in run.history] for run in runs]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+    assert [run.history[-1]["clipped_share"] for run in runs[:2]] == [0, 0]
+    assert runs[2].history[-1]["clipped_share"] > 0.9

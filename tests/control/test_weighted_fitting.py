@@ -248,10 +248,12 @@ def test_without_a_tilt_the_model_stays_what_it_is():
 
 
 @paths
-def test_a_small_tilt_is_fitted_to_a_few_percent_of_itself(path):
+@pytest.mark.parametrize("quadratic", [True, False])
+def test_a_small_tilt_is_fitted_to_a_few_percent_of_itself(path, quadratic):
     """A move of the means by 0.05, against noise of the optimiser that alone would move them by 0.02."""
     kl_weight = 20.0
     flow = MixtureFlow(path, GAUSSIAN, trainable=True)
+    flow.quadratic_loss = quadratic  # without it, the control variate is the gradient at the base
     solution = solve(flow, Values(LINEAR), kl_weight, settings(updates=150), generator(0))
     assert solution.diagnostics["control_variate"] > 0.99
     exact = GAUSSIAN.tilted(LINEAR, kl_weight)
@@ -406,6 +408,7 @@ def test_the_diagnostics_are_those_of_the_bank_s_weights():
     plan = plan_draws(weights.probabilities)
     assert solution.diagnostics == {
         "bank": 64,
+        "failed": 0,
         "effective_sample_size": weights.effective_sample_size,
         "largest_probability": weights.probabilities.max(),
         "nu": weights.nu,
@@ -562,7 +565,7 @@ def test_settings_that_cannot_be_used_are_refused(changes, message):
 def test_values_that_are_not_finite_are_refused():
     class Broken(Reward):
         def value(self, x, context=None):
-            return torch.where(x[:, 0] > 0, x[:, 0], math.nan)
+            return torch.where(x[:, 0] > 0, x[:, 0], math.inf)
 
     class Raw(Values):
         def value(self, x, context=None):
@@ -574,9 +577,43 @@ def test_values_that_are_not_finite_are_refused():
         solve(quick_flow(), Raw(Broken()), 1.0, settings(**QUICK), generator(0))
 
 
+class Failing(Reward):
+    """Has no value on one side of a line."""
+
+    may_fail = True
+
+    def __init__(self, line):
+        self.line = line
+
+    def value(self, x, context=None):
+        return torch.where(x[:, 0] > self.line, x[:, 0], math.nan)
+
+
+def test_samples_without_a_value_are_left_out_as_if_they_had_not_been_drawn():
+    choice = settings(bank=2000)
+    flow = MixtureFlow(PATHS["linear"], GAUSSIAN)
+    whole = draw_bank(flow, Values(LINEAR), 1.0, choice, generator(0))
+    bank = draw_bank(flow, Values(Failing(0.2)), 1.0, choice, generator(0))
+    kept = whole.samples[whole.samples[:, 0] > 0.2]
+    assert bank.failed == 2000 - len(kept) > 200
+    assert bool((bank.samples[:, 0] > 0.2).all())
+    values = np.sort(kept[:, 0].numpy())
+    expected = solve_weights(values, 1.0, PENALTIES["kl"])
+    np.testing.assert_allclose(bank.samples[:, 0].numpy(), values)
+    np.testing.assert_allclose(bank.solution.probabilities, expected.probabilities)
+    trainable = MixtureFlow(PATHS["linear"], GAUSSIAN, trainable=True)
+    solution = solve(trainable, Values(Failing(0.2)), 1.0, settings(bank=2000, updates=1), generator(0))
+    assert (solution.diagnostics["bank"], solution.diagnostics["failed"]) == (len(kept), bank.failed)
+
+
+def test_a_bank_without_any_value_is_refused():
+    with pytest.raises(UnusableBank, match="no value on any of the 64 samples"):
+        solve(quick_flow(), Values(Failing(1e9)), 1.0, settings(**QUICK), generator(0))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_stops_being_finite_stops_the_run_and_names_the_update(bad):
-    class Failing(Tagged):
+    class Breaking(Tagged):
         calls = 0
 
         def matching_residual(self, x1, x0, t, context=None):
@@ -588,5 +625,5 @@ def test_a_loss_that_stops_being_finite_stops_the_run_and_names_the_update(bad):
     with pytest.raises(
         TrainingDiverged, match=r"the loss is (nan|inf) at update 2 of 5; lower learning_rate"
     ):
-        solve(Failing(), Values(Quadratic([3.0, 0.0])), 1.0, choice, generator(0), history.append)
+        solve(Breaking(), Values(Quadratic([3.0, 0.0])), 1.0, choice, generator(0), history.append)
     assert len(history) == 2

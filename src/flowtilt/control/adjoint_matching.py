@@ -58,6 +58,10 @@ class AdjointMatchingSettings:
             the sampled law follows the tilted one instead of overshooting it; the last update
             solves the problem itself.
         gradient_clip: bound on the norm of the parameters' gradient.
+        control_clip: bound on the norm of the control that a sample asks for at a step, or None. A control
+            of this size all the way spends ``control_clip^2 / 2`` nats. Longer ones are shortened: through
+            a flow in which small causes decide what a sample becomes, a few adjoints are larger than all
+            others together. This trades a bias for most of the variance.
         endpoint_gradient: how the tilt's gradient at the end of a trajectory is estimated: ``pathwise``,
             by the tilt's own gradient, or by ``likelihood_ratio``, from its values alone. The latter
             has far less noise where the tilt has edges (see :mod:`flowtilt.control.endpoints`).
@@ -73,6 +77,7 @@ class AdjointMatchingSettings:
     warmup: float = 0.05
     ramp: float = 0.5
     gradient_clip: float = 1.0
+    control_clip: float | None = None
     endpoint_gradient: EndpointGradient = "pathwise"
     last_share: float = 0.25
     rest_share: float = 0.25
@@ -258,6 +263,15 @@ def _residuals(
     return residual.flatten(2).square().sum(2), moved.detach().flatten(2).square().sum(2)
 
 
+def _clipped(adjoints: Tensor, scale: LossScale, bound: float | None) -> tuple[Tensor, float]:
+    """Adjoints (chosen, batch, ...) whose controls are at most of a size, and the share that was longer."""
+    if bound is None:
+        return adjoints, 0.0
+    controls = scale.noise.view(-1, 1) * adjoints.flatten(2).norm(dim=2)
+    factors = (bound / controls.clamp(min=bound)).view(*controls.shape, *(1,) * (adjoints.ndim - 2))
+    return factors * adjoints, float((controls > bound).double().mean())
+
+
 def _control_energy(squares: Tensor, settings: AdjointMatchingSettings) -> float:
     """Path-space KL divergence ``E 1/2 int |u|^2 dt`` from squared controls at the chosen steps.
 
@@ -325,7 +339,8 @@ def solve(
     Returns:
         The fine-tuned model and its history: ``loss``, ``active_share`` (of the pool, the
         endpoints that carry a gradient), ``control_energy`` (the path-space KL divergence from
-        the base, in nats, estimated on the steps of the loss), ``gradient_norm``, ``network_passes``
+        the base, in nats, estimated on the steps of the loss), ``gradient_norm``, ``clipped_share`` (of
+        the controls asked for in the loss, those that were shortened), ``network_passes``
         (states that have gone through the network since the start, a backward pass to the input
         counted as one and to the parameters as two; what the tilt's own gradient takes is not in it),
         ``seconds``.
@@ -362,13 +377,15 @@ def solve(
         terminal = ends.terminal(trajectories[-1], draw.index, context, -strength / kl_weight)
         chosen = _chosen_steps(settings, generator)
         adjoints, base_velocities = _targets(base, trajectories, terminal, steps, chosen, context)
+        own_scale = LossScale(scale.mean[chosen].to(trajectories), scale.noise[chosen].to(trajectories))
+        adjoints, clipped = _clipped(adjoints, own_scale, settings.control_clip)
         squares, energies = _residuals(
             model,
             trajectories[chosen],
             times[chosen].to(trajectories),
             base_velocities,
             adjoints,
-            LossScale(scale.mean[chosen].to(trajectories), scale.noise[chosen].to(trajectories)),
+            own_scale,
             context,
         )
         weights = draw.weights.to(squares)
@@ -387,6 +404,7 @@ def solve(
             "active_share": float(active.double().mean()),
             "control_energy": _control_energy(energies * weights, settings),
             "gradient_norm": float(norm),
+            "clipped_share": clipped,
             "network_passes": passes,
             "seconds": time.perf_counter() - started,
         }

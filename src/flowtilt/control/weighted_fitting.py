@@ -9,7 +9,10 @@ those weights, under fresh noise.
 The noise of that loss is as large for a small tilt as for a large one. But the base has the least loss
 on its own samples: its residuals there are orthogonal to every direction in which the model can move.
 They are a control variate, which takes out most of the noise where weights are near 1 (see
-:func:`plan_draws`), and leaves the base exactly as it is where there is nothing to tilt.
+:func:`plan_draws`), and leaves the base exactly as it is where there is nothing to tilt. Where the loss is
+not a square, the gradient at the base has that part.
+
+A sample whose value is NaN, of a reward that may fail, is left out of the bank, as if the base never drew it.
 
 What bounds the method is the bank: a law that the base hardly samples is carried by few samples.
 The effective sample size says how many; a low one is reported, an unusable one refused.
@@ -98,6 +101,7 @@ class Bank:
         order: position in ``context`` of each sample, (N,).
         solution: the weights, in the order of the samples.
         active: samples that carry a gradient of the tilt, bool (N,).
+        failed: how many more were drawn, and have no value.
     """
 
     samples: Tensor
@@ -105,6 +109,7 @@ class Bank:
     order: Tensor
     solution: BankWeights
     active: Tensor
+    failed: int
 
 
 def draw_bank(
@@ -125,7 +130,7 @@ def draw_bank(
 
     Raises:
         UnusableBank: if the effective sample size is below ``settings.minimum_ess``.
-        ValueError: if values are not finite.
+        ValueError: if values are infinite.
     """
     context = base.draw_context(settings.bank, generator)
     if settings.sampler == "ode":
@@ -140,10 +145,14 @@ def draw_bank(
         active.append(tilt.active(part, its))
     # Neighbours in value are then neighbours in the bank, which is what stratified draws make use of.
     value = torch.cat(values)
-    order = torch.argsort(value, stable=True)
+    order = torch.argsort(value, stable=True)  # NaN comes last
+    failed = int(value.isnan().sum())
+    order = order[: len(order) - failed]
+    if not len(order):
+        raise UnusableBank(f"the tilt has no value on any of the {settings.bank} samples of the bank")
     solution = solve_weights(value[order].numpy(force=True), kl_weight, penalty_named(settings.penalty))
     _check(solution, settings)
-    return Bank(samples[order], context, order, solution, torch.cat(active)[order])
+    return Bank(samples[order], context, order, solution, torch.cat(active)[order], failed)
 
 
 def _check(solution: BankWeights, settings: WeightedFittingSettings) -> None:
@@ -201,25 +210,26 @@ class Plan:
     noise: float
 
 
-def plan_draws(probabilities: np.ndarray) -> Plan:
+def plan_draws(probabilities: np.ndarray, price: float = FORWARD) -> Plan:
     """Draw from the tilted law, or use the base's residuals as a control variate if that is better.
 
     The gradient of the loss under the tilted law q is ``E_q[<dr, r>]``, and near the base it is noise of
     the size of the residual. The base's own ``E_p[<dr, r_base>]`` vanishes, so any multiple c of it may
     be subtracted. With both means over draws from ``m = (p + q) / 2`` the variance is
     ``sum (q - c p)^2 / m`` times that of a residual, least at ``c = sum(p q / m) / sum(p^2 / m)``; with
-    draws from q alone it is 1. The control variate takes one more forward pass of a draw, and is used
-    where the variance falls by more than that costs.
+    draws from q alone it is 1. The control variate has a price, and is used where the variance falls by
+    more than that.
 
     Args:
         probabilities: q of the samples, (N,); the base law p is uniform on them.
+        price: network passes that the control variate takes a draw, beside those of training.
     """
     q, p = probabilities / probabilities.sum(), np.full(len(probabilities), 1 / len(probabilities))
     mixed = 0.5 * (p + q)
     coefficient = float((p * q / mixed).sum() / (p * p / mixed).sum())
     noise = float(((q - coefficient * p) ** 2 / mixed).sum())
     drawn = mixed
-    if noise > TRAINING / (TRAINING + FORWARD):
+    if noise > TRAINING / (TRAINING + price):
         coefficient, noise, drawn = 0.0, 1.0, q
     tilted = np.divide(q, drawn, out=np.zeros_like(q), where=drawn > 0)
     base = np.divide(coefficient * p, drawn, out=np.zeros_like(q), where=drawn > 0)
@@ -256,8 +266,17 @@ def _draw_batch(
     return _Batch(x1, x0, t, context, index)
 
 
+def _native(model: FlowModel, batch: _Batch, weights: Tensor) -> Tensor:
+    """The model's native loss under weights of the bank's samples."""
+    each = model.matching_loss(batch.x1, batch.x0, batch.t, batch.context)
+    return (weights[batch.index].to(each.dtype) * each).mean()
+
+
 def _losses(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> tuple[Tensor, float]:
     """What to minimise, and the native loss under the tilted law, which it is without a control variate."""
+    if not model.quadratic_loss:
+        native = _native(model, batch, plan.tilted)
+        return native, float(native.detach())
 
     def residual(flow: FlowModel) -> Tensor:
         return flow.matching_residual(batch.x1, batch.x0, batch.t, batch.context).flatten(1)
@@ -272,10 +291,22 @@ def _losses(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> tup
     return native - 2 * shared, float(native.detach())
 
 
+def _subtract_gradient_at_base(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> None:
+    """The control variate of any loss: its gradient at the base, whose mean under the base's law is zero."""
+    base.requires_grad_(True)
+    own = list(base.parameters())
+    at_base = torch.autograd.grad(_native(base, batch, plan.base), own, allow_unused=True)
+    base.requires_grad_(False)
+    for parameter, gradient in zip(model.parameters(), at_base, strict=True):
+        if parameter.grad is not None and gradient is not None:
+            parameter.grad.sub_(gradient)
+
+
 def _diagnostics(bank: Bank, plan: Plan) -> dict[str, float]:
     solution = bank.solution
     return {
         "bank": float(len(bank.samples)),
+        "failed": float(bank.failed),
         "effective_sample_size": solution.effective_sample_size,
         "largest_probability": float(solution.probabilities.max()),
         "nu": solution.nu,
@@ -315,10 +346,11 @@ def solve(
         included, a backward pass counted as two; what the tilt's own values take is not in it),
         ``seconds``; and as diagnostics the weights' ``effective_sample_size``,
         ``largest_probability``, ``nu``, ``primal``, ``dual``, ``gap``, ``relative_gap``, the size of
-        the ``bank``, and coefficient ``control_variate`` and ``noise`` of :class:`Plan`.
+        the ``bank`` and how many samples beside it ``failed``, and coefficient ``control_variate`` and
+        ``noise`` of :class:`Plan`.
 
     Raises:
-        ValueError: if ``kl_weight`` is not positive, or values are not finite.
+        ValueError: if ``kl_weight`` is not positive, or values are infinite.
         UnusableBank: if too few effective samples are left.
         TrainingDiverged: if the loss stops being finite; the message names the update.
     """
@@ -328,9 +360,10 @@ def solve(
     base = copy.deepcopy(base).requires_grad_(False)
     model = copy.deepcopy(base).requires_grad_(True)
     bank = draw_bank(base, tilt, kl_weight, settings, generator)
-    plan = plan_draws(bank.solution.probabilities)
+    price = FORWARD if base.quadratic_loss else TRAINING
+    plan = plan_draws(bank.solution.probabilities, price)
     passes = settings.bank * settings.steps * (4 if settings.sampler == "ode" else 1) * FORWARD
-    passes_of_update = settings.batch * (TRAINING + (FORWARD if plan.coefficient else 0))
+    passes_of_update = settings.batch * (TRAINING + (price if plan.coefficient else 0))
     optimiser = Adam(model.parameters())
     solution = Solution(model, diagnostics=_diagnostics(bank, plan))
     for update in range(settings.updates):
@@ -343,6 +376,8 @@ def solve(
             )
         optimiser.clear_gradients()
         loss.backward()
+        if plan.coefficient and not base.quadratic_loss:
+            _subtract_gradient_at_base(model, base, batch, plan)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimiser.step(annealed_rate(update, settings.updates, settings.learning_rate, settings.warmup))
         passes += passes_of_update

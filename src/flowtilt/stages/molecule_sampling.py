@@ -23,7 +23,7 @@ from flowtilt.sampling import OdeSettings, sample_ode
 from flowtilt.seeding import seed_of
 from flowtilt.stages.files import StageError, write_arrays
 
-CHUNK = 256
+CHUNK = 128
 """Molecules that are sampled together, of nearly one size."""
 
 

@@ -32,6 +32,7 @@ class MoleculeFlow(FlowModel):
 
     data_variance = 0.0
     has_likelihood = False
+    quadratic_loss = False
 
     size_weights: Tensor
 
