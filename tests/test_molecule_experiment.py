@@ -37,8 +37,8 @@ def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
         ({"objective": {"level": 1.0}}, "objective.level", "less than 1"),
         ({"objective": {"level": 0.0}}, "objective.level", "greater than 0"),
         ({"objective": {"alpha": 0.0}}, "objective.alpha", "greater than 0"),
-        ({"methods": {"tfft": {"level": 1.5}}}, "methods.tfft.level", "less than 1"),
-        ({"methods": {"tfft": {"rise": 2.0}}}, "methods.tfft.rise", "less than or equal to 1"),
+        ({"methods": {"tfft_0.9": {"level": 1.5}}}, "methods.tfft_0.9.level", "less than 1"),
+        ({"methods": {"tfft_0.9": {"rise": 2.0}}}, "methods.tfft_0.9.rise", "less than or equal to 1"),
         ({"methods": {"am": {"level": 0.9}}}, "methods.am", "level belongs to fdc and tfft, not to am"),
         ({"methods": {"fdc": {"rise": 0.5}}}, "methods.fdc", "rise belongs to tfft, not to fdc"),
         ({"methods": {"fdc": {"step": None}}}, "methods.fdc", "needs step"),
@@ -49,7 +49,7 @@ def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
             "'data', 'pretrained', 'am', 'fdc' or 'tfft'",
         ),
         ({"methods": {"am": {"solver": {"pool": 1}}}}, "(whole file)", "methods.am.solver: key (whole file)"),
-        ({"solver": {"kind": "weighted_fitting"}}, "(whole file)", "adjoint_matching"),
+        ({"solver": {"kind": "weighted_fitting"}}, "(whole file)", "methods.fdc.solver.kind"),
         ({"solver": {"endpoint_gradient": "likelihood_ratio"}}, "(whole file)", "must be pathwise"),
         ({"subset": {"smallest": 13}}, "subset", "must not be above largest"),
         ({"network": {"width": 12}}, "network", "width (12) must be a multiple of heads (8)"),
@@ -84,13 +84,13 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         load_file(file)
 
 
-def test_the_tail_problems_share_the_exponent_of_a_hartree() -> None:
+def test_all_objectives_have_one_kl_weight() -> None:
     experiment = tiny()
-    for method in ("fdc", "tfft", "tfft_0.9"):
+    for method in ("fdc", "tfft_0.9"):
         tail = experiment.tail_of(method)
         assert tail.side == "upper"
         assert tail.mass == pytest.approx(1 - experiment.level_of(method))
-        assert tail.mass * tail.alpha == pytest.approx(experiment.objective.alpha)
+        assert tail.alpha == experiment.objective.alpha
     assert experiment.tail_of("tfft_0.9").mass == pytest.approx(0.1)
     assert experiment.main_metric == "top_0.2pct_negative_energy"
 
@@ -105,8 +105,9 @@ def test_overrides_of_the_plane_and_of_molecules_do_not_meet() -> None:
 
 def test_a_study_of_levels_derives_from_its_experiment() -> None:
     cases = load_file(EXPERIMENTS / "molecules_tail_sweep.yaml", {"molecules": {"offline": {"samples": 9}}})
-    assert list(cases) == [f"molecules_tail_sweep/{label}" for label in ("plain", "pool", "rising")]
-    levels = {"plain": [0.9, 0.998], "pool": [0.5, 0.8, 0.9, 0.95, 0.998], "rising": [0.998]}
+    assert list(cases) == [f"molecules_tail_sweep/{label}" for label in ("plain", "pool", "rising", "fitted")]
+    levels = {"plain": [0.998], "pool": [0.998], "rising": [0.998]}
+    levels["fitted"] = [0.5, 0.8, 0.9, 0.95, 0.998]
     for name, case in cases.items():
         own = molecule_experiment(case)
         assert own.base == "molecules_qm9"
@@ -160,7 +161,8 @@ def test_digests_follow_what_a_stage_reads(
     before, after = tiny(), tiny(**change)
     for stages, same in ((changed, False), (kept, True)):
         for stage in stages:
-            assert (stage_digest(before, stage, "tfft") == stage_digest(after, stage, "tfft")) is same, stage
+            digests = [stage_digest(experiment, stage, "tfft_0.9") for experiment in (before, after)]
+            assert (digests[0] == digests[1]) is same, stage
 
 
 def test_the_resolved_file_reads_back(tmp_path: Path) -> None:

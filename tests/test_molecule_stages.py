@@ -90,16 +90,21 @@ class Folder:
 
 
 # An alpha of this size lets the threshold of the few molecules here lie below some of them.
-REACHABLE = {"objective": {"alpha": 5.0}}
+REACHABLE = {"objective": {"alpha": 50.0}}
+
+
+FITTED = {"kind": "weighted_fitting", "bank": 400, "bank_steps": 2}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """With the pretrained model and the offline batch."""
     methods = {
-        "tfft": {"level": 0.8, "solver": {"pool": 8}},
+        "tfft": {"level": 0.8},
         "rising": {"kind": "tfft", "level": 0.9, "rise": 0.5},
         "fdc": {"iterations": 2, "level": 0.5, "solver": {"pool": 8}},
+        "am_fitted": {"kind": "am", "solver": FITTED},
+        "tfft_fitted": {"kind": "tfft", "level": 0.8, "solver": FITTED},
     }
     made = Folder(tmp_path_factory.mktemp("molecules"), methods=methods, **REACHABLE)
     assert made.pretrain() == 0
@@ -139,10 +144,10 @@ def test_masses_fall_geometrically_and_then_stay() -> None:
     assert masses_of(0.8, 0.5, 3) == [0.8] * 3
 
 
-@pytest.mark.parametrize("method", ["am", "tfft", "rising", "fdc"])
+@pytest.mark.parametrize("method", ["am", "tfft", "rising", "fdc", "am_fitted", "tfft_fitted"])
 def test_finetuning_moves_the_model_and_counts_what_it_asked_for(folder: Folder, method: str) -> None:
     more = {}
-    if method in ("tfft", "rising"):
+    if folder.experiment.methods[method].kind == "tfft":
         assert folder.threshold(method) == 0
         more = {"threshold": folder.file(f"{method}.json")}
     assert folder.finetune(method, **more) == 0
@@ -151,6 +156,8 @@ def test_finetuning_moves_the_model_and_counts_what_it_asked_for(folder: Folder,
     assert len(history) == folder.experiment.updates_of(method) * (config.iterations or 1)
     batch, pool = folder.experiment.solver.batch, folder.experiment.solver.pool
     sampled = np.full(len(history), batch if method == "am" else pool)
+    if method.endswith("_fitted"):  # the bank is drawn before the first update
+        sampled = np.where(history["update"] == 0, FITTED["bank"], 0)
     if method == "fdc":  # the law's samples are drawn before the first update of each iteration
         sampled = sampled + np.where(history["update"] == 0, folder.experiment.offline.samples, 0)
     assert history["evaluated"].tolist() == sampled.tolist()

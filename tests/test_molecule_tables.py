@@ -104,7 +104,7 @@ def test_levels_are_compared_with_the_same_runs_at_every_level(results: Path) ->
     pretrained, am = by["reference", "pretrained", 0.9], by["reference", "am", 0.9]
     assert (pretrained.tail, am.tail) == (34.0, 34.3)
     assert am.gain == pytest.approx(0.3)
-    own = by["pool", "tfft_0.9", 0.9]
+    own = by["fitted", "tfft_0.9", 0.9]
     assert own.gain == pytest.approx(0.2)
     assert (own.seconds, own.energies, own.active, own.inactive, own.seeds) == (9.0, 640.0, 0.02, 0.5, 1)
     assert [line.level for line in lines] == sorted(line.level for line in lines)

@@ -99,6 +99,13 @@ class FlowModel(nn.Module, ABC):
         """The context of the samples at ``index`` (long, (n,)) of a batch."""
         return None
 
+    def data_of(self, x: Tensor, context: Context = None) -> Tensor:
+        """The data that endpoints of the flow stand for, of the shape of ``x``.
+
+        They are data themselves, unless the flow is on a relaxation of something discrete.
+        """
+        return x
+
     def matching_loss(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """The model's native conditional flow-matching loss, one number a sample, (batch,).
 

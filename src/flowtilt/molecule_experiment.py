@@ -85,10 +85,11 @@ class MoleculeExperiment(Section):
     def _solvers_fit(self) -> MoleculeExperiment:
         for name, method in self.methods.items():
             solver = self._solver(name)
-            if solver.kind != "adjoint_matching" and method.tuned:
+            if solver.kind == "weighted_fitting" and (method.kind == "fdc" or method.rise is not None):
                 raise ValueError(
-                    f"methods.{name}.solver.kind: molecules are fine-tuned by adjoint_matching; "
-                    "weighted_fitting has no rule for energies that fail"
+                    f"methods.{name}.solver.kind: weighted_fitting solves one problem by values; fdc has "
+                    "scores and no values of its divergence on molecules, and rise a problem for every "
+                    "update; use adjoint_matching"
                 )
             if solver.endpoint_gradient != "pathwise" and method.tuned:
                 raise ValueError(
@@ -127,7 +128,7 @@ class MoleculeExperiment(Section):
     def tail_of(self, method: str) -> TailSpec:
         """Side, mass and KL weight of a method's tail problem."""
         mass = 1 - self.level_of(method)
-        return TailSpec("upper", mass, self.objective.alpha / mass)
+        return TailSpec("upper", mass, self.objective.alpha)
 
     @property
     def mass(self) -> float:

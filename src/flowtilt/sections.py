@@ -196,8 +196,9 @@ class SolverConfig(Section):
     """The control solver of all methods, of which a method may change keys for itself.
 
     One key, ``kind``, chooses it; ``pool``, ``ramp``, ``endpoint_gradient``, ``last_share`` and
-    ``rest_share`` belong to :class:`flowtilt.control.adjoint_matching.AdjointMatchingSettings`, ``bank``
-    and ``penalty`` to :class:`flowtilt.control.weighted_fitting.WeightedFittingSettings`, the rest to both.
+    ``rest_share`` belong to :class:`flowtilt.control.adjoint_matching.AdjointMatchingSettings`, ``bank``,
+    ``bank_steps`` and ``penalty`` to :class:`flowtilt.control.weighted_fitting.WeightedFittingSettings`,
+    the rest to both.
     """
 
     kind: Literal["adjoint_matching", "weighted_fitting"] = "adjoint_matching"
@@ -214,11 +215,12 @@ class SolverConfig(Section):
     last_share: Share
     rest_share: Share
     bank: Count = 20000
+    bank_steps: Count = 16
     penalty: Literal["kl", "pearson", "cressie_read_3", "reverse_kl", "squared_hellinger"] = "kl"
 
     @model_validator(mode="after")
     def _pool_holds_batch(self) -> SolverConfig:
-        if self.pool < self.batch:
+        if self.kind == "adjoint_matching" and self.pool < self.batch:
             raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
         return self
 

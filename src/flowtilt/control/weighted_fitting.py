@@ -138,6 +138,7 @@ def draw_bank(
         samples = sample_ode(base, settings.bank, generator, context, ode)
     else:
         samples = sample_sde(base, settings.bank, settings.steps, generator, context)[-1]
+    samples = base.data_of(samples, context)
     values, active = [], []
     for index in torch.arange(settings.bank).split(CHUNK):
         part, its = samples[index], base.select_context(context, index)

@@ -113,6 +113,14 @@ def read_history(path: Path, column: str) -> np.ndarray:
         raise StageError(f"{path}: not a training's history ({error!r}); delete it and run again") from None
 
 
+def columns_of(history: Path) -> list[str]:
+    """Names of the columns of a training's history, none if it is not there."""
+    if not history.is_file():
+        return []
+    with history.open(newline="") as stream:
+        return next(csv.reader(stream), [])
+
+
 def read_schedule(path: Path) -> list[dict[str, float]]:
     """The rungs of a rising level from the threshold stage: masses and thresholds, in their order."""
     try:

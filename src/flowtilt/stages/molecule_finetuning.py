@@ -105,9 +105,13 @@ def finetune(
         model, rows = _flow_density_control(experiment, method, seed, base.flow, reward, counted)
     else:
         tilt, kl_weight = _tilt(experiment, method, reward, threshold_file)
-        settings = adjoint_matching_settings(experiment.solver_of(method), experiment.updates_of(method))
+        solver, updates = experiment.solver_of(method), experiment.updates_of(method)
         random = generator_of(experiment.name, method, seed)
-        solution = adjoint_matching.solve(base.flow, tilt, kl_weight, settings, random, counted)
+        if isinstance(tilt, FirstVariation):
+            solution = build_solver(solver, updates, counted)(base.flow, tilt, kl_weight, random)
+        else:
+            settings = adjoint_matching_settings(solver, updates)
+            solution = adjoint_matching.solve(base.flow, tilt, kl_weight, settings, random, counted)
         model, rows = solution.model, solution.history
     _say_failures(reward)
     write_history(rows, history)
@@ -145,9 +149,7 @@ def _tilt(
 
     def rising(progress: float) -> FirstVariation:
         rung = rungs[min(len(rungs) - 1, int(progress * len(rungs)))]
-        # The KL weight of the problem at a rung is alpha over its own mass; a hinge over the last one's
-        # mass under the last one's KL weight is the same tilt.
-        return Hinge(reward, rung["threshold"], tail.mass, "upper")
+        return Hinge(reward, rung["threshold"], rung["mass"], "upper")
 
     return rising, tail.alpha
 

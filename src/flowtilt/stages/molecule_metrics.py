@@ -16,6 +16,7 @@ from flowtilt.molecule_experiment import MoleculeExperiment, tail_metric
 from flowtilt.stages.files import (
     Metrics,
     StageError,
+    columns_of,
     read_arrays,
     read_history,
     read_threshold,
@@ -68,7 +69,7 @@ def threshold(experiment: MoleculeExperiment, method: str, batch: Path, output: 
         row["schedule"] = [
             {
                 "mass": mass,
-                "threshold": thresholds.threshold(rewards, experiment.objective.alpha / mass, mass, "upper"),
+                "threshold": thresholds.threshold(rewards, tail.alpha, mass, "upper"),
             }
             for mass in masses
         ]
@@ -195,21 +196,35 @@ def tails(experiment: MoleculeExperiment, rewards: np.ndarray) -> Metrics:
     }
 
 
+OF_SOLVERS = {
+    "path_kl": "control_energy",
+    "clipped_share": "clipped_share",
+    "effective_sample_size": "effective_sample_size",
+}
+"""Metrics of a fine-tuning that one control solver has, and their columns of its history."""
+
+
 def training(history: Path) -> Metrics:
     """What a fine-tuning's history says: its active samples, its distance and its failures.
 
     ``path_kl`` is the path-space KL divergence from the base of the last solve, in nats, over the last
-    fifth of the updates. ``inactive_updates`` is the share of updates that no sample above the
-    threshold reached.
+    fifth of the updates; ``clipped_share`` the share of controls that were shortened; and
+    ``effective_sample_size`` that of a weighted bank. ``inactive_updates`` is the share of updates that no
+    sample above the threshold reached.
     """
-    active, energy = read_history(history, "active_share"), read_history(history, "control_energy")
+    active = read_history(history, "active_share")
     evaluated, failed = read_history(history, "evaluated"), read_history(history, "failed")
     last = slice(-max(1, len(active) // 5), None)
+    own = {
+        name: float(read_history(history, column)[last].mean())
+        for name, column in OF_SOLVERS.items()
+        if column in columns_of(history)
+    }
     return {
         "active_share": float(active.mean()),
         "active_share_final": float(active[last].mean()),
         "inactive_updates": float((active == 0).mean()),
-        "path_kl": float(energy[last].mean()),
+        **own,
         "training_energies": float(evaluated.sum()),
         "training_failed_share": float(failed.sum() / max(1.0, evaluated.sum())),
     }

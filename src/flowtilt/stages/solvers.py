@@ -55,6 +55,7 @@ def _adjoint_matching(config: SolverConfig, updates: int, progress: Progress | N
 def _weighted_fitting(config: SolverConfig, updates: int, progress: Progress | None) -> Solver:
     settings = weighted_fitting.WeightedFittingSettings(
         bank=config.bank,
+        steps=config.bank_steps,
         penalty=config.penalty,
         updates=updates,
         batch=config.batch,

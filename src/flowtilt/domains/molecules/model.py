@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowtilt.domains.molecules.network import EquivariantNetwork, NetworkSettings
-from flowtilt.domains.molecules.states import ELEMENTS, WIDTH, Units, centred
+from flowtilt.domains.molecules.states import ELEMENTS, WIDTH, Units, centred, pack, unpack
 from flowtilt.interpolants import Linear, broadcast_time, convert
 from flowtilt.model import Context, FlowModel
 
@@ -117,6 +117,11 @@ class MoleculeFlow(FlowModel):
         velocity = convert(self.endpoint(x, t, context), x, t, self.path, "endpoint", "velocity")
         # Near the data the conversion magnifies what rounding leaves of the centre of mass.
         return _in_subspace(velocity, context)
+
+    def data_of(self, x: Tensor, context: Context = None) -> Tensor:
+        """The molecules of ``x``: each atom of the type that its largest column says."""
+        mask = _mask_of(context)
+        return pack(*unpack(x, mask, self.units), mask, self.units)
 
     def matching_loss(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """Mean square of the coordinates' preconditioned error and cross entropy of the types, (batch,).

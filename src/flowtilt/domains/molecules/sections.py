@@ -132,9 +132,8 @@ class XTBConfig(Section):
 class MoleculeObjective(Section):
     """The mean of the best share ``1 - level`` of minus the energy, under a KL weight.
 
-    ``alpha`` is the KL weight of a molecule's reward, in hartree a nat. The tail problems divide it by
-    the mass of their tail, as in the plane: all methods then tilt a molecule that counts by the same
-    exponent a hartree. Methods may have levels of their own; the table is led by the level here.
+    ``alpha`` is the KL weight of every method's objective, in hartree a nat, as in the papers: of am's mean
+    as of the tails' means. Methods may have levels of their own; the table is led by the level here.
     """
 
     level: Level
