@@ -34,13 +34,15 @@ def groups(experiment: MoleculeExperiment, caption: str) -> dict[str, list[str]]
         caption: list(tails),
         "Molecules": [
             *(f"valid_{metric}" for metric in (main, mean)),
-            *("uniqueness_pct", "novelty_pct", "converged_pct", "relaxation_energy_mean"),
+            *("uniqueness_pct", "uniqueness_of_1000_pct", "novelty_pct", "converged_pct"),
+            "relaxation_energy_mean",
             *("relaxation_energy_median", "energy_per_atom", "heavy_atoms", "atomic_number"),
             *("elements_total_variation", "sizes_total_variation"),
         ],
         "Fine-tuning": [
             *("threshold", "offline_active_share", "active_share", "active_share_final"),
-            *("inactive_updates", "path_kl", "training_energies", "training_failed_share"),
+            *("inactive_updates", "path_kl", "clipped_share", "effective_sample_size"),
+            *("training_energies", "training_failed_share"),
         ],
     }
 

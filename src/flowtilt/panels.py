@@ -55,6 +55,7 @@ _DESCRIPTIONS |= {
     "valid_mean_negative_energy": Description("mean of the valid", "hartree", "higher"),
     "validity_pct": Description("valid", "%", "higher"),
     "uniqueness_pct": Description("unique", "%", "higher"),
+    "uniqueness_of_1000_pct": Description("unique of the first 1,000 valid", "%", "higher"),
     "novelty_pct": Description("novel", "%"),
     "converged_pct": Description("with an energy", "%", "higher"),
     "energy_per_atom": Description("energy an atom", "hartree"),
@@ -66,6 +67,8 @@ _DESCRIPTIONS |= {
     "sizes_total_variation": Description("sizes, total variation", ""),
     "inactive_updates": Description("updates without an active sample", "share", "lower"),
     "path_kl": Description("path-space KL", "nats"),
+    "clipped_share": Description("controls shortened", "share"),
+    "effective_sample_size": Description("effective samples of the bank", ""),
     "training_energies": Description("energies in training", ""),
     "training_failed_share": Description("failed in training", "share"),
 }

@@ -172,7 +172,7 @@ NAMES = {
 }
 """What the tables and the papers' values call the metrics of an assessment."""
 
-SHARES = ("converged", "validity", "uniqueness", "novelty")
+SHARES = ("converged", "validity", "uniqueness", "uniqueness_of_1000", "novelty")
 """Metrics of an assessment that become percentages."""
 
 

@@ -53,6 +53,7 @@ def test_every_metric_by_hand(metrics):
         "converged": 4 / 5,
         "validity": 4 / 5,
         "uniqueness": 3 / 4,
+        "uniqueness_of_1000": 3 / 4,
         "novelty": 2 / 3,
         "failed_not_converged": 1,
         "invalid_fragments": 1,
@@ -94,7 +95,7 @@ def test_nothing_valid_is_nan_with_counts():
     assert found["validity"] == 0
     assert found["invalid_radical"] == 5
     nan = {name for name, value in found.items() if math.isnan(value)}
-    assert nan == {f"valid_reward_{tail}" for tail in TAILS} | {"uniqueness", "novelty"}
+    assert nan == {f"valid_reward_{tail}" for tail in TAILS} | {"uniqueness", "uniqueness_of_1000", "novelty"}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ from flowtilt.metrics.tails import upper_tail_mean
 BEST_SHARES = {"best_10_percent": 0.1, "best_0.2_percent": 0.002}
 """Upper tails of the reward that are reported, by the names of their means."""
 
+FEW = 1000
+"""Valid molecules whose uniqueness is reported too: that of many falls with the size of their space."""
+
 
 @dataclass(frozen=True)
 class Composition:
@@ -87,7 +90,8 @@ def assess(
     Returns:
         ``molecules``; ``reward_*`` over all converged molecules and ``valid_reward_*`` over the valid
         ones among them, each a mean, tail means and how many they are of; ``energy_per_atom``, the mean
-        over converged molecules; ``converged``, ``validity``, ``uniqueness`` and ``novelty``, shares;
+        over converged molecules; ``converged``, ``validity``, ``uniqueness``, that of the first
+        :data:`FEW` valid ones, and ``novelty``, shares;
         ``failed_*`` and ``invalid_*``, counts by reason; and the drift of the composition.
 
     Raises:
@@ -115,6 +119,7 @@ def assess(
         "converged": float(converged.mean()),
         "validity": float(valid.mean()),
         "uniqueness": uniqueness(smiles),
+        f"uniqueness_of_{FEW}": uniqueness(smiles[:FEW]),
         "novelty": novelty(smiles, known),
         **_counts("failed", failures, Failure),
         **_counts("invalid", [structure.invalid for structure in structures], Invalid),
