@@ -223,3 +223,21 @@ def test_a_missing_mask_is_named():
         sample_ode(model, 3, generator(0))
     with pytest.raises(TypeError, match="draw one with draw_context"):
         model.noise_like(torch.zeros(2, 6, WIDTH), generator(0))
+
+
+def test_endpoints_stand_for_molecules_with_one_type_an_atom(flow):
+    x, mask = states(flow)
+    data = flow.data_of(x, mask)
+    close(data[..., :3], x[..., :3])
+    types = data[..., 3:] / flow.units.type_scale
+    assert torch.equal(types.sum(2), mask.double())
+    assert torch.equal(types.argmax(2)[mask], x[..., 3:].argmax(2)[mask])
+    close(flow.data_of(data, mask), data)
+    # Of data the types' loss is a cross entropy: it is not negative.
+    assert bool((flow.matching_loss(data, x, torch.full((len(x),), 0.5).double(), mask) > 0).all())
+
+
+def test_the_time_grid_is_the_model_s():
+    model = MoleculeFlow(SMALL, Units(), SIZES, time_power=2.0)
+    assert model.time_grid(2) == [0.0, 0.75, 1.0]
+    assert sample_sde(model, 3, 2, generator(0), model.draw_context(3, generator(0))).shape[0] == 3
