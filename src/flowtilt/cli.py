@@ -222,14 +222,18 @@ def _calibrate(a: argparse.Namespace) -> None:
     print(f"right_edge: {calibrated_edge(tail_experiment(load_resolved(a.config))):.5f}")
 
 
-def prepare_torch() -> None:
+def prepare_torch(gpu: bool = False) -> None:
     """Hold torch to the threads that the job was given, and take numbers below 1e-38 as zero.
 
     Gradients far out on a sigmoid's flank are that small, and a processor takes some thirty times as
-    long over each.
+    long over each. With ``gpu`` tensors live on the GPU that the job has, if it has one.
     """
     import torch
 
+    from flowtilt.devices import take_device
+
+    if gpu:
+        take_device()
     gc.enable()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.set_flush_denormal(True)
@@ -239,7 +243,7 @@ def _training() -> Any:
     """The stages that train and sample networks."""
     from flowtilt.stages import training
 
-    prepare_torch()
+    prepare_torch(gpu=True)
     return training
 
 

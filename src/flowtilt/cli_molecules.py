@@ -82,7 +82,7 @@ def _load(a: argparse.Namespace) -> MoleculeExperiment:
 def _prepare_torch() -> None:
     from flowtilt.cli import prepare_torch
 
-    prepare_torch()
+    prepare_torch(gpu=True)
 
 
 def _bar(total: int, label: str) -> Any:

@@ -169,7 +169,7 @@ def rates(path: Interpolant, t: Tensor) -> tuple[Tensor | float, Tensor | float]
 @lru_cache(maxsize=1024)
 def _rates_at(path: Interpolant, t: float) -> tuple[float, float]:
     """``kappa`` and ``eta`` at one time; as tensors they would cost as much as a layer of a small network."""
-    at = torch.tensor(t, dtype=torch.float64)
+    at = torch.tensor(t, dtype=torch.float64, device="cpu")
     return float(path.kappa(at)), float(path.eta(at))
 
 
@@ -231,7 +231,7 @@ def memoryless_step(path: Interpolant, t: float, s: float, data_variance: float 
     """
     if not 0 <= t < s <= 1:
         raise ValueError(f"a memoryless step needs 0 <= t < s <= 1, got t={t}, s={s}")
-    at, to = (torch.tensor(u, dtype=torch.float64) for u in (t, s))
+    at, to = (torch.tensor(u, dtype=torch.float64, device="cpu") for u in (t, s))
     alpha_t, beta_t, alpha_s, beta_s = (
         float(c) for c in (path.alpha(at), path.beta(at), path.alpha(to), path.beta(to))
     )

@@ -23,7 +23,7 @@ class Adam:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.means = [torch.zeros_like(p) for p in self.parameters]
         self.squares = [torch.zeros_like(p) for p in self.parameters]
-        self.updates = [torch.zeros(()) for _ in self.parameters]
+        self.updates = [torch.zeros((), device="cpu") for _ in self.parameters]  # as torch has them
 
     def clear_gradients(self) -> None:
         for parameter in self.parameters:

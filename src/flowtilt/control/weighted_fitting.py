@@ -235,7 +235,7 @@ def plan_draws(probabilities: np.ndarray, price: float = FORWARD) -> Plan:
     tilted = np.divide(q, drawn, out=np.zeros_like(q), where=drawn > 0)
     base = np.divide(coefficient * p, drawn, out=np.zeros_like(q), where=drawn > 0)
     sums = np.cumsum(drawn)
-    cumulative, on_tilted, on_base = (torch.from_numpy(a) for a in (sums / sums[-1], tilted, base))
+    cumulative, on_tilted, on_base = (torch.as_tensor(a) for a in (sums / sums[-1], tilted, base))
     return Plan(cumulative, on_tilted, on_base, coefficient, noise)
 
 

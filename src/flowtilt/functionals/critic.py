@@ -109,7 +109,7 @@ def train_critic(
     """
     start = _untrained(samples, reference, weights, settings)
     a, b = start.standardise(samples), start.standardise(reference)
-    random = torch.Generator().manual_seed(settings.seed)
+    random = torch.Generator(torch.get_default_device()).manual_seed(settings.seed)
     optimiser = Adam(start.network.parameters())
     for update in range(settings.updates):
         own, other = _drawn(a, settings.batch, random), _drawn(b, settings.batch, random)

@@ -91,7 +91,7 @@ class RandomFourierFeatures(Features):
     @cached_property
     def _drawn(self) -> tuple[Tensor, Tensor]:
         """Directions (dimension, count) and phases (count,), float64."""
-        random = torch.Generator().manual_seed(self.seed)
+        random = torch.Generator(torch.get_default_device()).manual_seed(self.seed)
         shape = self.dimension, self.count
         directions = torch.randn(shape, generator=random, dtype=torch.float64) / self.bandwidth
         return directions, 2 * math.pi * torch.rand(self.count, generator=random, dtype=torch.float64)
@@ -193,7 +193,7 @@ class OptimalDesign(Functional):
         return self._value(self._of_law(law))
 
     def linearise(self, law: Law) -> FeatureForm:
-        return FeatureForm(self.features, torch.from_numpy(self._matrix(self._of_law(law))))
+        return FeatureForm(self.features, torch.as_tensor(self._matrix(self._of_law(law))))
 
     def finite_value(self, law: FiniteLaw) -> float:
         return self._value(self._spectrum(self._features(law.points), law.p))

@@ -191,7 +191,7 @@ class ReferenceDraw:
 
     def of(self, model: FlowModel) -> Tensor:
         """Samples of the model, (samples, ...)."""
-        random = torch.Generator().manual_seed(self.seed)
+        random = torch.Generator(torch.get_default_device()).manual_seed(self.seed)
         context = model.draw_context(self.samples, random)
         return sample_sde(model, self.samples, self.steps, random, context)[-1]
 

@@ -15,6 +15,7 @@ from flowtilt.checkpoints import save_weights
 from flowtilt.configuration import ConfigError
 from flowtilt.control import adjoint_matching
 from flowtilt.control.base import Progress
+from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.energies import XTBReward
 from flowtilt.experiment import method_of
@@ -32,7 +33,7 @@ from flowtilt.stages.files import (
     write_arrays,
     write_history,
 )
-from flowtilt.stages.molecule_sampling import CHUNK, Base, generator_of, load_base
+from flowtilt.stages.molecule_sampling import CHUNK, Base, load_base
 from flowtilt.stages.solvers import adjoint_matching_settings, build_solver
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def offline(
         part = base.flow.select_context(context, index)
         rewards.append(reward(sample_sde(base.flow, len(index), steps, generator, part)[-1], part))
     _say_failures(reward)
-    write_arrays(output, reward=torch.cat(rewards).numpy())
+    write_arrays(output, reward=torch.cat(rewards).numpy(force=True))
 
 
 def _say_failures(reward: XTBReward) -> None:

@@ -17,6 +17,7 @@ import torch
 from flowtilt.checkpoints import CheckpointError, load_weights
 from flowtilt.configuration import ConfigError
 from flowtilt.control.base import Progress
+from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.assessment import composition, drift
 from flowtilt.domains.molecules.chemistry import perceive, uniqueness
@@ -29,7 +30,7 @@ from flowtilt.pretraining import Watch
 from flowtilt.provenance import commit, versions
 from flowtilt.sampling import OdeSettings
 from flowtilt.stages.files import write_history, write_json
-from flowtilt.stages.molecule_sampling import Base, generated, generator_of
+from flowtilt.stages.molecule_sampling import Base, generated
 
 SEED = 0
 """Of the pretrained model, from which all seeds of fine-tuning start."""
@@ -123,7 +124,10 @@ def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Wat
     def look(updates: int, model: FlowModel) -> None:
         generator = generator_of(experiment.base, "check")
         drawn = molecules_of(
-            *(tensor.numpy() for tensor in generated(Base(model, decode), check.samples, ode, generator))
+            *(
+                tensor.numpy(force=True)
+                for tensor in generated(Base(model, decode), check.samples, ode, generator)
+            )
         )
         with WorkerPool(1) as pool:
             structures = perceive(drawn, pool=pool)

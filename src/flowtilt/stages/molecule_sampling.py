@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.checkpoints import load_weights
+from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.data import Molecules
 from flowtilt.domains.molecules.energies import Decoder
@@ -20,16 +21,10 @@ from flowtilt.experiment import method_of
 from flowtilt.model import FlowModel
 from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.sampling import OdeSettings, sample_ode
-from flowtilt.seeding import seed_of
 from flowtilt.stages.files import StageError, write_arrays
 
 CHUNK = 128
 """Molecules that are sampled together, of nearly one size."""
-
-
-def generator_of(*parts: str | float) -> torch.Generator:
-    """A generator whose seed follows from some names and numbers."""
-    return torch.Generator().manual_seed(seed_of(*parts))
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,9 @@ def sample(
         settings = OdeSettings(steps=experiment.evaluation.ode_steps)
         coordinates, numbers = generated(base, count, settings, generator)
     write_arrays(
-        output, coordinates=coordinates.numpy().astype(np.float32), numbers=numbers.numpy().astype(np.uint8)
+        output,
+        coordinates=coordinates.numpy(force=True).astype(np.float32),
+        numbers=numbers.numpy(force=True).astype(np.uint8),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from flowtilt.checkpoints import load_weights, save_weights
 from flowtilt.configuration import ConfigError
 from flowtilt.control.base import Progress
+from flowtilt.devices import generator_of
 from flowtilt.domains.planar.build import build_data, build_model, build_reward, build_slope, reward_of
 from flowtilt.domains.planar.problems import build_objective
 from flowtilt.experiment import Experiment, FunctionalExperiment, method_of, tail_experiment
@@ -22,14 +23,9 @@ from flowtilt.functionals.utilities import SQ, CVaR, RewardVariation
 from flowtilt.model import FlowModel
 from flowtilt.pretraining import PretrainingSettings, fit_flow
 from flowtilt.sampling import OdeSettings, sample_ode, sample_sde, sample_with_log_density
-from flowtilt.seeding import seed_of
 from flowtilt.stages.files import StageError, read_threshold, write_arrays, write_history
 from flowtilt.stages.solvers import build_solver
 from flowtilt.tfft import TailProblem
-
-
-def _generator(*parts: str | float) -> torch.Generator:
-    return torch.Generator().manual_seed(seed_of(*parts))
 
 
 def pretrain(
@@ -39,7 +35,7 @@ def pretrain(
     model = build_model(experiment, seed)
     config = experiment.pretrain
     settings = PretrainingSettings(config.updates, config.batch, config.learning_rate)
-    generator = _generator(experiment.base, "pretrain", seed)
+    generator = generator_of(experiment.base, "pretrain", seed)
     rows = fit_flow(model, build_data(experiment).sample, settings, generator, progress)
     write_history(rows, history)
     save_weights(model, output)
@@ -48,11 +44,11 @@ def pretrain(
 def offline(experiment: Experiment, seed: int, model: Path, output: Path) -> None:
     """Draw the offline batch of a pretrained model, with rewards."""
     flow = load_weights(build_model(experiment), model)
-    generator = _generator(experiment.name, "offline", seed)
+    generator = generator_of(experiment.name, "offline", seed)
     count = experiment.offline.samples
     context = flow.draw_context(count, generator)
     x = sample_sde(flow, count, experiment.solver.steps, generator, context)[-1]
-    write_arrays(output, x=x.numpy(), reward=reward_of(experiment)(x).numpy())
+    write_arrays(output, x=x.numpy(force=True), reward=reward_of(experiment)(x).numpy(force=True))
 
 
 def finetune(
@@ -88,7 +84,7 @@ def finetune(
         model, rows = _flow_density_control(experiment, method, seed, base, start, solver)
     else:
         tilt, kl_weight = _single_tilt(experiment, method, threshold_file)
-        solution = solver(base, tilt, kl_weight, _generator(experiment.name, method, seed))
+        solution = solver(base, tilt, kl_weight, generator_of(experiment.name, method, seed))
         model, rows = solution.model, solution.history
     write_history(rows, history)
     save_weights(model, output)
@@ -137,7 +133,7 @@ def _flow_density_control(
         settings,
         solver,
         # By the step and not by the method: methods that differ in nothing else share their noise.
-        lambda k: _generator(experiment.name, "fdc", step, seed, k),
+        lambda k: generator_of(experiment.name, "fdc", step, seed, k),
     )
     return result.model, result.history
 
@@ -159,7 +155,7 @@ def _ascent(experiment: Experiment, method: str, base: FlowModel) -> tuple[Funct
 def sample(experiment: Experiment, method: str, seed: int, model: Path, output: Path) -> None:
     """Sample a run's model by the probability-flow ODE, with modes, rewards and some log-densities."""
     flow = load_weights(build_model(experiment), model)
-    generator = _generator(experiment.name, method, "sample", seed)
+    generator = generator_of(experiment.name, method, "sample", seed)
     config = experiment.evaluation
     settings = OdeSettings(steps=config.ode_steps)
     with_density = min(config.density_samples, config.samples)
@@ -179,4 +175,4 @@ def sample(experiment: Experiment, method: str, seed: int, model: Path, output: 
     else:
         landscape = build_reward(tail_experiment(experiment))
         arrays |= {"reward": landscape(x), "bumps": landscape.bumps(x)}
-    write_arrays(output, **{name: array.numpy() for name, array in arrays.items()})
+    write_arrays(output, **{name: array.numpy(force=True) for name, array in arrays.items()})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowtilt.checkpoints import save_weights
 from flowtilt.control.base import Progress
+from flowtilt.devices import generator_of
 from flowtilt.domains.molecules.data import Molecules, MoleculeSource, load
 from flowtilt.domains.molecules.energies import Decoder
 from flowtilt.domains.molecules.model import MoleculeFlow
@@ -53,7 +54,7 @@ def padded(molecules: Sequence[Molecule]) -> tuple[Tensor, Tensor]:
     coordinates = torch.zeros(len(molecules), atoms, 3)
     numbers = torch.zeros(len(molecules), atoms, dtype=torch.long)
     for row, (z, x) in enumerate(molecules):
-        coordinates[row, : len(z)], numbers[row, : len(z)] = torch.from_numpy(x), torch.from_numpy(z)
+        coordinates[row, : len(z)], numbers[row, : len(z)] = torch.as_tensor(x), torch.as_tensor(z)
     return coordinates, numbers
 
 
@@ -109,7 +110,7 @@ def pretrain(
     model = build_model(config, sizes, seed)
     keys = config.pretrain.model_dump(exclude={"window", "type_weight", "check"})
     source = MoleculeSource(chosen.of_split("train"), build_units(config), config.pretrain.window)
-    generator = torch.Generator().manual_seed(seed_of(config.name, "pretrain", seed))
+    generator = generator_of(config.name, "pretrain", seed)
     settings = PretrainingSettings(**keys)
     history = fit_flow(model, source, settings, generator, progress, Resumption(state), watch)
     save_weights(model, output)

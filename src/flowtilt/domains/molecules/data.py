@@ -117,7 +117,7 @@ class Molecules:
 
     def size_weights(self) -> Tensor:
         """How many molecules there are of each number of atoms from 0 to the largest, float64."""
-        return torch.from_numpy(np.bincount(self.counts).astype(np.float64))
+        return torch.as_tensor(np.bincount(self.counts).astype(np.float64))
 
 
 FIELDS = tuple(Molecules.__dataclass_fields__)
@@ -248,12 +248,12 @@ class MoleculeSource:
         if not 0 < window <= 1:
             raise ValueError(f"window must be in (0, 1], got {window}")
         largest = int(molecules.counts.max())
-        mask = torch.arange(largest) < torch.from_numpy(molecules.counts.astype(np.int64))[:, None]
+        mask = torch.arange(largest) < torch.as_tensor(molecules.counts.astype(np.int64))[:, None]
         types = torch.zeros(mask.shape, dtype=torch.long)
-        types[mask] = torch.from_numpy(molecules.types.astype(np.int64))
+        types[mask] = torch.as_tensor(molecules.types.astype(np.int64))
         coordinates = torch.zeros(*mask.shape, 3)
-        coordinates[mask] = torch.from_numpy(molecules.coordinates)
-        order = torch.from_numpy(np.argsort(molecules.counts, kind="stable"))
+        coordinates[mask] = torch.as_tensor(molecules.coordinates)
+        order = torch.as_tensor(np.argsort(molecules.counts, kind="stable"))
         self.mask = mask[order]
         self.states = pack(coordinates, types, mask, units)[order]
         self.window = max(1, round(window * len(order)))

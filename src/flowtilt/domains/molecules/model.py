@@ -75,7 +75,7 @@ class MoleculeFlow(FlowModel):
                 f"no training example has {', '.join(map(str, unknown))} atoms; "
                 f"ask for sizes among {', '.join(map(str, known.tolist()))}"
             )
-        return torch.arange(self.atoms) < sizes[:, None]
+        return torch.arange(self.atoms, device=sizes.device) < sizes[:, None]
 
     def select_context(self, context: Context, index: Tensor) -> Tensor:
         return _mask_of(context)[index]
