@@ -93,7 +93,8 @@ def test_a_worker_that_died_between_calls_is_replaced():
 
 
 def test_an_exception_is_raised_with_its_trace_and_leaves_the_pool_usable(pool):
-    with pytest.raises(WorkerError, match=r"(?s)in fail.*ZeroDivisionError: item 0"):
+    # Of several workers any may be the first to fail.
+    with pytest.raises(WorkerError, match=r"(?s)in fail.*ZeroDivisionError: item \d"):
         pool.map(worker_tasks.fail, range(3), 10)
     assert pool.map(worker_tasks.square, range(3), 10) == [0, 1, 4]
 
