@@ -98,9 +98,17 @@ def test_adjoints_and_their_loss_live_there_too(gpu: torch.Generator, name: str)
     assert on_gpu(energies)
 
 
-def test_without_a_gpu_nothing_is_set() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_gpu_is_taken_where_there_is_one(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch, "set_default_device", taken.append)
+    take_device()
+    assert taken == (["cuda"] if there else [])
+
+
+def test_without_a_gpu_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert take_device() == torch.get_default_device() == torch.device("cpu")
     assert generator_of("a", 1).device.type == "cpu"
     assert generator_of("a", 1).initial_seed() == generator_of("a", 1).initial_seed()

@@ -22,9 +22,11 @@ def take_device() -> torch.device:
     return torch.get_default_device()
 
 
-def generator_of(*parts: str | float) -> torch.Generator:
-    """A generator on the default device whose seed follows from some names and numbers.
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the default device. A GPU has another sequence than a CPU of the same seed."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
-    A GPU has another sequence than a CPU of the same seed.
-    """
-    return torch.Generator(torch.get_default_device()).manual_seed(seed_of(*parts))
+
+def generator_of(*parts: str | float) -> torch.Generator:
+    """A generator on the default device whose seed follows from some names and numbers."""
+    return seeded(seed_of(*parts))

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, overload
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from flowtilt.configuration import (
     ConfigError,
     Section,
+    Seeds,
     changed,
     merge,
     read_yaml,
@@ -72,7 +73,7 @@ class Experiment(Section, ABC):
     name: str
     title: str
     base: str
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Seeds
     path: PathConfig
     network: NetworkConfig
     data: DataConfig
@@ -83,11 +84,6 @@ class Experiment(Section, ABC):
     evaluation: EvaluationConfig
     grid: GridConfig
     axis_value: float | None = None
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _count_of_seeds(cls, value: Any) -> Any:
-        return list(range(value)) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _prediction_fits_path(self) -> Experiment:
@@ -377,15 +373,16 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
 
     def finish(merged: dict[str, Any], case: str | None = None) -> AnyExperiment:
         """The experiment from its data, with what overrides it and without what is left out."""
-        kind = _class_of(merged)
-        merged = merge(merged, of_molecules if kind is MoleculeExperiment else overrides)
+        on_molecules = _class_of(merged) is MoleculeExperiment
+        merged = merge(merged, of_molecules if on_molecules else overrides)
+        kind = _class_of(merged)  # an override may have given it another objective
         _leave_out(merged.get("methods", {}), skip, path)
-        if study is not None and study.study.table not in _TABLES[_class_of(merged)]:
+        if study is not None and study.study.table not in _TABLES[kind]:
             raise ConfigError(
                 f"{path}: key study.table: must be axis if the cases are on tails, hierarchy or solvers if "
                 f"they are on functionals, and levels if they are on molecules (got {study.study.table!r})"
             )
-        return validated(_class_of(merged), merged, path, case)
+        return validated(kind, merged, path, case)
 
     data = read_yaml(path)
     if data.get("name") != path.stem:

@@ -7,11 +7,11 @@ neither torch nor the numerics.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from flowtilt.configuration import Positive, Section, changed
+from flowtilt.configuration import Positive, Section, Seeds, changed
 from flowtilt.domains.molecules.sections import (
     CheckpointConfig,
     MoleculeConfig,
@@ -60,7 +60,7 @@ class MoleculeExperiment(Section):
     domain: Literal["molecules"]
     title: str
     base: str
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Seeds
     model: MoleculeModelConfig
     subset: SubsetConfig
     units: UnitsConfig = UnitsConfig()
@@ -75,11 +75,6 @@ class MoleculeExperiment(Section):
     methods: Annotated[Mapping[str, MoleculeMethodConfig], Field(min_length=1)]
     evaluation: MoleculeEvaluationConfig
     axis_value: float | None = None
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _count_of_seeds(cls, value: Any) -> Any:
-        return list(range(value)) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _solvers_fit(self) -> MoleculeExperiment:

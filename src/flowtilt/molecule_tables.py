@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -259,8 +259,3 @@ LEVELS_NOTE = (
     "the share of sampled molecules above the threshold, over all updates; a line without any has not "
     "tested the method. Training: seconds by the history, without threshold and offline batch."
 )
-
-
-def references(lines: Sequence[LevelLine], method: str) -> Mapping[float, LevelLine]:
-    """The lines of a reference method by level."""
-    return {line.level: line for line in lines if line.case == "reference" and line.method == method}

@@ -233,9 +233,8 @@ def loss_scale(base: FlowModel, steps: list[MemorylessStep]) -> LossScale:
         if step.noise > 0:
             nu = step.noise
         else:
-            nu = math.sqrt(
-                step.velocity * float(base.path.eta(torch.tensor(t, dtype=torch.float64, device="cpu")))
-            )
+            at = torch.tensor(t, dtype=torch.float64, device="cpu")
+            nu = math.sqrt(step.velocity * float(base.path.eta(at)))
         mean.append(step.velocity / nu / math.sqrt(h))
         noise.append(nu / math.sqrt(h))
     return LossScale(torch.tensor(mean, dtype=torch.float64), torch.tensor(noise, dtype=torch.float64))

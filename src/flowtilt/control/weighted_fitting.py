@@ -294,10 +294,8 @@ def _losses(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> tup
 
 def _subtract_gradient_at_base(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> None:
     """The control variate of any loss: its gradient at the base, whose mean under the base's law is zero."""
-    base.requires_grad_(True)
     own = list(base.parameters())
     at_base = torch.autograd.grad(_native(base, batch, plan.base), own, allow_unused=True)
-    base.requires_grad_(False)
     for parameter, gradient in zip(model.parameters(), at_base, strict=True):
         if parameter.grad is not None and gradient is not None:
             parameter.grad.sub_(gradient)
@@ -358,7 +356,7 @@ def solve(
     if not kl_weight > 0:
         raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
     started = time.perf_counter()
-    base = copy.deepcopy(base).requires_grad_(False)
+    base = copy.deepcopy(base).requires_grad_(not base.quadratic_loss)  # else for the control variate
     model = copy.deepcopy(base).requires_grad_(True)
     bank = draw_bank(base, tilt, kl_weight, settings, generator)
     price = FORWARD if base.quadratic_loss else TRAINING

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowtilt.devices import seeded
 from flowtilt.functionals.base import FirstVariation, gradient_of
 from flowtilt.metrics.transport import check_metric
 from flowtilt.model import Context
@@ -109,7 +110,7 @@ def train_critic(
     """
     start = _untrained(samples, reference, weights, settings)
     a, b = start.standardise(samples), start.standardise(reference)
-    random = torch.Generator(torch.get_default_device()).manual_seed(settings.seed)
+    random = seeded(settings.seed)
     optimiser = Adam(start.network.parameters())
     for update in range(settings.updates):
         own, other = _drawn(a, settings.batch, random), _drawn(b, settings.batch, random)

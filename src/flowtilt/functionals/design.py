@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtilt.devices import seeded
 from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, gradient_of
 from flowtilt.model import Context
 
@@ -91,7 +92,7 @@ class RandomFourierFeatures(Features):
     @cached_property
     def _drawn(self) -> tuple[Tensor, Tensor]:
         """Directions (dimension, count) and phases (count,), float64."""
-        random = torch.Generator(torch.get_default_device()).manual_seed(self.seed)
+        random = seeded(self.seed)
         shape = self.dimension, self.count
         directions = torch.randn(shape, generator=random, dtype=torch.float64) / self.bandwidth
         return directions, 2 * math.pi * torch.rand(self.count, generator=random, dtype=torch.float64)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtilt.devices import seeded
 from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, gradient_of, per_sample
 from flowtilt.functionals.critic import CriticPotential, CriticSettings, train_critic
 from flowtilt.functionals.kernels import Kernel, kernel_by_name, kernel_matrix, kernel_means
@@ -191,7 +192,7 @@ class ReferenceDraw:
 
     def of(self, model: FlowModel) -> Tensor:
         """Samples of the model, (samples, ...)."""
-        random = torch.Generator(torch.get_default_device()).manual_seed(self.seed)
+        random = seeded(self.seed)
         context = model.draw_context(self.samples, random)
         return sample_sde(model, self.samples, self.steps, random, context)[-1]
 

@@ -215,10 +215,11 @@ def training(history: Path) -> Metrics:
     active = read_history(history, "active_share")
     evaluated, failed = read_history(history, "evaluated"), read_history(history, "failed")
     last = slice(-max(1, len(active) // 5), None)
+    present = columns_of(history)
     own = {
         name: float(read_history(history, column)[last].mean())
         for name, column in OF_SOLVERS.items()
-        if column in columns_of(history)
+        if column in present
     }
     return {
         "active_share": float(active.mean()),

@@ -192,11 +192,8 @@ class EquivariantNetwork(nn.Module):
         """The geometry, and the distances of all pairs, (batch, atoms, atoms, 1)."""
         offsets = positions.unsqueeze(2) - positions.unsqueeze(1)
         distances = torch.sqrt(offsets.square().sum(3, keepdim=True) + SOFTENING)
-        both = (
-            mask.unsqueeze(2)
-            & mask.unsqueeze(1)
-            & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-        )
+        same = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+        both = mask.unsqueeze(2) & mask.unsqueeze(1) & ~same
         pairs = both.unsqueeze(3).to(positions)
         attended = torch.zeros_like(positions[..., :1]).masked_fill(~mask.unsqueeze(2), -torch.inf)
         return Geometry(positions, pairs, attended.unsqueeze(1), pairs / (1 + distances)), distances
