@@ -17,7 +17,7 @@ STAMP := $(VENV)/.complete
 COMPILE := $(BIN)/python -m compileall -q src
 SNAKEMAKE := $(BIN)/snakemake --workflow-profile workflow/profiles/default --cores $(CORES)
 
-.PHONY: help env results quick test benchmark clean distclean
+.PHONY: help env results report quick test unlock benchmark docs clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,6 +31,9 @@ results: $(STAMP) ## run everything: models, samples, tables, figures
 	@$(COMPILE)
 	$(SNAKEMAKE)
 
+report: $(STAMP) ## one HTML page of all results, results/report.html
+	$(SNAKEMAKE) --report results/report.html
+
 quick: $(STAMP) ## run every stage at smoke size, a first look in a few minutes
 	@$(COMPILE)
 	$(SNAKEMAKE) --configfile config/smoke.yaml
@@ -43,12 +46,19 @@ test: $(STAMP) ## lint, type check, unit tests and the smoke pipeline
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/python -m pytest
 
+unlock: $(STAMP) ## after Snakemake was killed: take away the lock that it has left
+	$(SNAKEMAKE) --unlock
+
 benchmark: $(STAMP) ## measure speed and memory
 	$(BIN)/python -m benchmarks
 
+docs: $(STAMP) ## write the configuration's reference and draw the workflow's rules
+	$(BIN)/flowtilt config-reference --output config/README.md
+	$(BIN)/snakemake --quiet all --rulegraph | $(BIN)/python workflow/scripts/rulegraph.py docs/rulegraph.svg
+
 clean: ## remove caches and intermediate results; tables and figures stay
 	rm -rf .snakemake .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -rf results/{configs,data,runs,theory,logs,benchmarks,smoke,paper} results/resolution.json
+	rm -rf results/{configs,data,runs,theory,logs,benchmarks,pages,smoke,paper} results/{resolution.json,report.html}
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment as well
@@ -65,5 +75,5 @@ $(STAMP): pyproject.toml envs/constraints.txt
 		"its module venv or ensurepip is missing. On Debian and Ubuntu: apt-get install python3-venv" >&2; \
 		exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e '.[workflow,dev,molecules]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e '.[workflow,dev,molecules,parallel]'
 	@touch $@

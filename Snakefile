@@ -21,6 +21,10 @@ pathvars:
     benchmarks="<results>/benchmarks",
 
 
+onstart:
+    check_cluster()
+
+
 wildcard_constraints:
     experiment=one_of(EXPERIMENTS),
     method=one_of(METHODS),
@@ -38,7 +42,10 @@ localrules:
     functional_figures,
     study_figure,
     theory_report,
+    theory_page,
     provenance,
+    page,
+    overview,
 
 
 include: "workflow/rules/pretrain.smk"
@@ -59,6 +66,7 @@ rule all:
         TABLES,
         FIGURES,
         RUNS,
+        PAGES,
         "<results>/provenance.json",
 
 
@@ -94,3 +102,11 @@ for name in config["experiments"]:
             tables_of(name),
             figures_of(name),
             run_files(name),
+
+
+onerror:
+    print(
+        "The last line of a failed job's log says what to do. A log without such a line: the job was killed from "
+        "outside, mostly for want of memory; give it more, --set-resources RULE:mem_mb=... What was finished is "
+        "kept, and a training goes on where it stopped: mend the cause and give the same command again."
+    )

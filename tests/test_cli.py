@@ -17,7 +17,7 @@ from small import tiny
 STAGES = (
     *("resolve", "calibrate", "pretrain", "density", "offline", "threshold", "finetune", "sample"),
     *("evaluate", "exact", "resolution", "measure", "table", "compare", "figures", "provenance"),
-    *("theory", "theory-report", "costs"),
+    *("theory", "theory-report", "costs", "config-reference"),
     *(f"molecules-{stage}" for stage in ("data", "pretrain", "offline", "threshold", "finetune")),
     *("molecules-sample", "molecules-evaluate"),
 )

@@ -24,7 +24,7 @@ REWARD = Quadratic([1.0, 0.5])
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 
 
-def exact_solver(base, variation, kl_weight, random):
+def exact_solver(base, variation, kl_weight, random, slot=None):
     """The exact tilt of a Gaussian flow by a variation whose gradient is affine, read off three points."""
     probes = torch.eye(3, dtype=torch.float64)[:, 1:]
     at_zero, *rest = variation.gradient(probes)
@@ -66,7 +66,7 @@ def test_a_continued_ascent_is_the_uninterrupted_one_and_rows_carry_their_iterat
     choice = AdjointMatchingSettings(updates=2, batch=8, pool=8, steps=5, learning_rate=0.1)
     settings = MirrorAscent(step_weight=2.0, law_samples=50, law_steps=5)
 
-    def solver(base, variation, kl_weight, random):
+    def solver(base, variation, kl_weight, random, slot=None):
         assert kl_weight == 2.0
         return solve(base, variation, kl_weight, choice, random)
 
@@ -101,7 +101,7 @@ def test_two_trained_steps_reach_the_law_of_two_exact_ones():
         objective(flow, alpha, 0.975),
         range(2),
         MirrorAscent(step_weight=eta, law_samples=100, law_steps=steps),
-        lambda base, variation, weight, random: solve(base, variation, weight, choice, random),
+        lambda base, tilt, weight, random, slot: solve(base, tilt, weight, choice, random),
         generator,
     )
     mean, covariance = chain_law(result.model, steps)

@@ -105,9 +105,9 @@ def test_overrides_of_the_plane_and_of_molecules_do_not_meet() -> None:
 
 def test_a_study_of_levels_derives_from_its_experiment() -> None:
     cases = load_file(EXPERIMENTS / "molecules_tail_sweep.yaml", {"molecules": {"offline": {"samples": 9}}})
-    assert list(cases) == [f"molecules_tail_sweep/{label}" for label in ("plain", "pool", "rising", "fitted")]
-    levels = {"plain": [0.998], "pool": [0.998], "rising": [0.998]}
-    levels["fitted"] = [0.5, 0.8, 0.9, 0.95]
+    levels = {"pool": [0.5, 0.8, 0.95], "plain": [0.998], "large_pool": [0.998], "rising": [0.998]}
+    levels["fitted"] = [0.5, 0.8]
+    assert list(cases) == [f"molecules_tail_sweep/{label}" for label in levels]
     for name, case in cases.items():
         own = molecule_experiment(case)
         assert own.base == "molecules_qm9"
@@ -117,6 +117,38 @@ def test_a_study_of_levels_derives_from_its_experiment() -> None:
         assert rises == ({0.5} if name.endswith("rising") else {None})
     plain = molecule_experiment(cases["molecules_tail_sweep/plain"])
     assert plain.solver.pool == plain.solver.batch
+    pool = molecule_experiment(cases["molecules_tail_sweep/pool"])
+    assert {name: pool.level_of(name) for name in pool.also} == {"tfft_0.9": 0.9, "tfft": 0.998}
+
+
+def test_a_case_has_methods_of_its_base_as_its_own(tmp_path: Path) -> None:
+    (tmp_path / QM9.name).write_text(QM9.read_text())
+    file = tmp_path / "mine.yaml"
+
+    def load(**case: object) -> None:
+        cases = [{"label": "a", "of": "molecules_qm9", "methods": {"am": {"kind": "am"}}, **case}]
+        study = {"axis": "level", "table": "levels", "cases": cases}
+        file.write_text(yaml.safe_dump({"name": "mine", "title": "t", "seeds": 1, "study": study}))
+        load_file(file)
+
+    load(also=["tfft"])
+    with pytest.raises(
+        ConfigError, match=r"mine\.yaml: key study\.cases: case 'a': also: .* no method 'ppo'"
+    ):
+        load(also=["ppo"])
+    with pytest.raises(ConfigError, match=r"also: am is a method of the case's own"):
+        load(also=["am"])
+
+
+def test_what_is_merged_into_one_file_comes_before_the_changes_of_its_cases() -> None:
+    files = {"files": {"molecules_qm9": {"solver": {"pool": 64, "updates": 7}}}}
+    (base,) = load_file(QM9, files).values()
+    assert (molecule_experiment(base).solver.pool, base.solver.updates) == (64, 7)
+    cases = load_file(EXPERIMENTS / "molecules_tail_sweep.yaml", files)
+    pools = {name.partition("/")[2]: case.solver.pool for name, case in cases.items()}
+    assert pools == {"pool": 64, "plain": 32, "large_pool": 128, "rising": 64, "fitted": 64}
+    with pytest.raises(ConfigError, match="key files: must map names of experiment files"):
+        load_file(QM9, {"files": {"molecules_qm9": 3}})
 
 
 def test_a_study_of_levels_is_of_molecules(tmp_path: Path) -> None:

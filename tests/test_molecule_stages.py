@@ -21,6 +21,7 @@ from flowtilt.domains.molecules.xtb import single_point
 from flowtilt.experiment import dump
 from flowtilt.metrics.tails import upper_tail_mean
 from flowtilt.molecule_experiment import MoleculeExperiment
+from flowtilt.resuming import SECONDS
 from flowtilt.stages.molecule_metrics import masses_of
 from small_molecules import tiny, write_checkpoint, write_molecules
 
@@ -176,6 +177,44 @@ def test_the_same_seed_gives_the_same_bytes(folder: Folder) -> None:
     first = folder.file("am.safetensors").read_bytes()
     assert folder.finetune("am") == 0
     assert folder.file("am.safetensors").read_bytes() == first
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["am", "fdc", "am_fitted"])
+def test_a_stopped_finetuning_goes_on_exactly_where_it_was(
+    method: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Energies asked for again after the stop, as for FDC's law or a bank, are not counted again."""
+    from flowtilt.stages.molecule_finetuning import finetune
+
+    monkeypatch.setenv(SECONDS, "0")
+    assert folder.finetune(method) == 0
+    weights, history = (folder.file(f"{method}.{ending}") for ending in ("safetensors", "csv"))
+    whole, rows = weights.read_bytes(), pd.read_csv(history)
+    weights.unlink()
+    done = 0
+
+    def progress(_: dict[str, float]) -> None:
+        nonlocal done
+        done += 1
+        if done in (2, 4):
+            raise Stopped
+
+    pretrained, state = folder.file("pre.safetensors"), weights.parent / "state"
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            finetune(folder.experiment, method, 0, pretrained, weights, history, None, 1, progress)
+        assert state.is_dir()
+    finetune(folder.experiment, method, 0, pretrained, weights, history, None, 1, progress)
+    assert done == len(rows) + 2
+    assert not state.exists()
+    assert weights.read_bytes() == whole
+    again = pd.read_csv(history)
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), rows.drop(columns="seconds"))
+    assert again["evaluated"].sum() > 0
 
 
 def test_metrics_of_a_run_are_those_of_its_molecules(folder: Folder) -> None:

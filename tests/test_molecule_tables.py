@@ -15,7 +15,7 @@ from flowtilt.figures import figure_style, save_figure
 from flowtilt.figures_molecules import Generated, energies_figure, levels_figure, load_generated
 from flowtilt.measurements import ResultsError, runs_of
 from flowtilt.molecule_experiment import MoleculeExperiment, tail_metric
-from flowtilt.molecule_tables import LevelLine, levels, levels_panel
+from flowtilt.molecule_tables import LevelLine, _decided, levels, levels_panel
 from flowtilt.panels import describe
 from flowtilt.stages.files import write_arrays, write_history, write_rows
 from flowtilt.stages.molecule_metrics import LEVELS
@@ -46,7 +46,9 @@ def write(results: Path, experiment: MoleculeExperiment) -> None:
             folder = results / "runs" / experiment.name / method / f"seed{seed}"
             write_rows({method: made_up(method, seed)}, folder / "metrics.json")
             if config.tuned:
-                rows: list[dict[str, float]] = [{"update": i, "seconds": 4.0 * i + 5} for i in (0, 1)]
+                rows: list[dict[str, float]] = [
+                    {"update": i, "seconds": 4.0 * i + 5, "network_passes": 700 * i + 800} for i in (0, 1)
+                ]
                 write_history(rows, folder / "history.csv")
 
 
@@ -86,6 +88,7 @@ def test_what_holds_is_said_with_its_spread(results: Path) -> None:
         f"- fdc raises {best} over pretrained: holds, by 0.1500 ± 0 hartree (3 of 3 seeds).",
         f"- fdc raises {best} over am: does not hold, by -0.1500 ± 0 hartree (0 of 3 seeds).",
         "- tfft_0.9 raises the top-10 % mean over am: does not hold",
+        "- tfft_0.9_fitted raises the top-10 % mean over am_fitted: not decided by these seeds",
         "- fdc reports a mean of minus energy of 15.4 hartree for the pretrained model, where the data",
     ):
         assert said in text
@@ -96,17 +99,29 @@ def test_what_holds_is_said_with_its_spread(results: Path) -> None:
     assert "ftfc reports" not in text
 
 
+def test_what_seeds_do_not_decide_is_said_so() -> None:
+    decided = [[0.1, 0.2, 0.15], [-0.1, -0.2, -0.15], [0.3, -0.2, 0.1], [0.4], [0.0, 0.0]]
+    assert [_decided(np.array(gains)) for gains in decided] == [
+        *("holds", "does not hold", "not decided by these seeds", "holds", "not decided by these seeds")
+    ]
+
+
 def test_levels_are_compared_with_the_same_runs_at_every_level(results: Path) -> None:
     cases = [molecule_experiment(case) for case in load_file(SWEEP).values()]
     lines = levels(results, cases)
-    assert len(lines) == 5 * 2 + sum(len(case.methods) for case in cases)
+    assert len(lines) == 5 * 2 + sum(len(case.methods | case.also) for case in cases)
     by = {(line.case, line.method, line.level): line for line in lines}
     pretrained, am = by["reference", "pretrained", 0.9], by["reference", "am", 0.9]
     assert (pretrained.tail, am.tail) == (34.0, 34.3)
     assert am.gain == pytest.approx(0.3)
-    own = by["fitted", "tfft_0.9", 0.9]
+    assert {key for key in by if key[0] == "pool"} == {
+        ("pool", "tfft", 0.998),
+        *(("pool", f"tfft_{level:g}", level) for level in (0.5, 0.8, 0.9, 0.95)),
+    }
+    own = by["fitted", "tfft_0.9_fitted", 0.9]
     assert own.gain == pytest.approx(0.2)
     assert (own.seconds, own.energies, own.active, own.inactive, own.seeds) == (9.0, 640.0, 0.02, 0.5, 1)
+    assert own.passes == 1500
     assert [line.level for line in lines] == sorted(line.level for line in lines)
     panel = levels_panel(lines, "Levels")
     assert panel.lines[0][:4] == ["0.5", "pretrained", "30.00", ""]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from flowtilt.files import atomic_path
 
@@ -18,11 +19,23 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message names the file and the fix."""
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's weights; the file appears whole or not at all."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors as safetensors; the file appears whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk.
+    """
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary)
+        try:
+            safetensors.torch.save_file(whole, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from None
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's weights by :func:`save_tensors`."""
+    save_tensors(model.state_dict(), path)
 
 
 def load_weights(model: Module, path: Path) -> Module:

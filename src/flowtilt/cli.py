@@ -6,6 +6,7 @@ Heavy imports wait until a stage is chosen, so that ``--help`` and the light sta
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import json
 import logging
@@ -39,15 +40,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     _start_logging(arguments.log)
     try:
         arguments.handler(arguments)
+        if "flowtilt.parallel" in sys.modules:  # which imports torch, and many stages do not
+            sys.modules["flowtilt.parallel"].leave_processes()
     except KeyboardInterrupt:
         log.error("interrupted; outputs that were not finished were not written")
         return 130
-    except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
-        log.error("%s: %s", arguments.stage, error)
+    except (ValueError, RuntimeError, ArithmeticError, OSError, MemoryError) as error:
+        log.error("%s: %s%s", arguments.stage, error, _advice(error))
         log.debug("traceback", exc_info=True)
         return 1
     log.info("%s: done", arguments.stage)
     return 0
+
+
+_NO_MEMORY = ("out of memory", "allocate memory")
+_NO_SPACE = ("No space left", "quota exceeded", "File too large")
+"""Words of errors by torch, safetensors and the system."""
+
+
+def _advice(error: BaseException) -> str:
+    """What to do about an error of the machine; nothing for others, whose messages say it themselves."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
+        return (
+            " (not enough memory; lower solver.batch or solver.pool, or give the job more: "
+            "--set-resources RULE:mem_mb=...)"
+        )
+    if not isinstance(error, OSError):
+        return ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(words in text for words in _NO_SPACE):
+        return " (the disk is full; free space and run again: what was finished before is kept)"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return " (no file can be written there; set the key results to a folder that you can write to)"
+    return ""
 
 
 def _start_logging(file: Path | None) -> None:
@@ -175,6 +200,24 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--config-hash", required=True)
     stage.add_argument("--benchmarks", type=Path, required=True, help="folder of the workflow's benchmarks")
     stage.add_argument("--output", type=Path, required=True)
+
+    stage = add("page", _page, "Write a table, the comparison or the provenance as an HTML page.")
+    stage.add_argument("source", type=Path, help="a table's .md, comparison.csv, or provenance.json")
+    stage.add_argument("--title", default="", help="of a table's page")
+    stage.add_argument("--output", type=Path, required=True, help="HTML file to write")
+
+    stage = add("overview", _overview, "Write the pages of the comparison, the costs and the provenance.")
+    stage.add_argument("source", type=Path, nargs="+", help="comparison.csv, costs.md, provenance.json")
+    stage.add_argument("--output-folder", type=Path, required=True, help="for pages of the same names")
+
+    stage = add("config-reference", _config_reference, "Write the reference of all configuration keys.")
+    stage.add_argument(
+        "--schema",
+        type=Path,
+        default=Path("workflow/schemas/config.schema.yaml"),
+        help="schema of the workflow's configuration (default: %(default)s)",
+    )
+    stage.add_argument("--output", type=Path, required=True, help="file to write (Markdown)")
     return parser
 
 
@@ -226,13 +269,16 @@ def prepare_torch(gpu: bool = False) -> None:
     """Hold torch to the threads that the job was given, and take numbers below 1e-38 as zero.
 
     Gradients far out on a sigmoid's flank are that small, and a processor takes some thirty times as
-    long over each. With ``gpu`` tensors live on the GPU that the job has, if it has one.
+    long over each. With ``gpu`` tensors live on the GPU that the job has, if it has one, and processes
+    that were started together share the work, each on a GPU of its own.
     """
     import torch
 
     from flowtilt.devices import take_device
+    from flowtilt.parallel import join_processes
 
     if gpu:
+        join_processes()
         take_device()
     gc.enable()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -253,7 +299,10 @@ class Bar:
     def __init__(self, total: int, label: str) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, desc=label, unit="update", mininterval=1.0, disable=None)
+        from flowtilt.parallel import processes
+
+        disable = None if processes().leads else True
+        self._bar = tqdm(total=total, desc=label, unit="update", mininterval=1.0, disable=disable)
 
     def __call__(self, row: dict[str, float]) -> None:
         self._bar.set_postfix(loss=f"{row['loss']:.3g}", refresh=False)
@@ -387,6 +436,25 @@ def _provenance(a: argparse.Namespace) -> None:
     from flowtilt.provenance import write_provenance
 
     write_provenance(a.config_hash, a.benchmarks, a.output)
+
+
+def _page(a: argparse.Namespace) -> None:
+    from flowtilt.pages import write_page
+
+    write_page(a.source, a.title or a.source.stem, a.output)
+
+
+def _overview(a: argparse.Namespace) -> None:
+    from flowtilt.pages import write_page
+
+    for source in a.source:
+        write_page(source, source.stem.capitalize(), a.output_folder / f"{source.stem}.html")
+
+
+def _config_reference(a: argparse.Namespace) -> None:
+    from flowtilt.config_reference import write_reference
+
+    write_reference(a.schema, a.output)
 
 
 if __name__ == "__main__":

@@ -71,19 +71,47 @@ class Experiment(Section, ABC):
     """Sections that a stage reads in experiments of this kind only."""
 
     name: str
+    """Name of the experiment: that of its file."""
+
     title: str
+    """Title of its table."""
+
     base: str
+    """Experiment whose pretrained models this one starts from; by default itself, and for a case of a
+    study the experiment that it derives from."""
+
     seeds: Seeds
+    """Seeds of the runs; a number n stands for 0 to n - 1."""
+
     path: PathConfig
+    """The interpolant between noise and data."""
+
     network: NetworkConfig
+    """The velocity network."""
+
     data: DataConfig
+    """The law that the model is pretrained on."""
+
     pretrain: PretrainConfig
+    """How it is pretrained."""
+
     offline: OfflineConfig
+    """Sizes of batches."""
+
     solver: SolverConfig
+    """The control solver of all methods."""
+
     methods: Annotated[Mapping[str, MethodConfig], Field(min_length=1)]
+    """The methods by name, each a row of the table."""
+
     evaluation: EvaluationConfig
+    """How runs are measured."""
+
     grid: GridConfig
+    """The grids that laws are solved on."""
+
     axis_value: float | None = None
+    """Where a case stands on its study's axis; set by the case's ``value``."""
 
     @model_validator(mode="after")
     def _prediction_fits_path(self) -> Experiment:
@@ -175,9 +203,16 @@ class TailExperiment(Experiment):
     layers = ("network", "exact", "resolved")
 
     reward: ZonesConfig
+    """The landscape."""
+
     calibration: CalibrationConfig
+    """What its right edge is fitted to."""
+
     objective: TailObjective
+    """The tail that is raised, and what is paid for it."""
+
     methods: Annotated[Mapping[str, TailMethodConfig], Field(min_length=1)]
+    """The methods by name, each a row of the table."""
 
     @model_validator(mode="after")
     def _no_modes(self) -> TailExperiment:
@@ -219,10 +254,19 @@ class FunctionalExperiment(Experiment):
     }
 
     reward: SlopeConfig | None = None
+    """The reward of utilities that take one."""
+
     cost: BowlConfig | None = None
+    """The cost that a log barrier bounds."""
+
     objective: FunctionalObjective
+    """The utility that is raised, and what is paid for it."""
+
     methods: Annotated[Mapping[str, FunctionalMethodConfig], Field(min_length=1)]
+    """The methods by name, each a row of the table."""
+
     evaluation: FunctionalEvaluationConfig
+    """How runs are measured."""
 
     @model_validator(mode="after")
     def _problems_fit(self) -> FunctionalExperiment:
@@ -309,41 +353,70 @@ class Case(Section):
     """One case of a study: another experiment with some keys changed."""
 
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """Name of the case: its experiment is called {study}/{label}."""
+
     of: str
+    """Experiment file that it derives from."""
+
     value: float | None = None
+    """Where it stands on the study's axis; without it a line of reference."""
+
     set: dict[str, Any] = Field(default_factory=dict)
+    """Keys of that experiment that are changed, merged in after the study's ``set``."""
+
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Methods of the case, merged into those of the study."""
+
+    also: list[str] = Field(default_factory=list)
+    """Methods of that experiment that belong to the case as they are, and are not run again; for
+    molecules."""
 
 
 class StudyConfig(Section):
-    """What a study varies, and its cases; ``set`` and ``methods`` are for cases that do not say otherwise.
-
-    ``table`` chooses its table and its figure: rows along the axis for cases on tails; for cases on
-    functionals ``hierarchy``, what FDC reaches of each, or ``solvers``, what each solver reaches at what
-    cost; for cases on molecules ``levels``, what each level of the tail reaches at what cost.
-    """
+    """What a study varies, and its cases."""
 
     axis: str
+    """What varies, with its unit if it has one: the title of the axis."""
+
     table: Literal["axis", "hierarchy", "solvers", "levels"] = "axis"
+    """Table and figure: ``axis``, rows along the axis, for cases on tails; ``hierarchy``, what FDC reaches
+    of each functional, or ``solvers``, what each solver reaches at what cost, for cases on functionals;
+    ``levels``, what each level of the tail reaches at what cost, for molecules."""
+
     set: dict[str, Any] = Field(default_factory=dict)
+    """Keys that are changed in the experiment of every case."""
+
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Methods of every case."""
+
     cases: Annotated[list[Case], Field(min_length=1)]
+    """The cases, in the order of the table."""
 
 
 class Study(Section):
     """A file whose cases are experiments."""
 
     name: str
+    """Name of the study: that of its file."""
+
     title: str
+    """Title of its table; a case's title is this and its label."""
+
     seeds: int | list[int]
+    """Seeds of all cases; a number n stands for 0 to n - 1."""
+
     study: StudyConfig
+    """What varies."""
 
 
 class Skip(Section):
     """Cases of a study, by label, and methods that are left out of a file."""
 
     cases: list[str] = Field(default_factory=list)
+    """Labels of the cases that are left out."""
+
     methods: list[str] = Field(default_factory=list)
+    """Names of the methods that are left out."""
 
 
 def read_study(path: Path) -> Study | None:
@@ -358,8 +431,9 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     Args:
         path: the YAML file; its ``name`` must be the file's.
         overrides: merged into every experiment in the plane last, and what is under the key ``molecules``
-            into every one on molecules; but the key ``skip`` names, by file, cases and methods that are
-            left out (see :class:`Skip`).
+            into every one on molecules; but the key ``files`` holds, by file, what is merged into the file
+            as it is read, before the changes of a study's cases; and the key ``skip`` names, by file, cases
+            and methods that are left out (see :class:`Skip`).
 
     Raises:
         ConfigError: naming the file, the key and the fix.
@@ -367,9 +441,14 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     path = Path(path)
     overrides = dict(overrides or {})
     skip = _skip_of(overrides.pop("skip", {}), path)
-    of_molecules = overrides.pop("molecules", {})
+    of_molecules, of_files = overrides.pop("molecules", {}), overrides.pop("files", {})
     if not isinstance(of_molecules, Mapping):
         raise ConfigError(f"{path}: key molecules: must map keys of experiments on molecules to values")
+    if not isinstance(of_files, Mapping) or not all(isinstance(v, Mapping) for v in of_files.values()):
+        raise ConfigError(f"{path}: key files: must map names of experiment files to their keys and values")
+
+    def read(file: Path) -> dict[str, Any]:
+        return merge(read_yaml(file), of_files.get(file.stem, {}))
 
     def finish(merged: dict[str, Any], case: str | None = None) -> AnyExperiment:
         """The experiment from its data, with what overrides it and without what is left out."""
@@ -384,12 +463,12 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
             )
         return validated(kind, merged, path, case)
 
-    data = read_yaml(path)
+    data = read(path)
     if data.get("name") != path.stem:
         raise ConfigError(
             f"{path}: key name: must be the file's own, {path.stem!r}, got {data.get('name')!r}"
         )
-    study = read_study(path)
+    study = validated(Study, data, path) if "study" in data else None
     if study is None:
         return {path.stem: finish({"base": path.stem, **data})}
     if unknown := set(skip.cases) - {case.label for case in study.study.cases}:
@@ -398,7 +477,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     for case in study.study.cases:
         if case.label in skip.cases:
             continue
-        parent = read_yaml(path.parent / f"{case.of}.yaml")
+        parent = read(path.parent / f"{case.of}.yaml")
         name = f"{study.name}/{case.label}"
         if name in experiments:
             raise ConfigError(f"{path}: key study.cases: the label {case.label!r} occurs twice")
@@ -411,8 +490,20 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
             "methods": merge(study.study.methods, case.methods),
             "axis_value": case.value,
         }
+        if case.also:
+            own["also"] = _methods_of(parent, case, path)
         experiments[name] = finish({**changed, **own}, case.label)
     return experiments
+
+
+def _methods_of(parent: Mapping[str, Any], case: Case, path: Path) -> dict[str, Any]:
+    """The methods that a case has of the experiment it derives from."""
+    if unknown := [name for name in case.also if name not in parent["methods"]]:
+        raise ConfigError(
+            f"{path}: key study.cases: case {case.label!r}: also: {case.of} has no method {unknown[0]!r} "
+            f"({', '.join(parent['methods'])})"
+        )
+    return {name: parent["methods"][name] for name in case.also}
 
 
 def _skip_of(by_file: Any, path: Path) -> Skip:

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, as in the other figures.
 COLOURS = {"data": "#CC79A7", "pretrained": "#6b6b6b", "am": "#0072B2", "fdc": "#D55E00", "tfft": "#009E73"}
-_CASES = {"plain": "#56B4E9", "pool": "#009E73", "rising": "#D55E00"}
+_CASES = {
+    "plain": "#56B4E9",
+    "pool": "#009E73",
+    "large_pool": "#E69F00",
+    "rising": "#D55E00",
+    "fitted": "#CC79A7",
+}
 _SHADE = "#f0e442"
 
 
@@ -198,7 +204,7 @@ _PANELS = (
     ("gain", "tail mean over pretrained (hartree)"),
     ("validity", "valid (%)"),
     ("active", "active samples (share)"),
-    ("seconds", "training (s)"),
+    ("passes", "network passes in training"),
 )
 
 
@@ -223,6 +229,7 @@ def levels_figure(lines: Sequence[LevelLine], title: str) -> Figure:
         axes.set_ylabel(words)
         axes.set_xticks(range(len(known)), [f"{level:g}" for level in known])
     panels[2].set_yscale("symlog", linthresh=1e-3)
+    panels[2].set_ylim(0, 1.5)
     for axes in panels[2:]:
         axes.set_xlabel("level of the tail")
     figure.suptitle(title)

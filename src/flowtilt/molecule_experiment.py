@@ -32,10 +32,7 @@ _SOLVED = (*_FLOW, "time_power")
 
 
 class MoleculeExperiment(Section):
-    """One experiment on molecules, or one case of a study of them.
-
-    ``base`` is the experiment whose pretrained model and offline batches this one uses.
-    """
+    """One experiment on molecules, or one case of a study of them."""
 
     layers: ClassVar[tuple[str, ...]] = ("network",)
     """Rows of each method in the tables: there is no grid to solve anything on."""
@@ -57,24 +54,67 @@ class MoleculeExperiment(Section):
     unit: ClassVar[str] = "negative_energy"
 
     name: str
+    """Name of the experiment: that of its file."""
+
     domain: Literal["molecules"]
+    """Says that the experiment is on molecules."""
+
     title: str
+    """Title of its table."""
+
     base: str
+    """Experiment whose pretrained model and offline batches this one uses; by default itself, and for a
+    case of a study the experiment that it derives from."""
+
     seeds: Seeds
+    """Seeds of the runs; a number n stands for 0 to n - 1."""
+
     model: MoleculeModelConfig
+    """The base model."""
+
     subset: SubsetConfig
+    """Which molecules of QM9."""
+
     units: UnitsConfig = UnitsConfig()
+    """What one unit of a state stands for."""
+
     network: MoleculeNetworkConfig = MoleculeNetworkConfig()
+    """Sizes of the network."""
+
     pretrain: MoleculePretrainConfig
+    """How it is pretrained, if it is trained anew."""
+
     time_power: Positive = 1.0
+    """Power p of the times 1 - (1 - u)^p of equally spaced u that samplers and solvers step along: above
+    1, steps are denser towards the data."""
+
     checkpoint: CheckpointConfig
+    """The shipped weights."""
+
     reward: XTBConfig = XTBConfig()
+    """How energies are computed, and which are believed."""
+
     objective: MoleculeObjective
+    """The tail that is raised, and what is paid for it."""
+
     offline: OfflineConfig
+    """Sizes of batches."""
+
     solver: SolverConfig
+    """The control solver of all methods."""
+
     methods: Annotated[Mapping[str, MoleculeMethodConfig], Field(min_length=1)]
+    """The methods by name, each a row of the table."""
+
+    also: Mapping[str, MoleculeMethodConfig] = {}
+    """Methods of the base that belong to this case too: they have its solver, and are not run again. Set by
+    the case's ``also``."""
+
     evaluation: MoleculeEvaluationConfig
+    """How runs are measured."""
+
     axis_value: float | None = None
+    """Where a case stands on its study's axis; set by the case's ``value``."""
 
     @model_validator(mode="after")
     def _solvers_fit(self) -> MoleculeExperiment:
@@ -91,6 +131,12 @@ class MoleculeExperiment(Section):
                     f"methods.{name}.solver.endpoint_gradient: must be pathwise; likelihood_ratio takes "
                     "values, which may fail"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _also_fits(self) -> MoleculeExperiment:
+        if twice := self.also.keys() & self.methods.keys():
+            raise ValueError(f"also: {min(twice)} is a method of the case's own; rename one of them")
         return self
 
     def _solver(self, method: str) -> SolverConfig:
@@ -117,8 +163,8 @@ class MoleculeExperiment(Section):
         return self.methods[method].updates or self.solver_of(method).updates
 
     def level_of(self, method: str) -> float:
-        """The level b of a method's tail, its best share being 1 - b."""
-        return self.methods[method].level or self.objective.level
+        """The level b of a method's tail, its best share being 1 - b; of those of the base as well."""
+        return {**self.also, **self.methods}[method].level or self.objective.level
 
     def tail_of(self, method: str) -> TailSpec:
         """Side, mass and KL weight of a method's tail problem."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -51,24 +51,38 @@ def groups(experiment: MoleculeExperiment, caption: str) -> dict[str, list[str]]
 
 
 def findings(long: pd.DataFrame, experiment: MoleculeExperiment, reported: pd.DataFrame) -> list[str]:
-    """Sentences on what the methods should do, by differences of paired seeds, and on reported means."""
-    first = {kind: _first(experiment, kind) for kind in ("data", "pretrained", "am", "fdc")}
-    pretrained, am, fdc = (first[kind] for kind in ("pretrained", "am", "fdc"))
+    """Sentences on what the methods should do, by differences of paired seeds, and on reported means.
+
+    FDC and TFFT are compared with am by the same solver.
+    """
+    kinds = {name: config.kind for name, config in experiment.methods.items()}
+    pretrained, data = (
+        next((n for n, k in kinds.items() if k == kind), None) for kind in ("pretrained", "data")
+    )
     mean, main = experiment.mean_metric, experiment.main_metric
-    asked = [(am, pretrained, mean), (fdc, pretrained, main), (fdc, am, main)]
-    asked += [
-        (method, am, tail_metric(experiment.level_of(method)))
-        for method, config in experiment.methods.items()
-        if config.kind == "tfft"
-    ]
-    said = [_ahead(long, a, b, metric) for a, b, metric in asked if a is not None and b is not None]
-    if first["data"] is not None:
-        said += _cannot_be(long, experiment, first["data"], reported)
+    asked: list[tuple[str, str, str]] = []
+    for method, kind in kinds.items():
+        if kind in ("data", "pretrained"):
+            continue
+        own = main if kind == "fdc" else mean if kind == "am" else tail_metric(experiment.level_of(method))
+        am = _am_beside(experiment, method)
+        others = [pretrained, None if kind == "am" else am]
+        asked += [(method, other, own) for other in others if other is not None]
+    said = [_ahead(long, *comparison) for comparison in asked]
+    if data is not None:
+        said += _cannot_be(long, experiment, data, reported)
     return said
 
 
-def _first(experiment: MoleculeExperiment, kind: str) -> str | None:
-    return next((name for name, config in experiment.methods.items() if config.kind == kind), None)
+def _am_beside(experiment: MoleculeExperiment, method: str) -> str | None:
+    """The am that is solved as another method is."""
+    solver = experiment.solver_of(method).kind
+    same = (
+        name
+        for name, config in experiment.methods.items()
+        if config.kind == "am" and experiment.solver_of(name).kind == solver
+    )
+    return next(same, None)
 
 
 def _ahead(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
@@ -79,11 +93,19 @@ def _ahead(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
     sd = float(gains.std(ddof=1)) if len(gains) > 1 else math.nan
     holds = int((gains > 0).sum())
     words = describe(metric).words
-    verdict = "holds" if gains.mean() > 0 else "does not hold"
+    found = pretty(float(gains.mean()), sd)
     return (
-        f"{method} raises the {words} over {other}: {verdict}, by {pretty(float(gains.mean()), sd)} hartree "
+        f"{method} raises the {words} over {other}: {_decided(gains)}, by {found} hartree "
         f"({holds} of {len(seeds)} seeds)."
     )
+
+
+def _decided(gains: np.ndarray) -> str:
+    """Whether gains of paired seeds are of one sign, by two standard errors of their mean."""
+    error = float(gains.std(ddof=1)) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    if abs(gains.mean()) <= 2 * error:
+        return "not decided by these seeds"
+    return "holds" if gains.mean() > 0 else "does not hold"
 
 
 FAR = 5.0
@@ -116,7 +138,7 @@ class LevelLine(NamedTuple):
     """One level of the tail in one case, means over seeds.
 
     Attributes:
-        case: label of the case; ``reference`` for methods of the experiment that the cases derive from.
+        case: label of the case; ``reference`` for what every level is compared with.
         method: as in the paths of its runs.
         level: of the tail.
         tail: mean of the best share ``1 - level``, in hartree.
@@ -128,6 +150,7 @@ class LevelLine(NamedTuple):
         active: mean share of active samples in the pool.
         inactive: share of updates without any.
         seconds: of the training, by its history.
+        passes: network passes of the training, counted and not timed (see ``flowtilt.control.base``).
         energies: computed in training.
         seeds: how many.
     """
@@ -144,15 +167,19 @@ class LevelLine(NamedTuple):
     active: float
     inactive: float
     seconds: float
+    passes: float
     energies: float
     seeds: int
 
 
-def parent_runs(case: MoleculeExperiment) -> Runs:
-    """The runs of the experiment that a case derives from which the case is compared with."""
-    own = runs_of(case)
-    methods = (Method("pretrained", "pretrained"), Method("am", "am"))
-    return replace(own, name=case.base, methods=methods)
+REFERENCES = ("pretrained", "am")
+"""Methods of the experiment that cases derive from which every level is compared with."""
+
+
+def parent_runs(case: MoleculeExperiment, methods: Mapping[str, str]) -> Runs:
+    """Runs of the experiment that a case derives from: its methods by name, and their kinds."""
+    chosen = tuple(Method(name, kind) for name, kind in methods.items())
+    return replace(runs_of(case), name=case.base, methods=chosen)
 
 
 def levels(results: str | Path, cases: Sequence[MoleculeExperiment]) -> list[LevelLine]:
@@ -161,21 +188,22 @@ def levels(results: str | Path, cases: Sequence[MoleculeExperiment]) -> list[Lev
     Raises:
         ResultsError: if a run is missing or malformed.
     """
-    parent = parent_runs(cases[0])
+    parent = parent_runs(cases[0], {name: name for name in REFERENCES})
     frame = collect(results, parent)
-    known = sorted({case.level_of(m) for case in cases for m in case.methods})
+    known = sorted({case.level_of(m) for case in cases for m in (*case.also, *case.methods)})
     lines = []
     for level in known:
-        for method in ("pretrained", "am"):
+        for method in REFERENCES:
             lines.append(_line(results, frame, frame, cases[0], parent, "reference", method, level))
     for case in cases:
-        runs = runs_of(case)
-        own = collect(results, runs)
         label = case.name.partition("/")[2]
-        lines += [
-            _line(results, own, frame, case, runs, label, method, case.level_of(method))
-            for method in case.methods
-        ]
+        shared = parent_runs(case, {name: method.kind for name, method in case.also.items()})
+        for runs in (runs_of(case), shared) if case.also else (runs_of(case),):
+            own = collect(results, runs)
+            lines += [
+                _line(results, own, frame, case, runs, label, method.name, case.level_of(method.name))
+                for method in runs.methods
+            ]
     return sorted(lines, key=lambda line: line.level)
 
 
@@ -211,29 +239,29 @@ def _line(
         validity=mean("validity_pct"),
         active=mean("active_share"),
         inactive=mean("inactive_updates"),
-        seconds=_seconds(results, runs, method),
+        seconds=_last(results, runs, method, "seconds"),
+        passes=_last(results, runs, method, "network_passes"),
         energies=mean("training_energies"),
         seeds=len(runs.seeds),
     )
 
 
-def _seconds(results: str | Path, runs: Runs, method: str) -> float:
-    """Mean seconds of the trainings of a method; NaN for the pretrained model."""
+def _last(results: str | Path, runs: Runs, method: str, column: str) -> float:
+    """Mean over seeds of a column's last value in the trainings' histories; NaN for the pretrained model."""
     if method == "pretrained":
         return math.nan
-    seconds = []
+    last = []
     for seed in runs.seeds:
-        history = read_history(
-            run_folder(results, runs, method, "network", seed) / "history.csv", ["seconds"]
-        )
-        seconds.append(float(history["seconds"].iloc[-1]))
-    return float(np.mean(seconds))
+        path = run_folder(results, runs, method, "network", seed) / "history.csv"
+        last.append(float(read_history(path, [column])[column].iloc[-1]))
+    return float(np.mean(last))
 
 
 def levels_panel(lines: Sequence[LevelLine], title: str) -> Panel:
     """The levels as text: one line a level and case."""
     header = ["level", "case", "mean of its tail (hartree)", "over pretrained", "top-0.2 % mean", "mean"]
-    header += ["valid (%)", "active samples", "updates without", "training (s)", "energies"]
+    header += ["valid (%)", "active samples", "updates without", "training (s)"]
+    header += ["thousand network passes", "energies"]
     cells = [
         [
             f"{line.level:g}",
@@ -241,7 +269,10 @@ def levels_panel(lines: Sequence[LevelLine], title: str) -> Panel:
             pretty(line.tail, line.tail_sd),
             _cell(line.gain) if line.method != "pretrained" else "",
             *map(_cell, (line.best, line.mean, line.validity, line.active, line.inactive, line.seconds)),
-            f"{line.energies:.0f}" if math.isfinite(line.energies) else "",
+            *(
+                f"{value:.0f}" if math.isfinite(value) else ""
+                for value in (line.passes / 1000, line.energies)
+            ),
         ]
         for line in lines
     ]
@@ -253,9 +284,12 @@ def _cell(value: float) -> str:
 
 
 LEVELS_NOTE = (
-    "Cases: plain trains on all that it samples; pool samples more trajectories than it trains on, draws "
-    "from its tail and its body apart, and reweights, which leaves the estimator unbiased; rising adds to "
-    "that a level that rises from 0.5. Pretrained and am are the same runs at every level. Active samples: "
-    "the share of sampled molecules above the threshold, over all updates; a line without any has not "
-    "tested the method. Training: seconds by the history, without threshold and offline batch."
+    "Cases: plain trains on all that it samples; pool and large_pool sample more trajectories than they "
+    "train on, draw from tail and body apart, and reweight, which leaves the estimator unbiased; rising adds "
+    "to that a level that rises from 0.5; fitted is weighted fitting. Pretrained and am, by Adjoint "
+    "Matching, are the same runs at every level. Active samples: the share of sampled molecules above the "
+    "threshold, over all updates, and for weighted fitting that under the tilted law; a line without any has "
+    "not tested the method. Training is without threshold and offline batch: seconds on a machine that may "
+    "have had other work; states that went through the network, a backward pass to the input counted as one "
+    "and to the parameters as two, which are counted and not timed; and energies beside them."
 )

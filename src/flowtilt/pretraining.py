@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from torch import Tensor
 from flowtilt.control.base import Progress, TrainingDiverged, annealed_rate
 from flowtilt.model import Context, FlowModel
 from flowtilt.optimiser import Adam
-from flowtilt.resuming import TrainingState
+from flowtilt.resuming import Slot, TrainingState
 
 DataSource = Callable[[int, torch.Generator], Tensor | tuple[Tensor, Context]]
 """Draws some data, (count, ...), or data with their context."""
@@ -53,19 +51,6 @@ class PretrainingSettings:
 
 
 @dataclass(frozen=True)
-class Resumption:
-    """Where a training keeps its state, to go on from it after it was stopped.
-
-    Attributes:
-        path: of the file, safetensors. It is removed by nobody: a finished training returns at once.
-        seconds: wall time between two states.
-    """
-
-    path: Path
-    seconds: float = 60.0
-
-
-@dataclass(frozen=True)
 class Watch:
     """Looks at the model as it would be if the training ended now, which does not change the training.
 
@@ -84,25 +69,22 @@ def fit_flow(
     settings: PretrainingSettings,
     generator: torch.Generator,
     progress: Progress | None = None,
-    resumption: Resumption | None = None,
+    slot: Slot | None = None,
     watch: Watch | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place on fresh draws of ``data``; returns the history, a row an update.
 
-    With a resumption whose file is there, the training goes on from it exactly as if it had not been
-    stopped: weights, averages, moments and random state are those of the file, and the history is whole.
+    With a slot whose file is there, the training goes on from it exactly as if it had not been stopped:
+    weights, averages, moments and random state are those of the file, and the history is whole. A long
+    training leaves its last state there, and returns at once when it is asked for again.
 
     Raises:
         TrainingDiverged: if the loss stops being finite; the message names the update.
         CheckpointError: if the file to resume from belongs to another training.
     """
     model.requires_grad_(True)
-    state = TrainingState(model, Adam(model.parameters()), generator, settings)
-    if resumption is not None and resumption.path.is_file():
-        state.load(resumption.path)
+    state = TrainingState(model, Adam(model.parameters()), generator, settings, slot, settings.average)
     loss_of = torch.compile(model.matching_loss, dynamic=False) if settings.compiled else model.matching_loss
-    started = saved = time.perf_counter()
-    earlier = state.history[-1]["seconds"] if state.history else 0.0
     for update in range(len(state.history), settings.updates):
         x1, x0, t, context = _draw(model, data, settings, generator)
         with torch.autocast(x1.device.type, torch.bfloat16, enabled=settings.bfloat16):
@@ -118,19 +100,13 @@ def fit_flow(
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         state.optimiser.step(_learning_rate(update, settings))
         state.average(update)
-        now = time.perf_counter()
-        row = {"update": update, "loss": float(loss.detach()), "seconds": earlier + now - started}
-        state.history.append(row)
-        if resumption is not None and now - saved > resumption.seconds:
-            state.save(resumption.path)
-            saved = now
+        row = {"update": update, "loss": float(loss.detach()), "seconds": state.seconds()}
+        # Before the state is kept: a training that goes on from it does not come by again.
         if watch is not None and (update + 1) % watch.every == 0:
             with state.averaged():
                 watch.look(update + 1, model)
-        if progress is not None:
-            progress(row)
-    if resumption is not None:
-        state.save(resumption.path)
+        state.add(row, progress)
+    state.finish()
     state.use_average()
     model.requires_grad_(False)
     return state.history

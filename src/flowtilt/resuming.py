@@ -3,48 +3,222 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from flowtilt.checkpoints import CheckpointError
-from flowtilt.files import atomic_path
+from flowtilt.checkpoints import CheckpointError, save_tensors
 from flowtilt.optimiser import Adam
+from flowtilt.parallel import processes
 
-COLUMNS = ("update", "loss", "seconds")
-"""Of the history."""
+SECONDS = "FLOWTILT_STATE_SECONDS"
+"""Environment variable: wall time between two states of a training, in seconds; by default 60."""
+
+Row = dict[str, float]
+
+
+class Resumption:
+    """Where a stage keeps the states of what it trains, and how often.
+
+    Args:
+        folder: of the files; made for the first one, which a short training never writes.
+        of: what is trained, and from what: a state of anything else is not gone on from.
+        seconds: wall time between two states; by default what :data:`SECONDS` says.
+        resumed: called when a training has taken over a state.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        of: str,
+        seconds: float | None = None,
+        resumed: Callable[[], None] | None = None,
+    ) -> None:
+        self.folder, self.of, self.resumed = folder, of, resumed
+        self.seconds = float(os.environ.get(SECONDS, "60")) if seconds is None else seconds
+        self._saved = time.perf_counter()
+
+    def due(self) -> bool:
+        """Whether it is time for another state."""
+        return time.perf_counter() - self._saved > self.seconds
+
+    def slot(self, name: str) -> Slot:
+        """The place of one training among those of the stage."""
+        return Slot(self, name)
+
+    def written(self) -> None:
+        """A state was written: the next one is due later."""
+        self._saved = time.perf_counter()
+
+    def remove(self) -> None:
+        """Remove all states, when the stage's outputs are there."""
+        if processes().leads:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one training's state.
+
+    Attributes:
+        resumption: of the stage.
+        name: of the training.
+    """
+
+    resumption: Resumption
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The file, safetensors."""
+        return self.resumption.folder / f"{self.name}.safetensors"
+
+    def save(self, tensors: Mapping[str, Tensor], history: Sequence[Row], settings: Any = None) -> None:
+        """Write tensors and history, by one of the processes; the file appears whole or not at all."""
+        if not processes().leads:
+            return
+        columns = list(history[0]) if history else []
+        # Rows are written as CSV in the end, where 3 and 3.0 differ.
+        whole = [c for c in columns if all(isinstance(row[c], int) for row in history)]
+        rows = torch.tensor([[row[c] for c in columns] for row in history], dtype=torch.float64)
+        metadata = {"of": self._fingerprint(settings), "columns": json.dumps(columns)}
+        metadata["whole"] = json.dumps(whole)
+        named = {**tensors, "history": rows.reshape(len(history), len(columns))}
+        save_tensors(named, self.path, metadata)
+        self.resumption.written()
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], settings: Any = None) -> list[Row] | None:
+        """Copy the file's tensors into those of the same names, and return its history; None without a file.
+
+        Raises:
+            CheckpointError: if it is not whole, or of another training or network.
+        """
+        try:
+            return self._load(tensors, settings)
+        finally:
+            processes().wait()  # before the file is written again, all have read the same
+
+    def _load(self, tensors: Mapping[str, Tensor], settings: Any) -> list[Row] | None:
+        if not self.path.is_file():
+            return None
+        anew = "delete it to train from the beginning"
+        try:
+            with safetensors.safe_open(self.path, "pt") as file:
+                metadata = file.metadata() or {}
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: not a whole training state ({error}); {anew}") from None
+        if metadata.get("of") != self._fingerprint(settings):
+            raise CheckpointError(
+                f"{self.path}: of a training with other settings or inputs; restore them, or {anew}"
+            )
+        rows = found.pop("history")
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in found.items()}:
+            raise CheckpointError(f"{self.path}: of the training of another network; {anew}")
+        for name, tensor in found.items():
+            tensors[name].copy_(tensor)
+        columns, whole = json.loads(metadata["columns"]), set(json.loads(metadata["whole"]))
+        if self.resumption.resumed is not None:
+            self.resumption.resumed()
+        return [
+            {c: int(value) if c in whole else value for c, value in zip(columns, row, strict=True)}
+            for row in rows.tolist()
+        ]
+
+    def discard(self) -> None:
+        """Remove the file, if it is there."""
+        if processes().leads:
+            self.path.unlink(missing_ok=True)
+
+    def _fingerprint(self, settings: Any) -> str:
+        return hashlib.sha256(f"{self.resumption.of} {self.name} {settings!r}".encode()).hexdigest()
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights, by the names that they have in a state."""
+    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 class TrainingState:
-    """Everything that the next update depends on.
+    """Everything that the next update of a training depends on, kept on disk now and then.
 
     Args:
         model: in training.
         optimiser: of the model's parameters.
         generator: of all randomness.
-        settings: a dataclass with a field ``average``, the decay of the weights' moving average; a file
-            of other settings is not resumed from.
+        settings: of the training; a file of other settings is not resumed from.
+        slot: where the state is kept; None for nowhere.
+        average: decay of the weights' moving average; 0 for none.
+        started: ``time.perf_counter()`` when what the training takes time for began; by default now.
 
     Attributes:
-        history: a row of :data:`COLUMNS` an update.
+        history: a row an update.
         averages: moving averages of the parameters; empty without them.
+
+    Raises:
+        CheckpointError: if there is a file, and it belongs to another training.
     """
 
-    def __init__(self, model: nn.Module, optimiser: Adam, generator: torch.Generator, settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimiser: Adam,
+        generator: torch.Generator,
+        settings: Any,
+        slot: Slot | None = None,
+        average: float = 0.0,
+        started: float | None = None,
+    ) -> None:
         self.model, self.optimiser, self.generator = model, optimiser, generator
-        self.decay: float = settings.average
-        self.fingerprint = hashlib.sha256(repr(sorted(asdict(settings).items())).encode()).hexdigest()
-        self.history: list[dict[str, float]] = []
-        parameters = optimiser.parameters if self.decay else []
-        self.averages = [p.detach().clone() for p in parameters]
+        self.settings, self.slot, self.decay = settings, slot, average
+        self.averages = [p.detach().clone() for p in (optimiser.parameters if average else [])]
+        self.history: list[Row] = []
+        self._started = time.perf_counter() if started is None else started
+        self._resume()
+
+    def _resume(self) -> None:
+        if self.slot is None:
+            return
+        tensors = self.tensors()
+        rows = self.slot.load(tensors, self.settings)
+        if rows is not None:
+            self.history[:] = rows
+            self.generator.set_state(tensors["random"])
+            self._started = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
+
+    def seconds(self) -> float:
+        """Of training, those before an interruption included."""
+        return time.perf_counter() - self._started
+
+    def add(self, row: Row, progress: Callable[[Row], None] | None = None) -> None:
+        """Take an update's row into the history, and keep the state if it is time to."""
+        self.history.append(row)
+        if progress is not None:
+            progress(row)
+        if self.slot is not None and self.slot.resumption.due():
+            self.save()
+
+    def save(self) -> None:
+        """Keep the state now, if it is kept at all."""
+        if self.slot is not None:
+            self.slot.save(self.tensors(), self.history, self.settings)
+
+    def finish(self) -> None:
+        """Keep the last state of a training that was long enough for one before."""
+        if self.slot is not None and self.slot.path.is_file():
+            self.save()
 
     @torch.no_grad()
     def average(self, update: int) -> None:
@@ -72,7 +246,7 @@ class TrainingState:
                     parameter.copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name; the history apart, these are the tensors themselves."""
+        """All but the history, by name; the random state apart, these are the tensors themselves."""
         lists = {
             "mean": self.optimiser.means,
             "square": self.optimiser.squares,
@@ -80,40 +254,4 @@ class TrainingState:
             "average": self.averages,
         }
         named = {f"{name}.{i}": tensor for name, some in lists.items() for i, tensor in enumerate(some)}
-        weights = {f"model.{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
-        history = torch.tensor([[row[c] for c in COLUMNS] for row in self.history], dtype=torch.float64)
-        random = self.generator.get_state()
-        return named | weights | {"history": history.reshape(-1, len(COLUMNS)), "random": random}
-
-    def save(self, path: Path) -> None:
-        """Write the state; the file appears whole or not at all."""
-        with atomic_path(path) as temporary:
-            safetensors.torch.save_file(self.tensors(), temporary, {"settings": self.fingerprint})
-
-    @torch.no_grad()
-    def load(self, path: Path) -> None:
-        """Take over the state of a file.
-
-        Raises:
-            CheckpointError: if it is not whole, or belongs to other settings or another network.
-        """
-        anew = "delete it to train from the beginning"
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                fingerprint = (file.metadata() or {}).get("settings")
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a whole training state ({error}); {anew}") from None
-        if fingerprint != self.fingerprint:
-            raise CheckpointError(f"{path}: of a training with other settings; restore them, or {anew}")
-        own = self.tensors()
-        rows = found.pop("history", None)
-        own.pop("history")
-        if rows is None or {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in found.items()}:
-            raise CheckpointError(f"{path}: of the training of another network; {anew}")
-        self.generator.set_state(found.pop("random"))
-        for name, tensor in found.items():
-            own[name].copy_(tensor)
-        self.history[:] = [dict(zip(COLUMNS, row, strict=True)) for row in rows.tolist()]
-        for row in self.history:
-            row["update"] = int(row["update"])
+        return named | weights_of(self.model) | {"random": self.generator.get_state()}

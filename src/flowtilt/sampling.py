@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowtilt.interpolants import Interpolant, MemorylessStep, memoryless_step
 from flowtilt.model import Context, FlowModel
+from flowtilt.parallel import ALONE, Processes
 
 Field = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,9 +38,23 @@ def _chunks(count: int) -> list[int]:
     return [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
 
 
+def positions_of(count: int, sharing: Processes = ALONE) -> Tensor:
+    """Which of ``count`` trajectories of :func:`sample_sde` a process simulates, long."""
+    own, start = [], 0
+    for size in _chunks(count):
+        own.append(torch.arange(start, start + size)[sharing.share(size)])
+        start += size
+    return torch.cat(own)
+
+
 @torch.no_grad()
 def sample_sde(
-    model: FlowModel, count: int, steps: int, generator: torch.Generator, context: Context = None
+    model: FlowModel,
+    count: int,
+    steps: int,
+    generator: torch.Generator,
+    context: Context = None,
+    sharing: Processes = ALONE,
 ) -> Tensor:
     """Trajectories of the memoryless SDE, shape (steps + 1, count, ...).
 
@@ -52,19 +67,22 @@ def sample_sde(
         steps: number of time steps, on the model's grid.
         generator: source of randomness.
         context: of the trajectories.
+        sharing: processes that simulate a part each, :func:`positions_of`, which is then what is returned.
     """
     coefficients = memoryless_steps(model, steps)
     parts, start = [], 0
     for size in _chunks(count):
-        index = torch.arange(start, start + size)
-        part = model.select_context(context, index)
-        states = [model.prior(size, generator, part)]
+        index, own = torch.arange(start, start + size), sharing.share(size)
+        every, part = (model.select_context(context, some) for some in (index, index[own]))
+        # All processes draw all noise, so that each sample has the one that it has in a single process.
+        states = [model.prior(size, generator, every)[own]]
         for t, step in zip(model.time_grid(steps)[:-1], coefficients, strict=True):
             x = states[-1]
             v = model.velocity(x, x.new_tensor(t), part)
             x_next = torch.add(step.state * x, v, alpha=step.velocity)
             if step.noise > 0:
-                x_next.add_(model.noise_like(x, generator, part), alpha=step.noise)
+                like = x if sharing.count == 1 else x.new_empty(size, *x.shape[1:])
+                x_next.add_(model.noise_like(like, generator, every)[own], alpha=step.noise)
             states.append(x_next)
         parts.append(torch.stack(states))
         start += size

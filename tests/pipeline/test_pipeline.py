@@ -20,15 +20,10 @@ TARGETS = {"all", "tables", "figures", "pretrained_models", "theories"}
 RUN = "runs/risk_averse_2d/tfft/seed0"
 
 
-def rule_texts(molecules: bool = False) -> dict[str, str]:
-    """The text of every rule that runs something; of one made for several files, without their names.
-
-    Those of molecules, which have a run of their own, are left out unless they are asked for.
-    """
+def rule_texts() -> dict[str, str]:
+    """The text of every rule that runs something; of one made for several files, without their names."""
     found = {}
     for file in sorted((ROOT / "workflow" / "rules").glob("*.smk")):
-        if file.name == "molecules.smk" and not molecules:
-            continue
         for text in re.split(r"^(?=rule |for name in )", file.read_text(), flags=re.MULTILINE)[1:]:
             name = re.match(r"rule (\w+):", text) or re.search(r'f"(\w+)_{name}"', text)
             assert name is not None, text
@@ -59,9 +54,9 @@ def edit(path: Path, **changes: Any) -> None:
 # --------------------------------------------------------------------------- what rules declare
 
 
-@pytest.mark.parametrize("rule", rule_texts(molecules=True))
+@pytest.mark.parametrize("rule", rule_texts())
 def test_rule_declares_what_a_scheduler_needs(rule: str) -> None:
-    text = rule_texts(molecules=True)[rule]
+    text = rule_texts()[rule]
     for declared in ("log:", "benchmark:", "threads:", "mem_mb=", "runtime=", "gpu=", "conda:"):
         assert declared in text, f"rule {rule} does not declare {declared}"
     assert text.count("flowtilt ") == 1, f"rule {rule} must call one stage of the command line"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -12,9 +13,13 @@ from pathlib import Path
 
 import snakemake.benchmark
 from snakemake.exceptions import WorkflowError
+from snakemake.jobs import GroupJob
+from snakemake.logging import logger
+from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import validate
 
 try:
+    from flowtilt import slurm
     from flowtilt.configuration import ConfigError
     from flowtilt.experiment import (
         AnyExperiment,
@@ -38,6 +43,18 @@ except ModuleNotFoundError as error:
 # By default, in a job's first seconds, Snakemake asks for its memory twice a second. With two jobs of torch,
 # Snakemake then took 13 % of a core; asking every two seconds, 2 %.
 snakemake.benchmark.BENCHMARK_INTERVAL_SHORT = 2.0
+
+# Of a submission that is shared, Snakemake does not print why SLURM refused or ended it.
+log_group_error = GroupJob.log_error
+
+
+def log_error(self, msg=None, **kwargs) -> None:
+    if msg:
+        logger.error(msg)
+    log_group_error(self, msg, **kwargs)
+
+
+GroupJob.log_error = log_error
 
 # Jobs call the command of the environment that runs Snakemake, whether it is activated or not.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -93,11 +110,12 @@ def load_all() -> dict[str, dict[str, AnyExperiment]]:
     files = {
         name: load_experiments(name, f"{config_files()}: key experiments") for name in config["experiments"]
     }
-    for name in config["overrides"].get("skip", {}):
-        if not Path(experiment_file(name)).is_file():
-            raise WorkflowError(
-                f"{config_files()}: key overrides.skip.{name}: there is no {experiment_file(name)}"
-            )
+    for key in ("skip", "files"):
+        for name in config["overrides"].get(key, {}):
+            if not Path(experiment_file(name)).is_file():
+                raise WorkflowError(
+                    f"{config_files()}: key overrides.{key}.{name}: there is no {experiment_file(name)}"
+                )
     study = config["resolution"]
     where = f"{config_files()}: key resolution"
     files.setdefault(study, load_experiments(study, where))
@@ -131,11 +149,28 @@ def check_shared(files: dict[str, dict[str, AnyExperiment]]) -> None:
                             f"the offline batch of {case.base}, and so must have the same {key}; make it an "
                             "experiment of its own"
                         )
+            check_also(name, case, base)
             if case.solver.steps != base.solver.steps:
                 raise WorkflowError(
                     f"{experiment_file(name)}: key solver.steps: {case.name} has the offline batch of "
                     f"{case.base}, and so must have the same steps"
                 )
+
+
+def check_also(name: str, case: MoleculeExperiment, base: MoleculeExperiment) -> None:
+    """Refuse methods of the base that a case takes as its own if they are solved otherwise, or left out."""
+    for method in case.also:
+        where = f"{experiment_file(name)}: key study.cases: {case.name}: also: {method}"
+        if method not in base.methods:
+            raise WorkflowError(
+                f"{where} is left out of {base.name} (overrides.skip); leave out the case too"
+            )
+        solver = base.solver_of(method).model_copy(update={"updates": base.updates_of(method)})
+        if solver != case.solver:
+            raise WorkflowError(
+                f"{where} is solved by another solver in {base.name}; give both the same, or run it in the "
+                "case under a name of its own"
+            )
 
 
 def check_functionals(experiments) -> None:
@@ -156,6 +191,18 @@ def is_of(kind: type, name: str) -> bool:
     return all(isinstance(experiment, kind) for experiment in FILES[name].values())
 
 
+def check_conda() -> None:
+    """Refuse to deploy software by conda where there is none."""
+    if {*workflow.deployment_settings.deployment_method} == {DeploymentMethod.CONDA} and not shutil.which(
+        "conda"
+    ):
+        raise WorkflowError(
+            "--software-deployment-method conda (--use-conda): no command conda was found; install Miniforge "
+            "(https://conda-forge.org/download) and put its conda on the PATH, or leave the option out and "
+            "run in the environment that `make env` makes"
+        )
+
+
 def load_theories() -> dict[str, TheoryConfig]:
     """The studies of the theory, by name."""
     if unknown := set(config["theory_overrides"]) - set(config["theory"]):
@@ -174,6 +221,7 @@ def load_theories() -> dict[str, TheoryConfig]:
 
 
 try:
+    check_conda()
     check_config("../schemas/config.schema.yaml")
     FILES = load_all()
     if workflow.is_main_process:  # and not that of one job on a cluster
@@ -218,6 +266,42 @@ if workflow.is_main_process:  # and not that of one job on a cluster
     write_configs()
 
 
+# Resources
+
+
+def growing(short: int, long: int | None = None):
+    """What a job may take: if jobs are short, or long; twice and three times as much when it is tried again."""
+    asked = long if config["job_length"] == "long" and long is not None else short
+    return lambda wildcards, attempt: asked * attempt
+
+
+def short(group: str) -> str | None:
+    """The group whose jobs share a submission to a cluster; long jobs, and those with a GPU, have one each."""
+    return None if config["job_length"] == "long" or config["gpu"] else group
+
+
+def check_cluster() -> None:
+    """Refuse what a SLURM cluster could not run, before anything is submitted.
+
+    Without an accounting database, the command that asks for the state of jobs becomes one that can tell.
+    """
+    if workflow.executor_plugin.name != "slurm":
+        return
+    settings = workflow.executor_settings
+    needed = [job for job in workflow.dag.needrun_jobs() if not job.is_local]
+    submissions = {workflow.dag.get_job_group(job) or job for job in needed}
+    try:
+        cluster = slurm.ask_cluster()
+        # Partitions can also be left to the plugin, in a file of their limits.
+        if not (settings.partition_config or os.environ.get("SNAKEMAKE_SLURM_PARTITIONS")):
+            slurm.check_submissions(cluster, [(job.name, dict(job.resources.items())) for job in submissions])
+        settings.status_command = slurm.status_command(
+            cluster, settings.status_command, settings.init_seconds_before_status_checks
+        )
+    except slurm.ClusterError as error:
+        raise WorkflowError(str(error)) from None
+
+
 # Parameters
 
 
@@ -236,6 +320,17 @@ def options(*names: str):
     return lambda wildcards, input: " ".join(
         f"--{name} {shlex.quote(str(input[name]))}" for name in names if name in input.keys()
     )
+
+
+# What stands before the command of a fine-tuning that several processes share.
+TOGETHER = ""
+if config["processes"] > 1:
+    TOGETHER = f"torchrun --standalone --nproc-per-node {config['processes']} --no-python "
+
+
+def threads_of_each(wildcards, threads) -> int:
+    """Threads of each of the processes that share a job."""
+    return max(1, threads // config["processes"])
 
 
 def theory_overrides(wildcards) -> str:
@@ -361,6 +456,7 @@ def molecule_files(experiment: MoleculeExperiment) -> list[str]:
 def compared_files(experiment: MoleculeExperiment) -> list[str]:
     """Files that the table of a study of the level reads of the experiment that its cases derive from."""
     made = {"pretrained": ["metrics.json"], "am": ["metrics.json", "history.csv"]}
+    made |= {method: ["metrics.json", "history.csv"] for method in experiment.also}
     return [
         f"{run_folder(experiment.base, method, seed)}/{file}"
         for seed in experiment.seeds
@@ -467,6 +563,9 @@ RUNS = [*for_all(run_files), "<results>/resolution.json", *(f"<results>/theory/{
 TABLES = [*for_all(tables_of), "<results>/tables/comparison.csv", "<results>/tables/by_seed.csv"]
 TABLES += tables_of("costs")
 TABLES += [file for name in THEORY for file in tables_of(f"theory_{name}")]
+PAGES = [f"<results>/pages/{name}.html" for name in config["experiments"]]
+PAGES += [f"<results>/pages/theory_{name}.html" for name in THEORY]
+PAGES += [f"<results>/pages/{name}.html" for name in ("comparison", "costs", "provenance")]
 FIGURES = [*for_all(figures_of), *(f"<results>/figures/theory_{name}.png" for name in THEORY)]
 MODELS = [
     file

@@ -17,12 +17,14 @@ for name in PLANAR_FILES:
         benchmark:
             f"<benchmarks>/measure/{name}/seed{{seed}}.tsv"
         priority: 20
+        group:
+            short("measure")
         conda:
             "../../envs/core.yaml"
         threads: 1
         resources:
-            mem_mb=1500,
-            runtime=60,
+            mem_mb=growing(1500, 8000),
+            runtime=growing(15, 120),
             gpu=config["gpu"],
         params:
             digest=[stage_digest(experiment, "measure") for experiment in FILES[name].values()],
@@ -73,12 +75,14 @@ rule exact:
         "<benchmarks>/exact/{experiment}/exact/seed{seed}.tsv"
     wildcard_constraints:
         experiment=one_of(TAILS),
+    group:
+        "exact"
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=30,
+        mem_mb=growing(1500),
+        runtime=growing(15),
         gpu=0,
     params:
         digest=digest("exact"),

@@ -14,12 +14,14 @@ rule threshold:
     wildcard_constraints:
         experiment=one_of(PLANAR),
     priority: 20
+    group:
+        "pretrain"
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        mem_mb=growing(1000),
+        runtime=growing(5),
         gpu=0,
     params:
         digest=digest("threshold"),
@@ -44,17 +46,21 @@ rule finetune:
         experiment=one_of(PLANAR),
         method=one_of(method for method in METHODS if method != "pretrained"),
     priority: 10
+    group:
+        short("finetune")
     conda:
         "../../envs/core.yaml"
-    threads: 1
+    threads: config["processes"]
     resources:
-        mem_mb=1500,
-        runtime=240,
-        gpu=config["gpu"],
+        mem_mb=growing(1500 * config["processes"], 8000 * config["processes"]),
+        runtime=growing(10, 480),
+        gpu=config["gpu"] * config["processes"],
     params:
         digest=digest("finetune"),
         options=options("start", "threshold"),
+        together=TOGETHER,
+        each=threads_of_each,
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt finetune {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS={params.each} {params.together}flowtilt finetune {input.config} --method {wildcards.method} "
         "--seed {wildcards.seed} --pretrained {input.pretrained} {params.options} "
         "--output {output.model} --history {output.history} > {log} 2>&1"

@@ -1,9 +1,10 @@
 # Molecules: QM9 once, one pretrained model for all seeds, and then a chain of jobs for each run.
 #
 # A job's network runs on one thread, since its numbers must not depend on how many there are, and its
-# energies in as many processes as the job has threads. Jobs that run a network have one of each: two of
-# them side by side keep two cores busy, where one with two processes would leave a core idle while its
-# network runs. Energies and structures of a whole run are the work of processes alone, and take two.
+# energies in as many processes as the job has threads. By default each job has one of each, and two of them
+# side by side keep two cores busy, where one with two processes would leave a core idle while its network
+# runs, and wait for both cores to be free before it begins. With cores to spare, give `molecules_evaluate`
+# more (`--set-threads molecules_evaluate=8`): energies and structures are the work of processes alone.
 
 
 localrules:
@@ -23,8 +24,8 @@ rule molecules_data:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=20,
+        mem_mb=growing(3000),
+        runtime=growing(20),
         gpu=0,
     shell:
         "OMP_NUM_THREADS=1 flowtilt molecules-data --output {output} > {log} 2>&1"
@@ -49,8 +50,8 @@ rule molecules_pretrain:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=300,
+        mem_mb=growing(3000, 16000),
+        runtime=growing(300, 1440),
         gpu=config["gpu"],
     params:
         digest=digest("pretrain"),
@@ -72,12 +73,14 @@ rule molecules_offline:
     wildcard_constraints:
         experiment=one_of(MOLECULES),
     priority: 20
+    group:
+        short("molecules")
     conda:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=60,
+        mem_mb=growing(2000, 16000),
+        runtime=growing(20, 120),
         gpu=config["gpu"],
     params:
         digest=digest("offline"),
@@ -99,12 +102,14 @@ rule molecules_threshold:
     wildcard_constraints:
         experiment=one_of(MOLECULES),
     priority: 20
+    group:
+        "molecules"
     conda:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
+        mem_mb=growing(1000),
+        runtime=growing(5),
         gpu=0,
     params:
         digest=digest("threshold"),
@@ -130,18 +135,20 @@ rule molecules_finetune:
     priority: 10
     conda:
         "../../envs/molecules.yaml"
-    threads: 1
+    threads: config["processes"]
     resources:
-        mem_mb=2000,
-        runtime=720,
-        gpu=config["gpu"],
+        mem_mb=growing(2000 * config["processes"], 16000 * config["processes"]),
+        runtime=growing(60, 1440),
+        gpu=config["gpu"] * config["processes"],
     params:
         digest=digest("finetune"),
         options=options("threshold"),
+        together=TOGETHER,
+        each=threads_of_each,
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-finetune {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS=1 {params.together}flowtilt molecules-finetune {input.config} --method {wildcards.method} "
         "--seed {wildcards.seed} --pretrained {input.pretrained} {params.options} "
-        "--output {output.model} --history {output.history} --workers {threads} > {log} 2>&1"
+        "--output {output.model} --history {output.history} --workers {params.each} > {log} 2>&1"
 
 
 rule molecules_sample:
@@ -161,8 +168,8 @@ rule molecules_sample:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=120,
+        mem_mb=growing(2000, 16000),
+        runtime=growing(30, 120),
         gpu=config["gpu"],
     params:
         digest=digest("sample"),
@@ -190,10 +197,10 @@ rule molecules_evaluate:
         experiment=one_of(MOLECULES),
     conda:
         "../../envs/molecules.yaml"
-    threads: 2
+    threads: 1
     resources:
-        mem_mb=2000,
-        runtime=120,
+        mem_mb=growing(2000, 8000),
+        runtime=growing(30, 720),
         gpu=0,
     params:
         digest=digest("evaluate"),
@@ -214,14 +221,16 @@ rule molecule_figures:
         energies=report(
             "<results>/figures/{name}_energies.png",
             caption="../report/energies.rst",
-            category="Figures",
-            labels={"experiment": "{name}", "figure": "energies"},
+            category="Experiments",
+            subcategory="{name}",
+            labels={"shows": "energies"},
         ),
         molecules=report(
             "<results>/figures/{name}_molecules.png",
             caption="../report/molecules.rst",
-            category="Figures",
-            labels={"experiment": "{name}", "figure": "molecules"},
+            category="Experiments",
+            subcategory="{name}",
+            labels={"shows": "molecules"},
         ),
     log:
         "<logs>/molecule_figures/{name}.log",
@@ -255,8 +264,9 @@ rule levels_figure:
         report(
             "<results>/figures/{name}.png",
             caption="../report/levels.rst",
-            category="Figures",
-            labels={"experiment": "{name}", "figure": "levels"},
+            category="Experiments",
+            subcategory="{name}",
+            labels={"shows": "levels"},
         ),
     log:
         "<logs>/levels_figure/{name}.log",

@@ -16,12 +16,14 @@ rule pretrain:
     # First what is longest and what everything waits for, but for the short jobs that have come within
     # reach: each look at the queue takes time with its length.
     priority: 10
+    group:
+        short("pretrain")
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=60,
+        mem_mb=growing(1500, 8000),
+        runtime=growing(15, 120),
         gpu=config["gpu"],
     params:
         digest=digest("pretrain"),
@@ -43,12 +45,14 @@ rule density:
     wildcard_constraints:
         experiment=one_of(PLANAR),
     priority: 20
+    group:
+        short("pretrain")
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=30,
+        mem_mb=growing(1500, 8000),
+        runtime=growing(10, 30),
         gpu=config["gpu"],
     params:
         digest=digest("density"),
@@ -70,12 +74,14 @@ rule offline:
     wildcard_constraints:
         experiment=one_of(PLANAR),
     priority: 20
+    group:
+        short("pretrain")
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=30,
+        mem_mb=growing(1500, 8000),
+        runtime=growing(10, 30),
         gpu=config["gpu"],
     params:
         digest=digest("offline"),

@@ -7,12 +7,7 @@ rule table:
         reported="config/reported_results.csv",
         runs=lambda wildcards: read_by_table(wildcards.name),
     output:
-        csv=report(
-            "<results>/tables/{name}.csv",
-            caption="../report/table.rst",
-            category="Tables",
-            labels={"experiment": "{name}"},
-        ),
+        csv="<results>/tables/{name}.csv",
         md="<results>/tables/{name}.md",
         tex="<results>/tables/{name}.tex",
     log:
@@ -42,12 +37,7 @@ rule compare:
         metrics=for_all(lambda name: run_files(name, "metrics.json")),
         reported="config/reported_results.csv",
     output:
-        comparison=report(
-            "<results>/tables/comparison.csv",
-            caption="../report/comparison.rst",
-            category="Tables",
-            labels={"experiment": "all, beside the papers"},
-        ),
+        comparison="<results>/tables/comparison.csv",
         by_seed="<results>/tables/by_seed.csv",
     log:
         "<logs>/compare/comparison.log",
@@ -76,12 +66,7 @@ rule costs:
         RUNS,
         files=[experiment_file(name) for name in config["experiments"]],
     output:
-        csv=report(
-            "<results>/tables/costs.csv",
-            caption="../report/costs.rst",
-            category="Tables",
-            labels={"experiment": "all, time and memory"},
-        ),
+        csv="<results>/tables/costs.csv",
         md="<results>/tables/costs.md",
         tex="<results>/tables/costs.tex",
     log:
@@ -113,20 +98,23 @@ rule experiment_figures:
         landscape=report(
             "<results>/figures/{name}_landscape.png",
             caption="../report/landscape.rst",
-            category="Figures",
-            labels={"experiment": "{name}", "figure": "landscape"},
+            category="Experiments",
+            subcategory="{name}",
+            labels={"shows": "landscape"},
         ),
         densities=report(
             "<results>/figures/{name}_densities.png",
             caption="../report/densities.rst",
-            category="Figures",
-            labels={"experiment": "{name}", "figure": "densities"},
+            category="Experiments",
+            subcategory="{name}",
+            labels={"shows": "densities"},
         ),
         histograms=report(
             "<results>/figures/{name}_histograms.png",
             caption="../report/histograms.rst",
-            category="Figures",
-            labels={"experiment": "{name}", "figure": "histograms"},
+            category="Experiments",
+            subcategory="{name}",
+            labels={"shows": "histograms"},
         ),
     log:
         "<logs>/experiment_figures/{name}.log",
@@ -160,14 +148,16 @@ rule functional_figures:
         densities=report(
             "<results>/figures/{name}_densities.png",
             caption="../report/densities.rst",
-            category="Figures",
-            labels={"experiment": "{name}", "figure": "densities"},
+            category="Experiments",
+            subcategory="{name}",
+            labels={"shows": "densities"},
         ),
         metrics=report(
             "<results>/figures/{name}_metrics.png",
             caption="../report/metrics.rst",
-            category="Figures",
-            labels={"experiment": "{name}", "figure": "metrics"},
+            category="Experiments",
+            subcategory="{name}",
+            labels={"shows": "metrics"},
         ),
     log:
         "<logs>/functional_figures/{name}.log",
@@ -202,8 +192,9 @@ rule study_figure:
         report(
             "<results>/figures/{name}.png",
             caption="../report/study.rst",
-            category="Figures",
-            labels={"experiment": "{name}", "figure": "study"},
+            category="Experiments",
+            subcategory="{name}",
+            labels={"shows": "study"},
         ),
     log:
         "<logs>/study_figure/{name}.log",
@@ -251,3 +242,71 @@ rule provenance:
     shell:
         "OMP_NUM_THREADS={threads} flowtilt provenance --config-hash {params.hash} "
         "--benchmarks {params.results}/benchmarks --output {output} > {log} 2>&1"
+
+
+# Pages of what else is text, for the report: readable in it as they are, with nothing to load.
+rule page:
+    input:
+        "<results>/tables/{name}.md",
+    output:
+        report(
+            "<results>/pages/{name}.html",
+            caption="../report/table.rst",
+            category="Experiments",
+            subcategory="{name}",
+            labels={"shows": "table"},
+        ),
+    log:
+        "<logs>/page/{name}.log",
+    benchmark:
+        "<benchmarks>/page/{name}.tsv"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+        gpu=0,
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt page {input} --title {wildcards.name} --output {output} > {log} 2>&1"
+
+
+rule overview:
+    input:
+        comparison="<results>/tables/comparison.csv",
+        costs="<results>/tables/costs.md",
+        provenance="<results>/provenance.json",
+    output:
+        comparison=report(
+            "<results>/pages/comparison.html",
+            caption="../report/comparison.rst",
+            category="Beside the papers",
+            labels={"shows": "reported values, ours, and verdicts"},
+        ),
+        costs=report(
+            "<results>/pages/costs.html",
+            caption="../report/costs.rst",
+            category="Costs and provenance",
+            labels={"shows": "time and memory"},
+        ),
+        provenance=report(
+            "<results>/pages/provenance.html",
+            caption="../report/provenance.rst",
+            category="Costs and provenance",
+            labels={"shows": "commit, versions, machine"},
+        ),
+    log:
+        "<logs>/overview/overview.log",
+    benchmark:
+        "<benchmarks>/overview/overview.tsv"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+        gpu=0,
+    params:
+        folder=lambda wildcards, output: Path(output.costs).parent,
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt overview {input} --output-folder {params.folder} > {log} 2>&1"

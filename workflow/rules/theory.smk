@@ -14,8 +14,8 @@ rule theory:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=30,
+        mem_mb=growing(1500),
+        runtime=growing(30),
         gpu=0,
     params:
         overrides=theory_overrides,
@@ -28,19 +28,15 @@ rule theory_report:
     input:
         "<results>/theory/{theory}.json",
     output:
-        csv=report(
-            "<results>/tables/theory_{theory}.csv",
-            caption="../report/theory_table.rst",
-            category="Tables",
-            labels={"experiment": "theory, {theory}"},
-        ),
+        csv="<results>/tables/theory_{theory}.csv",
         md="<results>/tables/theory_{theory}.md",
         tex="<results>/tables/theory_{theory}.tex",
         figure=report(
             "<results>/figures/theory_{theory}.png",
             caption="../report/theory_figure.rst",
-            category="Figures",
-            labels={"experiment": "theory, {theory}", "figure": "theory"},
+            category="Theory",
+            subcategory="{theory}",
+            labels={"shows": "bounds and what was measured"},
         ),
     log:
         "<logs>/theory_report/{theory}.log",
@@ -58,3 +54,30 @@ rule theory_report:
     shell:
         "OMP_NUM_THREADS={threads} flowtilt theory-report {input} --output-prefix {params.prefix} "
         "--figure {output.figure} > {log} 2>&1"
+
+
+rule theory_page:
+    input:
+        "<results>/tables/theory_{theory}.md",
+    output:
+        report(
+            "<results>/pages/theory_{theory}.html",
+            caption="../report/theory_table.rst",
+            category="Theory",
+            subcategory="{theory}",
+            labels={"shows": "table"},
+        ),
+    log:
+        "<logs>/theory_page/{theory}.log",
+    benchmark:
+        "<benchmarks>/theory_page/{theory}.tsv"
+    conda:
+        "../../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+        gpu=0,
+    shell:
+        "OMP_NUM_THREADS={threads} flowtilt page {input} --title 'Theory: {wildcards.theory}' "
+        "--output {output} > {log} 2>&1"

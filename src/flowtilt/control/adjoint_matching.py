@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -37,7 +36,9 @@ from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
 from flowtilt.model import Context, FlowModel
 from flowtilt.optimiser import Adam
-from flowtilt.sampling import memoryless_steps, sample_sde
+from flowtilt.parallel import Processes, processes
+from flowtilt.resuming import Slot, TrainingState
+from flowtilt.sampling import memoryless_steps, positions_of, sample_sde
 
 
 @dataclass(frozen=True)
@@ -264,27 +265,144 @@ def _residuals(
     return residual.flatten(2).square().sum(2), moved.detach().flatten(2).square().sum(2)
 
 
-def _clipped(adjoints: Tensor, scale: LossScale, bound: float | None) -> tuple[Tensor, float]:
-    """Adjoints (chosen, batch, ...) whose controls are at most of a size, and the share that was longer."""
+def _clipped(adjoints: Tensor, scale: LossScale, bound: float | None) -> tuple[Tensor, int]:
+    """Adjoints (chosen, batch, ...) whose controls are at most of a size, and how many were longer."""
     if bound is None:
-        return adjoints, 0.0
+        return adjoints, 0
     controls = scale.noise.view(-1, 1) * adjoints.flatten(2).norm(dim=2)
     factors = (bound / controls.clamp(min=bound)).view(*controls.shape, *(1,) * (adjoints.ndim - 2))
-    return factors * adjoints, float((controls > bound).double().mean())
+    return factors * adjoints, int((controls > bound).sum())
 
 
-def _control_energy(squares: Tensor, settings: AdjointMatchingSettings) -> float:
-    """Path-space KL divergence ``E 1/2 int |u|^2 dt`` from squared controls at the chosen steps.
+def _control_energy(per_step: Tensor, settings: AdjointMatchingSettings) -> float:
+    """Path-space KL divergence ``E 1/2 int |u|^2 dt`` from mean squared controls at the chosen steps.
 
     The last share of the steps is there whole; the drawn rest stands for all of the rest.
     """
     last = max(1, round(settings.last_share * settings.steps))
-    per_step = squares.double().mean(1)
     drawn = len(per_step) - last
     total = per_step[drawn:].sum()
     if drawn:
         total = total + per_step[:drawn].mean() * (settings.steps - last)
     return float(0.5 * total / settings.steps)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The trajectories of an update that this process trains on.
+
+    Attributes:
+        trajectories: (steps + 1, own, ...).
+        context: theirs.
+        terminal: of their adjoints.
+        weights: how much each counts, (own,).
+        active_share: of the pool, of all processes.
+        pool: how many were sampled, by all processes.
+        mirrored: whether the pool's last two steps were taken again, for pairs.
+    """
+
+    trajectories: Tensor
+    context: Context
+    terminal: Terminal
+    weights: Tensor
+    active_share: float
+    pool: int
+    mirrored: bool
+
+
+def _draw_batch(
+    model: FlowModel,
+    tilt: FirstVariation,
+    settings: AdjointMatchingSettings,
+    steps: list[MemorylessStep],
+    weight: float,
+    generator: torch.Generator,
+    sharing: Processes,
+) -> _Batch | None:
+    """Sample a pool and thin it to a batch; None if trajectories are no longer finite.
+
+    Args:
+        model: in training.
+        tilt: of the update.
+        settings: of the regression.
+        steps: coefficients of the process.
+        weight: of the tilt's gradient at the ends.
+        generator: source of randomness, in all processes the same.
+        sharing: processes that sample a part each.
+    """
+    size = settings.pool if tilt.sparse else settings.batch
+    context = model.draw_context(size, generator)
+    pool = sample_sde(model, size, settings.steps, generator, context, sharing)
+    if bool(sharing.total((~torch.isfinite(pool[-1])).any().double()) > 0):
+        return None
+    positions = positions_of(size, sharing)
+    context = model.select_context(context, positions)
+    active = tilt.active(pool[-1], context)
+    ends = Ends.of(model, tilt, pool, active, steps, context, settings.endpoint_gradient)
+    draw = stratified_draw(sharing.gather(ends.active, positions, size), settings.batch, generator)
+    place = torch.full((size,), -1)
+    place[positions] = torch.arange(len(positions))
+    here = place[draw.index] >= 0
+    index = place[draw.index][here]
+    context = model.select_context(context, index)
+    trajectories = pool[:, index]
+    return _Batch(
+        trajectories,
+        context,
+        ends.terminal(trajectories[-1], index, context, weight),
+        draw.weights[here].to(trajectories),
+        float(sharing.total(active.double().sum())) / size,
+        size,
+        ends.ratio is not None,
+    )
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What this process adds to an update's numbers.
+
+    Attributes:
+        scalars: its part of the loss, controls that were shortened, and samples whose endpoint has a
+            gradient, float64 (3,).
+        energies: squared controls at the chosen steps, float64 (chosen,).
+    """
+
+    scalars: Tensor
+    energies: Tensor
+
+
+def _accumulate(
+    model: FlowModel,
+    base: FlowModel,
+    batch: _Batch,
+    chosen: Tensor,
+    scale: LossScale,
+    steps: list[MemorylessStep],
+    settings: AdjointMatchingSettings,
+) -> _Sums:
+    """Add this process's part of the loss's gradient to the model's parameters."""
+    energies = torch.zeros(len(chosen), dtype=torch.float64)
+    if not len(batch.weights):
+        return _Sums(torch.zeros(3, dtype=torch.float64), energies)
+    trajectories = batch.trajectories
+    adjoints, base_velocities = _targets(base, trajectories, batch.terminal, steps, chosen, batch.context)
+    own_scale = LossScale(scale.mean[chosen].to(trajectories), scale.noise[chosen].to(trajectories))
+    adjoints, clipped = _clipped(adjoints, own_scale, settings.control_clip)
+    times = torch.tensor(base.time_grid(settings.steps), dtype=torch.float64)[:-1]
+    squares, controls = _residuals(
+        model,
+        trajectories[chosen],
+        times[chosen].to(trajectories),
+        base_velocities,
+        adjoints,
+        own_scale,
+        batch.context,
+    )
+    loss = (squares * batch.weights).sum() / (len(chosen) * settings.batch)
+    loss.backward()
+    found = [float(loss.detach()), float(clipped), float(batch.terminal.moving.sum())]
+    energies = (controls * batch.weights).double().sum(1)
+    return _Sums(torch.tensor(found, dtype=torch.float64), energies)
 
 
 def _network_passes(
@@ -325,8 +443,11 @@ def solve(
     settings: AdjointMatchingSettings,
     generator: torch.Generator,
     progress: Progress | None = None,
+    slot: Slot | None = None,
 ) -> Solution:
     """Fine-tune a copy of ``base`` to the law proportional to ``p_base exp(tilt / kl_weight)``.
+
+    Processes that were joined (:mod:`flowtilt.parallel`) share the trajectories of every update.
 
     Args:
         base: the model to tilt; left unchanged.
@@ -336,6 +457,7 @@ def solve(
         settings: of the regression.
         generator: source of all randomness.
         progress: called with each update's row of the history.
+        slot: where the solve keeps its state, and goes on from if it was stopped.
 
     Returns:
         The fine-tuned model and its history: ``loss``, ``active_share`` (of the pool, the
@@ -349,68 +471,44 @@ def solve(
     Raises:
         ValueError: if ``kl_weight`` is not positive.
         TrainingDiverged: if the loss or the trajectories stop being finite; the message names the update.
+        CheckpointError: if the state to go on from belongs to another solve.
     """
     if not kl_weight > 0:
         raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
     base = copy.deepcopy(base).requires_grad_(False)
     model = copy.deepcopy(base).requires_grad_(True)
     optimiser = Adam(model.parameters())
+    state = TrainingState(model, optimiser, generator, (settings, kl_weight), slot)
     steps = memoryless_steps(base, settings.steps)
     scale = loss_scale(base, steps)
-    times = torch.tensor(base.time_grid(settings.steps), dtype=torch.float64)[:-1]
-    solution = Solution(model)
-    started = time.perf_counter()
-    passes = 0
-    for update in range(settings.updates):
+    sharing = processes()
+    passes = int(state.history[-1]["network_passes"]) if state.history else 0
+    for update in range(len(state.history), settings.updates):
         own = tilt if isinstance(tilt, FirstVariation) else tilt(update / settings.updates)
-        pool_size = settings.pool if own.sparse else settings.batch
-        pool_context = model.draw_context(pool_size, generator)
-        pool = sample_sde(model, pool_size, settings.steps, generator, pool_context)
-        if not bool(torch.isfinite(pool[-1]).all()):
-            raise TrainingDiverged(_diverged("trajectories are no longer finite", update, settings))
-        active = own.active(pool[-1], pool_context)
-        ends = Ends.of(model, own, pool, active, steps, pool_context, settings.endpoint_gradient)
-        draw = stratified_draw(ends.active, settings.batch, generator)
-        trajectories = pool[:, draw.index]
-        context = model.select_context(pool_context, draw.index)
-
         strength = min(1.0, (update + 1) / max(1.0, settings.ramp * settings.updates))
-        terminal = ends.terminal(trajectories[-1], draw.index, context, -strength / kl_weight)
+        batch = _draw_batch(model, own, settings, steps, -strength / kl_weight, generator, sharing)
+        if batch is None:
+            raise TrainingDiverged(_diverged("trajectories are no longer finite", update, settings))
         chosen = _chosen_steps(settings, generator)
-        adjoints, base_velocities = _targets(base, trajectories, terminal, steps, chosen, context)
-        own_scale = LossScale(scale.mean[chosen].to(trajectories), scale.noise[chosen].to(trajectories))
-        adjoints, clipped = _clipped(adjoints, own_scale, settings.control_clip)
-        squares, energies = _residuals(
-            model,
-            trajectories[chosen],
-            times[chosen].to(trajectories),
-            base_velocities,
-            adjoints,
-            own_scale,
-            context,
-        )
-        weights = draw.weights.to(squares)
-        loss = (squares * weights).mean()
-        if not bool(torch.isfinite(loss)):
-            raise TrainingDiverged(_diverged(f"the loss is {float(loss.detach())}", update, settings))
         optimiser.clear_gradients()
-        loss.backward()
+        sums = _accumulate(model, base, batch, chosen, scale, steps, settings)
+        loss, clipped, moving = (float(value) for value in sharing.total(sums.scalars))
+        if not math.isfinite(loss):
+            raise TrainingDiverged(_diverged(f"the loss is {loss}", update, settings))
+        sharing.sum_gradients(optimiser.parameters)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimiser.step(annealed_rate(update, settings.updates, settings.learning_rate, settings.warmup))
-        moving = int(terminal.moving.sum())
-        passes += _network_passes(settings, pool_size, moving, len(chosen), ends.ratio is not None)
+        passes += _network_passes(settings, batch.pool, int(moving), len(chosen), batch.mirrored)
         row: dict[str, Any] = {
             "update": update,
-            "loss": float(loss.detach()),
-            "active_share": float(active.double().mean()),
-            "control_energy": _control_energy(energies * weights, settings),
+            "loss": loss,
+            "active_share": batch.active_share,
+            "control_energy": _control_energy(sharing.total(sums.energies) / settings.batch, settings),
             "gradient_norm": float(norm),
-            "clipped_share": clipped,
+            "clipped_share": clipped / (len(chosen) * settings.batch),
             "network_passes": passes,
-            "seconds": time.perf_counter() - started,
+            "seconds": state.seconds(),
         }
-        solution.history.append(row)
-        if progress is not None:
-            progress(row)
+        state.add(row, progress)
     model.requires_grad_(False)
-    return solution
+    return Solution(model, state.history)

@@ -36,6 +36,7 @@ from flowtilt.control.penalties import BankWeights, penalty_named, solve_weights
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.model import Context, FlowModel
 from flowtilt.optimiser import Adam
+from flowtilt.resuming import Slot, TrainingState
 from flowtilt.sampling import CHUNK, OdeSettings, sample_ode, sample_sde
 
 logger = logging.getLogger(__name__)
@@ -325,6 +326,7 @@ def solve(
     settings: WeightedFittingSettings,
     generator: torch.Generator,
     progress: Progress | None = None,
+    slot: Slot | None = None,
 ) -> Solution:
     """Fit a copy of ``base`` to the law that maximises ``E[tilt] - kl_weight D(law || base)``.
 
@@ -337,6 +339,7 @@ def solve(
         settings: of the bank and of the fit.
         generator: source of all randomness.
         progress: called with each update's row of the history.
+        slot: where the fit keeps its state, and goes on from if it was stopped; the bank is drawn again.
 
     Returns:
         The fitted model; its history: ``loss`` and ``active_share`` (the native loss, and the share of
@@ -352,6 +355,7 @@ def solve(
         ValueError: if ``kl_weight`` is not positive, or values are infinite.
         UnusableBank: if too few effective samples are left.
         TrainingDiverged: if the loss stops being finite; the message names the update.
+        CheckpointError: if the state to go on from belongs to another solve.
     """
     if not kl_weight > 0:
         raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
@@ -364,8 +368,9 @@ def solve(
     passes = settings.bank * settings.steps * (4 if settings.sampler == "ode" else 1) * FORWARD
     passes_of_update = settings.batch * (TRAINING + (price if plan.coefficient else 0))
     optimiser = Adam(model.parameters())
-    solution = Solution(model, diagnostics=_diagnostics(bank, plan))
-    for update in range(settings.updates):
+    state = TrainingState(model, optimiser, generator, (settings, kl_weight), slot, started=started)
+    passes += len(state.history) * passes_of_update
+    for update in range(len(state.history), settings.updates):
         batch = _draw_batch(model, bank, plan, settings, generator)
         loss, native = _losses(model, base, batch, plan)
         if not math.isfinite(native):
@@ -386,10 +391,8 @@ def solve(
             "active_share": float((plan.tilted * bank.active)[batch.index].mean()),
             "gradient_norm": float(norm),
             "network_passes": passes,
-            "seconds": time.perf_counter() - started,
+            "seconds": state.seconds(),
         }
-        solution.history.append(row)
-        if progress is not None:
-            progress(row)
+        state.add(row, progress)
     model.requires_grad_(False)
-    return solution
+    return Solution(model, state.history, _diagnostics(bank, plan))

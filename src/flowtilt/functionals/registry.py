@@ -6,8 +6,8 @@ To add one, write a :class:`~flowtilt.functionals.base.Functional` and enter it:
 
 A configuration names it ``module:SHARPNESS``, and :func:`flowtilt.functionals.checks.check_entry` runs
 the numerical checks on it. Entered here, ``UTILITIES["sharpness"] = SHARPNESS``, it goes by that name,
-the table of tiers lists it, and the tests of all registered functionals run on it. See
-``docs/adding-a-functional.md``.
+the table of tiers lists it, and the tests of all registered functionals run on it; say there what its
+parameters mean, in :mod:`flowtilt.functionals.keys`. See ``docs/adding-a-functional.md``.
 """
 
 from __future__ import annotations

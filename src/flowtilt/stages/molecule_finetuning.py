@@ -25,6 +25,8 @@ from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import SQ, Hinge, RewardVariation
 from flowtilt.model import FlowModel
 from flowtilt.molecule_experiment import MoleculeExperiment
+from flowtilt.parallel import processes
+from flowtilt.resuming import Resumption
 from flowtilt.sampling import sample_sde
 from flowtilt.stages.files import (
     StageError,
@@ -35,6 +37,7 @@ from flowtilt.stages.files import (
 )
 from flowtilt.stages.molecule_sampling import CHUNK, Base, load_base
 from flowtilt.stages.solvers import adjoint_matching_settings, build_solver
+from flowtilt.stages.states import resumption_of
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +88,8 @@ def finetune(
 ) -> None:
     """Fine-tune the pretrained model by one method.
 
+    A long fine-tuning keeps its state beside the output while it runs, and goes on from it if it was stopped.
+
     Args:
         experiment: what to do.
         method: name of one of its methods, of kind am, fdc or tfft.
@@ -102,21 +107,25 @@ def finetune(
     base = load_base(experiment, pretrained)
     reward = _reward(experiment, base, workers)
     counted = _Counted(reward, progress)
+    inputs = [pretrained, threshold_file]
+    resumption = resumption_of(experiment, "finetune", seed, output, inputs, method, counted.start_anew)
     if method_of(experiment, method).kind == "fdc":
-        model, rows = _flow_density_control(experiment, method, seed, base.flow, reward, counted)
+        model, rows = _flow_density_control(experiment, method, seed, base.flow, reward, counted, resumption)
     else:
         tilt, kl_weight = _tilt(experiment, method, reward, threshold_file)
         solver, updates = experiment.solver_of(method), experiment.updates_of(method)
-        random = generator_of(experiment.name, method, seed)
+        random, slot = generator_of(experiment.name, method, seed), resumption.slot("solve")
         if isinstance(tilt, FirstVariation):
-            solution = build_solver(solver, updates, counted)(base.flow, tilt, kl_weight, random)
+            solution = build_solver(solver, updates, counted)(base.flow, tilt, kl_weight, random, slot)
         else:
             settings = adjoint_matching_settings(solver, updates)
-            solution = adjoint_matching.solve(base.flow, tilt, kl_weight, settings, random, counted)
+            solution = adjoint_matching.solve(base.flow, tilt, kl_weight, settings, random, counted, slot)
         model, rows = solution.model, solution.history
     _say_failures(reward)
-    write_history(rows, history)
-    save_weights(model, output)
+    if processes().leads:
+        write_history(rows, history)
+        save_weights(model, output)
+        resumption.remove()
 
 
 class _Counted:
@@ -124,12 +133,18 @@ class _Counted:
 
     def __init__(self, reward: XTBReward, progress: Progress | None) -> None:
         self.reward, self.progress = reward, progress
-        self.evaluated = self.failed = 0
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Count from here: what came before a state that was taken over is in its history."""
+        self.evaluated, self.failed = self.reward.evaluated, self.reward.failures.total()
 
     def __call__(self, row: dict[str, float]) -> None:
-        evaluated, failed = self.reward.evaluated, self.reward.failures.total()
-        row |= {"evaluated": evaluated - self.evaluated, "failed": failed - self.failed}
-        self.evaluated, self.failed = evaluated, failed
+        evaluated, failed = self.evaluated, self.failed
+        self.start_anew()
+        counts = torch.tensor([self.evaluated - evaluated, self.failed - failed])
+        evaluated, failed = processes().total(counts).tolist()
+        row |= {"evaluated": evaluated, "failed": failed}
         if self.progress is not None:
             self.progress(row)
 
@@ -162,6 +177,7 @@ def _flow_density_control(
     base: FlowModel,
     reward: XTBReward,
     progress: Progress,
+    resumption: Resumption,
 ) -> tuple[FlowModel, list[dict[str, float]]]:
     """FDC on the mean of the best share, less the KL divergence by scores."""
     config, solver = method_of(experiment, method), experiment.solver_of(method)
@@ -176,5 +192,6 @@ def _flow_density_control(
         MirrorAscent(tail.alpha / step, experiment.offline.samples, solver.steps),
         build_solver(solver, experiment.updates_of(method), progress),
         lambda k: generator_of(experiment.name, method, seed, k),
+        resumption,
     )
     return result.model, result.history

@@ -5,7 +5,6 @@ Beside the weights stands their record: what made them, and how loss and validit
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -31,6 +30,7 @@ from flowtilt.provenance import commit, versions
 from flowtilt.sampling import OdeSettings
 from flowtilt.stages.files import write_history, write_json
 from flowtilt.stages.molecule_sampling import Base, generated
+from flowtilt.stages.states import resumption_of, sha256_of
 
 SEED = 0
 """Of the pretrained model, from which all seeds of fine-tuning start."""
@@ -48,8 +48,8 @@ def pretrain(
 ) -> None:
     """Give the pretrained model and its record: those that are shipped, checked, or trained anew.
 
-    A training keeps its state beside the output and goes on from it if it was stopped. Its history,
-    a row an update, is ``history.csv`` there.
+    A training keeps its state beside the output while it runs, and goes on from it if it was stopped. Its
+    history, a row an update, is ``history.csv`` there.
 
     Args:
         experiment: whose flow.
@@ -74,13 +74,15 @@ def pretrain(
                 shutil.copyfile(source, temporary)
         return
     checks = output.with_name("checks.json")
-    state = output.with_name("pretraining_state.safetensors")
-    if not state.is_file():
+    resumption = resumption_of(experiment, "pretrain", SEED, output, [molecules])
+    slot = resumption.slot("pretraining")
+    if not slot.path.is_file():
         checks.unlink(missing_ok=True)
     watch = _watch(experiment, molecules, checks)
-    history = build.pretrain(experiment.flow, molecules, SEED, output, state, progress, watch)
+    history = build.pretrain(experiment.flow, molecules, SEED, output, slot, progress, watch)
     write_history(history, output.with_name("history.csv"))
     write_json(_record(experiment, molecules, output, history, _read_checks(checks)), record)
+    resumption.remove()
 
 
 def record_of(weights: Path) -> Path:
@@ -96,7 +98,7 @@ def _shipped(experiment: MoleculeExperiment) -> Path:
     for file in (path, record_of(path)):
         if not file.is_file():
             raise CheckpointError(f"{where}.path: {file}: no such file; restore it, {retrain}")
-    found = _digest(path)
+    found = sha256_of(path)
     if found != experiment.checkpoint.sha256:
         raise CheckpointError(
             f"{where}.sha256: {path} has the SHA-256 {found}, not {experiment.checkpoint.sha256}; restore "
@@ -104,11 +106,6 @@ def _shipped(experiment: MoleculeExperiment) -> Path:
         )
     load_weights(build.build_model(experiment.flow), path)
     return path
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # --------------------------------------------------------------------------------- its checks
@@ -164,7 +161,7 @@ def _record(
     model = load_weights(build.build_model(experiment.flow), weights)
     return {
         "weights": experiment.model.name,
-        "sha256": _digest(weights),
+        "sha256": sha256_of(weights),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "commit": commit(),
         "command": "flowtilt molecules-pretrain, the rule molecules_pretrain, with checkpoint.retrain: true",

@@ -23,7 +23,7 @@ from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.sampling import OdeSettings, sample_ode
 from flowtilt.stages.files import StageError, write_arrays
 
-CHUNK = 128
+CHUNK = 64
 """Molecules that are sampled together, of nearly one size."""
 
 

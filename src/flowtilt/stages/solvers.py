@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 
 from flowtilt.control import adjoint_matching, weighted_fitting
@@ -9,6 +13,7 @@ from flowtilt.control.base import Progress, Solution
 from flowtilt.fdc import Solver
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.model import FlowModel
+from flowtilt.resuming import Slot
 from flowtilt.sections import SolverConfig
 
 
@@ -20,9 +25,22 @@ def build_solver(config: SolverConfig, updates: int, progress: Progress | None =
         updates: optimiser steps of each solve.
         progress: called with each update's row.
     """
+    solver: Callable[..., Solution]
     if config.kind == "weighted_fitting":
-        return _weighted_fitting(config, updates, progress)
-    return _adjoint_matching(config, updates, progress)
+        solver = partial(_weighted_fitting, settings=_weighted_fitting_settings(config, updates))
+    else:
+        solver = partial(adjoint_matching.solve, settings=adjoint_matching_settings(config, updates))
+
+    def solve(
+        base: FlowModel,
+        tilt: FirstVariation,
+        kl_weight: float,
+        random: torch.Generator,
+        slot: Slot | None = None,
+    ) -> Solution:
+        return solver(base, tilt, kl_weight, generator=random, progress=progress, slot=slot)
+
+    return solve
 
 
 def adjoint_matching_settings(config: SolverConfig, updates: int) -> adjoint_matching.AdjointMatchingSettings:
@@ -43,17 +61,10 @@ def adjoint_matching_settings(config: SolverConfig, updates: int) -> adjoint_mat
     )
 
 
-def _adjoint_matching(config: SolverConfig, updates: int, progress: Progress | None) -> Solver:
-    settings = adjoint_matching_settings(config, updates)
-
-    def solve(base: FlowModel, tilt: FirstVariation, kl_weight: float, random: torch.Generator) -> Solution:
-        return adjoint_matching.solve(base, tilt, kl_weight, settings, random, progress)
-
-    return solve
-
-
-def _weighted_fitting(config: SolverConfig, updates: int, progress: Progress | None) -> Solver:
-    settings = weighted_fitting.WeightedFittingSettings(
+def _weighted_fitting_settings(
+    config: SolverConfig, updates: int
+) -> weighted_fitting.WeightedFittingSettings:
+    return weighted_fitting.WeightedFittingSettings(
         bank=config.bank,
         steps=config.bank_steps,
         penalty=config.penalty,
@@ -64,11 +75,10 @@ def _weighted_fitting(config: SolverConfig, updates: int, progress: Progress | N
         gradient_clip=config.gradient_clip,
     )
 
-    def solve(base: FlowModel, tilt: FirstVariation, kl_weight: float, random: torch.Generator) -> Solution:
-        solution = weighted_fitting.solve(base, tilt, kl_weight, settings, random, progress)
-        # Each solve of a run has its own bank: what it was worth goes beside the solve's updates.
-        kept = {key: solution.diagnostics[key] for key in ("effective_sample_size", "relative_gap")}
-        solution.history = [{**row, **kept} for row in solution.history]
-        return solution
 
-    return solve
+def _weighted_fitting(*problem: Any, **more: Any) -> Solution:
+    """Weighted fitting, with what its bank was worth in every row: each solve of a run has its own."""
+    solution = weighted_fitting.solve(*problem, **more)
+    kept = {key: solution.diagnostics[key] for key in ("effective_sample_size", "relative_gap")}
+    solution.history = [{**row, **kept} for row in solution.history]
+    return solution

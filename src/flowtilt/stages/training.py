@@ -21,10 +21,13 @@ from flowtilt.functionals.base import FirstVariation, Functional, Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import SQ, CVaR, RewardVariation
 from flowtilt.model import FlowModel
+from flowtilt.parallel import processes
 from flowtilt.pretraining import PretrainingSettings, fit_flow
+from flowtilt.resuming import Resumption
 from flowtilt.sampling import OdeSettings, sample_ode, sample_sde, sample_with_log_density
 from flowtilt.stages.files import StageError, read_threshold, write_arrays, write_history
 from flowtilt.stages.solvers import build_solver
+from flowtilt.stages.states import resumption_of
 from flowtilt.tfft import TailProblem
 
 
@@ -36,9 +39,12 @@ def pretrain(
     config = experiment.pretrain
     settings = PretrainingSettings(config.updates, config.batch, config.learning_rate)
     generator = generator_of(experiment.base, "pretrain", seed)
-    rows = fit_flow(model, build_data(experiment).sample, settings, generator, progress)
+    resumption = resumption_of(experiment, "pretrain", seed, output, [])
+    slot = resumption.slot("pretraining")
+    rows = fit_flow(model, build_data(experiment).sample, settings, generator, progress, slot)
     write_history(rows, history)
     save_weights(model, output)
+    resumption.remove()
 
 
 def offline(experiment: Experiment, seed: int, model: Path, output: Path) -> None:
@@ -64,6 +70,8 @@ def finetune(
 ) -> None:
     """Fine-tune a pretrained model by one method, with its control solver.
 
+    A long fine-tuning keeps its state beside the output while it runs, and goes on from it if it was stopped.
+
     Args:
         experiment: what to do.
         method: name of one of its methods, not of kind ``pretrained``.
@@ -80,14 +88,19 @@ def finetune(
     if kind == "pretrained":
         raise ConfigError(f"experiment {experiment.name}: method {method!r} is not fine-tuned")
     solver = build_solver(experiment.solver_of(method), experiment.updates_of(method), progress)
+    inputs = [pretrained, start, threshold_file]
+    resumption = resumption_of(experiment, "finetune", seed, output, inputs, method)
     if kind == "fdc":
-        model, rows = _flow_density_control(experiment, method, seed, base, start, solver)
+        model, rows = _flow_density_control(experiment, method, seed, base, start, solver, resumption)
     else:
         tilt, kl_weight = _single_tilt(experiment, method, threshold_file)
-        solution = solver(base, tilt, kl_weight, generator_of(experiment.name, method, seed))
+        random = generator_of(experiment.name, method, seed)
+        solution = solver(base, tilt, kl_weight, random, resumption.slot("solve"))
         model, rows = solution.model, solution.history
-    write_history(rows, history)
-    save_weights(model, output)
+    if processes().leads:
+        write_history(rows, history)
+        save_weights(model, output)
+        resumption.remove()
 
 
 def _single_tilt(
@@ -112,6 +125,7 @@ def _flow_density_control(
     base: FlowModel,
     start: Path | None,
     solver: Solver,
+    resumption: Resumption,
 ) -> tuple[FlowModel, list[dict[str, float]]]:
     """FDC's iterations, from the pretrained model or from an earlier run."""
     config = method_of(experiment, method)
@@ -134,6 +148,7 @@ def _flow_density_control(
         solver,
         # By the step and not by the method: methods that differ in nothing else share their noise.
         lambda k: generator_of(experiment.name, "fdc", step, seed, k),
+        resumption,
     )
     return result.model, result.history
 

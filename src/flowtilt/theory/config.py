@@ -28,25 +28,46 @@ class TargetConfig(Section):
     """A round Gaussian that kernel matching draws the law to."""
 
     mean: Row
+    """Mean of the target law, a pair of coordinates."""
+
     deviation: Positive
+    """Its standard deviation along both axes."""
 
 
 class UtilityConfig(Section):
-    """A concave problem ``utility - alpha KL``; which further fields it has depends on the utility.
+    """A concave problem ``utility - alpha KL``; which further keys it has depends on the utility.
 
-    See :mod:`flowtilt.theory.utilities` for the fields. ``multiples`` are the KL weights of the steps
-    over the smallest that is proven: 1 is the paper's choice, more is a smaller step.
+    The formulas are in :mod:`flowtilt.theory.utilities`.
     """
 
     utility: Literal["expected_reward", "entropy", "optimal_design", "kernel_matching", "log_barrier"]
+    """The concave utility of the law p; it says which of the other keys there are."""
+
     alpha: Positive
+    """Weight of the KL divergence from the pretrained law, in units of the utility a nat."""
+
     weight: Positive | None = None
+    """Weight of the utility, or of the barrier in ``log_barrier``; for all but ``expected_reward``."""
+
     direction: Row | None = None
+    """Gradient of the linear reward, a pair; for ``expected_reward`` and ``log_barrier``."""
+
     ridge: Positive | None = None
+    """What is added to the diagonal of the information matrix; for ``optimal_design``."""
+
     bandwidth: Positive | None = None
+    """Bandwidth of the Gaussian kernel, in units of the plane; for ``kernel_matching``."""
+
     target: TargetConfig | None = None
+    """The round Gaussian that the law is drawn to; for ``kernel_matching``."""
+
     budget: Positive | None = None
+    """What the mean cost must stay below, the cost being half the squared distance from the origin; for
+    ``log_barrier``."""
+
     multiples: Annotated[tuple[Annotated[float, Field(ge=1)], ...], Field(min_length=1)] = (1.0,)
+    """KL weights of the runs' steps over the smallest that is proven: 1 is the paper's choice, more is a
+    smaller step."""
 
     @model_validator(mode="after")
     def _fields_of_utility(self) -> UtilityConfig:
@@ -60,30 +81,51 @@ class UtilityConfig(Section):
 
 
 class SquareConfig(Section):
-    """A square grid over ``[-extent, extent]^2`` with ``cells`` cells a side."""
+    """A square grid."""
 
     extent: Positive
+    """Half the side of the square around the origin."""
+
     cells: Annotated[int, Field(ge=4, le=64)]
+    """Cells along a side."""
 
 
 class MirrorDescentConfig(Section):
     """Mirror ascent on a grid against its bounds; see :mod:`flowtilt.theory.mirror_descent`."""
 
     kind: Literal["mirror_descent"]
+    """Which study this is."""
+
     name: str
+    """Name of the study: that of its file."""
+
     title: str
+    """Title of its table."""
+
     iterations: Annotated[int, Field(ge=2)]
+    """Iterations of every run."""
+
     grid: SquareConfig
+    """The grid whose cells laws are vectors of probabilities on."""
+
     data: DataConfig
+    """The pretrained law; ``modes`` is not used here."""
+
     problems: Annotated[dict[Name, UtilityConfig], Field(min_length=1)]
+    """The problems by name."""
 
 
 class RewardLawConfig(Section):
-    """A mixture of Gaussians that rewards are drawn from; a deviation of 0 is an atom."""
+    """A mixture of Gaussians that rewards are drawn from."""
 
     weights: Annotated[list[Positive], Field(min_length=1)]
+    """Weights of the components; they need not sum to 1."""
+
     means: list[float]
+    """Means of the components, in units of the reward."""
+
     deviations: list[Annotated[float, Field(ge=0)]]
+    """Standard deviations of the components; 0 is an atom."""
 
     @model_validator(mode="after")
     def _one_of_each(self) -> RewardLawConfig:
@@ -96,23 +138,35 @@ class TailConfig(Section):
     """A tail problem on a known law of rewards, at one mass for each of its tails."""
 
     law: RewardLawConfig
+    """The law of the rewards."""
+
     alpha: Positive
+    """KL weight, in reward units a nat."""
+
     mass: Mass
+    """Probability of the tail."""
+
     tails: Annotated[tuple[Side, ...], Field(min_length=1)] = ("lower", "upper")
+    """Which tails are solved, each at this mass."""
 
 
 class BatchConfig(Section):
-    """Offline batches: their sizes, and how many of each.
-
-    Each size gets as many as ``rewards`` rewards allow, within the given limits. Slopes are fitted from
-    the size ``fit_from`` on.
-    """
+    """Offline batches: their sizes, and how many of each."""
 
     sizes: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=3)]
+    """Rewards in a batch, in rising order."""
+
     rewards: Count
+    """Rewards of all batches of one size together, which limits how many there are."""
+
     fewest: Annotated[int, Field(ge=2)]
+    """Batches of each size at least."""
+
     most: Count
+    """Batches of each size at most."""
+
     fit_from: Count
+    """Smallest size that enters the fitted slopes; at least three sizes must be as large."""
 
     @model_validator(mode="after")
     def _enough_to_fit(self) -> BatchConfig:
@@ -128,36 +182,54 @@ class BatchConfig(Section):
 
 
 class DescentConfig(Section):
-    """Gradient descent on the right tail's dual: size of the batch, and updates."""
+    """Gradient descent on the right tail's dual."""
 
     batch: Annotated[int, Field(ge=2)]
+    """Rewards in the batch whose dual is descended."""
+
     updates: Annotated[int, Field(ge=20)]
+    """Steps of the descent."""
 
 
 class ShiftConfig(Section):
-    """Batches from a shifted model: the reward is a standard normal coordinate, clipped.
-
-    Attributes:
-        clip: rewards lie in ``[-clip, clip]``; the bound needs them bounded.
-        deltas: shifts of the coordinate's mean; the KL divergence is ``delta^2 / 2``.
-    """
+    """Batches from a shifted model: the reward is a standard normal coordinate, clipped."""
 
     clip: Positive
+    """Rewards lie in [-clip, clip], since the bound needs them bounded."""
+
     alpha: Positive
+    """KL weight, in reward units a nat."""
+
     mass: Mass
+    """Probability of the tail."""
+
     deltas: Annotated[list[Positive], Field(min_length=1)]
+    """Shifts of the coordinate's mean, in its standard deviations; the KL divergence is half the square."""
 
 
 class ThresholdStudyConfig(Section):
     """Thresholds against their exact values; see :mod:`flowtilt.theory.thresholds`."""
 
     kind: Literal["threshold"]
+    """Which study this is."""
+
     name: str
+    """Name of the study: that of its file."""
+
     title: str
+    """Title of its table."""
+
     problems: Annotated[dict[Name, TailConfig], Field(min_length=1)]
+    """Tail problems on known laws of rewards, by name."""
+
     batches: BatchConfig
+    """Offline batches from these laws."""
+
     descent: DescentConfig
+    """Gradient descent on the right tail's dual."""
+
     shift: ShiftConfig
+    """Batches from a model that has moved."""
 
 
 TheoryConfig = MirrorDescentConfig | ThresholdStudyConfig

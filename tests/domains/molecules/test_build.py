@@ -9,6 +9,7 @@ from flowtilt.configuration import ConfigError, validated
 from flowtilt.domains.molecules import data
 from flowtilt.domains.molecules.build import build_model, build_units, decoder, padded, pretrain
 from flowtilt.domains.molecules.sections import MoleculeConfig
+from flowtilt.resuming import Resumption
 from flowtilt.sampling import sample_sde
 
 CONFIG = {
@@ -34,6 +35,10 @@ def molecules(tmp_path):
     return path
 
 
+def slot(folder, name):
+    return Resumption(folder / "state", "a training", seconds=0).slot(name)
+
+
 def test_pretraining_from_a_configuration_goes_on_where_it_was(molecules, tmp_path):
     config = MoleculeConfig.model_validate(CONFIG)
 
@@ -41,18 +46,18 @@ def test_pretraining_from_a_configuration_goes_on_where_it_was(molecules, tmp_pa
         if row["update"] == 2:
             raise KeyboardInterrupt
 
-    whole = pretrain(config, molecules, 0, tmp_path / "a.safetensors", tmp_path / "a_state.safetensors")
+    whole = pretrain(config, molecules, 0, tmp_path / "a.safetensors", slot(tmp_path, "a"))
     with pytest.raises(KeyboardInterrupt):
-        pretrain(config, molecules, 0, tmp_path / "b.safetensors", tmp_path / "b_state.safetensors", stop)
+        pretrain(config, molecules, 0, tmp_path / "b.safetensors", slot(tmp_path, "b"), stop)
     assert not (tmp_path / "b.safetensors").exists()
-    again = pretrain(config, molecules, 0, tmp_path / "b.safetensors", tmp_path / "b_state.safetensors")
+    again = pretrain(config, molecules, 0, tmp_path / "b.safetensors", slot(tmp_path, "b"))
     assert [row["loss"] for row in again] == [row["loss"] for row in whole]
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_a_checkpoint_has_all_that_sampling_needs(molecules, tmp_path):
     config = MoleculeConfig.model_validate(CONFIG)
-    pretrain(config, molecules, 0, tmp_path / "a.safetensors", tmp_path / "state.safetensors")
+    pretrain(config, molecules, 0, tmp_path / "a.safetensors", slot(tmp_path, "a"))
     flow = load_weights(build_model(config), tmp_path / "a.safetensors")
     # Of the whole subset: molecules of six atoms are not in it, and none has five.
     assert flow.size_weights.tolist() == [0, 0, 0, 20, 30, 0]

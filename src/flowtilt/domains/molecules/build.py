@@ -19,7 +19,8 @@ from flowtilt.domains.molecules.sections import MoleculeConfig, XTBConfig
 from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, Units, unpack
 from flowtilt.domains.molecules.xtb import Molecule, XTBSettings
 from flowtilt.model import Context
-from flowtilt.pretraining import PretrainingSettings, Resumption, Watch, fit_flow
+from flowtilt.pretraining import PretrainingSettings, Watch, fit_flow
+from flowtilt.resuming import Slot
 from flowtilt.seeding import seed_of
 
 
@@ -88,7 +89,7 @@ def pretrain(
     molecules: Path,
     seed: int,
     output: Path,
-    state: Path,
+    slot: Slot,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> list[dict[str, float]]:
@@ -99,7 +100,7 @@ def pretrain(
         molecules: file of :func:`flowtilt.domains.molecules.data.prepare`.
         seed: of weights and draws.
         output: where the weights go, the averaged ones.
-        state: where the training keeps its state, and goes on from if the file is there.
+        slot: where the training keeps its state, and goes on from if it was stopped.
         progress: called with each update's row.
         watch: looks at the model now and then.
     """
@@ -112,6 +113,6 @@ def pretrain(
     source = MoleculeSource(chosen.of_split("train"), build_units(config), config.pretrain.window)
     generator = generator_of(config.name, "pretrain", seed)
     settings = PretrainingSettings(**keys)
-    history = fit_flow(model, source, settings, generator, progress, Resumption(state), watch)
+    history = fit_flow(model, source, settings, generator, progress, slot, watch)
     save_weights(model, output)
     return history

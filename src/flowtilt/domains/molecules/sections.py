@@ -12,10 +12,13 @@ Level = Annotated[float, Field(gt=0, lt=1)]
 
 
 class SubsetConfig(Section):
-    """Which molecules of QM9: by their numbers of atoms, hydrogen included."""
+    """Which molecules of QM9: by their numbers of atoms."""
 
     smallest: Count = 1
+    """Fewest atoms of a molecule, hydrogen included."""
+
     largest: Count = 12
+    """Most atoms of a molecule, hydrogen included; QM9's have up to 29."""
 
     @model_validator(mode="after")
     def _in_order(self) -> SubsetConfig:
@@ -25,22 +28,39 @@ class SubsetConfig(Section):
 
 
 class UnitsConfig(Section):
-    """See :class:`flowtilt.domains.molecules.states.Units`."""
+    """What one unit of a state stands for; see :class:`flowtilt.domains.molecules.states.Units`."""
 
     length: Positive = 1.25
+    """Ångström in a unit of a state's coordinates."""
+
     type_scale: Positive = 0.1
+    """Value of an atom type's column where it applies; the smaller, the later in time types come out of
+    the noise."""
 
 
 class MoleculeNetworkConfig(Section):
-    """See :class:`flowtilt.domains.molecules.network.NetworkSettings`."""
+    """Sizes of the equivariant network; see :mod:`flowtilt.domains.molecules.network`."""
 
     layers: Count = 4
+    """Rounds of exchange between atoms."""
+
     width: Count = 128
+    """Scalar features of an atom, a multiple of ``heads``."""
+
     vectors: Count = 16
+    """Vector features of an atom, a multiple of ``heads``."""
+
     pair_width: Count = 48
+    """Scalar features of a pair of atoms, which take most of the time."""
+
     heads: Count = 8
+    """Heads of the attention."""
+
     radial: Annotated[int, Field(ge=2)] = 24
+    """Radial basis functions of a distance."""
+
     reach: Positive = 5.0
+    """Distance of the last of them, in units of a state."""
 
     @model_validator(mode="after")
     def _divisible(self) -> MoleculeNetworkConfig:
@@ -51,76 +71,124 @@ class MoleculeNetworkConfig(Section):
 
 
 class CheckConfig(Section):
-    """Molecules drawn during a training, for its curve of validity: how many, and after how many updates."""
+    """Molecules drawn during a training, for its curve of validity."""
 
     every: Count = 4000
+    """Updates between two checks."""
+
     samples: Count = 500
+    """Molecules drawn at each check."""
 
 
 class MoleculePretrainConfig(Section):
-    """See :class:`flowtilt.pretraining.PretrainingSettings`; ``window`` is of the source of molecules,
-    ``type_weight`` of the loss, and ``check`` says how the training is looked at."""
+    """Flow-matching pretraining; see :class:`flowtilt.pretraining.PretrainingSettings`."""
 
     updates: Count
+    """Optimiser steps."""
+
     batch: Count = 64
+    """Molecules an update."""
+
     learning_rate: Positive = 1e-3
+    """Largest learning rate of Adam; a cosine takes it to zero."""
+
     warmup: Share = 0.01
+    """Share of the updates over which the learning rate rises linearly."""
+
     average: Annotated[float, Field(ge=0, lt=1)] = 0.9995
+    """Decay of the exponential moving average of the weights, which is the result; 0 for none."""
+
     gradient_clip: Positive = 1.0
+    """Bound on the norm of the parameters' gradient."""
+
     times: tuple[float, Positive] = (1.5, 1.2)
+    """Mean and standard deviation of the logit of the training times."""
+
     window: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the molecules, sorted by size, that a batch is drawn from: less than 1 makes batches of
+    nearly one size, with little padding."""
+
     type_weight: Positive = 1.0
+    """Weight of the atom types' cross entropy in the loss, beside the coordinates' mean square."""
+
     bfloat16: bool = True
+    """Whether matrix products are computed in 16 bits, where that is faster."""
+
     compiled: bool = False
+    """Whether torch compiles the loss, which takes minutes and a C++ compiler."""
+
     check: CheckConfig = CheckConfig()
+    """Checks of the molecules during the training."""
 
 
 class MoleculeConfig(Section):
-    """A flow on molecules: data, units, network and pretraining. ``name`` is that of its weights.
-
-    ``time_power`` is of the times that samplers and solvers see it at, see
-    :func:`flowtilt.interpolants.time_grid`; the weights do not depend on it.
-    """
+    """A flow on molecules: data, units, network and pretraining."""
 
     name: str
+    """Name of the weights."""
+
     subset: SubsetConfig
+    """Which molecules."""
+
     units: UnitsConfig = UnitsConfig()
+    """Units of a state."""
+
     network: MoleculeNetworkConfig = MoleculeNetworkConfig()
+    """Sizes of the network."""
+
     pretrain: MoleculePretrainConfig
+    """How it is trained."""
+
     time_power: Positive = 1.0
+    """Power of the times that samplers and solvers see the flow at, see
+    :func:``flowtilt.interpolants.time_grid``; the weights do not depend on it."""
 
 
 class MoleculeModelConfig(Section):
-    """The base model: the package's own flow, or one of the package FlowMol.
-
-    ``name`` is that of the weights: our own follow from it and a seed, FlowMol's are downloaded by it.
-    """
+    """The base model: the package's own flow, or one of the package FlowMol."""
 
     kind: Literal["equivariant", "flowmol"] = "equivariant"
+    """``equivariant`` is the package's own flow; ``flowmol`` takes the weights of the package FlowMol."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """Name of the weights: one's own follow from it and a seed, FlowMol's are downloaded by it."""
 
 
 class CheckpointConfig(Section):
-    """Weights of the pretrained model that are there already.
-
-    ``path`` is relative to the folder of the workflow, ``sha256`` what the file must have. ``retrain``
-    is the switch: with it the model is trained by the section ``pretrain``, and the file is not read.
-    """
+    """Weights of the pretrained model that are there already, and the switch that trains it instead."""
 
     path: str
+    """File of the weights (safetensors), relative to the workflow's folder; its record, of the same name
+    with the ending json, lies beside it."""
+
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 that the file must have."""
+
     retrain: bool = False
+    """Whether the model is trained anew, by the section ``pretrain``, and the file not read."""
 
 
 class XTBConfig(Section):
-    """See :class:`flowtilt.domains.molecules.xtb.XTBSettings`."""
+    """GFN1-xTB energies; :class:`flowtilt.domains.molecules.xtb.XTBSettings` has the bounds' reasons."""
 
     charge: int = 0
+    """Charge of every molecule, in elementary charges."""
+
     unpaired: Annotated[int, Field(ge=0)] | None = None
+    """Unpaired electrons; without it as few as possible, none or one."""
+
     max_iterations: Count = 250
+    """Iterations of the self-consistent field after which a molecule has failed."""
+
     closeness: NotNegative = 0.5
+    """Smallest distance of two atoms over the sum of their covalent radii; closer ones have failed."""
+
     binding: tuple[float, float] = (-0.5, 1.0)
+    """Bounds, in hartree an atom, on the energy above that of the separated neutral atoms, for an energy
+    to be believed; a charge widens them."""
+
     seconds: Positive = 60.0
+    """Processor time that one molecule may take, in seconds."""
 
     @model_validator(mode="after")
     def _in_order(self) -> XTBConfig:
@@ -130,33 +198,46 @@ class XTBConfig(Section):
 
 
 class MoleculeObjective(Section):
-    """The mean of the best share ``1 - level`` of minus the energy, under a KL weight.
+    """The mean of the best share of minus the energy, under a KL weight.
 
-    ``alpha`` is the KL weight of every method's objective, in hartree a nat, as in the papers: of am's mean
-    as of the tails' means. Methods may have levels of their own; the table is led by the level here.
+    As in the papers, ``alpha`` is the weight of am's mean as of the tails' means.
     """
 
     level: Level
+    """Level b of the tail, which is the best share 1 - b of minus the energy. The table is led by it;
+    methods may have levels of their own."""
+
     alpha: Positive
+    """KL weight of every method's objective, in hartree a nat."""
 
 
 class MoleculeMethodConfig(Section):
-    """One method. ``data`` are draws of the training data themselves, a row to compare with.
-
-    ``level`` is of the tail of fdc and tfft, by default the objective's. ``rise`` is the share of the
-    updates over which tfft's level rises to it, from one half: the mass of the tail falls geometrically,
-    and each update has the threshold of its own level. ``iterations`` and ``step`` belong to fdc:
-    ``step`` is the KL weight of the objective over that of a step, 1 the largest in theory. ``updates``
-    and ``solver`` change the experiment's solver for this method alone.
-    """
+    """One method of an experiment on molecules."""
 
     kind: Literal["data", "pretrained", "am", "fdc", "tfft"]
+    """``data`` are draws of the training data, a row to compare with; ``pretrained`` is not fine-tuned;
+    ``am`` is Adjoint Matching on the mean; ``fdc`` is Flow Density Control; ``tfft`` is Tail-aware Flow
+    Fine-Tuning."""
+
     level: Level | None = None
+    """Level of the method's own tail, by default that of ``objective``; for ``fdc`` and ``tfft``."""
+
     rise: Share | None = None
+    """Share of the updates over which the level rises to it from one half, the mass of the tail falling
+    geometrically; for ``tfft``."""
+
     iterations: Count | None = None
+    """Linearisations, each with a solve; for ``fdc``, which must have it."""
+
     step: Annotated[float, Field(gt=0, le=1)] | None = None
+    """KL weight of the objective over that of a step, 1 being the largest step in theory; for ``fdc``,
+    which must have it."""
+
     updates: Count | None = None
+    """Optimiser steps of each of the method's solves, instead of the solver's."""
+
     solver: dict[str, Any] = Field(default_factory=dict)
+    """Keys of ``solver`` that are changed for this method alone."""
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MoleculeMethodConfig:
@@ -178,8 +259,13 @@ class MoleculeMethodConfig(Section):
 
 
 class MoleculeEvaluationConfig(Section):
-    """Molecules of each run, steps of order 4 of the flow that draws them, and how many are relaxed."""
+    """How each run is measured."""
 
     samples: Count
+    """Molecules of each run, drawn by the probability-flow ODE."""
+
     ode_steps: Count
+    """Time steps of the ODE solver of order 4."""
+
     relaxed: Annotated[int, Field(ge=0)]
+    """How many of the molecules have their geometry optimised, the first ones."""

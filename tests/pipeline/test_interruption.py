@@ -1,0 +1,178 @@
+"""Pipelines that are killed, disturbed, or short of something: nothing half-made is taken for a result."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from flowtilt.resuming import SECONDS
+from workflow_copy import PROFILE, SMOKE, Project
+
+pytestmark = pytest.mark.pipeline
+
+# One experiment with everything that stands before its rows in the comparison.
+TARGETS = ("risk_averse_2d", "results/smoke/tables/comparison.csv")
+ONE = ("--config", "experiments=[risk_averse_2d]", "--", *TARGETS)
+RUNS = "results/smoke/runs/risk_averse_2d"
+WAIT = 300.0
+
+
+@contextmanager
+def started(project: Project) -> Iterator[subprocess.Popen[str]]:
+    """Snakemake on the project, in a process group of its own; its trainings keep a state at every update."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", *PROFILE, "--cores", "2", *SMOKE, *ONE],
+        cwd=project.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, SECONDS: "0"},
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            kill(process)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Snakemake and all its jobs at once, with no time to do anything about it."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert process.poll() is None, f"the run ended before it could be killed:\n{process.communicate()[0]}"
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        time.sleep(0.002)
+
+
+def states(project: Project, method: str) -> Callable[[], bool]:
+    """Whether a method's training has kept a state that is newer than its outputs would be."""
+    return lambda: any((project.folder / RUNS / method).glob("seed*/state/*.safetensors"))
+
+
+def rows(project: Project) -> pd.DataFrame:
+    """The experiment's rows of the comparison."""
+    frame = pd.read_csv(project.smoke / "tables" / "comparison.csv")
+    return frame[frame["experiment"] == "risk_averse_2d"].reset_index(drop=True)
+
+
+def test_a_pipeline_killed_anywhere_ends_as_if_it_had_not_been(project: Project, finished: Project) -> None:
+    """In pretraining, in fine-tunings of one solve and of several, and while a table is written."""
+    log = project.smoke / "logs" / "table" / "risk_averse_2d.log"
+    for condition in (*(states(project, m) for m in ("pretrained", "am", "fdc")), log.is_file):
+        with started(project) as process:
+            wait_for(condition, process)
+            kill(process)
+        half_made = [path for path in (project.folder / RUNS).rglob("state") if path.is_dir()]
+        assert all(not (folder.parent / "model.safetensors").exists() for folder in half_made)
+        refused = project.snakemake(*SMOKE, *ONE)
+        assert refused.returncode != 0
+        assert "--unlock" in refused.stdout  # Snakemake cannot know that nobody else is at work
+        assert project.snakemake(*SMOKE, "--unlock", *ONE).returncode == 0
+    run = project.snakemake(*SMOKE, *ONE)
+    assert run.returncode == 0, run.stdout
+    assert not list((project.folder / RUNS).rglob("state"))
+    pd.testing.assert_frame_equal(rows(project), rows(finished), check_exact=True)
+    for name in ("risk_averse_2d.csv", "risk_averse_2d.md"):
+        table = Path("tables") / name
+        assert (project.smoke / table).read_bytes() == (finished.smoke / table).read_bytes()
+
+
+def test_a_second_pipeline_in_the_folder_is_refused_and_harms_nothing(project: Project) -> None:
+    with started(project) as process:
+        wait_for(states(project, "pretrained"), process)
+        second = project.snakemake(*SMOKE, *ONE)
+        assert second.returncode != 0
+        assert "cannot be locked" in second.stdout
+        assert "Traceback" not in second.stdout
+        output, _ = process.communicate(timeout=WAIT)
+        assert process.returncode == 0, output
+
+
+def test_coarse_times_of_a_file_system_leave_nothing_to_do(finished: Project) -> None:
+    """Times in steps of two seconds, as some file systems have them, give inputs and outputs the same one."""
+    for path in [*finished.folder.rglob("*"), finished.folder]:
+        if path.is_file() and ".snakemake" not in path.parts:
+            coarse = path.stat().st_mtime // 2 * 2
+            os.utime(path, (coarse, coarse))
+    assert finished.planned(*SMOKE) == {}
+
+
+# ------------------------------------------------------------------------------ faults of a stage
+
+
+COMMAND = (sys.executable, "-c", "from flowtilt.cli import run; raise SystemExit(run())")
+
+
+def pretrain(
+    project: Project, output: Path, batch: int = 64, largest_file: int = resource.RLIM_INFINITY
+) -> tuple[int, str]:
+    """The stage by hand; its exit code and what it says.
+
+    Args:
+        project: whose configuration is taken.
+        output: where the weights go.
+        batch: of the training, of four updates.
+        largest_file: in bytes; a write beyond fails half-way, as on a full disk.
+    """
+
+    def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*COMMAND, *map(str, arguments)],
+            cwd=project.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)),
+        )
+
+    config, override = project.folder / "risk.yaml", f'{{"pretrain": {{"updates": 4, "batch": {batch}}}}}'
+    file = "config/experiments/risk_averse_2d.yaml"
+    assert command("resolve", file, "--override", override, "--output", config).returncode == 0
+    history = output.with_name("history.csv")
+    run = command("pretrain", config, "--seed", "0", "--output", output, "--history", history)
+    assert "Traceback" not in run.stdout
+    return run.returncode, run.stdout
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(project: Project) -> None:
+    output = project.folder / "out" / "model.safetensors"
+    code, said = pretrain(project, output, largest_file=4096)
+    assert code == 1
+    assert "the disk is full; free space and run again" in said
+    assert not output.exists()
+    assert [path.name for path in output.parent.iterdir() if path.is_file()] == ["history.csv"]
+    assert pretrain(project, output)[0] == 0
+    assert output.is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_named(project: Project) -> None:
+    """A file stands in its place, which stops the superuser as well."""
+    (project.folder / "out").write_text("a file where a folder should be")
+    code, said = pretrain(project, project.folder / "out" / "model.safetensors")
+    assert code == 1
+    assert f"{project.folder / 'out'}" in said
+    assert "set the key results to a folder that you can write to" in said
+
+
+def test_a_stage_without_memory_says_what_to_give_it(project: Project) -> None:
+    code, said = pretrain(project, project.folder / "out" / "model.safetensors", batch=10**12)
+    assert code == 1
+    assert "not enough memory; lower solver.batch" in said

@@ -1,0 +1,263 @@
+"""The conda environments: their files, their versions, and what each rule's stage imports."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from environments import FILES, ROOT, Package, make_environment, packages_of, required, rules
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PINS = {
+    canonicalize_name(name): version
+    for name, version in re.findall(
+        r"^([\w.-]+)==(\S+)$", (ROOT / "envs" / "constraints.txt").read_text(), re.M
+    )
+}
+EXTRAS = {"core": ["parallel"], "molecules": ["parallel", "molecules"]}
+"""Extras of the package that an environment has beside its dependencies."""
+
+TOOLS = {"pip", "python", "setuptools"}
+"""What makes an environment, and is no dependency of the package."""
+
+
+def declared(environment: str) -> dict[str, SpecifierSet]:
+    """What pyproject.toml asks for in an environment, by name on PyPI."""
+    project = PROJECT["project"]
+    lines = list(project["dependencies"])
+    for extra in EXTRAS[environment]:
+        lines += project["optional-dependencies"][extra]
+    return {canonicalize_name(Requirement(line).name): Requirement(line).specifier for line in lines}
+
+
+def bound(bounds: SpecifierSet, *operators: str) -> list[str]:
+    """Versions that stand behind one of some operators."""
+    return [specifier.version for specifier in bounds if specifier.operator in operators]
+
+
+every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+every_package = pytest.mark.parametrize(
+    ("file", "package"),
+    [(file, package) for file in FILES for package in packages_of(file)],
+    ids=lambda value: value.stem if isinstance(value, Path) else value.name,
+)
+
+
+# ---------------------------------------------------------------------------------- the files
+
+
+def test_rules_and_files_name_each_other() -> None:
+    assert {environment for _, environment in rules().values()} == {file.stem for file in FILES}
+
+
+@every_file
+def test_channels_are_conda_forge_alone(file: Path) -> None:
+    data = yaml.safe_load(file.read_text())
+    assert data.keys() == {"channels", "dependencies"}  # a name or a prefix would be Snakemake's to choose
+    assert data["channels"] == ["conda-forge", "nodefaults"]
+
+
+@every_file
+def test_no_path_that_a_copy_of_the_file_would_lose(file: Path) -> None:
+    for line in (line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")):
+        assert not re.search(r"/|file:|-e |\.txt|\.whl|=\s*\.", line), line
+
+
+@every_package
+def test_versions_are_bounded_on_both_sides(file: Path, package: Package) -> None:
+    assert len(bound(package.bounds, ">=")) == 1
+    assert len(bound(package.bounds, "<")) == 1
+    assert len(package.bounds) == 2
+
+
+@every_file
+def test_packages_are_those_of_the_project_and_what_installs_it(file: Path) -> None:
+    names = [package.on_pypi for package in packages_of(file)]
+    assert len(names) == len(set(names))
+    assert set(names) == {*declared(file.stem), *TOOLS}
+
+
+@every_package
+def test_lower_bounds_are_those_of_the_project(file: Path, package: Package) -> None:
+    if package.name == "python":
+        wanted = SpecifierSet(PROJECT["project"]["requires-python"])
+    elif package.name == "setuptools":
+        (requirement,) = PROJECT["build-system"]["requires"]
+        wanted = Requirement(requirement).specifier
+    elif package.name == "pip":
+        return  # any that installs from a pyproject.toml
+    else:
+        wanted = declared(file.stem)[package.on_pypi]
+    assert bound(package.bounds, ">=") == bound(wanted, ">=")
+
+
+@every_package
+def test_pinned_versions_are_allowed(file: Path, package: Package) -> None:
+    if package.name == "pip":
+        return  # not pinned
+    pins = ["3.11", "3.12", "3.13"] if package.name == "python" else [PINS[package.on_pypi]]
+    for pin in pins:
+        assert pin in package.bounds
+
+
+@every_file
+def test_only_what_conda_forge_lacks_is_left_to_pip(file: Path) -> None:
+    assert {package.name for package in packages_of(file) if package.by_pip} <= {"qm9pack"}
+
+
+@every_file
+def test_what_environments_share_has_the_same_bounds(file: Path) -> None:
+    core = {package.name: package for package in packages_of(ROOT / "envs" / "core.yaml")}
+    own = {package.name: package for package in packages_of(file)}
+    assert {name: own.get(name) for name in core} == core
+
+
+@every_file
+def test_the_package_itself_is_installed_after_deployment(file: Path) -> None:
+    script = file.with_suffix(".post-deploy.sh").read_text()
+    assert script.startswith("#!/usr/bin/env bash\n")
+    assert file.name in script
+    commands = [line for line in script.splitlines() if line and not line.startswith("#")]
+    assert commands == [
+        "set -euo pipefail",
+        "python -m pip install --no-deps --no-build-isolation --editable .",
+    ]
+
+
+# --------------------------------------------------------------- what stages import, for real
+
+
+@pytest.fixture(scope="module", params=FILES, ids=lambda file: file.stem)
+def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment that holds what its file lists and the package, and nothing else."""
+    prefix = tmp_path_factory.mktemp("environments") / request.param.stem
+    make_environment(request.param, prefix)
+    (site,) = prefix.glob("lib/python*/site-packages")
+    (site / "flowtilt.pth").write_text(f"{ROOT / 'src'}\n")
+    return prefix
+
+
+def run(prefix: Path, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [prefix / "bin" / "python", "-I", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def handlers() -> dict[str, str]:
+    """Name of the function that runs each stage, by stage and file."""
+    found = {}
+    for file, prefix in (("cli", ""), ("cli_molecules", "molecules-")):
+        text = (ROOT / "src" / "flowtilt" / f"{file}.py").read_text()
+        for stage, handler in re.findall(r'"([a-z-]+)",\s+(_\w+),\s+"', text):
+            found[prefix + stage] = f"{file}.{handler}"
+    return found
+
+
+def modules_of(stage: str) -> Iterator[str]:
+    """Modules of the package that a stage's handler imports, in functions that it calls too."""
+    file, handler = handlers()[stage].split(".")
+    tree = ast.parse((ROOT / "src" / "flowtilt" / f"{file}.py").read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    left, seen = [handler], set()
+    while left:
+        name = left.pop()
+        if name in seen or name not in functions:
+            continue
+        seen.add(name)
+        for node in ast.walk(functions[name]):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("flowtilt"):
+                yield node.module
+                for alias in node.names:
+                    if (ROOT / "src" / Path(*node.module.split("."), f"{alias.name}.py")).is_file():
+                        yield f"{node.module}.{alias.name}"
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                left.append(node.func.id)
+
+
+def test_every_stage_of_a_rule_has_its_handler() -> None:
+    stages = {stage for stage, _ in rules().values()}
+    assert stages <= handlers().keys()
+    assert all(list(modules_of(stage)) for stage in stages)
+
+
+def test_every_stage_can_be_imported_where_its_rules_run(environment: Path) -> None:
+    stages = {stage for stage, name in rules().values() if name == environment.name}
+    modules = sorted({module for stage in stages for module in modules_of(stage)})
+    assert len(modules) > 5
+    done = run(environment, f"import {', '.join(modules)}")
+    assert done.returncode == 0, done.stderr
+
+
+def imported(file: Path) -> set[str]:
+    """Modules from elsewhere that a source file imports, in functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names - {*sys.stdlib_module_names, "flowtilt", "flowmol"}  # the last is an experiment's own choice
+
+
+@pytest.mark.parametrize("name", ["core", "molecules"])
+def test_all_that_the_sources_import_is_listed(name: str) -> None:
+    listed = {package.on_pypi for package in packages_of(ROOT / "envs" / f"{name}.yaml")}
+    provided = packages_distributions()
+    for file in sorted((ROOT / "src" / "flowtilt").rglob("*.py")):
+        if name == "core" and "molecules" in file.relative_to(ROOT / "src").as_posix():
+            continue
+        for module in imported(file):
+            assert {canonicalize_name(own) for own in provided[module]} & listed, f"{file}: {module}"
+
+
+def test_all_that_molecules_import_lazily_is_there(environment: Path) -> None:
+    if environment.name != "molecules":
+        pytest.skip("of the environment of molecules")
+    folder = ROOT / "src" / "flowtilt" / "domains" / "molecules"
+    modules = sorted(f"flowtilt.domains.molecules.{file.stem}" for file in folder.glob("[a-z]*.py"))
+    done = run(
+        environment, f"import {', '.join(modules)}, flowtilt.figures_molecules, tblite.interface, rdkit.Chem"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("missing", ["pytest", "snakemake", "hypothesis"])
+def test_an_environment_holds_nothing_else(environment: Path, missing: str) -> None:
+    done = run(environment, f"import {missing}")
+    assert done.returncode == 1
+    assert f"No module named '{missing}'" in done.stderr
+
+
+def test_the_core_has_nothing_of_molecules(environment: Path) -> None:
+    # qm9pack is data, which is read without importing it.
+    done = run(environment, "import rdkit, tblite; from importlib.metadata import files; files('qm9pack')")
+    assert (done.returncode == 0) == (environment.name == "molecules"), done.stderr
+
+
+def test_what_is_installed_here_and_not_allowed_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("channels: [conda-forge]\ndependencies: ['numpy >=1,<2']\n")
+    with pytest.raises(SystemExit, match=r"numpy <2,>=1 does not allow 2\."):
+        make_environment(file, tmp_path / "environment")
+
+
+def test_requirements_of_requirements_are_found() -> None:
+    found = required(["torch"])
+    assert {"torch", "sympy", "mpmath", "jinja2", "markupsafe"} <= found.keys()
+    assert "pytest" not in found

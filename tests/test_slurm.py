@@ -1,0 +1,117 @@
+"""What is asked of a cluster before anything is submitted, on answers of clusters of several kinds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flowtilt.slurm import (
+    Cluster,
+    ClusterError,
+    Partition,
+    ask_cluster,
+    check_submissions,
+    read_minutes,
+    read_partitions,
+    status_command,
+)
+
+CPU = Partition("cpu", default=True, minutes=1440, gpus=False)
+LONG = Partition("long", default=False, minutes=None, gpus=False)
+GPU = Partition("gpu", default=False, minutes=2880, gpus=True)
+
+
+def cluster(*partitions: Partition, accounts: bool = True, remembered: int = 300) -> Cluster:
+    return Cluster({partition.name: partition for partition in partitions}, accounts, remembered)
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [("infinite", None), ("30:00", 30), ("4:00:00", 240), ("1-00:00:00", 1440), ("7-12:30:00", 10830)],
+)
+def test_time_limits_are_read(limit: str, minutes: int | None) -> None:
+    assert read_minutes(limit) == minutes
+
+
+def test_partitions_are_read() -> None:
+    listed = [
+        "cpu*|1-00:00:00|(null)",
+        "gpu|2-00:00:00|gpu:a100:4(S:0-1)",
+        "gpu|2-00:00:00|(null)",
+        "long|infinite|bandwidth:10G",
+    ]
+    assert list(read_partitions("\n".join(listed)).values()) == [CPU, GPU, LONG]
+
+
+def test_submissions_that_fit_are_let_through() -> None:
+    submissions = [
+        ("a", {"runtime": 1440, "gpu": 0}),
+        ("b", {"slurm_partition": "long", "runtime": 100000}),
+        ("c", {"slurm_partition": "cpu,gpu", "gpu": 1, "runtime": 2000}),
+        ("d", {"slurm_partition": "elsewhere", "clusters": "other", "gpu": 1}),
+    ]
+    check_submissions(cluster(CPU, LONG, GPU), submissions)
+
+
+@pytest.mark.parametrize(
+    ("partitions", "resources", "words"),
+    [
+        ((LONG, GPU), {}, ("no default", "long, gpu", "SBATCH_PARTITION", "--default-resources")),
+        ((CPU, LONG), {"slurm_partition": "cpus"}, ("no partition cpus", "cpu, long")),
+        ((CPU, GPU), {"gpu": 1}, ("finetune asks for a GPU", "partition cpu", "--config gpu=0")),
+        ((CPU,), {"gres": "gpu:1"}, ("finetune asks for a GPU",)),
+        ((CPU, LONG), {"runtime": 1441}, ("finetune asks for 1441 min", "cpu (1440 min)", "runtime=MINUTES")),
+    ],
+)
+def test_a_submission_that_cannot_run_is_refused(
+    partitions: tuple[Partition, ...], resources: dict[str, object], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(ClusterError) as error:
+        check_submissions(cluster(*partitions), [("finetune", resources)])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_the_state_of_jobs_is_asked_of_what_remembers_them() -> None:
+    assert status_command(cluster(CPU), "sacct", 20) == "sacct"
+    assert status_command(cluster(CPU), "squeue", 20) == "squeue"
+    assert status_command(cluster(CPU, accounts=False), "sacct", 20) == "squeue"
+    with pytest.raises(ClusterError, match=r"after 200 s \(MinJobAge\).* 240 s"):
+        status_command(cluster(CPU, accounts=False, remembered=200), "sacct", 20)
+    with pytest.raises(ClusterError, match="600 s"):
+        status_command(cluster(CPU, accounts=False), "squeue", 200)
+
+
+def set_up_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Commands of SLURM that answer as they are told."""
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin" if scripts else str(folder))
+
+
+def test_a_cluster_is_asked_for_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = "Configuration data\nAccountingStorageType   = accounting_storage/slurmdbd\nMinJobAge = 300 sec"
+    set_up_commands(
+        tmp_path,
+        monkeypatch,
+        sbatch="exit 1",
+        sinfo="echo 'cpu*|1-00:00:00|(null)'",
+        scontrol=f"cat <<'END'\n{config}\nEND",
+    )
+    assert ask_cluster() == cluster(CPU)
+
+
+def test_a_machine_without_slurm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up_commands(tmp_path, monkeypatch)
+    with pytest.raises(ClusterError, match=r"sbatch was not found.*login node"):
+        ask_cluster()
+
+
+def test_a_controller_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up_commands(
+        tmp_path, monkeypatch, sbatch="exit 1", sinfo="echo 'Unable to contact slurm controller' >&2; exit 1"
+    )
+    with pytest.raises(ClusterError, match=r"does not answer: sinfo .*Unable to contact"):
+        ask_cluster()
