@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from flowtilt.interpolants import Interpolant, broadcast_time, convert, time_gri
 
 Context = Any
 """What does not move along a trajectory (masks, prompts, guidance); opaque to solvers."""
+
+Use = Literal["sampling", "adjoint", "control"]
+"""What a solver uses a velocity for: trajectories, the lean adjoint, or the regression on it."""
 
 PullBack = Callable[[Tensor], Tensor]
 """From a covector ``a`` at the velocity to ``(dv/dx)^T a``, both of the shape of the states."""
@@ -98,6 +101,17 @@ class FlowModel(nn.Module, ABC):
     def select_context(self, context: Context, index: Tensor) -> Context:
         """The context of the samples at ``index`` (long, (n,)) of a batch."""
         return None
+
+    def context_for(self, use: Use, context: Context) -> Context:
+        """The context of the same samples for what a solver uses the velocity for.
+
+        A model under guidance may have another velocity in each; most have one, and this is ``context``.
+        """
+        return context
+
+    def tunable(self) -> list[nn.Parameter]:
+        """The parameters that a fine-tuning changes; by default all."""
+        return list(self.parameters())
 
     def data_of(self, x: Tensor, context: Context = None) -> Tensor:
         """The data that endpoints of the flow stand for, of the shape of ``x``.

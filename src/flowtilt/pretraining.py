@@ -1,13 +1,14 @@
-"""Pretraining by a model's native flow-matching loss."""
+"""Pretraining: a flow by its native matching loss, or any module by a loss of its own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowtilt.control.base import Progress, TrainingDiverged, annealed_rate
 from flowtilt.model import Context, FlowModel
@@ -50,8 +51,11 @@ class PretrainingSettings:
     compiled: bool = False
 
 
+Module = TypeVar("Module", bound=nn.Module)
+
+
 @dataclass(frozen=True)
-class Watch:
+class Watch(Generic[Module]):
     """Looks at the model as it would be if the training ended now, which does not change the training.
 
     Attributes:
@@ -60,7 +64,7 @@ class Watch:
     """
 
     every: int
-    look: Callable[[int, FlowModel], None]
+    look: Callable[[int, Module], None]
 
 
 def fit_flow(
@@ -70,13 +74,42 @@ def fit_flow(
     generator: torch.Generator,
     progress: Progress | None = None,
     slot: Slot | None = None,
-    watch: Watch | None = None,
+    watch: Watch[FlowModel] | None = None,
 ) -> list[dict[str, float]]:
-    """Train ``model`` in place on fresh draws of ``data``; returns the history, a row an update.
+    """Train ``model`` in place on fresh draws of ``data``, see :func:`fit`."""
+    loss_of = torch.compile(model.matching_loss, dynamic=False) if settings.compiled else model.matching_loss
+
+    def loss() -> Tensor:
+        x1, x0, t, context = _draw(model, data, settings, generator)
+        with torch.autocast(x1.device.type, torch.bfloat16, enabled=settings.bfloat16):
+            return loss_of(x1, x0, t, context).mean()
+
+    return fit(model, loss, settings, generator, progress, slot, watch)
+
+
+def fit(
+    model: Module,
+    loss_of_update: Callable[[], Tensor],
+    settings: PretrainingSettings,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+    slot: Slot | None = None,
+    watch: Watch[Module] | None = None,
+) -> list[dict[str, float]]:
+    """Train ``model`` in place by a loss; returns the history, a row an update.
 
     With a slot whose file is there, the training goes on from it exactly as if it had not been stopped:
     weights, averages, moments and random state are those of the file, and the history is whole. A long
     training leaves its last state there, and returns at once when it is asked for again.
+
+    Args:
+        model: to train.
+        loss_of_update: draws the data of an update and gives its loss, ().
+        settings: of the optimiser.
+        generator: source of all randomness of ``loss_of_update``.
+        progress: called with each update's row.
+        slot: where the training keeps its state, and goes on from if it was stopped.
+        watch: looks at the model now and then.
 
     Raises:
         TrainingDiverged: if the loss stops being finite; the message names the update.
@@ -84,14 +117,11 @@ def fit_flow(
     """
     model.requires_grad_(True)
     state = TrainingState(model, Adam(model.parameters()), generator, settings, slot, settings.average)
-    loss_of = torch.compile(model.matching_loss, dynamic=False) if settings.compiled else model.matching_loss
     for update in range(len(state.history), settings.updates):
-        x1, x0, t, context = _draw(model, data, settings, generator)
-        with torch.autocast(x1.device.type, torch.bfloat16, enabled=settings.bfloat16):
-            loss = loss_of(x1, x0, t, context).mean()
+        loss = loss_of_update()
         if not bool(torch.isfinite(loss)):
             raise TrainingDiverged(
-                f"the flow-matching loss is {float(loss.detach())} at update {update} of {settings.updates}; "
+                f"the training loss is {float(loss.detach())} at update {update} of {settings.updates}; "
                 "lower learning_rate"
             )
         state.optimiser.clear_gradients()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,12 +27,23 @@ ONE = ("--config", "experiments=[risk_averse_2d]", "--", *TARGETS)
 RUNS = "results/smoke/runs/risk_averse_2d"
 WAIT = 300.0
 
+# Trainings of a second and more each, so that a busy machine still finds them at work.
+LONGER = "overrides: {pretrain: {updates: 600}, solver: {updates: 80}}\n"
+LONG = (*SMOKE, "config/longer.yaml")
+
+
+@pytest.fixture
+def longer(project: Project) -> Project:
+    """A project in which nothing has been run, and whose trainings can be made longer by ``LONG``."""
+    (project.folder / "config" / "longer.yaml").write_text(LONGER)
+    return project
+
 
 @contextmanager
 def started(project: Project) -> Iterator[subprocess.Popen[str]]:
     """Snakemake on the project, in a process group of its own; its trainings keep a state at every update."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "snakemake", *PROFILE, "--cores", "2", *SMOKE, *ONE],
+        [sys.executable, "-m", "snakemake", *PROFILE, "--cores", "2", *LONG, *ONE],
         cwd=project.folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -71,32 +83,36 @@ def rows(project: Project) -> pd.DataFrame:
     return frame[frame["experiment"] == "risk_averse_2d"].reset_index(drop=True)
 
 
-def test_a_pipeline_killed_anywhere_ends_as_if_it_had_not_been(project: Project, finished: Project) -> None:
+def test_a_pipeline_killed_anywhere_ends_as_if_it_had_not_been(longer: Project, tmp_path: Path) -> None:
     """In pretraining, in fine-tunings of one solve and of several, and while a table is written."""
-    log = project.smoke / "logs" / "table" / "risk_averse_2d.log"
-    for condition in (*(states(project, m) for m in ("pretrained", "am", "fdc")), log.is_file):
-        with started(project) as process:
+    whole = Project.copied_to(tmp_path / "whole")
+    shutil.copy(longer.folder / "config" / "longer.yaml", whole.folder / "config")
+    run = whole.snakemake(*LONG, *ONE)
+    assert run.returncode == 0, run.stdout
+    log = longer.smoke / "logs" / "table" / "risk_averse_2d.log"
+    for condition in (*(states(longer, m) for m in ("pretrained", "am", "fdc")), log.is_file):
+        with started(longer) as process:
             wait_for(condition, process)
             kill(process)
-        half_made = [path for path in (project.folder / RUNS).rglob("state") if path.is_dir()]
+        half_made = [path for path in (longer.folder / RUNS).rglob("state") if path.is_dir()]
         assert all(not (folder.parent / "model.safetensors").exists() for folder in half_made)
-        refused = project.snakemake(*SMOKE, *ONE)
+        refused = longer.snakemake(*LONG, *ONE)
         assert refused.returncode != 0
         assert "--unlock" in refused.stdout  # Snakemake cannot know that nobody else is at work
-        assert project.snakemake(*SMOKE, "--unlock", *ONE).returncode == 0
-    run = project.snakemake(*SMOKE, *ONE)
+        assert longer.snakemake(*LONG, "--unlock", *ONE).returncode == 0
+    run = longer.snakemake(*LONG, *ONE)
     assert run.returncode == 0, run.stdout
-    assert not list((project.folder / RUNS).rglob("state"))
-    pd.testing.assert_frame_equal(rows(project), rows(finished), check_exact=True)
+    assert not list((longer.folder / RUNS).rglob("state"))
+    pd.testing.assert_frame_equal(rows(longer), rows(whole), check_exact=True)
     for name in ("risk_averse_2d.csv", "risk_averse_2d.md"):
         table = Path("tables") / name
-        assert (project.smoke / table).read_bytes() == (finished.smoke / table).read_bytes()
+        assert (longer.smoke / table).read_bytes() == (whole.smoke / table).read_bytes()
 
 
-def test_a_second_pipeline_in_the_folder_is_refused_and_harms_nothing(project: Project) -> None:
-    with started(project) as process:
-        wait_for(states(project, "pretrained"), process)
-        second = project.snakemake(*SMOKE, *ONE)
+def test_a_second_pipeline_in_the_folder_is_refused_and_harms_nothing(longer: Project) -> None:
+    with started(longer) as process:
+        wait_for(states(longer, "pretrained"), process)
+        second = longer.snakemake(*LONG, *ONE)
         assert second.returncode != 0
         assert "cannot be locked" in second.stdout
         assert "Traceback" not in second.stdout

@@ -111,7 +111,7 @@ def _shipped(experiment: MoleculeExperiment) -> Path:
 # --------------------------------------------------------------------------------- its checks
 
 
-def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Watch:
+def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Watch[FlowModel]:
     """Draws molecules now and then, always from the same noise, and writes down how good they are."""
     check = experiment.pretrain.check
     reference = composition(build.subset_of(experiment.flow, molecules).of_split("train").as_molecules())

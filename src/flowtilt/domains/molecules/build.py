@@ -91,7 +91,7 @@ def pretrain(
     output: Path,
     slot: Slot,
     progress: Progress | None = None,
-    watch: Watch | None = None,
+    watch: Watch[FlowModel] | None = None,
 ) -> list[dict[str, float]]:
     """Pretrain the configured flow on the training split; returns the history, a row an update.
 

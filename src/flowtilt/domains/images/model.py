@@ -1,0 +1,201 @@
+"""The flow in the latent space of a text-to-image diffusion model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flowtilt.domains.images.schedule import DiscreteSchedule, Spacing
+from flowtilt.interpolants import broadcast_time, convert
+from flowtilt.model import Context, FlowModel, Use
+
+Target = Literal["epsilon", "v_prediction", "sample"]
+"""What a denoiser predicts, as schedulers of diffusers name it: noise, Salimans and Ho's v, or data."""
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Scales of classifier-free guidance (Ho and Salimans 2022) by what the velocity is used for.
+
+    The prediction is ``e0 + scale (e - e0)`` of those with the prompt and with the empty one; 1 is without
+    guidance, at half the cost.
+
+    Attributes:
+        sampling: of trajectories.
+        adjoint: of the base model whose Jacobian the lean adjoint goes through.
+        control: of the fine-tuned and the base velocity whose difference is regressed on it.
+    """
+
+    sampling: float = 1.0
+    adjoint: float = 1.0
+    control: float = 1.0
+
+    def of(self, use: Use) -> float:
+        return {"sampling": self.sampling, "adjoint": self.adjoint, "control": self.control}[use]
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """The context of a batch: which prompt each sample has.
+
+    Attributes:
+        prompt: positions in the table, long (batch,).
+        table: embeddings of the prompts, (prompts, tokens, width).
+        empty: embedding of the empty prompt, (tokens, width).
+        guidance: scale for what the context is used for.
+    """
+
+    prompt: Tensor
+    table: Tensor
+    empty: Tensor
+    guidance: float = 1.0
+
+    @property
+    def embeddings(self) -> Tensor:
+        """Of the samples' prompts, (batch, tokens, width)."""
+        return self.table[self.prompt]
+
+    def select(self, index: Tensor) -> Prompted:
+        """That of the samples at ``index``."""
+        return replace(self, prompt=self.prompt[index])
+
+
+class LatentFlow(FlowModel):
+    """A denoiser in latent space, conditioned on prompts, as a flow.
+
+    Args:
+        denoiser: a ``UNet2DConditionModel`` of diffusers, or what is called like one.
+        schedule: its path.
+        shape: of one latent, (channels, height, width).
+        target: what the denoiser predicts.
+        spacing: of the timesteps of samplers and solvers.
+        offset: of the timesteps, see :meth:`DiscreteSchedule.grid`.
+        guidance: scales by use.
+        precision: of the denoiser's matrix products, by autocast.
+        chunk: most latents that go through the denoiser together where no gradient is kept; None for all.
+
+    Raises:
+        ValueError: if the schedule ends in pure noise and the denoiser predicts noise: there it says nothing
+            of the data.
+    """
+
+    has_likelihood = False
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        schedule: DiscreteSchedule,
+        shape: tuple[int, int, int],
+        target: Target = "epsilon",
+        spacing: Spacing = "trailing",
+        offset: int = 0,
+        guidance: Guidance = Guidance(),
+        precision: Precision = "float32",
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        if target == "epsilon" and schedule.levels[-1] == 0:
+            raise ValueError(
+                "a schedule with a terminal signal-to-noise ratio of zero needs a denoiser that predicts "
+                "v_prediction or sample, not epsilon"
+            )
+        self.denoiser = denoiser
+        self.path: DiscreteSchedule = schedule
+        self.shape, self.target, self.guidance = shape, target, guidance
+        self.spacing, self.offset = spacing, offset
+        self.precision, self.chunk = precision, chunk
+        self.prompts: Prompted | None = None
+
+    def time_grid(self, steps: int) -> list[float]:
+        return self.path.grid(steps, self.spacing, self.offset)
+
+    # ------------------------------------------------------------------------------ contexts
+
+    def use_prompts(self, table: Tensor, empty: Tensor) -> None:
+        """Set the prompts that contexts are drawn from.
+
+        Args:
+            table: their embeddings, (prompts, tokens, width).
+            empty: embedding of the empty prompt, (tokens, width).
+        """
+        self.prompts = Prompted(torch.zeros(0, dtype=torch.long), table, empty)
+
+    def draw_context(self, count: int, generator: torch.Generator) -> Prompted:
+        """Prompts of ``count`` samples, each drawn uniformly."""
+        known = self._known()
+        return self.context_of(torch.randint(len(known.table), (count,), generator=generator))
+
+    def context_of(self, prompt: Tensor) -> Prompted:
+        """The context of samples with given prompts, long (batch,), for sampling."""
+        return replace(self._known(), prompt=prompt, guidance=self.guidance.sampling)
+
+    def _known(self) -> Prompted:
+        if self.prompts is None:
+            raise ValueError("a text-to-image flow needs prompts; give it some by use_prompts")
+        return self.prompts
+
+    def context_for(self, use: Use, context: Context) -> Context:
+        return replace(context, guidance=self.guidance.of(use)) if isinstance(context, Prompted) else context
+
+    def select_context(self, context: Context, index: Tensor) -> Context:
+        return context.select(index)
+
+    # ------------------------------------------------------------------------------- the flow
+
+    def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
+        return torch.randn(count, *self.shape, generator=generator)
+
+    def predict(self, x: Tensor, t: Tensor, context: Prompted) -> Tensor:
+        """The denoiser's prediction, guided, of the shape of ``x``."""
+        if self.chunk is None or len(x) <= self.chunk or torch.is_grad_enabled():
+            return self._predict(x, t, context)
+        times = t.expand(len(x))
+        parts = torch.arange(len(x), device=x.device).split(self.chunk)
+        return torch.cat([self._predict(x[part], times[part], context.select(part)) for part in parts])
+
+    def _predict(self, x: Tensor, t: Tensor, context: Prompted) -> Tensor:
+        timesteps = self.path.timestep_of(t).to(x.dtype).expand(len(x))
+        if context.guidance == 1:
+            return self._denoised(x, timesteps, context.embeddings)
+        empty = context.empty.expand(len(x), -1, -1)
+        both = self._denoised(
+            torch.cat([x, x]), torch.cat([timesteps, timesteps]), torch.cat([empty, context.embeddings])
+        )
+        without, conditional = both.chunk(2)
+        return without + context.guidance * (conditional - without)
+
+    def _denoised(self, x: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        lower = getattr(torch, self.precision)
+        with torch.autocast(x.device.type, lower, enabled=self.precision != "float32"):
+            return self.denoiser(x, timesteps, embeddings).sample.to(x.dtype)
+
+    def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        found = self.predict(x, t, context)
+        if self.target == "v_prediction":  # v = alpha noise - beta endpoint (Salimans and Ho 2022, appendix D)
+            at = broadcast_time(t, x)
+            found = self.path.alpha(at) * x - self.path.beta(at) * found
+        source = "noise" if self.target == "epsilon" else "endpoint"
+        return convert(found, x, t, self.path, source, "velocity")
+
+    def matching_residual(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        """Prediction minus target at the timesteps nearest to ``t``, of the shape of ``x1``.
+
+        A diffusion is trained at its timesteps alone, by the mean square of this (Ho et al. 2020, eq. 14).
+        """
+        tau = self.path.timestep_of(t).round().clamp(0, self.path.timesteps - 1)
+        at = (1 - (tau + 1) / self.path.timesteps).to(x1.dtype)
+        wide = broadcast_time(at, x1)
+        alpha, beta = self.path.alpha(wide), self.path.beta(wide)
+        target = {
+            "epsilon": x0,
+            "v_prediction": alpha * x0 - beta * x1,
+            "sample": x1,
+        }[self.target]
+        return self.predict(alpha * x1 + beta * x0, at, context) - target

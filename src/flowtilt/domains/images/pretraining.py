@@ -1,0 +1,249 @@
+"""Training of the embedded text-to-image model and of its CLIP on the drawn pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from flowtilt.control.base import Progress
+from flowtilt.devices import generator_of
+from flowtilt.domains.images import build
+from flowtilt.domains.images.bridges import BridgeSet, bridge_set
+from flowtilt.domains.images.model import LatentFlow, Prompted
+from flowtilt.domains.images.pipeline import schedule_of
+from flowtilt.domains.images.sections import BridgesConfig, EmbeddedConfig, FitConfig
+from flowtilt.model import Context, FlowModel
+from flowtilt.pretraining import PretrainingSettings, fit, fit_flow
+from flowtilt.resuming import Resumption
+
+History = list[dict[str, float]]
+
+CHUNK = 256
+"""Pictures that go through a network together where no gradient is kept."""
+
+
+def settings_of(config: FitConfig) -> PretrainingSettings:
+    return PretrainingSettings(**config.model_dump(), margin=0.0)
+
+
+def drawn_set(config: BridgesConfig) -> BridgeSet:
+    """The pictures that the models are trained on."""
+    return bridge_set(config.count, config.seed, config.size)
+
+
+def held_out_set(config: BridgesConfig, count: int) -> BridgeSet:
+    """Pictures that no model was trained on."""
+    return bridge_set(count, config.seed + 1, config.size)
+
+
+def scaled(pictures: np.ndarray) -> Tensor:
+    """Pictures uint8 (n, size, size, 3) as numbers in [-1, 1], float32 (n, 3, size, size)."""
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tokens_of(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Token numbers of captions, padded and cut to the tokenizer's length, long (n, length)."""
+    found = tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return found.input_ids
+
+
+# ---------------------------------------------------------------------------- the autoencoder
+
+
+def train_autoencoder(
+    autoencoder: AutoencoderKL,
+    pictures: Tensor,
+    config: EmbeddedConfig,
+    resumption: Resumption,
+    progress: Progress | None = None,
+) -> History:
+    """Train it in place by the mean absolute error and a KL divergence, and set the latents' scale.
+
+    Args:
+        autoencoder: to train.
+        pictures: in [-1, 1], (n, 3, size, size).
+        config: of the embedded models.
+        resumption: where the training keeps its state.
+        progress: called with each update's row.
+    """
+    own = config.autoencoder
+    generator = generator_of(build.NAME, "autoencoder")
+
+    def loss() -> Tensor:
+        x = pictures[torch.randint(len(pictures), (own.fit.batch,), generator=generator)]
+        latents = autoencoder.encode(x).latent_dist
+        drawn = latents.sample(generator)
+        error = (autoencoder.decode(drawn).sample - x).abs().mean()
+        return error + own.kl_weight * latents.kl().mean() / drawn[0].numel()
+
+    history = fit(
+        autoencoder, loss, settings_of(own.fit), generator, progress, resumption.slot("autoencoder")
+    )
+    mean, deviation = encoded(autoencoder, pictures)
+    second = mean.double().square().mean() + deviation.double().square().mean()
+    autoencoder.register_to_config(scaling_factor=round(float(1 / second.sqrt()), 5))
+    return history
+
+
+@torch.no_grad()
+def encoded(autoencoder: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations of the pictures' latents, each (n, channels, side, side)."""
+    found = [autoencoder.encode(part).latent_dist for part in pictures.split(CHUNK)]
+    return torch.cat([one.mean for one in found]), torch.cat([one.std for one in found])
+
+
+# ------------------------------------------------------------------------------- the denoiser
+
+
+class Captioned(FlowModel):
+    """A flow together with the text encoder that makes its contexts, to train both; contexts are tokens."""
+
+    def __init__(self, flow: LatentFlow, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.flow, self.text_encoder = flow, text_encoder
+        self.path = flow.path
+
+    def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
+        return self.flow.prior(count, generator)
+
+    def _prompted(self, tokens: Tensor) -> Prompted:
+        table = self.text_encoder(tokens).last_hidden_state
+        return Prompted(torch.arange(len(tokens)), table, table[0])
+
+    def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        return self.flow.velocity(x, t, self._prompted(context))
+
+    def matching_residual(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        return self.flow.matching_residual(x1, x0, t, self._prompted(context))
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """Draws latents of the pictures, with their captions' tokens; some captions are left empty.
+
+    Attributes:
+        mean: of the pictures' latents, in units of the denoiser, (n, ...).
+        deviation: theirs, of the same shape.
+        tokens: of their captions, (n, length).
+        empty: of the empty caption, (length,).
+        empty_share: of the captions left empty.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    tokens: Tensor
+    empty: Tensor
+    empty_share: float
+
+    def __call__(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        index = torch.randint(len(self.mean), (count,), generator=generator)
+        mean, deviation = self.mean[index], self.deviation[index]
+        latents = mean + deviation * torch.randn(mean.shape, generator=generator)
+        left_empty = torch.rand(count, generator=generator) < self.empty_share
+        return latents, torch.where(left_empty[:, None], self.empty, self.tokens[index])
+
+
+def train_denoiser(
+    pipeline: StableDiffusionPipeline,
+    pictures: Tensor,
+    captions: Sequence[str],
+    config: EmbeddedConfig,
+    resumption: Resumption,
+    progress: Progress | None = None,
+) -> History:
+    """Train the pipeline's denoiser and text encoder in place, on latents of its autoencoder.
+
+    Args:
+        pipeline: with a trained autoencoder.
+        pictures: in [-1, 1], (n, 3, size, size).
+        captions: theirs.
+        config: of the embedded models.
+        resumption: where the training keeps its state.
+        progress: called with each update's row.
+    """
+    scale = pipeline.vae.config.scaling_factor
+    mean, deviation = encoded(pipeline.vae, pictures)
+    source = LatentSource(
+        scale * mean,
+        scale * deviation,
+        tokens_of(pipeline.tokenizer, captions),
+        tokens_of(pipeline.tokenizer, [""])[0],
+        config.denoiser.empty_prompts,
+    )
+    flow = LatentFlow(pipeline.unet, schedule_of(pipeline.scheduler), tuple(mean.shape[1:]))
+    model = Captioned(flow, pipeline.text_encoder)
+    return fit_flow(
+        model,
+        source,
+        settings_of(config.denoiser.fit),
+        generator_of(build.NAME, "denoiser"),
+        progress,
+        resumption.slot("denoiser"),
+    )
+
+
+def train_pipeline(
+    config: EmbeddedConfig, resumption: Resumption, progress: Progress | None = None
+) -> tuple[StableDiffusionPipeline, dict[str, History]]:
+    """The embedded text-to-image model, trained, and the history of each of its trainings by name."""
+    data = drawn_set(config.bridges)
+    pictures = scaled(data.pictures)
+    pipeline = build.build_pipeline(config)
+    histories = {"autoencoder": train_autoencoder(pipeline.vae, pictures, config, resumption, progress)}
+    histories["denoiser"] = train_denoiser(
+        pipeline, pictures, data.captions, config, resumption, progress
+    )
+    return pipeline, histories
+
+
+# ------------------------------------------------------------------------------ the alignment
+
+
+def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's symmetric cross entropy (Radford et al. 2021, figure 3), ().
+
+    Args:
+        pictures: unit features, (n, embedding).
+        captions: unit features of their captions, (n, embedding).
+        scale: inverse temperature.
+    """
+    logits = scale * pictures @ captions.T
+    own = torch.arange(len(logits))
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def train_alignment(
+    config: EmbeddedConfig, resumption: Resumption, progress: Progress | None = None
+) -> tuple[nn.Module, dict[str, History]]:
+    """The embedded CLIP, trained, and the history of its training."""
+    own = config.alignment
+    data = drawn_set(config.bridges)
+    pictures, tokens = scaled(data.pictures), tokens_of(build.build_tokenizer(config.text), data.captions)
+    model = build.build_clip(config)
+    generator = generator_of(build.NAME, "alignment")
+
+    def loss() -> Tensor:
+        index = torch.randint(len(pictures), (own.fit.batch,), generator=generator)
+        found = model(pictures[index], tokens[index])
+        with torch.no_grad():  # as CLIP's authors do
+            model.logit_scale.clamp_(0, math.log(100))
+        return contrastive_loss(*found)
+
+    history = fit(model, loss, settings_of(own.fit), generator, progress, resumption.slot("alignment"))
+    return model, {"alignment": history}
+
+

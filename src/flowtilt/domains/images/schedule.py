@@ -1,0 +1,125 @@
+"""The path of a diffusion model that was trained at discrete times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowtilt.interpolants import Interpolant
+
+Spacing = Literal["leading", "trailing"]
+
+
+@dataclass(frozen=True)
+class DiscreteSchedule(Interpolant):
+    """A variance-preserving path through the signal levels of a discrete diffusion.
+
+    Timestep ``tau`` of ``T`` stands at the time ``t = 1 - (tau + 1) / T``: the noisiest one at 0, and the data
+    at 1, where the level is ``end``. Between two timesteps ``alpha^2`` is linear. At every timestep ``alpha``
+    and ``beta`` are exactly those of the diffusion, so that its DDIM step with eta = 1 (Song et al. 2021,
+    section 4.1) is the memoryless step of this path.
+
+    Attributes:
+        levels: ``alpha^2`` of the timesteps, from 0 to T - 1, falling.
+        end: ``alpha^2`` that the last step leads to; 1 for data without noise.
+    """
+
+    levels: tuple[float, ...]
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        falling = (self.end, *self.levels)
+        if any(later > earlier for earlier, later in zip(falling, falling[1:], strict=False)):
+            raise ValueError("the signal levels of a schedule must fall with the timestep")
+        if not (falling[-1] >= 0 and falling[0] <= 1):
+            raise ValueError(f"signal levels must be in [0, 1], got {falling[-1]} to {falling[0]}")
+
+    def __hash__(self) -> int:  # of a thousand numbers, at every look-up of a step
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.levels, self.end))
+
+    @cached_property
+    def _nodes(self) -> Tensor:
+        """Levels by ``tau + 1``, from the data on, float64 (T + 1,)."""
+        return torch.tensor((self.end, *self.levels), dtype=torch.float64, device="cpu")
+
+    @property
+    def timesteps(self) -> int:
+        return len(self.levels)
+
+    def time_of(self, timestep: float) -> float:
+        """The time at which a timestep stands; -1 is the data."""
+        return 1 - (timestep + 1) / self.timesteps
+
+    def timestep_of(self, t: Tensor) -> Tensor:
+        """Timesteps of times, of the same shape, float; whole where the rounding of ``t`` is all that misses."""
+        tau = (1 - t.double()) * self.timesteps - 1
+        whole = tau.round()
+        return torch.where((tau - whole).abs() < 1e-3, whole, tau)
+
+    def grid(self, steps: int, spacing: Spacing, offset: int = 0) -> list[float]:
+        """The ``steps + 1`` times of a sampler, the last being 1.
+
+        Args:
+            steps: of the sampler, at most T.
+            spacing: ``trailing`` begins at the noisiest timestep, ``leading`` ends at the cleanest (Lin et
+                al. 2024, table 2).
+            offset: added to the timesteps of ``leading``.
+
+        Raises:
+            ValueError: if there are fewer timesteps than steps, or the offset leads beyond the noisiest.
+        """
+        total = self.timesteps
+        if not 1 <= steps <= total:
+            raise ValueError(f"a schedule of {total} timesteps has no {steps} steps")
+        if spacing == "trailing":
+            chosen = [round(total - k * total / steps) - 1 for k in range(steps)]
+        else:
+            stride = total // steps
+            chosen = [(steps - 1 - k) * stride + offset for k in range(steps)]
+        if chosen[0] >= total:
+            raise ValueError(f"an offset of {offset} leads beyond the last of {total} timesteps")
+        return [*(self.time_of(tau) for tau in chosen), 1.0]
+
+    def _level(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``alpha^2`` and its rate, float64, on the device of ``t``."""
+        nodes = self._nodes.to(t.device)
+        position = self.timestep_of(t) + 1
+        below = position.floor().clamp(0, self.timesteps - 1).long()
+        # At a timestep the rate is that of the interval towards the noise, but for the noisiest one.
+        difference = nodes[below + 1] - nodes[below]
+        return nodes[below] + (position - below) * difference, -difference * self.timesteps
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._level(t)[0].clamp(min=0).sqrt().to(t.dtype)
+
+    def beta(self, t: Tensor) -> Tensor:
+        return (1 - self._level(t)[0]).clamp(min=0).sqrt().to(t.dtype)
+
+    def kappa(self, t: Tensor) -> Tensor:
+        level, rate = self._level(t)
+        return (rate / (2 * level)).to(t.dtype)
+
+    def alpha_rate(self, t: Tensor) -> Tensor:
+        level, rate = self._level(t)
+        return (rate / (2 * level.sqrt())).to(t.dtype)
+
+    def beta_rate(self, t: Tensor) -> Tensor:
+        level, rate = self._level(t)
+        return (-rate / (2 * (1 - level).sqrt())).to(t.dtype)
+
+    def eta(self, t: Tensor) -> Tensor:
+        return self.kappa(t)
+
+
+def levels_of(betas: Sequence[float]) -> tuple[float, ...]:
+    """Signal levels ``alpha^2`` from the noise variances of the steps."""
+    return tuple(torch.tensor(betas, dtype=torch.float64, device="cpu").neg().add(1).cumprod(0).tolist())
