@@ -224,7 +224,8 @@ def memoryless_step(path: Interpolant, t: float, s: float, data_variance: float 
 
     It agrees with Euler-Maruyama on ``dX = (2 v - kappa X) dt + sigma dB`` to first order, and
     stays finite at both ends: at ``t = 0`` where ``sigma`` may diverge, and at ``s = 1`` where
-    the step becomes the predicted endpoint itself, without noise.
+    the step becomes the predicted endpoint itself, without noise; unless the path itself ends in a
+    little noise, ``beta(1) > 0``, which then is there.
 
     Raises:
         ValueError: unless ``0 <= t < s <= 1``.
@@ -247,5 +248,5 @@ def memoryless_step(path: Interpolant, t: float, s: float, data_variance: float 
     return MemorylessStep(
         state=on_state - on_endpoint * beta_rate / wronskian,
         velocity=on_endpoint * beta_t / wronskian,
-        noise=math.sqrt(variance) if s < 1 else 0.0,
+        noise=math.sqrt(variance) if s < 1 or beta_s > 0 else 0.0,
     )

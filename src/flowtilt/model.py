@@ -109,9 +109,17 @@ class FlowModel(nn.Module, ABC):
         """
         return context
 
+    def evaluations(self, use: Use) -> int:
+        """Network passes of one velocity: two under guidance."""
+        return 1
+
     def tunable(self) -> list[nn.Parameter]:
         """The parameters that a fine-tuning changes; by default all."""
         return list(self.parameters())
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a fine-tuning changes, by name: the tensors themselves, which a checkpoint holds."""
+        return self.state_dict()
 
     def data_of(self, x: Tensor, context: Context = None) -> Tensor:
         """The data that endpoints of the flow stand for, of the shape of ``x``.

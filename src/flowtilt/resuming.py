@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flowtilt.checkpoints import CheckpointError, save_tensors
+from flowtilt.model import FlowModel
 from flowtilt.optimiser import Adam
 from flowtilt.parallel import processes
 
@@ -147,8 +148,9 @@ class Slot:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights, by the names that they have in a state."""
-    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    """What training changes of a model, by the names that it has in a state."""
+    named = model.weights() if isinstance(model, FlowModel) else model.state_dict()
+    return {f"model.{name}": tensor.detach() for name, tensor in named.items()}
 
 
 class TrainingState:
@@ -202,12 +204,18 @@ class TrainingState:
         """Of training, those before an interruption included."""
         return time.perf_counter() - self._started
 
-    def add(self, row: Row, progress: Callable[[Row], None] | None = None) -> None:
-        """Take an update's row into the history, and keep the state if it is time to."""
+    def add(self, row: Row, progress: Callable[[Row], None] | None = None, whole: bool = True) -> None:
+        """Take an update's row into the history, and keep the state if it is time to.
+
+        Args:
+            row: of the update.
+            progress: called with it.
+            whole: whether the next update depends on nothing but the state.
+        """
         self.history.append(row)
         if progress is not None:
             progress(row)
-        if self.slot is not None and self.slot.resumption.due():
+        if whole and self.slot is not None and self.slot.resumption.due():
             self.save()
 
     def save(self) -> None:

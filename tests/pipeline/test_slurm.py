@@ -195,7 +195,7 @@ def test_a_failing_job_ends_the_run_with_its_message(cluster: bool, project: Pro
     status, output, seen = submitted(project, *SMOKE, "--retries", "1", "--", target, seconds=180)
     assert status != 0
     assert "SLURM status is: 'FAILED'" in output
-    assert "the flow-matching loss is" in output
+    assert "the training loss is" in output
     assert "lower learning_rate" in output
     # What was asked for at the second attempt: twice as much.
     asked = [line.split("|")[1:4] for lines in seen.values() for line in lines]

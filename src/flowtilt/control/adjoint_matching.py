@@ -68,6 +68,10 @@ class AdjointMatchingSettings:
             has far less noise where the tilt has edges (see :mod:`flowtilt.control.endpoints`).
         last_share: share of the time steps, nearest to the data, that are always in the loss.
         rest_share: share of the remaining steps drawn at random for each update.
+        passes: updates that are taken on the same trajectories, each with steps of its own: trajectories
+            and adjoints of a large model cost more than the regression on them.
+        micro_batch: most trajectories whose regression is in memory at once; their gradients are added up.
+            None for all.
     """
 
     updates: int = 400
@@ -82,8 +86,14 @@ class AdjointMatchingSettings:
     endpoint_gradient: EndpointGradient = "pathwise"
     last_share: float = 0.25
     rest_share: float = 0.25
+    passes: int = 1
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise ValueError(f"passes must be at least 1, got {self.passes}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
         if self.batch < 2:
             raise ValueError(f"batch must be at least 2, got {self.batch}")
         if self.pool < self.batch:
@@ -186,18 +196,23 @@ def _targets(
     hinge, it stays zero, and only the velocity is needed.
     """
     moving = terminal.moving
+    of_adjoint = base.context_for("adjoint", context)
+    of_control = base.context_for("control", of_adjoint)
     if bool(moving.all()):
-        adjoints, velocities = lean_adjoint(base, trajectories, terminal, steps, context)
-        return adjoints[chosen], velocities[chosen]
-    index = moving.nonzero().squeeze(1)
-    adjoints = torch.zeros_like(trajectories[chosen])
-    if len(index):
-        some = base.select_context(context, index)
-        of_some = lean_adjoint(base, trajectories[:, index], terminal.select(index), steps, some)[0]
-        adjoints[:, index] = of_some[chosen]
+        adjoints, velocities = lean_adjoint(base, trajectories, terminal, steps, of_adjoint)
+        if of_control is of_adjoint:
+            return adjoints[chosen], velocities[chosen]
+        adjoints = adjoints[chosen]
+    else:
+        index = moving.nonzero().squeeze(1)
+        adjoints = torch.zeros_like(trajectories[chosen])
+        if len(index):
+            some = base.select_context(of_adjoint, index)
+            of_some = lean_adjoint(base, trajectories[:, index], terminal.select(index), steps, some)[0]
+            adjoints[:, index] = of_some[chosen]
     times = torch.tensor(base.time_grid(len(steps)), dtype=torch.float64).to(trajectories)
     with torch.no_grad():
-        velocities = _velocities(base, trajectories[chosen], times[chosen], context)
+        velocities = _velocities(base, trajectories[chosen], times[chosen], of_control)
     return adjoints, velocities
 
 
@@ -358,71 +373,111 @@ def _draw_batch(
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """What this process adds to an update's numbers.
+class _Buffer:
+    """Trajectories of some updates, with what their regression needs.
 
     Attributes:
-        scalars: its part of the loss, controls that were shortened, and samples whose endpoint has a
-            gradient, float64 (3,).
-        energies: squared controls at the chosen steps, float64 (chosen,).
+        batch: the trajectories.
+        at: the steps that the targets are known at, long (known,).
+        adjoints: of these steps, (known, own, ...).
+        velocities: the base's, of the same shape.
+        clipped: share of the adjoints' controls that were shortened, of all processes.
+        moving: trajectories whose endpoint has a gradient, of all processes.
     """
 
-    scalars: Tensor
-    energies: Tensor
+    batch: _Batch
+    at: Tensor
+    adjoints: Tensor
+    velocities: Tensor
+    clipped: float
+    moving: int
 
 
-def _accumulate(
-    model: FlowModel,
+def _fill(
     base: FlowModel,
     batch: _Batch,
-    chosen: Tensor,
+    at: Tensor,
     scale: LossScale,
     steps: list[MemorylessStep],
     settings: AdjointMatchingSettings,
-) -> _Sums:
-    """Add this process's part of the loss's gradient to the model's parameters."""
-    energies = torch.zeros(len(chosen), dtype=torch.float64)
-    if not len(batch.weights):
-        return _Sums(torch.zeros(3, dtype=torch.float64), energies)
+    sharing: Processes,
+) -> _Buffer:
+    """Solve the adjoints of a batch at some steps."""
     trajectories = batch.trajectories
-    adjoints, base_velocities = _targets(base, trajectories, batch.terminal, steps, chosen, batch.context)
-    own_scale = LossScale(scale.mean[chosen].to(trajectories), scale.noise[chosen].to(trajectories))
-    adjoints, clipped = _clipped(adjoints, own_scale, settings.control_clip)
-    times = torch.tensor(base.time_grid(settings.steps), dtype=torch.float64)[:-1]
-    squares, controls = _residuals(
-        model,
-        trajectories[chosen],
-        times[chosen].to(trajectories),
-        base_velocities,
-        adjoints,
-        own_scale,
-        batch.context,
+    adjoints = velocities = torch.zeros_like(trajectories[at])
+    clipped = 0
+    if len(batch.weights):
+        adjoints, velocities = _targets(base, trajectories, batch.terminal, steps, at, batch.context)
+        adjoints, clipped = _clipped(adjoints, _scale_at(scale, at, trajectories), settings.control_clip)
+    counts = torch.tensor([clipped, int(batch.terminal.moving.sum())], dtype=torch.float64)
+    clipped, moving = sharing.total(counts).tolist()
+    return _Buffer(batch, at, adjoints, velocities, clipped / (len(at) * settings.batch), int(moving))
+
+
+def _scale_at(scale: LossScale, at: Tensor, like: Tensor) -> LossScale:
+    return LossScale(scale.mean[at].to(like), scale.noise[at].to(like))
+
+
+def _accumulate(
+    model: FlowModel, buffer: _Buffer, chosen: Tensor, scale: LossScale, settings: AdjointMatchingSettings
+) -> tuple[Tensor, Tensor]:
+    """Add this process's part of the loss's gradient to the model's parameters.
+
+    Returns:
+        Its part of the loss, (), and of the squared controls at the chosen steps, (chosen,), float64.
+    """
+    batch = buffer.batch
+    loss, energies = torch.zeros((), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.float64)
+    if not len(batch.weights):
+        return loss, energies
+    known = torch.zeros(settings.steps, dtype=torch.long).index_copy(
+        0, buffer.at, torch.arange(len(buffer.at))
     )
-    loss = (squares * batch.weights).sum() / (len(chosen) * settings.batch)
-    loss.backward()
-    found = [float(loss.detach()), float(clipped), float(batch.terminal.moving.sum())]
-    energies = (controls * batch.weights).double().sum(1)
-    return _Sums(torch.tensor(found, dtype=torch.float64), energies)
+    known = known[chosen]
+    times = torch.tensor(model.time_grid(settings.steps), dtype=torch.float64)[chosen]
+    trajectories = batch.trajectories
+    of_control = model.context_for("control", batch.context)
+    for part in torch.arange(len(batch.weights)).split(settings.micro_batch or len(batch.weights)):
+        squares, controls = _residuals(
+            model,
+            trajectories[chosen][:, part],
+            times.to(trajectories),
+            buffer.velocities[known][:, part],
+            buffer.adjoints[known][:, part],
+            _scale_at(scale, chosen, trajectories),
+            model.select_context(of_control, part),
+        )
+        own = (squares * batch.weights[part]).sum() / (len(chosen) * settings.batch)
+        own.backward()
+        loss += float(own.detach())
+        energies += (controls * batch.weights[part]).double().sum(1)
+    return loss, energies
 
 
 def _network_passes(
-    settings: AdjointMatchingSettings, pool: int, moving: int, chosen: int, mirrored: bool
+    base: FlowModel, settings: AdjointMatchingSettings, buffer: _Buffer, chosen: int, fresh: bool
 ) -> int:
     """Network passes of one update, by :data:`flowtilt.control.base.FORWARD` and its like.
 
     Args:
+        base: the model that is being tilted.
         settings: of the regression.
-        pool: trajectories sampled.
-        moving: trajectories of the batch whose endpoint has a gradient, which have an adjoint to solve.
+        buffer: of the update.
         chosen: time steps in the loss.
-        mirrored: whether the pool's last two steps were taken again, for pairs.
+        fresh: whether the buffer was filled for this update.
     """
-    rollout = pool * (settings.steps + 2 * mirrored) * FORWARD
+    batch = buffer.batch
+    control = base.evaluations("control")
+    training = chosen * settings.batch * TRAINING * control
+    if not fresh:
+        return training
+    rollout = batch.pool * (settings.steps + 2 * batch.mirrored) * FORWARD * base.evaluations("sampling")
     # At the first step there is nothing left to pull back.
-    adjoints = moving * ((settings.steps - 1) * PULLBACK + FORWARD)
+    adjoints = buffer.moving * ((settings.steps - 1) * PULLBACK + FORWARD) * base.evaluations("adjoint")
     # The adjoints' forward passes give the base's velocities if they are there for the whole batch.
-    velocities = 0 if moving == settings.batch else chosen * settings.batch * FORWARD
-    return rollout + adjoints + velocities + chosen * settings.batch * TRAINING
+    shared = buffer.moving == settings.batch and control == base.evaluations("adjoint")
+    velocities = 0 if shared else len(buffer.at) * settings.batch * FORWARD * control
+    return rollout + adjoints + velocities + training
 
 
 def _diverged(what: str, update: int, settings: AdjointMatchingSettings) -> str:
@@ -476,39 +531,46 @@ def solve(
     if not kl_weight > 0:
         raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
     base = copy.deepcopy(base).requires_grad_(False)
-    model = copy.deepcopy(base).requires_grad_(True)
-    optimiser = Adam(model.parameters())
+    model = copy.deepcopy(base)
+    for parameter in model.tunable():
+        parameter.requires_grad_(True)
+    optimiser = Adam(model.tunable())
     state = TrainingState(model, optimiser, generator, (settings, kl_weight), slot)
     steps = memoryless_steps(base, settings.steps)
     scale = loss_scale(base, steps)
     sharing = processes()
     passes = int(state.history[-1]["network_passes"]) if state.history else 0
     for update in range(len(state.history), settings.updates):
-        own = tilt if isinstance(tilt, FirstVariation) else tilt(update / settings.updates)
-        strength = min(1.0, (update + 1) / max(1.0, settings.ramp * settings.updates))
-        batch = _draw_batch(model, own, settings, steps, -strength / kl_weight, generator, sharing)
-        if batch is None:
-            raise TrainingDiverged(_diverged("trajectories are no longer finite", update, settings))
+        fresh = update % settings.passes == 0
+        if fresh:
+            own = tilt if isinstance(tilt, FirstVariation) else tilt(update / settings.updates)
+            strength = min(1.0, (update + 1) / max(1.0, settings.ramp * settings.updates))
+            batch = _draw_batch(model, own, settings, steps, -strength / kl_weight, generator, sharing)
+            if batch is None:
+                raise TrainingDiverged(_diverged("trajectories are no longer finite", update, settings))
         chosen = _chosen_steps(settings, generator)
+        if fresh:
+            at = chosen if settings.passes == 1 else torch.arange(settings.steps)
+            buffer = _fill(base, batch, at, scale, steps, settings, sharing)
         optimiser.clear_gradients()
-        sums = _accumulate(model, base, batch, chosen, scale, steps, settings)
-        loss, clipped, moving = (float(value) for value in sharing.total(sums.scalars))
+        own_loss, energies = _accumulate(model, buffer, chosen, scale, settings)
+        loss = float(sharing.total(own_loss))
         if not math.isfinite(loss):
             raise TrainingDiverged(_diverged(f"the loss is {loss}", update, settings))
         sharing.sum_gradients(optimiser.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(optimiser.parameters, settings.gradient_clip)
         optimiser.step(annealed_rate(update, settings.updates, settings.learning_rate, settings.warmup))
-        passes += _network_passes(settings, batch.pool, int(moving), len(chosen), batch.mirrored)
+        passes += _network_passes(base, settings, buffer, len(chosen), fresh)
         row: dict[str, Any] = {
             "update": update,
             "loss": loss,
-            "active_share": batch.active_share,
-            "control_energy": _control_energy(sharing.total(sums.energies) / settings.batch, settings),
+            "active_share": buffer.batch.active_share,
+            "control_energy": _control_energy(sharing.total(energies) / settings.batch, settings),
             "gradient_norm": float(norm),
-            "clipped_share": clipped / (len(chosen) * settings.batch),
+            "clipped_share": buffer.clipped,
             "network_passes": passes,
             "seconds": state.seconds(),
         }
-        state.add(row, progress)
+        state.add(row, progress, whole=(update + 1) % settings.passes == 0)
     model.requires_grad_(False)
     return Solution(model, state.history)

@@ -142,7 +142,11 @@ class LatentFlow(FlowModel):
         return self.prompts
 
     def context_for(self, use: Use, context: Context) -> Context:
-        return replace(context, guidance=self.guidance.of(use)) if isinstance(context, Prompted) else context
+        scale = self.guidance.of(use)
+        return context if context.guidance == scale else replace(context, guidance=scale)
+
+    def evaluations(self, use: Use) -> int:
+        return 1 if self.guidance.of(use) == 1 else 2
 
     def select_context(self, context: Context, index: Tensor) -> Context:
         return context.select(index)
@@ -178,11 +182,17 @@ class LatentFlow(FlowModel):
 
     def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
         found = self.predict(x, t, context)
-        if self.target == "v_prediction":  # v = alpha noise - beta endpoint (Salimans and Ho 2022, appendix D)
+        if (
+            self.target == "v_prediction"
+        ):  # v = alpha noise - beta endpoint (Salimans and Ho 2022, appendix D)
             at = broadcast_time(t, x)
             found = self.path.alpha(at) * x - self.path.beta(at) * found
         source = "noise" if self.target == "epsilon" else "endpoint"
         return convert(found, x, t, self.path, source, "velocity")
+
+    def score(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
+        """Score of the path's law, as the control sees the flow: a guided prediction is no law's score."""
+        return super().score(x, t, self.context_for("control", context))
 
     def matching_residual(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """Prediction minus target at the timesteps nearest to ``t``, of the shape of ``x1``.

@@ -204,9 +204,7 @@ def train_pipeline(
     pictures = scaled(data.pictures)
     pipeline = build.build_pipeline(config)
     histories = {"autoencoder": train_autoencoder(pipeline.vae, pictures, config, resumption, progress)}
-    histories["denoiser"] = train_denoiser(
-        pipeline, pictures, data.captions, config, resumption, progress
-    )
+    histories["denoiser"] = train_denoiser(pipeline, pictures, data.captions, config, resumption, progress)
     return pipeline, histories
 
 
@@ -245,5 +243,3 @@ def train_alignment(
 
     history = fit(model, loss, settings_of(own.fit), generator, progress, resumption.slot("alignment"))
     return model, {"alignment": history}
-
-

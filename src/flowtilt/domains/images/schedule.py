@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,24 +21,29 @@ class DiscreteSchedule(Interpolant):
     """A variance-preserving path through the signal levels of a discrete diffusion.
 
     Timestep ``tau`` of ``T`` stands at the time ``t = 1 - (tau + 1) / T``: the noisiest one at 0, and the data
-    at 1, where the level is ``end``. Between two timesteps ``alpha^2`` is linear. At every timestep ``alpha``
-    and ``beta`` are exactly those of the diffusion, so that its DDIM step with eta = 1 (Song et al. 2021,
-    section 4.1) is the memoryless step of this path.
+    at 1, where the level is ``end``. Between two timesteps ``alpha`` is linear, so that its rate is finite even
+    where the noisiest timestep has no signal left. At every timestep ``alpha`` and ``beta`` are exactly those
+    of the diffusion, so that its DDIM step with eta = 1 (Song et al. 2021, section 4.1) is the memoryless step
+    of this path.
 
     Attributes:
         levels: ``alpha^2`` of the timesteps, from 0 to T - 1, falling.
-        end: ``alpha^2`` that the last step leads to; 1 for data without noise.
+        end: ``alpha^2`` that the last step leads to, at least that of timestep 0; 1 for data without noise.
+
+    Raises:
+        ValueError: if the levels do not fall, or are not in [0, 1].
     """
 
     levels: tuple[float, ...]
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        falling = (self.end, *self.levels)
-        if any(later > earlier for earlier, later in zip(falling, falling[1:], strict=False)):
+        # Only the last step may lead nowhere: between equal levels a velocity would say nothing of the data.
+        falling = all(later < earlier for earlier, later in itertools.pairwise(self.levels))
+        if not (falling and self.levels[0] <= self.end):
             raise ValueError("the signal levels of a schedule must fall with the timestep")
-        if not (falling[-1] >= 0 and falling[0] <= 1):
-            raise ValueError(f"signal levels must be in [0, 1], got {falling[-1]} to {falling[0]}")
+        if not (self.levels[-1] >= 0 and self.end <= 1):
+            raise ValueError(f"signal levels must be in [0, 1], got {self.levels[-1]} to {self.end}")
 
     def __hash__(self) -> int:  # of a thousand numbers, at every look-up of a step
         return self._hash
@@ -48,8 +54,8 @@ class DiscreteSchedule(Interpolant):
 
     @cached_property
     def _nodes(self) -> Tensor:
-        """Levels by ``tau + 1``, from the data on, float64 (T + 1,)."""
-        return torch.tensor((self.end, *self.levels), dtype=torch.float64, device="cpu")
+        """``alpha`` by ``tau + 1``, from the data on, float64 (T + 1,)."""
+        return torch.tensor((self.end, *self.levels), dtype=torch.float64, device="cpu").sqrt()
 
     @property
     def timesteps(self) -> int:
@@ -75,22 +81,25 @@ class DiscreteSchedule(Interpolant):
             offset: added to the timesteps of ``leading``.
 
         Raises:
-            ValueError: if there are fewer timesteps than steps, or the offset leads beyond the noisiest.
+            ValueError: if there are fewer timesteps than steps, the spacing is another, or the offset leads out
+                of the timesteps.
         """
         total = self.timesteps
         if not 1 <= steps <= total:
             raise ValueError(f"a schedule of {total} timesteps has no {steps} steps")
         if spacing == "trailing":
             chosen = [round(total - k * total / steps) - 1 for k in range(steps)]
-        else:
+        elif spacing == "leading":
             stride = total // steps
             chosen = [(steps - 1 - k) * stride + offset for k in range(steps)]
-        if chosen[0] >= total:
-            raise ValueError(f"an offset of {offset} leads beyond the last of {total} timesteps")
+        else:
+            raise ValueError(f"the spacing of timesteps must be leading or trailing, got {spacing!r}")
+        if not (chosen[-1] >= 0 and chosen[0] < total):
+            raise ValueError(f"an offset of {offset} leads out of the timesteps 0 to {total - 1}")
         return [*(self.time_of(tau) for tau in chosen), 1.0]
 
-    def _level(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``alpha^2`` and its rate, float64, on the device of ``t``."""
+    def _signal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``alpha`` and its rate, float64, on the device of ``t``."""
         nodes = self._nodes.to(t.device)
         position = self.timestep_of(t) + 1
         below = position.floor().clamp(0, self.timesteps - 1).long()
@@ -99,22 +108,21 @@ class DiscreteSchedule(Interpolant):
         return nodes[below] + (position - below) * difference, -difference * self.timesteps
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._level(t)[0].clamp(min=0).sqrt().to(t.dtype)
+        return self._signal(t)[0].to(t.dtype)
 
     def beta(self, t: Tensor) -> Tensor:
-        return (1 - self._level(t)[0]).clamp(min=0).sqrt().to(t.dtype)
+        return (1 - self._signal(t)[0].square()).sqrt().to(t.dtype)
 
     def kappa(self, t: Tensor) -> Tensor:
-        level, rate = self._level(t)
-        return (rate / (2 * level)).to(t.dtype)
+        alpha, rate = self._signal(t)
+        return (rate / alpha).to(t.dtype)
 
     def alpha_rate(self, t: Tensor) -> Tensor:
-        level, rate = self._level(t)
-        return (rate / (2 * level.sqrt())).to(t.dtype)
+        return self._signal(t)[1].to(t.dtype)
 
     def beta_rate(self, t: Tensor) -> Tensor:
-        level, rate = self._level(t)
-        return (-rate / (2 * (1 - level).sqrt())).to(t.dtype)
+        alpha, rate = self._signal(t)
+        return (-alpha * rate / (1 - alpha.square()).sqrt()).to(t.dtype)
 
     def eta(self, t: Tensor) -> Tensor:
         return self.kappa(t)

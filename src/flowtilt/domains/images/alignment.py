@@ -1,0 +1,318 @@
+"""How well pictures fit texts, by a model of open_clip that has features of both, such as CLIP."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from flowtilt.checkpoints import CheckpointError
+from flowtilt.configuration import ConfigError
+
+log = logging.getLogger(__name__)
+
+CHUNK = 256
+"""Most pictures or prompts that go through a network together."""
+
+SETTINGS_FILE = "open_clip_config.json"
+WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+"""Of a folder; open_clip takes the first that is there before it looks at any other file."""
+
+
+def fit(pictures: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
+    """Pictures in [-1, 1] on a square of ``size`` pixels: the shorter side is scaled, the longer cut evenly.
+
+    This is what torchvision's ``Resize`` and ``CenterCrop`` do to 8-bit pictures, but for the rounding:
+    scaled pictures are averaged over the pixels that fall together, and colours beyond the range, which
+    bicubic interpolation makes at edges, are cut off. Pictures of the right size are not changed.
+
+    Args:
+        pictures: (n, 3, height, width).
+        size: pixels a side.
+        interpolation: ``bicubic`` or ``bilinear``.
+
+    Returns:
+        Of shape (n, 3, size, size), differentiable.
+    """
+    short = min(pictures.shape[-2:])
+    if short != size:
+        scaled = [size * side // short for side in pictures.shape[-2:]]
+        pictures = F.interpolate(pictures, scaled, mode=interpolation, antialias=True).clamp(-1, 1)
+    top, left = (round((side - size) / 2) for side in pictures.shape[-2:])
+    return pictures[..., top : top + size, left : left + size]
+
+
+class AlignmentModel(nn.Module):
+    """Unit features of pictures and of texts, and their cosine similarities.
+
+    The network is frozen. Pictures are cast to the precision of the network, which is float32 unless the
+    module is moved to another one.
+
+    Args:
+        network: a model of open_clip.
+        tokenizer: that of open_clip for it.
+        preprocessing: what open_clip says of the pictures that it takes: ``size``, ``mean``, ``std`` of
+            colours in [0, 1], and optionally ``interpolation`` and ``resize_mode``.
+
+    Raises:
+        ValueError: if the model takes pictures that are not square.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, tokenizer: Any, preprocessing: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        size = preprocessing["size"]
+        sides = {size} if isinstance(size, int) else set(size)
+        if len(sides) > 1:
+            raise ValueError(f"a model of square pictures is needed; this one takes {tuple(size)} pixels")
+        self.size: int = sides.pop()
+        bilinear = preprocessing.get("interpolation") == "bilinear"
+        self.interpolation = "bilinear" if bilinear else "bicubic"
+        self.resize_mode: str = preprocessing.get("resize_mode") or "shortest"
+        for name in ("mean", "std"):
+            colours = torch.as_tensor(preprocessing[name], dtype=torch.float32).reshape(-1, 1, 1)
+            self.register_buffer(name, colours, persistent=False)
+
+    def picture_features(self, pictures: Tensor) -> Tensor:
+        """Unit features of pictures, shape (n, embedding), differentiable with respect to them.
+
+        Args:
+            pictures: in [-1, 1], (n, 3, height, width); another size than the model's is made to :func:`fit`.
+
+        Raises:
+            ValueError: for another shape, or for pictures that are not square where the model does not
+                scale the shorter side to its own.
+        """
+        if pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise ValueError(f"expected pictures (n, 3, height, width), got {tuple(pictures.shape)}")
+        height, width = pictures.shape[-2:]
+        if height != width and self.resize_mode != "shortest":
+            raise ValueError(
+                f"the model brings pictures to its size by {self.resize_mode!r}, which is only done for "
+                f"square ones here; got {height} x {width} pixels"
+            )
+        return torch.cat([self._picture_features(part) for part in pictures.split(CHUNK)])
+
+    def _picture_features(self, pictures: Tensor) -> Tensor:
+        fitting = fit(pictures.to(self.mean.dtype), self.size, self.interpolation)
+        features: Tensor = self.network.encode_image(  # type: ignore[operator]
+            ((fitting + 1) / 2 - self.mean) / self.std, normalize=True
+        )
+        return features
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Unit features of texts, shape (n, embedding), without a graph.
+
+        A prompt of more tokens than the model takes is cut off by its tokenizer, which the log says.
+        """
+        self._warn_of_long(prompts)
+        tokens = self.tokenizer(list(prompts)).to(self.mean.device)
+        parts = [
+            self.network.encode_text(part, normalize=True)  # type: ignore[operator]
+            for part in tokens.split(CHUNK)
+        ]
+        return torch.cat(parts)
+
+    def _warn_of_long(self, prompts: Sequence[str]) -> None:
+        limit = self.tokenizer.context_length
+        for prompt in dict.fromkeys(prompts):
+            count = self._tokens(prompt)
+            if count > limit:
+                log.warning("prompt %r has %d tokens; the model sees %d of them", prompt, count, limit)
+
+    def _tokens(self, prompt: str) -> int:
+        """Tokens of a whole prompt with its two ends."""
+        if hasattr(self.tokenizer, "encode"):  # open_clip's own
+            return len(self.tokenizer.encode(prompt)) + 2
+        whole = self.tokenizer.tokenizer(self.tokenizer.clean_fn(prompt), verbose=False)
+        return len(whole.input_ids)
+
+    @torch.no_grad()
+    def scores(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine similarity of each picture with its own prompt, shape (n,), without a graph.
+
+        Args:
+            pictures: see :meth:`picture_features`.
+            prompts: n texts; one that comes again is encoded once.
+
+        Raises:
+            ValueError: if there are not as many prompts as pictures; see also :meth:`picture_features`.
+        """
+        if len(prompts) != len(pictures):
+            raise ValueError(f"each picture needs its prompt; got {len(pictures)} and {len(prompts)} prompts")
+        distinct = list(dict.fromkeys(prompts))
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        texts = self.text_features(distinct)[[place[prompt] for prompt in prompts]]
+        return (self.picture_features(pictures) * texts).sum(1)
+
+
+@torch.no_grad()
+def classify(pictures: Tensor, model: AlignmentModel, names: Sequence[str], template: str) -> Tensor:
+    """Zero-shot classes (Radford et al. 2021, section 3.1): those whose prompts are the most similar.
+
+    Args:
+        pictures: see :meth:`AlignmentModel.picture_features`.
+        model: that says how similar.
+        names: of the classes.
+        template: a prompt with ``{}`` where the name goes.
+
+    Returns:
+        Positions in ``names``, long (n,).
+
+    Raises:
+        ValueError: if there is no class, or the template has no place for its name.
+    """
+    if not names:
+        raise ValueError("pictures cannot be classified without names of classes")
+    if "{}" not in template:
+        raise ValueError(f"the template {template!r} has no {{}} where the name of a class goes")
+    texts = model.text_features([template.replace("{}", name) for name in names])
+    return (model.picture_features(pictures) @ texts.T).argmax(1)
+
+
+# Loading.
+
+
+def load_alignment(name: str, weights: Path | None = None) -> AlignmentModel:
+    """A model of open_clip in float32 on torch's default device, whatever precision its file is in.
+
+    Nothing is ever downloaded.
+
+    Args:
+        name: a folder that open_clip reads by ``local-dir:``, which is told by being there or by a slash; or
+            a name that open_clip knows, such as ``ViT-B-32``. The name says the architecture only: OpenAI's
+            own weights have another activation and belong to names that end in ``-quickgelu``.
+        weights: of a name that open_clip knows, as safetensors; a folder has its own.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, or not of this model.
+        ConfigError: if open_clip is not installed, does not know the name, or would have to download.
+    """
+    open_clip = _open_clip()
+    if Path(name).is_dir() or "/" in name or os.sep in name:
+        if weights is not None:
+            raise ConfigError(f"{name}: a folder has its own weights; leave out {weights}")
+        source = _check_folder(Path(name))
+        network = _network(open_clip, f"local-dir:{name}", None, source)
+        tokenizer = _tokenizer_of_folder(open_clip, name)
+    else:
+        _check_known(open_clip, name)
+        source = _check_weights(name, weights)
+        network = _network(open_clip, name, str(source), source)
+        tokenizer = open_clip.get_tokenizer(name)
+    model = AlignmentModel(network, tokenizer, open_clip.get_model_preprocess_cfg(network))
+    return model.to(torch.get_default_device())
+
+
+def _open_clip() -> ModuleType:
+    try:
+        import open_clip
+    except ModuleNotFoundError:
+        raise ConfigError("open_clip is not installed; pip install 'flowtilt[images]'") from None
+    return open_clip
+
+
+def _network(open_clip: ModuleType, identifier: str, pretrained: str | None, source: Path) -> nn.Module:
+    """The network with its weights, from ``source``; torch's random state is left as it was."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network: nn.Module = open_clip.create_model(
+                identifier, pretrained, precision="fp32", device="cpu", pretrained_text=False
+            )
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: not a complete safetensors file ({error}); delete it and fetch or make it again"
+        ) from None
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{source}: not weights of {identifier.removeprefix('local-dir:')}; "
+            f"take those that were made with it ({error})"
+        ) from None
+    return network
+
+
+def _check_folder(folder: Path) -> Path:
+    """The weights of a folder that can be read without downloading.
+
+    Raises:
+        CheckpointError: if it is not there or not complete.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no such folder; make or fetch it first, or give a name that open_clip knows"
+        )
+    settings = folder / SETTINGS_FILE
+    if not settings.is_file():
+        raise CheckpointError(f"{settings}: no such file; a folder of open_clip has it beside its weights")
+    try:
+        text = json.loads(settings.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{settings}: not a configuration of open_clip ({type(error).__name__}: {error}); "
+            "make or fetch the folder again"
+        ) from None
+    if "hf_model_name" in text:
+        raise CheckpointError(
+            f"{settings}: the text encoder {text['hf_model_name']} would be read from the model hub; "
+            "take a model whose text encoder is open_clip's own"
+        )
+    for name in WEIGHTS_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(
+        f"{folder / WEIGHTS_FILES[0]}: no such weights; make or fetch them, and convert those of another "
+        "format to safetensors"
+    )
+
+
+def _tokenizer_of_folder(open_clip: ModuleType, folder: str) -> Any:
+    try:
+        return open_clip.get_tokenizer(f"local-dir:{folder}")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: no tokenizer that can be read ({error}); make or fetch the folder again"
+        ) from None
+
+
+def _check_known(open_clip: ModuleType, name: str) -> None:
+    settings = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    if settings is None:
+        raise ConfigError(f"{name}: not a model of open_clip; choose one of open_clip.list_models(), or a folder")
+    hub = {"hf_model_name", "hf_tokenizer_name"} & settings["text_cfg"].keys()
+    if hub or "siglip" in name.lower():
+        raise ConfigError(
+            f"{name}: its tokenizer or text encoder would be downloaded; save the model as a folder and "
+            "give that, or choose one with open_clip's own"
+        )
+
+
+def _check_weights(name: str, weights: Path | None) -> Path:
+    if weights is None:
+        raise CheckpointError(
+            f"{name}: a model without weights; the rule fetch_checkpoint fetches them, or place them as a "
+            "safetensors file and give its path"
+        )
+    if weights.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{weights}: weights are only read as safetensors, since other formats can run code; "
+            "convert the file where you trust it"
+        )
+    if not weights.is_file():
+        raise CheckpointError(
+            f"{weights}: no such weights of {name}; the rule fetch_checkpoint fetches them, or place them there"
+        )
+    return weights
