@@ -75,5 +75,5 @@ $(STAMP): pyproject.toml envs/constraints.txt
 		"its module venv or ensurepip is missing. On Debian and Ubuntu: apt-get install python3-venv" >&2; \
 		exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e '.[workflow,dev,molecules,parallel]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e '.[workflow,dev,molecules,parallel,images]'
 	@touch $@

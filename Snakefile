@@ -60,6 +60,11 @@ if MOLECULE_FILES:
     include: "workflow/rules/molecules.smk"
 
 
+if IMAGES:
+
+    include: "workflow/rules/images.smk"
+
+
 rule all:
     default_target: True
     input:

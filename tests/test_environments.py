@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -26,8 +27,23 @@ PINS = {
         r"^([\w.-]+)==(\S+)$", (ROOT / "envs" / "constraints.txt").read_text(), re.M
     )
 }
-EXTRAS = {"core": ["parallel"], "molecules": ["parallel", "molecules"]}
+EXTRAS = {
+    "core": ["parallel"],
+    "molecules": ["parallel", "molecules"],
+    "images": ["parallel", "images"],
+}
 """Extras of the package that an environment has beside its dependencies."""
+
+DOMAINS = {
+    "molecules": {"qm9pack", "rdkit", "tblite"},
+    "images": {"diffusers", "open-clip-torch", "peft", "torchvision", "transformers", "vendi-score"},
+}
+"""Environments of one domain, and the packages that no other environment has."""
+
+UNNAMED = {"metrics/diversity.py": "images"}
+"""Source files whose imports are one domain's, and whose paths do not name it."""
+
+SOURCES = ROOT / "src" / "flowtilt"
 
 TOOLS = {"pip", "python", "setuptools"}
 """What makes an environment, and is no dependency of the package."""
@@ -114,7 +130,7 @@ def test_pinned_versions_are_allowed(file: Path, package: Package) -> None:
 
 @every_file
 def test_only_what_conda_forge_lacks_is_left_to_pip(file: Path) -> None:
-    assert {package.name for package in packages_of(file) if package.by_pip} <= {"qm9pack"}
+    assert {package.name for package in packages_of(file) if package.by_pip} <= {"qm9pack", "vendi-score"}
 
 
 @every_file
@@ -162,8 +178,8 @@ def run(prefix: Path, code: str) -> subprocess.CompletedProcess[str]:
 def handlers() -> dict[str, str]:
     """Name of the function that runs each stage, by stage and file."""
     found = {}
-    for file, prefix in (("cli", ""), ("cli_molecules", "molecules-")):
-        text = (ROOT / "src" / "flowtilt" / f"{file}.py").read_text()
+    for file, prefix in (("cli", ""), ("cli_molecules", "molecules-"), ("cli_images", "")):
+        text = (SOURCES / f"{file}.py").read_text()
         for stage, handler in re.findall(r'"([a-z-]+)",\s+(_\w+),\s+"', text):
             found[prefix + stage] = f"{file}.{handler}"
     return found
@@ -172,7 +188,7 @@ def handlers() -> dict[str, str]:
 def modules_of(stage: str) -> Iterator[str]:
     """Modules of the package that a stage's handler imports, in functions that it calls too."""
     file, handler = handlers()[stage].split(".")
-    tree = ast.parse((ROOT / "src" / "flowtilt" / f"{file}.py").read_text())
+    tree = ast.parse((SOURCES / f"{file}.py").read_text())
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     left, seen = [handler], set()
     while left:
@@ -204,36 +220,50 @@ def test_every_stage_can_be_imported_where_its_rules_run(environment: Path) -> N
     assert done.returncode == 0, done.stderr
 
 
-def imported(file: Path) -> set[str]:
-    """Modules from elsewhere that a source file imports, in functions too."""
-    names = set()
+def sources_of(environment: str) -> list[Path]:
+    """The source files that its jobs may import: a domain's own, and those of all."""
+    found = []
+    for file in sorted(SOURCES.rglob("*.py")):
+        path = file.relative_to(SOURCES).as_posix()
+        named = (domain for domain in DOMAINS if domain.removesuffix("s") in path)
+        if next(named, UNNAMED.get(path)) in (None, environment):
+            found.append(file)
+    return found
+
+
+def imports(file: Path) -> Iterator[tuple[str, str]]:
+    """What a source file imports from elsewhere, in functions too.
+
+    Yields:
+        The name of a package, and the statement.
+    """
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.partition(".")[0])
-    return names - {*sys.stdlib_module_names, "flowtilt", "flowmol"}  # the last is an experiment's own choice
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+        for name in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, "flowtilt"}:
+            if name != "flowmol":  # an experiment's own choice
+                yield name, ast.unparse(node)
 
 
-@pytest.mark.parametrize("name", ["core", "molecules"])
-def test_all_that_the_sources_import_is_listed(name: str) -> None:
-    listed = {package.on_pypi for package in packages_of(ROOT / "envs" / f"{name}.yaml")}
-    provided = packages_distributions()
-    for file in sorted((ROOT / "src" / "flowtilt").rglob("*.py")):
-        if name == "core" and "molecules" in file.relative_to(ROOT / "src").as_posix():
-            continue
-        for module in imported(file):
-            assert {canonicalize_name(own) for own in provided[module]} & listed, f"{file}: {module}"
+distributions_of_modules = cache(packages_distributions)
 
 
-def test_all_that_molecules_import_lazily_is_there(environment: Path) -> None:
-    if environment.name != "molecules":
-        pytest.skip("of the environment of molecules")
-    folder = ROOT / "src" / "flowtilt" / "domains" / "molecules"
-    modules = sorted(f"flowtilt.domains.molecules.{file.stem}" for file in folder.glob("[a-z]*.py"))
-    done = run(
-        environment, f"import {', '.join(modules)}, flowtilt.figures_molecules, tblite.interface, rdkit.Chem"
-    )
+@every_file
+def test_all_that_the_sources_import_is_listed(file: Path) -> None:
+    listed = {package.on_pypi for package in packages_of(file)}
+    provided = distributions_of_modules()
+    for source in sources_of(file.stem):
+        for module in {name for name, _ in imports(source)}:
+            assert {canonicalize_name(own) for own in provided[module]} & listed, f"{source}: {module}"
+
+
+def test_all_that_the_sources_import_is_there(environment: Path) -> None:
+    sources = sources_of(environment.name)
+    modules = {".".join(file.relative_to(ROOT / "src").with_suffix("").parts) for file in sources}
+    statements = {statement for file in sources for _, statement in imports(file)}
+    code = [*sorted(f"import {module}" for module in modules), *sorted(statements)]
+    done = run(environment, "\n".join(code))
     assert done.returncode == 0, done.stderr
 
 
@@ -244,10 +274,13 @@ def test_an_environment_holds_nothing_else(environment: Path, missing: str) -> N
     assert f"No module named '{missing}'" in done.stderr
 
 
-def test_the_core_has_nothing_of_molecules(environment: Path) -> None:
-    # qm9pack is data, which is read without importing it.
-    done = run(environment, "import rdkit, tblite; from importlib.metadata import files; files('qm9pack')")
-    assert (done.returncode == 0) == (environment.name == "molecules"), done.stderr
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_what_is_of_one_domain_is_in_its_environment_alone(environment: Path, domain: str) -> None:
+    code = "from importlib.metadata import distributions; print(*(one.name for one in distributions()))"
+    done = run(environment, code)
+    assert done.returncode == 0, done.stderr
+    held = {canonicalize_name(name) for name in done.stdout.split()}
+    assert held & DOMAINS[domain] == (DOMAINS[domain] if environment.name == domain else set())
 
 
 def test_what_is_installed_here_and_not_allowed_is_refused(tmp_path: Path) -> None:

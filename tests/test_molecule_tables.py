@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from flowtilt.claims import decided
 from flowtilt.costs import costs_of
 from flowtilt.experiment import load_file, molecule_experiment
 from flowtilt.figures import figure_style, save_figure
 from flowtilt.figures_molecules import Generated, energies_figure, levels_figure, load_generated
 from flowtilt.measurements import ResultsError, runs_of
 from flowtilt.molecule_experiment import MoleculeExperiment, tail_metric
-from flowtilt.molecule_tables import LevelLine, _decided, levels, levels_panel
+from flowtilt.molecule_tables import LevelLine, levels, levels_panel
 from flowtilt.panels import describe
 from flowtilt.stages.files import write_arrays, write_history, write_rows
 from flowtilt.stages.molecule_metrics import LEVELS
@@ -100,8 +101,8 @@ def test_what_holds_is_said_with_its_spread(results: Path) -> None:
 
 
 def test_what_seeds_do_not_decide_is_said_so() -> None:
-    decided = [[0.1, 0.2, 0.15], [-0.1, -0.2, -0.15], [0.3, -0.2, 0.1], [0.4], [0.0, 0.0]]
-    assert [_decided(np.array(gains)) for gains in decided] == [
+    found = [[0.1, 0.2, 0.15], [-0.1, -0.2, -0.15], [0.3, -0.2, 0.1], [0.4], [0.0, 0.0]]
+    assert [decided(np.array(gains)) for gains in found] == [
         *("holds", "does not hold", "not decided by these seeds", "holds", "not decided by these seeds")
     ]
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flowtilt.files import atomic_path
+from flowtilt.model import FlowModel
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -34,8 +37,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's weights by :func:`save_tensors`."""
-    save_tensors(model.state_dict(), path)
+    """Write what training changes of a model by :func:`save_tensors`."""
+    save_tensors(tensors_of(model), path)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes of a model, by name: the tensors themselves."""
+    return model.weights() if isinstance(model, FlowModel) else model.state_dict()
 
 
 def load_weights(model: Module, path: Path) -> Module:
@@ -51,7 +59,8 @@ def load_weights(model: Module, path: Path) -> Module:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error}); {remake}") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = tensors_of(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
         differing = sorted(name for name in expected | found if expected.get(name) != found.get(name))
@@ -61,5 +70,13 @@ def load_weights(model: Module, path: Path) -> Module:
             f"and {expected.get(first, 'absent')} in the configured one; "
             f"set the section network of the configuration to match, or {remake}"
         )
-    model.load_state_dict(tensors)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
     return model.requires_grad_(False)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

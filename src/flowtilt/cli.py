@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowtilt.cli_molecules import add_stages
+from flowtilt import cli_images, cli_molecules
 
 Handler = Callable[[argparse.Namespace], None]
 
@@ -142,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
     stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for dominance")
 
-    add_stages(add)
+    cli_molecules.add_stages(add)
+    cli_images.add_stages(add)
 
     stage = add(
         "measure", _measure, "Sample and measure all runs of a seed, and solve problems on functionals."

@@ -21,6 +21,7 @@ from flowtilt.configuration import ConfigError, Section, read_yaml
 from flowtilt.experiment import FunctionalExperiment, Skip, Study, TailExperiment
 from flowtilt.files import atomic_path
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
+from flowtilt.image_experiment import ImageExperiment
 from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.theory.config import MirrorDescentConfig, ThresholdStudyConfig
 
@@ -36,6 +37,7 @@ INTRODUCTION = """\
 | `config.yaml` | what is run, at the embedded scale; Snakemake reads it |
 | `smoke.yaml`, `paper.yaml` | other scales, as overrides of it |
 | `experiments/{name}.yaml` | one experiment, or a study of several cases |
+| `models/{name}.yaml` | one text-to-image model, which experiments name |
 | `theory/{name}.yaml` | one study of the papers' guarantees |
 | `reported_results.csv` | the papers' values, which tables stand beside |
 
@@ -45,7 +47,8 @@ is refused with the file, the key and the known ones.
 ## Overriding
 
 A scale of your own is a file of what differs from `config.yaml`. What is under `overrides` is merged into
-every experiment in the plane, and what is under `overrides.molecules` into every one on molecules:
+every experiment in the plane, and what is under `overrides.molecules` or `overrides.images` into every one on
+molecules or on pictures:
 
 ```yaml
 # config/mine.yaml
@@ -69,7 +72,7 @@ one before:
 
 1. its own file, or for a case of a study the file that it derives from; then `overrides.files` of that name;
 2. `set` of the study, then `set` of the case;
-3. `overrides`, or `overrides.molecules`; last, what `overrides.skip` names is left out.
+3. `overrides`, or `overrides.molecules`, or `overrides.images`; last, what `overrides.skip` names is left out.
 
 A landscape or a functional of your own is named `module:NAME`, in a module that `PYTHONPATH` leads to. With
 `--software-deployment-method conda`, give `--conda-not-block-search-path-envvars` as well: Snakemake
@@ -153,6 +156,14 @@ CHAPTERS = (
         "`docs/molecules.md` says what is done, and why.",
         MoleculeExperiment,
         "on molecules",
+    ),
+    Chapter(
+        "Experiments on pictures",
+        "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a reward, with a "
+        "text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, which holds what is below "
+        "`model` here. `docs/images.md` says what is done, and why.",
+        ImageExperiment,
+        "on pictures",
     ),
     Chapter(
         "Studies",

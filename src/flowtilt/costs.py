@@ -1,8 +1,9 @@
 """What the runs cost: wall time and memory, from the benchmarks that Snakemake writes beside them.
 
 A job's benchmark is ``{benchmarks}/{rule}/{experiment}/{method}/seed{n}.tsv``, and for all runs of a file
-``{benchmarks}/measure/{file}/seed{n}.tsv``; rules on molecules begin with ``molecules_``. Results that
-were made without one, by another copy or by hand, leave cells empty; nothing is run again for them.
+``{benchmarks}/measure/{file}/seed{n}.tsv``; rules on molecules begin with ``molecules_``, those on pictures
+with ``images_``. Results that were made without one, by another copy or by hand, leave cells empty; nothing
+is run again for them. Of pictures, network passes are counted too, from the runs' histories.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from flowtilt.experiment import AnyExperiment, load_file, read_study
+from flowtilt import solver_study
+from flowtilt.experiment import AnyExperiment, Experiment, load_file, read_study
+from flowtilt.files import folder_of
+from flowtilt.image_experiment import ImageExperiment
 from flowtilt.measurements import ResultsError
-from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.panels import Panel, over_seeds, pretty
 from flowtilt.tables import write_panels
 
@@ -103,9 +106,12 @@ class Cost(NamedTuple):
         finetune, finetune_sd: of the fine-tuning.
         threshold: of tfft, what comes before: the offline batch and the threshold.
         relative: threshold and fine-tuning over those of the first method of the file that is fine-tuned.
+        passes: on pictures, network passes of the fine-tuning and of tfft's offline batch, counted and not
+            timed; see :mod:`flowtilt.control.base`.
+        relative_passes: over those of the first method that is fine-tuned.
         memory: the largest of the fine-tuning over seeds, in MB.
         assess, assess_sd: of sampling and metrics together: in the plane for all runs of the file, and on
-            functionals with the solved rows; on molecules for the run.
+            functionals with the solved rows; on molecules and pictures for the run.
         solve, solve_sd: of the rows solved on the grid, on a tail, for all methods of the experiment.
     """
 
@@ -118,6 +124,8 @@ class Cost(NamedTuple):
     finetune_sd: float
     threshold: float
     relative: float
+    passes: float
+    relative_passes: float
     memory: float
     assess: float
     assess_sd: float
@@ -129,14 +137,14 @@ def costs_of(benchmarks: Path, experiments: Iterable[AnyExperiment]) -> list[Cos
     """One line a method, in the order of the experiments and cases of one file.
 
     Args:
-        benchmarks: folder of Snakemake's benchmark files.
+        benchmarks: folder of Snakemake's benchmark files, which lies in that of the results.
         experiments: of one file: the first fine-tuned method is what costs are relative to.
 
     Raises:
-        ResultsError: if a benchmark is malformed.
+        ResultsError: if a benchmark, or the history of a run on pictures, is malformed.
     """
     lines: list[Cost] = []
-    unit = math.nan
+    unit = unit_passes = math.nan
     for experiment in experiments:
         solved = _seconds(benchmarks, ["exact"], f"{experiment.name}/exact", experiment.seeds)
         for method, config in experiment.methods.items():
@@ -147,8 +155,9 @@ def costs_of(benchmarks: Path, experiments: Iterable[AnyExperiment]) -> list[Cos
             assessed = _assessment(benchmarks, experiment, run)
             threshold = _threshold(benchmarks, experiment, run) if config.kind == "tfft" else math.nan
             cost = _mean_sd(tuned)[0] + (threshold if math.isfinite(threshold) else 0.0)
+            passes = _passes(benchmarks.parent, experiment, method)
             if _updates(experiment, method) and not any(line.updates for line in lines):
-                unit = cost
+                unit, unit_passes = cost, passes
             lines.append(
                 Cost(
                     experiment.name,
@@ -159,6 +168,8 @@ def costs_of(benchmarks: Path, experiments: Iterable[AnyExperiment]) -> list[Cos
                     *_mean_sd(tuned),
                     threshold,
                     cost / unit if unit > 0 else math.nan,
+                    passes,
+                    passes / unit_passes if unit_passes > 0 else math.nan,
                     max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
                     *_mean_sd(assessed),
                     *_mean_sd(solved),
@@ -175,9 +186,10 @@ def _seconds(benchmarks: Path, rules: Iterable[str], runs: str, seeds: Iterable[
 
 def _assessment(benchmarks: Path, experiment: AnyExperiment, run: str) -> list[float]:
     """Seconds between models and metrics, for each seed of which they were measured."""
-    if isinstance(experiment, MoleculeExperiment):
-        return _seconds(benchmarks, ["molecules_sample", "molecules_evaluate"], run, experiment.seeds)
-    return _seconds(benchmarks, ["measure"], experiment.name.partition("/")[0], experiment.seeds)
+    if isinstance(experiment, Experiment):
+        return _seconds(benchmarks, ["measure"], experiment.name.partition("/")[0], experiment.seeds)
+    rules = [f"{experiment.rules}{stage}" for stage in ("sample", "evaluate")]
+    return _seconds(benchmarks, rules, run, experiment.seeds)
 
 
 def _threshold(benchmarks: Path, experiment: AnyExperiment, run: str) -> float:
@@ -193,10 +205,24 @@ def _updates(experiment: AnyExperiment, method: str) -> int:
     if config.kind in ("pretrained", "data"):
         return 0
     earlier = None
-    if not isinstance(experiment, MoleculeExperiment):
+    if isinstance(experiment, Experiment):
         start = experiment.methods[method].continue_from
         earlier = experiment.methods[start].iterations if start else None
     return experiment.updates_of(method) * ((config.iterations or 1) - (earlier or 0))
+
+
+def _passes(results: Path, experiment: AnyExperiment, method: str) -> float:
+    """Mean network passes of a method's fine-tunings on pictures, and of the offline batch before tfft's."""
+    if not isinstance(experiment, ImageExperiment) or not experiment.methods[method].tuned:
+        return math.nan
+    folders = [folder_of(results, experiment.name, method, seed) for seed in experiment.seeds]
+    histories = [file for folder in folders if (file := folder / "history.csv").is_file()]
+    counted = _mean_sd([solver_study.costs_of(file).network_passes for file in histories])[0]
+    if experiment.methods[method].kind != "tfft":
+        return counted
+    # A guided state goes through the network twice, with its prompt and with the empty one.
+    of_a_state = 1 if experiment.guidance.sampling == 1 else 2
+    return counted + experiment.offline.samples * experiment.solver.steps * of_a_state
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -211,9 +237,12 @@ NOTE = (
     "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
     "fine-tuned line of the table, with what tfft needs before it, the offline batch and the threshold. "
     "Samples and metrics: in the plane the rule measure, one job for all runs of a seed, shown in the first "
-    "line; on molecules two jobs of each run. Solved rows: the rule exact, one job for all methods of an "
-    "experiment on a tail; on functionals they are solved by the rule measure. The last table is of all jobs "
-    "measured when this was written, tables and figures among them if they were made before."
+    "line; on molecules and pictures two jobs of each run. Solved rows: the rule exact, one job for all "
+    "methods of an experiment on a tail; on functionals they are solved by the rule measure. Network passes, "
+    "on pictures: states through the denoiser, a backward pass to the input counted as one and to the "
+    "parameters as two, and all twice where there is guidance, with tfft's offline batch; they are counted "
+    "and not timed, and what the gradients of reward and entropy take is not in them. The last table is of "
+    "all jobs measured when this was written, tables and figures among them if they were made before."
 )
 
 
@@ -224,6 +253,7 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
     """
     per_case = [line.experiment for line in lines]
     single = len(set(per_case)) == len(per_case)
+    counted = any(math.isfinite(line.passes) for line in lines)
     cells: list[list[str]] = []
     for before, line in zip([None, *lines], lines, strict=False):
         case = line.experiment.partition("/")[2]
@@ -234,17 +264,23 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
                 str(line.updates) if line.updates else "",
                 _cell(line.finetune, line.finetune_sd),
                 _cell(line.threshold),
-                f"{line.relative:.2f}" if math.isfinite(line.relative) else "",
+                _ratio(line.relative),
+                *([_cell(line.passes / 1000), _ratio(line.relative_passes)] if counted else []),
                 _cell(line.memory),
                 "" if before and before.assess == line.assess else _cell(line.assess, line.assess_sd),
                 "" if before and before.solve == line.solve else _cell(line.solve, line.solve_sd),
                 str(line.seeds),
             ]
         )
-    header = ["method", "updates", "fine-tuning (s)", "threshold (s)", "relative", "its memory (MB)"]
-    header += ["samples and metrics (s)", "solved rows of all methods (s)", "seeds measured"]
+    header = ["method", "updates", "fine-tuning (s)", "threshold (s)", "relative"]
+    header += ["thousand network passes", "relative, in passes"] if counted else []
+    header += ["its memory (MB)", "samples and metrics (s)", "solved rows of all methods (s)"]
     seeds = over_seeds(max((line.seeds for line in lines), default=1))
-    return Panel(f"{title}: {seeds}", header, cells)
+    return Panel(f"{title}: {seeds}", [*header, "seeds measured"], cells)
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else ""
 
 
 def _cell(value: float, sd: float = math.nan) -> str:
@@ -275,12 +311,12 @@ def write_costs(
     Args:
         files: of experiments and studies.
         overrides: merged into every experiment last.
-        benchmarks: folder of Snakemake's benchmark files.
+        benchmarks: folder of Snakemake's benchmark files, which lies in that of the results.
         prefix: of the files to write.
 
     Raises:
         ConfigError: if a file is not a valid experiment or study.
-        ResultsError: if a benchmark is malformed.
+        ResultsError: if a benchmark, or the history of a run on pictures, is malformed.
     """
     benchmarks = Path(benchmarks)
     lines: list[Cost] = []

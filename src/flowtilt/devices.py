@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from flowtilt.configuration import ConfigError
 from flowtilt.seeding import seed_of
 
 
@@ -20,6 +21,20 @@ def take_device() -> torch.device:
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
     return torch.get_default_device()
+
+
+def check_gpus(wanted: int) -> None:
+    """Refuse a job that was to have GPUs which torch does not see.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted > found:
+        raise ConfigError(
+            f"key gpu: the job was to have {wanted} GPU{'s' if wanted > 1 else ''}, and torch sees {found}; run it "
+            "where there is one, install a torch that is built for it, or set gpu: 0, which takes much longer"
+        )
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -6,7 +6,7 @@ that are merged in last. This module imports neither torch nor the numerics: a w
 
 There are two kinds of experiments in the plane, told apart by their ``objective``: those on a tail of a
 reward, and those on any pair of a utility and a divergence (``objective.utility``). Those on molecules
-have the key ``domain: molecules``, and a module of their own.
+have the key ``domain: molecules``, those on pictures ``domain: images``, and modules of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, overload
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, overload
 
 import yaml
 from pydantic import Field, model_validator
@@ -30,7 +30,9 @@ from flowtilt.configuration import (
     read_yaml,
     validated,
 )
+from flowtilt.domains.images.sections import ImageMethodConfig
 from flowtilt.domains.molecules.sections import MoleculeMethodConfig
+from flowtilt.image_experiment import ImageExperiment
 from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.sections import (
     BowlConfig,
@@ -314,7 +316,8 @@ _NO_TAIL = (
 )
 
 
-AnyExperiment = Experiment | MoleculeExperiment
+AnyExperiment = Experiment | MoleculeExperiment | ImageExperiment
+Kind = TypeVar("Kind", Experiment, MoleculeExperiment, ImageExperiment)
 
 
 _STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
@@ -333,10 +336,10 @@ _STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
 def stage_digest(experiment: AnyExperiment, stage: str, method: str | None = None) -> str:
     """Hash of just the sections that a stage reads, so that a change reruns only what it touches."""
     data = experiment.model_dump()
-    if isinstance(experiment, MoleculeExperiment):
-        sections = experiment.stage_sections[stage]
-    else:
+    if isinstance(experiment, Experiment):
         sections = (*_STAGE_SECTIONS[stage], *experiment.reads_too.get(stage, ()))
+    else:
+        sections = experiment.stage_sections[stage]
     read: dict[str, Any] = {section: data[section] for section in sections}
     if method is not None:
         read["method"] = data["methods"][method]
@@ -345,7 +348,7 @@ def stage_digest(experiment: AnyExperiment, stage: str, method: str | None = Non
 
 def dump(experiment: AnyExperiment) -> str:
     """The experiment as YAML that :func:`load_resolved` reads back."""
-    data = experiment.model_dump(mode="json" if isinstance(experiment, MoleculeExperiment) else "python")
+    data = experiment.model_dump(mode="python" if isinstance(experiment, Experiment) else "json")
     return yaml.safe_dump(data, sort_keys=False)
 
 
@@ -430,8 +433,8 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
 
     Args:
         path: the YAML file; its ``name`` must be the file's.
-        overrides: merged into every experiment in the plane last, and what is under the key ``molecules``
-            into every one on molecules; but the key ``files`` holds, by file, what is merged into the file
+        overrides: merged into every experiment in the plane last, and what is under the keys ``molecules``
+            and ``images`` into every one of that domain; but the key ``files`` holds, by file, what is merged into the file
             as it is read, before the changes of a study's cases; and the key ``skip`` names, by file, cases
             and methods that are left out (see :class:`Skip`).
 
@@ -441,9 +444,11 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     path = Path(path)
     overrides = dict(overrides or {})
     skip = _skip_of(overrides.pop("skip", {}), path)
-    of_molecules, of_files = overrides.pop("molecules", {}), overrides.pop("files", {})
-    if not isinstance(of_molecules, Mapping):
-        raise ConfigError(f"{path}: key molecules: must map keys of experiments on molecules to values")
+    of_files = overrides.pop("files", {})
+    of_domains = {domain: overrides.pop(domain, {}) for domain in DOMAINS}
+    for domain, changes in of_domains.items():
+        if not isinstance(changes, Mapping):
+            raise ConfigError(f"{path}: key {domain}: must map keys of experiments on {domain} to values")
     if not isinstance(of_files, Mapping) or not all(isinstance(v, Mapping) for v in of_files.values()):
         raise ConfigError(f"{path}: key files: must map names of experiment files to their keys and values")
 
@@ -452,9 +457,10 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
 
     def finish(merged: dict[str, Any], case: str | None = None) -> AnyExperiment:
         """The experiment from its data, with what overrides it and without what is left out."""
-        on_molecules = _class_of(merged) is MoleculeExperiment
-        merged = merge(merged, of_molecules if on_molecules else overrides)
+        merged = merge(merged, of_domains.get(merged.get("domain", ""), overrides))
         kind = _class_of(merged)  # an override may have given it another objective
+        if kind is ImageExperiment:
+            merged = with_model(merged, path)
         _leave_out(merged.get("methods", {}), skip, path)
         if study is not None and study.study.table not in _TABLES[kind]:
             raise ConfigError(
@@ -527,15 +533,42 @@ def load_resolved(path: str | Path) -> AnyExperiment:
     data = read_yaml(path)
     if "study" in data:
         raise ConfigError(f"{path}: is a study; name one of its cases' resolved files instead")
+    if _class_of(data) is ImageExperiment:
+        data = with_model(data, path)
     return validated(_class_of(data), {"base": path.stem, **data}, path)
 
 
-def _class_of(
-    data: Mapping[str, Any],
-) -> type[TailExperiment] | type[FunctionalExperiment] | type[MoleculeExperiment]:
+def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The data of an experiment on pictures with its model's file in the place of the model's name.
+
+    Args:
+        data: of the experiment; what names no model is left as it is.
+        path: of its file, ``config/experiments/{name}.yaml``.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
+    name = data.get("model")
+    if not isinstance(name, str):
+        return dict(data)
+    file = path.parent.parent / "models" / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
+        raise ConfigError(f"{path}: key model: unknown model {name!r}, there is no {file} (known: {known})")
+    return {**data, "model": {"name": name, **read_yaml(file)}}
+
+
+DOMAINS: Mapping[str, type[MoleculeExperiment] | type[ImageExperiment]] = {
+    "molecules": MoleculeExperiment,
+    "images": ImageExperiment,
+}
+"""Kinds of experiments beside those in the plane, by their key ``domain``."""
+
+
+def _class_of(data: Mapping[str, Any]) -> type[AnyExperiment]:
     """The kind of experiment that some data describe; without a domain it is in the plane."""
     if "domain" in data:
-        return MoleculeExperiment
+        return DOMAINS.get(data["domain"], MoleculeExperiment)
     objective = data.get("objective")
     functional = isinstance(objective, Mapping) and "utility" in objective
     return FunctionalExperiment if functional else TailExperiment
@@ -545,34 +578,41 @@ _TABLES: Mapping[type[AnyExperiment], tuple[str, ...]] = {
     TailExperiment: ("axis",),
     FunctionalExperiment: ("hierarchy", "solvers"),
     MoleculeExperiment: ("levels",),
+    ImageExperiment: (),
 }
 """Tables that a study can have, by the kind of its cases."""
 
 
-def planar_experiment(experiment: AnyExperiment) -> Experiment:
-    """The experiment, if it is one in the plane.
+_OF = {Experiment: "in the plane", MoleculeExperiment: "on molecules", ImageExperiment: "on pictures"}
+
+
+def of_kind(experiment: AnyExperiment, kind: type[Kind]) -> Kind:
+    """The experiment, if it is of a kind.
 
     Raises:
-        ConfigError: for one on molecules.
+        ConfigError: if it is of another.
     """
-    if isinstance(experiment, MoleculeExperiment):
+    if not isinstance(experiment, kind):
+        own = next(words for other, words in _OF.items() if isinstance(experiment, other))
         raise ConfigError(
-            f"experiment {experiment.name}: is on molecules; this stage is for those in the plane"
+            f"experiment {experiment.name}: is {own}; this stage is for those {_OF[kind]} (key domain)"
         )
     return experiment
+
+
+def planar_experiment(experiment: AnyExperiment) -> Experiment:
+    """The experiment, if it is one in the plane; see :func:`of_kind`."""
+    return of_kind(experiment, Experiment)  # type: ignore[type-abstract]
 
 
 def molecule_experiment(experiment: AnyExperiment) -> MoleculeExperiment:
-    """The experiment, if it is one on molecules.
+    """The experiment, if it is one on molecules; see :func:`of_kind`."""
+    return of_kind(experiment, MoleculeExperiment)
 
-    Raises:
-        ConfigError: for one in the plane.
-    """
-    if not isinstance(experiment, MoleculeExperiment):
-        raise ConfigError(
-            f"experiment {experiment.name}: is in the plane; this stage is for those with domain: molecules"
-        )
-    return experiment
+
+def image_experiment(experiment: AnyExperiment) -> ImageExperiment:
+    """The experiment, if it is one on pictures; see :func:`of_kind`."""
+    return of_kind(experiment, ImageExperiment)
 
 
 def tail_experiment(experiment: AnyExperiment) -> TailExperiment:
@@ -596,7 +636,13 @@ def method_of(experiment: Experiment, name: str) -> MethodConfig: ...
 def method_of(experiment: MoleculeExperiment, name: str) -> MoleculeMethodConfig: ...
 
 
-def method_of(experiment: AnyExperiment, name: str) -> MethodConfig | MoleculeMethodConfig:
+@overload
+def method_of(experiment: ImageExperiment, name: str) -> ImageMethodConfig: ...
+
+
+def method_of(
+    experiment: AnyExperiment, name: str
+) -> MethodConfig | MoleculeMethodConfig | ImageMethodConfig:
     """A method of the experiment by name.
 
     Raises:

@@ -33,6 +33,7 @@ from flowtilt.experiment import (
     tail_experiment,
 )
 from flowtilt.figures_functionals import hierarchy_figure, metrics_figure, solvers_figure
+from flowtilt.figures_images import exploration_figure, load_scores, pictures_of, tail_figure
 from flowtilt.figures_molecules import (
     draw_molecules,
     energies_figure,
@@ -42,6 +43,7 @@ from flowtilt.figures_molecules import (
 )
 from flowtilt.files import atomic_path
 from flowtilt.hierarchy import reached
+from flowtilt.image_experiment import ImageExperiment
 from flowtilt.measurements import (
     Entry,
     Laws,
@@ -576,6 +578,8 @@ def write_figures(
     if study is not None and molecules:
         with figure_style():
             save_figure(levels_figure(levels(results, molecules), study.title), f"{prefix}.png")
+    elif isinstance(first, ImageExperiment):
+        draw_image_experiment(results, first, prefix)
     elif isinstance(first, MoleculeExperiment):
         draw_molecule_experiment(results, runs_of(first), read_reported(reported), prefix)
     elif study is not None and study.study.table == "solvers":
@@ -668,6 +672,28 @@ def draw_molecule_experiment(
     folders = {m.name: run_folder(results, runs, m.name, "network", runs.seeds[0]) for m in runs.methods}
     rows = [(name, shown_molecules(folder / "molecules.sdf")) for name, folder in folders.items()]
     draw_molecules(f"{prefix}_molecules.png", rows)
+
+
+def draw_image_experiment(results: str | Path, experiment: ImageExperiment, prefix: str | Path) -> None:
+    """Draw ``{prefix}_pictures.png`` and ``{prefix}_scores.png`` of an experiment on pictures.
+
+    Args:
+        results: root of the results.
+        experiment: of which every run must be there.
+        prefix: of the files to write.
+    """
+    runs = runs_of(experiment)
+    with figure_style():
+        if runs.has_tail:
+            rewards = {
+                m.name: [load_scores(results, runs, m.name, seed).reward for seed in runs.seeds]
+                for m in runs.methods
+            }
+            scores = tail_figure(experiment, rewards)
+        else:
+            scores = exploration_figure(experiment, collect_runs(results, [runs]))
+        save_figure(scores, f"{prefix}_scores.png")
+        save_figure(pictures_of(results, experiment), f"{prefix}_pictures.png")
 
 
 def draw_functional(

@@ -402,6 +402,12 @@ def by_row(long: pd.DataFrame, metric: str) -> dict[tuple[str, str, int], float]
     }
 
 
+def of_row(long: pd.DataFrame, row: str, metric: str) -> np.ndarray:
+    """One metric of one row of an experiment by rising seed, (seeds,)."""
+    found = {seed: value for (_, name, seed), value in by_row(long, metric).items() if name == row}
+    return np.array([found[seed] for seed in sorted(found)])
+
+
 def summarise(long: pd.DataFrame) -> pd.DataFrame:
     """Mean, sample standard deviation and number of seeds of every metric of every row.
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from flowtilt.claims import raises
 from flowtilt.measurements import Method, Runs, by_row, collect, read_history, run_folder, runs_of
 from flowtilt.molecule_experiment import MoleculeExperiment, tail_metric
 from flowtilt.panels import Panel, describe, over_seeds, pretty
@@ -68,7 +69,7 @@ def findings(long: pd.DataFrame, experiment: MoleculeExperiment, reported: pd.Da
         am = _am_beside(experiment, method)
         others = [pretrained, None if kind == "am" else am]
         asked += [(method, other, own) for other in others if other is not None]
-    said = [_ahead(long, *comparison) for comparison in asked]
+    said = [raises(long, *comparison) for comparison in asked]
     if data is not None:
         said += _cannot_be(long, experiment, data, reported)
     return said
@@ -83,29 +84,6 @@ def _am_beside(experiment: MoleculeExperiment, method: str) -> str | None:
         if config.kind == "am" and experiment.solver_of(name).kind == solver
     )
     return next(same, None)
-
-
-def _ahead(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
-    values = by_row(long, metric)
-    seeds = sorted({seed for _, row, seed in values if row == method})
-    own = {row: {seed: v for (_, r, seed), v in values.items() if r == row} for row in (method, other)}
-    gains = np.array([own[method][seed] - own[other][seed] for seed in seeds])
-    sd = float(gains.std(ddof=1)) if len(gains) > 1 else math.nan
-    holds = int((gains > 0).sum())
-    words = describe(metric).words
-    found = pretty(float(gains.mean()), sd)
-    return (
-        f"{method} raises the {words} over {other}: {_decided(gains)}, by {found} hartree "
-        f"({holds} of {len(seeds)} seeds)."
-    )
-
-
-def _decided(gains: np.ndarray) -> str:
-    """Whether gains of paired seeds are of one sign, by two standard errors of their mean."""
-    error = float(gains.std(ddof=1)) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-    if abs(gains.mean()) <= 2 * error:
-        return "not decided by these seeds"
-    return "holds" if gains.mean() > 0 else "does not hold"
 
 
 FAR = 5.0

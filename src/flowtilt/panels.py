@@ -72,11 +72,20 @@ _DESCRIPTIONS |= {
     "training_energies": Description("energies in training", ""),
     "training_failed_share": Description("failed in training", "share"),
 }
+_DESCRIPTIONS |= {
+    "vendi": Description("Vendi score", "", "higher"),
+    "vendi_of_a_prompt": Description("Vendi score within a prompt", "", "higher"),
+    "clip": Description("CLIP score", "cosine", "higher"),
+    "designs_covered": Description("designs covered", "", "higher"),
+    "effective_designs": Description("effective number of designs", "", "higher"),
+}
 _UNITS = {"negative_energy": "hartree"}
 """Of what the names of tail metrics end with, where that is not the unit itself."""
 
 _TRANSPORT = re.compile(r"w1_(\w+?)(_critic)?")
 _TAIL = re.compile(r"(valid_)?(worst|top)_([0-9.]+)pct_(\w+)")
+_LEFT_CVAR = re.compile(r"left_cvar_([0-9.]+)")
+_SHARE_OF = re.compile(r"share_(.+)")
 
 
 def describe(metric: str) -> Description:
@@ -88,6 +97,10 @@ def describe(metric: str) -> Description:
     if transport := _TRANSPORT.fullmatch(metric):
         name, critic = transport.groups()
         return Description(f"W1 under {name}{' by critic' if critic else ''}", "distance", "lower")
+    if left := _LEFT_CVAR.fullmatch(metric):
+        return Description(f"worst-{100 * float(left[1]):g} % mean", "reward", "higher")
+    if share := _SHARE_OF.fullmatch(metric):
+        return Description(share[1].replace("_", " "), "share")
     return _DESCRIPTIONS.get(metric, Description(metric.replace("_", " "), ""))
 
 

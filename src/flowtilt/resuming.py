@@ -18,8 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from flowtilt.checkpoints import CheckpointError, save_tensors
-from flowtilt.model import FlowModel
+from flowtilt.checkpoints import CheckpointError, save_tensors, tensors_of
 from flowtilt.optimiser import Adam
 from flowtilt.parallel import processes
 
@@ -149,8 +148,7 @@ class Slot:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """What training changes of a model, by the names that it has in a state."""
-    named = model.weights() if isinstance(model, FlowModel) else model.state_dict()
-    return {f"model.{name}": tensor.detach() for name, tensor in named.items()}
+    return {f"model.{name}": tensor.detach() for name, tensor in tensors_of(model).items()}
 
 
 class TrainingState:

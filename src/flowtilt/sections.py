@@ -316,6 +316,13 @@ class SolverConfig(Section):
     rest_share: Share
     """Share of the other time steps that is drawn at random for each update. Adjoint Matching."""
 
+    passes: Count = 1
+    """Updates on the same trajectories, each with time steps of its own. Adjoint Matching."""
+
+    micro_batch: Count | None = None
+    """Most trajectories whose regression is in memory at once, all others waiting; without it all are.
+    Adjoint Matching."""
+
     bank: Count = 20000
     """Samples of the base model that are weighted. Weighted fitting."""
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flowtilt import hierarchy, molecule_tables, solver_study
+from flowtilt import hierarchy, image_tables, molecule_tables, solver_study
 from flowtilt.experiment import Experiment, load_file, planar_experiment, read_study
 from flowtilt.files import atomic_path
+from flowtilt.image_experiment import ImageExperiment
 from flowtilt.measurements import (
     LAYERS,
     SUMMARY_COLUMNS,
@@ -64,13 +65,20 @@ def read_reported(path: str | Path) -> pd.DataFrame:
     return table.assign(value=values.astype(float))
 
 
-def verdict(value: float, sd: float, reported: float, others: Iterable[tuple[float, float]] = ()) -> str:
+def verdict(
+    value: float,
+    sd: float,
+    reported: float,
+    others: Iterable[tuple[float, float]] = (),
+    by_value: bool = True,
+) -> str:
     """Our value of one metric of one method against the reported one.
 
     Args:
         value, sd: mean and standard deviation over seeds; NaN where undefined.
         reported: what the source reports.
         others: (ours, reported) of the same source and metric, for every other method with both.
+        by_value: whether values are compared, and not only the order of methods.
 
     Returns:
         ``match`` if the values differ by at most 10 % of the reported one or by two sd; else
@@ -78,7 +86,7 @@ def verdict(value: float, sd: float, reported: float, others: Iterable[tuple[flo
         reported tie orders nothing, and without any order there is none to share); else ``differs``.
     """
     allowed = max(_WITHIN * abs(reported), _DEVIATIONS * sd if math.isfinite(sd) else 0.0)
-    if abs(value - reported) <= allowed * _SLACK:
+    if by_value and abs(value - reported) <= allowed * _SLACK:
         return "match"
     pairs = [(ours, theirs) for ours, theirs in others if theirs != reported]
     same = all(
@@ -92,7 +100,7 @@ def comparison(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         long: of all experiments and cases; see :func:`flowtilt.measurements.collect_runs`.
-        reported: see :func:`read_reported`.
+        reported: see :func:`read_reported`; may have a column ``by_value``, see :func:`verdict`.
 
     Returns:
         Columns :data:`COMPARISON_COLUMNS`; one line per source that reports a value, else one with
@@ -104,6 +112,7 @@ def comparison(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     for source, experiment, method, metric, value, unit in _lines(reported, REPORTED_COLUMNS):
         if (experiment, method, metric) in ours:
             theirs.setdefault((source, experiment, metric), {})[method] = (float(value), unit)
+    ordered = _only_ordered(reported)
     lines: list[tuple[Any, ...]] = []
     for entry in ours.values():
         sources = [
@@ -118,10 +127,19 @@ def comparison(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
                 for other, (value, _) in methods.items()
                 if other != entry.row
             ]
-            lines.append((source, *entry, target, unit, verdict(entry.value, entry.sd, target, others)))
+            by_value = entry.experiment not in ordered
+            word = verdict(entry.value, entry.sd, target, others, by_value)
+            lines.append((source, *entry, target, unit, word))
         if not sources:
             lines.append((_OURS, *entry, math.nan, describe(entry.metric).unit, ""))
     return pd.DataFrame(lines, columns=list(COMPARISON_COLUMNS))
+
+
+def _only_ordered(reported: pd.DataFrame) -> set[str]:
+    """Experiments whose reported values are on other scales than ours."""
+    if "by_value" not in reported:
+        return set()
+    return set(reported.loc[reported["by_value"].eq(False), "experiment"])
 
 
 def _lines(frame: pd.DataFrame, columns: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -144,6 +162,10 @@ FUNCTIONAL_ROW_NOTE = (
 _VERDICTS = (
     "Verdicts are by code: match (within 10 % of the reported value or two sd), same "
     "ordering (above and below the same methods as reported), or differs."
+)
+_ORDERINGS = (
+    "Verdicts are by code, on directions alone: same ordering (above and below the same methods as "
+    "reported), or differs."
 )
 
 
@@ -252,7 +274,9 @@ def write_table(
     beside = read_reported(reported)
     study = read_study(Path(file))
     molecules = [e for e in experiments if isinstance(e, MoleculeExperiment)]
-    if molecules and study is None:
+    if isinstance(experiments[0], ImageExperiment):
+        write_images_table(results, experiments[0], prefix, beside)
+    elif molecules and study is None:
         write_molecules_table(results, molecules[0], prefix, beside)
     elif molecules and study is not None:
         write_levels_table(results, study.title, molecules, prefix)
@@ -280,10 +304,14 @@ def write_comparison(
     :data:`COMPARISON_COLUMNS`, ``by_seed`` one with every metric of every row and seed, from which
     the comparison can be recomputed.
     """
-    runs = [runs_of(experiment) for file in files for experiment in load_file(file, overrides).values()]
-    long = collect_runs(results, runs)
+    experiments = [experiment for file in files for experiment in load_file(file, overrides).values()]
+    beside = read_reported(reported)
+    for experiment in experiments:
+        if isinstance(experiment, ImageExperiment):
+            beside = image_tables.with_reported(beside, experiment)
+    long = collect_runs(results, map(runs_of, experiments))
     _write_frame(by_seed, long)
-    _write_frame(output, comparison(long, read_reported(reported)))
+    _write_frame(output, comparison(long, beside))
 
 
 def write_experiment_table(
@@ -307,6 +335,22 @@ def write_molecules_table(
     said = "\n".join(f"- {line}" for line in molecule_tables.findings(long, experiment, reported))
     note = f"{said}\n\n{molecule_tables.NOTE} {_VERDICTS}"
     write_panels(prefix, table_frame(long, reported), panels, note)
+
+
+def write_images_table(
+    results: str | Path, experiment: ImageExperiment, prefix: str | Path, reported: pd.DataFrame
+) -> None:
+    """:func:`write_table` for an experiment on pictures; the text says what holds of what should."""
+    runs = runs_of(experiment)
+    long = collect_runs(results, [runs])
+    beside = image_tables.with_reported(reported, experiment)
+    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
+    groups = image_tables.groups(experiment, caption)
+    panels = panels_of(entries(summarise(long)), groups, reported_columns(long, beside))
+    said = "\n".join(f"- {line}" for line in image_tables.findings(long, experiment, beside))
+    verdicts = _VERDICTS if image_tables.by_value(experiment) else _ORDERINGS
+    note = f"{said}\n\n{image_tables.note(experiment)} {verdicts}"
+    write_panels(prefix, table_frame(long, beside), panels, note)
 
 
 def write_levels_table(

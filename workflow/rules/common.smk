@@ -31,6 +31,7 @@ try:
         stage_digest,
     )
     from flowtilt.files import atomic_path
+    from flowtilt.image_experiment import ImageExperiment
     from flowtilt.molecule_experiment import MoleculeExperiment
     from flowtilt.stages.checking import check_functional
     from flowtilt.theory.config import TheoryConfig, load_theory
@@ -240,8 +241,10 @@ EXPERIMENTS = {name: experiment for cases in FILES.values() for name, experiment
 TAILS = [name for name, experiment in EXPERIMENTS.items() if isinstance(experiment, TailExperiment)]
 MOLECULES = [name for name, experiment in EXPERIMENTS.items() if isinstance(experiment, MoleculeExperiment)]
 MOLECULE_FILES = [name for name in FILES if is_of(MoleculeExperiment, name)]
-PLANAR = [name for name in EXPERIMENTS if name not in MOLECULES]
-PLANAR_FILES = [name for name in FILES if name not in MOLECULE_FILES]
+IMAGES = [name for name, experiment in EXPERIMENTS.items() if isinstance(experiment, ImageExperiment)]
+PICTURE_MODELS = sorted({EXPERIMENTS[name].model.name for name in IMAGES})
+PLANAR = [name for name in EXPERIMENTS if name not in MOLECULES and name not in IMAGES]
+PLANAR_FILES = [name for name in FILES if name not in MOLECULE_FILES and name not in IMAGES]
 FUNCTIONAL_FILES = [name for name in FILES if is_of(FunctionalExperiment, name)]
 METHODS = sorted({method for experiment in EXPERIMENTS.values() for method in experiment.methods})
 RESOLVED = {name: dump(experiment) for name, experiment in EXPERIMENTS.items()}
@@ -413,7 +416,7 @@ def checkpoint_of(wildcards) -> list[str]:
     return [str(file) for file in files if file.is_file()]
 
 
-def finetune_molecules_inputs(wildcards) -> dict[str, str]:
+def threshold_input(wildcards) -> dict[str, str]:
     if kind_of(wildcards) != "tfft":
         return {}
     return {"threshold": f"{run_folder(**wildcards)}/threshold.json"}
@@ -428,7 +431,7 @@ def sample_molecules_inputs(wildcards) -> dict[str, str]:
     return {"model": f"{folder}/model.safetensors"}
 
 
-def evaluate_molecules_inputs(wildcards) -> dict[str, str]:
+def training_inputs(wildcards) -> dict[str, str]:
     """What the evaluation of a run reads beside its molecules."""
     kind, inputs = kind_of(wildcards), {}
     if kind not in ("data", "pretrained"):
@@ -463,6 +466,70 @@ def compared_files(experiment: MoleculeExperiment) -> list[str]:
         for method, files in made.items()
         for file in files
     ]
+
+
+# Pictures: one model for all seeds, and one offline batch a seed for all methods
+
+
+def trained_for(model: str) -> str:
+    """The first experiment that has a model: it says how the model is trained."""
+    return next(name for name in IMAGES if EXPERIMENTS[name].model.name == model)
+
+
+def check_models() -> None:
+    """Refuse experiments of one model that would have it trained in two ways."""
+    for name in IMAGES:
+        first = trained_for(EXPERIMENTS[name].model.name)
+        if EXPERIMENTS[name].model != EXPERIMENTS[first].model:
+            raise WorkflowError(
+                f"{experiment_file(name)}: key model: differs from that of {first}, which has the same name; give "
+                "it another name, or leave both as their file has them"
+            )
+
+
+def model_inputs(wildcards) -> dict[str, str]:
+    """What the check of a model waits for: its training, its fetching, or the shipped files."""
+    experiment = EXPERIMENTS[wildcards.experiment]
+    if experiment.retrain:
+        folder = f"<results>/models/{experiment.model.name}"
+        return {part: f"{folder}/{part}/weights" for part in ("pipeline", "alignment")}
+    sources = [experiment.model.pipeline, experiment.model.alignment, experiment.reward.weights]
+    if any(source is not None and source.hub is not None for source in sources):
+        return {"fetched": f"<results>/runs/{experiment.name}/pretrained/fetched.json"}
+    return {"shipped": shipped} if (shipped := shipped_files(experiment)) else {}
+
+
+def shipped_files(experiment: ImageExperiment) -> list[str]:
+    """Files of a model that are there, in an order that does not change."""
+    sources = (experiment.model.pipeline, experiment.model.alignment)
+    files = [file for source in sources for file in sorted(Path(source.path).rglob("*.*")) if file.is_file()]
+    return [str(file) for file in files]
+
+
+def sample_images_inputs(wildcards) -> dict[str, str]:
+    """The weights that the pictures of a run are drawn by, if they are not the pretrained model's."""
+    if kind_of(wildcards) == "pretrained":
+        return {}
+    return {"weights": f"{run_folder(**wildcards)}/model.safetensors"}
+
+
+def image_files(experiment: ImageExperiment) -> list[str]:
+    """Files of all runs of an experiment on pictures."""
+    files = [f"<results>/runs/{experiment.name}/pretrained/model.json"]
+    for seed in experiment.seeds:
+        for method, settings in experiment.methods.items():
+            made = ["pictures", "metrics.json", "scores.npz"]
+            if settings.tuned:
+                made = ["model.safetensors", "history.csv", *made]
+            if settings.kind == "tfft":
+                made = ["threshold.json", *made]
+            files += [f"{run_folder(experiment.name, method, seed)}/{file}" for file in made]
+    return files
+
+
+def model_file(name: str) -> str:
+    """The file of an experiment's model, as it is named in the experiment's file or in what overrides it."""
+    return f"config/models/{EXPERIMENTS[name].model.name}.yaml"
 
 
 MADE_BY_KIND = {
@@ -511,6 +578,9 @@ def run_files(name: str, *kinds: str) -> list[str]:
         if name in MOLECULE_FILES:
             files += molecule_files(experiment)
             continue
+        if name in IMAGES:
+            files += image_files(experiment)
+            continue
         for seed in experiment.seeds:
             base = run_folder(experiment.base, "pretrained", seed)
             files += [f"{base}/model.safetensors", f"{base}/density.npz"]
@@ -545,6 +615,8 @@ def figures_of(name: str) -> list[str]:
         return [f"<results>/figures/{name}.png"]
     if name in MOLECULE_FILES:
         kinds = ("energies", "molecules")
+    elif name in IMAGES:
+        kinds = ("pictures", "scores")
     elif is_of(TailExperiment, name):
         kinds = ("landscape", "densities", "histograms")
     else:

@@ -120,7 +120,7 @@ rule molecules_threshold:
 
 rule molecules_finetune:
     input:
-        unpack(finetune_molecules_inputs),
+        unpack(threshold_input),
         config=ancient("<results>/configs/{experiment}.yaml"),
         pretrained=lambda wildcards: f"{shared_folder(wildcards)}/model.safetensors",
     output:
@@ -181,7 +181,7 @@ rule molecules_sample:
 
 rule molecules_evaluate:
     input:
-        unpack(evaluate_molecules_inputs),
+        unpack(training_inputs),
         config=ancient("<results>/configs/{experiment}.yaml"),
         samples="<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
         molecules="<results>/data/qm9.npz",

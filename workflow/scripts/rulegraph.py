@@ -24,6 +24,7 @@ COLOURS = {
     "report": "#f3ecb3",
     "theory": "#e3d3f2",
     "molecules": "#f7ccd6",
+    "images": "#b9e6e1",
 }
 """By rule file; rules of the Snakefile itself are grey."""
 

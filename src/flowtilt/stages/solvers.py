@@ -58,6 +58,8 @@ def adjoint_matching_settings(config: SolverConfig, updates: int) -> adjoint_mat
         endpoint_gradient=config.endpoint_gradient,
         last_share=config.last_share,
         rest_share=config.rest_share,
+        passes=config.passes,
+        micro_batch=config.micro_batch,
     )
 
 

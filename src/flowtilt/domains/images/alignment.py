@@ -31,9 +31,10 @@ WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safeten
 def fit(pictures: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
     """Pictures in [-1, 1] on a square of ``size`` pixels: the shorter side is scaled, the longer cut evenly.
 
-    This is what torchvision's ``Resize`` and ``CenterCrop`` do to 8-bit pictures, but for the rounding:
-    scaled pictures are averaged over the pixels that fall together, and colours beyond the range, which
-    bicubic interpolation makes at edges, are cut off. Pictures of the right size are not changed.
+    This is what torchvision's ``Resize`` and ``CenterCrop`` do to Pillow's pictures, but for the rounding
+    to 8 bits: pixels that fall together are averaged, along rows first, and after rows and columns each
+    the colours beyond the range, which bicubic interpolation makes at edges, are cut off. (Pillow takes
+    the columns of some pictures first that are not square.) Pictures of the right size are not changed.
 
     Args:
         pictures: (n, 3, height, width).
@@ -45,8 +46,9 @@ def fit(pictures: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
     """
     short = min(pictures.shape[-2:])
     if short != size:
-        scaled = [size * side // short for side in pictures.shape[-2:]]
-        pictures = F.interpolate(pictures, scaled, mode=interpolation, antialias=True).clamp(-1, 1)
+        height, width = (size * side // short for side in pictures.shape[-2:])
+        for scaled in ((pictures.shape[-2], width), (height, width)):
+            pictures = F.interpolate(pictures, scaled, mode=interpolation, antialias=True).clamp(-1, 1)
     top, left = (round((side - size) / 2) for side in pictures.shape[-2:])
     return pictures[..., top : top + size, left : left + size]
 
@@ -291,7 +293,9 @@ def _tokenizer_of_folder(open_clip: ModuleType, folder: str) -> Any:
 def _check_known(open_clip: ModuleType, name: str) -> None:
     settings = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if settings is None:
-        raise ConfigError(f"{name}: not a model of open_clip; choose one of open_clip.list_models(), or a folder")
+        raise ConfigError(
+            f"{name}: not a model of open_clip; choose one of open_clip.list_models(), or a folder"
+        )
     hub = {"hf_model_name", "hf_tokenizer_name"} & settings["text_cfg"].keys()
     if hub or "siglip" in name.lower():
         raise ConfigError(
@@ -313,6 +317,7 @@ def _check_weights(name: str, weights: Path | None) -> Path:
         )
     if not weights.is_file():
         raise CheckpointError(
-            f"{weights}: no such weights of {name}; the rule fetch_checkpoint fetches them, or place them there"
+            f"{weights}: no such weights of {name}; the rule fetch_checkpoint fetches them, or place them "
+            "there"
         )
     return weights

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -80,6 +78,7 @@ class LatentFlow(FlowModel):
         guidance: scales by use.
         precision: of the denoiser's matrix products, by autocast.
         chunk: most latents that go through the denoiser together where no gradient is kept; None for all.
+        tuned: what the names of the denoiser's weights contain that a fine-tuning changes; empty for all.
 
     Raises:
         ValueError: if the schedule ends in pure noise and the denoiser predicts noise: there it says nothing
@@ -99,6 +98,7 @@ class LatentFlow(FlowModel):
         guidance: Guidance = Guidance(),
         precision: Precision = "float32",
         chunk: int | None = None,
+        tuned: str = "",
     ) -> None:
         super().__init__()
         if target == "epsilon" and schedule.levels[-1] == 0:
@@ -110,11 +110,17 @@ class LatentFlow(FlowModel):
         self.path: DiscreteSchedule = schedule
         self.shape, self.target, self.guidance = shape, target, guidance
         self.spacing, self.offset = spacing, offset
-        self.precision, self.chunk = precision, chunk
+        self.precision, self.chunk, self.tuned = precision, chunk, tuned
         self.prompts: Prompted | None = None
 
     def time_grid(self, steps: int) -> list[float]:
         return self.path.grid(steps, self.spacing, self.offset)
+
+    def tunable(self) -> list[nn.Parameter]:
+        return [p for name, p in self.denoiser.named_parameters() if self.tuned in name]
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: t for name, t in self.denoiser.state_dict().items() if self.tuned in name}
 
     # ------------------------------------------------------------------------------ contexts
 
@@ -128,9 +134,11 @@ class LatentFlow(FlowModel):
         self.prompts = Prompted(torch.zeros(0, dtype=torch.long), table, empty)
 
     def draw_context(self, count: int, generator: torch.Generator) -> Prompted:
-        """Prompts of ``count`` samples, each drawn uniformly."""
-        known = self._known()
-        return self.context_of(torch.randint(len(known.table), (count,), generator=generator))
+        """Prompts of ``count`` samples: all equally often, up to one, in random order."""
+        number = len(self._known().table)
+        rounds = -(-count // number)
+        order = torch.cat([torch.randperm(number, generator=generator) for _ in range(rounds)])
+        return self.context_of(order[:count])
 
     def context_of(self, prompt: Tensor) -> Prompted:
         """The context of samples with given prompts, long (batch,), for sampling."""

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from flowtilt.control.base import Progress
 from flowtilt.devices import generator_of
 from flowtilt.domains.images import build
-from flowtilt.domains.images.bridges import BridgeSet, bridge_set
+from flowtilt.domains.images.bridges import DESIGNS, BridgeSet, bridge_set, describe
 from flowtilt.domains.images.model import LatentFlow, Prompted
 from flowtilt.domains.images.pipeline import schedule_of
 from flowtilt.domains.images.sections import BridgesConfig, EmbeddedConfig, FitConfig
@@ -71,7 +71,7 @@ def train_autoencoder(
     resumption: Resumption,
     progress: Progress | None = None,
 ) -> History:
-    """Train it in place by the mean absolute error and a KL divergence, and set the latents' scale.
+    """Train it in place by the mean absolute error and a KL divergence.
 
     Args:
         autoencoder: to train.
@@ -90,20 +90,67 @@ def train_autoencoder(
         error = (autoencoder.decode(drawn).sample - x).abs().mean()
         return error + own.kl_weight * latents.kl().mean() / drawn[0].numel()
 
-    history = fit(
-        autoencoder, loss, settings_of(own.fit), generator, progress, resumption.slot("autoencoder")
-    )
-    mean, deviation = encoded(autoencoder, pictures)
-    second = mean.double().square().mean() + deviation.double().square().mean()
-    autoencoder.register_to_config(scaling_factor=round(float(1 / second.sqrt()), 5))
-    return history
+    return fit(autoencoder, loss, settings_of(own.fit), generator, progress, resumption.slot("autoencoder"))
 
 
-@torch.no_grad()
-def encoded(autoencoder: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations of the pictures' latents, each (n, channels, side, side)."""
-    found = [autoencoder.encode(part).latent_dist for part in pictures.split(CHUNK)]
-    return torch.cat([one.mean for one in found]), torch.cat([one.std for one in found])
+@dataclass(frozen=True)
+class Latents:
+    """Normal laws of pictures' latents, as the autoencoder gives them.
+
+    Attributes:
+        mean: (n, channels, side, side).
+        deviation: of the same shape.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, autoencoder: AutoencoderKL, pictures: Tensor) -> Latents:
+        """Of pictures in [-1, 1], (n, 3, size, size)."""
+        found = [autoencoder.encode(part).latent_dist for part in pictures.split(CHUNK)]
+        return cls(torch.cat([one.mean for one in found]), torch.cat([one.std for one in found]))
+
+    def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """One latent of each of the pictures at ``index``."""
+        mean = self.mean[index]
+        return mean + self.deviation[index] * torch.randn(mean.shape, generator=generator)
+
+    @property
+    def scale(self) -> float:
+        """What they are multiplied by to have a mean square of one."""
+        second = self.mean.double().square().mean() + self.deviation.double().square().mean()
+        return round(float(1 / second.sqrt()), 5)
+
+
+def refine_decoder(
+    autoencoder: AutoencoderKL,
+    pictures: Tensor,
+    latents: Latents,
+    config: FitConfig,
+    resumption: Resumption,
+    progress: Progress | None = None,
+) -> History:
+    """Train the decoder alone by the mean absolute error, in place: the denoiser's latents stay as they are.
+
+    Args:
+        autoencoder: trained.
+        pictures: in [-1, 1], (n, 3, size, size).
+        latents: theirs.
+        config: of the training.
+        resumption: where the training keeps its state.
+        progress: called with each update's row.
+    """
+    generator = generator_of(build.NAME, "decoder")
+    decoder = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder])
+
+    def loss() -> Tensor:
+        index = torch.randint(len(pictures), (config.batch,), generator=generator)
+        found = autoencoder.decode(latents.draw(index, generator)).sample
+        return (found - pictures[index]).abs().mean()
+
+    return fit(decoder, loss, settings_of(config), generator, progress, resumption.slot("decoder"))
 
 
 # ------------------------------------------------------------------------------- the denoiser
@@ -136,30 +183,27 @@ class LatentSource:
     """Draws latents of the pictures, with their captions' tokens; some captions are left empty.
 
     Attributes:
-        mean: of the pictures' latents, in units of the denoiser, (n, ...).
-        deviation: theirs, of the same shape.
+        latents: of the pictures, in units of the denoiser.
         tokens: of their captions, (n, length).
         empty: of the empty caption, (length,).
         empty_share: of the captions left empty.
     """
 
-    mean: Tensor
-    deviation: Tensor
+    latents: Latents
     tokens: Tensor
     empty: Tensor
     empty_share: float
 
     def __call__(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        index = torch.randint(len(self.mean), (count,), generator=generator)
-        mean, deviation = self.mean[index], self.deviation[index]
-        latents = mean + deviation * torch.randn(mean.shape, generator=generator)
+        index = torch.randint(len(self.tokens), (count,), generator=generator)
+        drawn = self.latents.draw(index, generator)
         left_empty = torch.rand(count, generator=generator) < self.empty_share
-        return latents, torch.where(left_empty[:, None], self.empty, self.tokens[index])
+        return drawn, torch.where(left_empty[:, None], self.empty, self.tokens[index])
 
 
 def train_denoiser(
     pipeline: StableDiffusionPipeline,
-    pictures: Tensor,
+    latents: Latents,
     captions: Sequence[str],
     config: EmbeddedConfig,
     resumption: Resumption,
@@ -168,23 +212,21 @@ def train_denoiser(
     """Train the pipeline's denoiser and text encoder in place, on latents of its autoencoder.
 
     Args:
-        pipeline: with a trained autoencoder.
-        pictures: in [-1, 1], (n, 3, size, size).
-        captions: theirs.
+        pipeline: with a trained autoencoder, whose scale of the latents is set.
+        latents: of pictures, as the autoencoder gives them.
+        captions: of the pictures.
         config: of the embedded models.
         resumption: where the training keeps its state.
         progress: called with each update's row.
     """
     scale = pipeline.vae.config.scaling_factor
-    mean, deviation = encoded(pipeline.vae, pictures)
     source = LatentSource(
-        scale * mean,
-        scale * deviation,
+        Latents(scale * latents.mean, scale * latents.deviation),
         tokens_of(pipeline.tokenizer, captions),
         tokens_of(pipeline.tokenizer, [""])[0],
         config.denoiser.empty_prompts,
     )
-    flow = LatentFlow(pipeline.unet, schedule_of(pipeline.scheduler), tuple(mean.shape[1:]))
+    flow = LatentFlow(pipeline.unet, schedule_of(pipeline.scheduler), tuple(latents.mean.shape[1:]))
     model = Captioned(flow, pipeline.text_encoder)
     return fit_flow(
         model,
@@ -204,7 +246,12 @@ def train_pipeline(
     pictures = scaled(data.pictures)
     pipeline = build.build_pipeline(config)
     histories = {"autoencoder": train_autoencoder(pipeline.vae, pictures, config, resumption, progress)}
-    histories["denoiser"] = train_denoiser(pipeline, pictures, data.captions, config, resumption, progress)
+    latents = Latents.of(pipeline.vae, pictures)
+    pipeline.vae.register_to_config(scaling_factor=latents.scale)
+    refine = config.autoencoder.refine
+    if refine is not None:
+        histories["decoder"] = refine_decoder(pipeline.vae, pictures, latents, refine, resumption, progress)
+    histories["denoiser"] = train_denoiser(pipeline, latents, data.captions, config, resumption, progress)
     return pipeline, histories
 
 
@@ -243,3 +290,63 @@ def train_alignment(
 
     history = fit(model, loss, settings_of(own.fit), generator, progress, resumption.slot("alignment"))
     return model, {"alignment": history}
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+@torch.no_grad()
+def check_autoencoder(autoencoder: AutoencoderKL, config: EmbeddedConfig, count: int) -> dict[str, float]:
+    """Peak signal-to-noise ratio of pictures that it was not trained on, in decibels.
+
+    Args:
+        autoencoder: trained.
+        config: of the embedded models.
+        count: of pictures.
+    """
+    pictures = scaled(held_out_set(config.bridges, count).pictures)
+    parts = [
+        (autoencoder(part).sample.clamp(-1, 1) - part).square().mean((1, 2, 3))
+        for part in pictures.split(CHUNK)
+    ]
+    return {"autoencoder_psnr": float((10 * torch.log10(4 / torch.cat(parts))).mean())}
+
+
+@torch.no_grad()
+def check_alignment(model: nn.Module, config: EmbeddedConfig, count: int) -> dict[str, float]:
+    """How well the CLIP tells the designs of pictures apart that it was not trained on.
+
+    Args:
+        model: trained.
+        config: of the embedded models.
+        count: of pictures.
+
+    Returns:
+        ``design_accuracy``, the mean over designs of the share of their pictures that are closest to the
+        caption of their own, and ``cosine``, the mean similarity of pictures with their full captions.
+    """
+    data = held_out_set(config.bridges, count)
+    tokenizer = build.build_tokenizer(config.text)
+    features = torch.cat(
+        [model.encode_image(part, normalize=True) for part in scaled(data.pictures).split(CHUNK)]
+    )
+    names = list(DESIGNS)
+    classes = model.encode_text(tokens_of(tokenizer, [TEMPLATE.format(n) for n in names]), normalize=True)
+    found = (features @ classes.T).argmax(1)
+    own = torch.tensor([names.index(bridge.design) for bridge in data.bridges])
+    right = [float((found[own == k] == k).float().mean()) for k in own.unique().tolist()]
+    described = [describe(bridge) for bridge in data.bridges]
+    captions = torch.cat(
+        [
+            model.encode_text(tokens_of(tokenizer, described[i : i + CHUNK]), normalize=True)
+            for i in range(0, count, CHUNK)
+        ]
+    )
+    return {
+        "design_accuracy": float(np.mean(right)),
+        "cosine": float((features * captions).sum(1).mean()),
+    }
+
+
+TEMPLATE = "a {} bridge"
+"""Caption of a design."""

@@ -179,12 +179,12 @@ def _load_image_reward(weights: Path) -> nn.Module:
 def _read(weights: Path) -> dict[str, Tensor]:
     if weights.suffix != ".safetensors":
         raise CheckpointError(
-            f"{weights}: not read, since a file of this format can run code when it is opened; where you "
-            "trust it, convert it once by torch.load(..., weights_only=True) and safetensors.torch.save_file, "
-            "and give the safetensors file"
+            f"{weights}: weights are only read as safetensors, since a pickle can run code when it is "
+            "opened; convert it once, by torch.load(path, weights_only=True) and "
+            "safetensors.torch.save_file, and give the path of the new file"
         )
     if not weights.is_file():
-        raise CheckpointError(f"{weights}: no such weights; convert the package's ImageReward.pt to this file")
+        raise CheckpointError(f"{weights}: no such weights; convert the package's ImageReward.pt to it")
     try:
         return safetensors.torch.load_file(weights)
     except (SafetensorError, OSError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -61,6 +61,9 @@ class AutoencoderConfig(Section):
 
     fit: FitConfig
     """Its training."""
+
+    refine: FitConfig | None = None
+    """Training of the decoder alone after it, which leaves the latents as they are."""
 
 
 class TextConfig(Section):
@@ -159,3 +162,207 @@ class EmbeddedConfig(Section):
     def latent_size(self) -> int:
         """Side of a latent."""
         return self.bridges.size // 2 ** (len(self.autoencoder.channels) - 1)
+
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class HubConfig(Section):
+    """Where the files of a model are fetched from, if they are not there."""
+
+    repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    """Repository of the model hub, owner and name."""
+
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    """Its commit: names of branches move."""
+
+    files: Annotated[list[str], Field(min_length=1)]
+    """Patterns of the files that are wanted, such as ``unet/*.safetensors``."""
+
+
+class SourceConfig(Section):
+    """A model on disk, and where it comes from."""
+
+    path: str
+    """Its folder, or its file of weights, relative to the workflow's folder."""
+
+    sha256: dict[str, Sha256] = Field(default_factory=dict)
+    """SHA-256 of its files, by their paths in the folder (of a single file, by its name); those that are not
+    named are not checked."""
+
+    hub: HubConfig | None = None
+    """Where it is fetched from; without it, it must be there."""
+
+
+class ImageModelConfig(Section):
+    """A text-to-image model and the model that scores its pictures; a file of ``config/models``."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """Name of the model: that of its file."""
+
+    pipeline: SourceConfig
+    """Folder of diffusers' StableDiffusionPipeline."""
+
+    alignment: SourceConfig
+    """The CLIP that scores pictures: a folder of open_clip; with ``architecture``, a file of weights."""
+
+    architecture: str | None = None
+    """Name of one of open_clip's own architectures, such as ``ViT-B-32``, that the weights are of."""
+
+    embedded: EmbeddedConfig | None = None
+    """How both are trained by the pipeline, if they are small models on drawn pictures."""
+
+
+class GuidanceConfig(Section):
+    """Classifier-free guidance by use; 1 is without. See :class:`flowtilt.domains.images.model.Guidance`."""
+
+    sampling: Annotated[float, Field(ge=1)] = 1.0
+    """Scale in the sampling of trajectories, of offline batches and of the pictures of a run."""
+
+    adjoint: Annotated[float, Field(ge=1)] = 1.0
+    """Scale in the base model that the lean adjoint goes through."""
+
+    control: Annotated[float, Field(ge=1)] = 1.0
+    """Scale in the two velocities whose difference is the control, and in the scores of functionals."""
+
+
+class ScheduleConfig(Section):
+    """What is changed in the pipeline's noise schedule."""
+
+    spacing: Literal["leading", "trailing"] = "trailing"
+    """Timesteps of samplers and solvers: ``trailing`` begins at the noisiest."""
+
+    betas: tuple[Positive, Positive] | None = None
+    """First and last noise variance, instead of the pipeline's own."""
+
+    zero_terminal_snr: bool = False
+    """Whether the schedule is rescaled to end in pure noise (Lin et al. 2024, algorithm 1), which needs a
+    model that predicts v or data."""
+
+
+class AdapterConfig(Section):
+    """Low-rank adapters of the denoiser's attention (LoRA, by peft), fine-tuned instead of its weights."""
+
+    rank: Count
+    """Rank of an adapter."""
+
+    alpha: Positive
+    """Scale of an adapter, over its rank."""
+
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Endings of the names of the layers that get one."""
+
+
+class ComputeConfig(Section):
+    """How a network as large as Stable Diffusion's fits on a GPU."""
+
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of matrix products, by autocast; weights and sums stay in 32 bits."""
+
+    chunk: Count | None = None
+    """Most latents that go through the denoiser together where no gradient is kept."""
+
+    gradient_checkpointing: bool = False
+    """Whether activations are computed again in backward passes instead of kept."""
+
+
+class ImageRewardConfig(Section):
+    """The reward of a picture for its prompt."""
+
+    kind: Literal["clip", "image_reward"] = "clip"
+    """``clip`` is the cosine similarity by the scoring model; ``image_reward`` takes the package
+    image-reward."""
+
+    weights: SourceConfig | None = None
+    """Weights of ``image_reward`` as safetensors."""
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> ImageRewardConfig:
+        if (self.kind == "image_reward") != (self.weights is not None):
+            raise ValueError("weights belong to image_reward, which must have them; clip has the model's own")
+        return self
+
+
+class LeftTailObjective(Section):
+    """The mean of the worst share of the reward, under a KL weight; am raises the mean under the same."""
+
+    utility: Literal["left_tail"]
+    """Says that the objective is the left tail."""
+
+    mass: Annotated[float, Field(gt=0, lt=1)]
+    """Share b of the worst pictures, which the table is led by; methods may have shares of their own."""
+
+    alpha: Positive
+    """KL weight, in units of the reward a nat."""
+
+
+class EntropyObjective(Section):
+    """The entropy of the pictures' latents, under a KL weight."""
+
+    utility: Literal["entropy"]
+    """Says that the objective is the entropy."""
+
+    alpha: Positive
+    """KL weight of fdc, in nats of entropy a nat; methods may have weights of their own."""
+
+    reward_alpha: Positive
+    """KL weight of am, which raises the expected reward, in units of the reward a nat."""
+
+
+class ImageMethodConfig(Section):
+    """One method of an experiment on pictures."""
+
+    kind: Literal["pretrained", "am", "fdc", "tfft"]
+    """``pretrained`` is not fine-tuned; ``am`` is Adjoint Matching on the mean reward; ``fdc`` is Flow
+    Density Control on the entropy; ``tfft`` is Tail-aware Flow Fine-Tuning of the left tail."""
+
+    mass: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the method's own tail, by default that of ``objective``; for ``tfft``."""
+
+    alpha: Positive | None = None
+    """The method's own KL weight, by default that of ``objective``; for ``fdc``."""
+
+    iterations: Count | None = None
+    """Linearisations, each with a solve; for ``fdc``, which must have it."""
+
+    step: Annotated[float, Field(gt=0, le=1)] | None = None
+    """KL weight of the objective over that of a step, 1 being the largest step in theory; for ``fdc``,
+    which must have it."""
+
+    updates: Count | None = None
+    """Optimiser steps of each of the method's solves, instead of the solver's."""
+
+    solver: dict[str, Any] = Field(default_factory=dict)
+    """Keys of ``solver`` that are changed for this method alone."""
+
+    @model_validator(mode="after")
+    def _fields_of_kind(self) -> ImageMethodConfig:
+        belongs = {"mass": "tfft", "alpha": "fdc", "iterations": "fdc", "step": "fdc"}
+        for key, kind in belongs.items():
+            if getattr(self, key) is not None and self.kind != kind:
+                raise ValueError(f"{key} belongs to {kind}, not to {self.kind}; remove it")
+        missing = [key for key in ("iterations", "step") if getattr(self, key) is None]
+        if self.kind == "fdc" and missing:
+            raise ValueError(f"an fdc method needs {' and '.join(missing)}")
+        if not self.tuned and (self.solver or self.updates is not None):
+            raise ValueError(f"solver and updates belong to methods that are fine-tuned, not to {self.kind}")
+        return self
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the method has a fine-tuned model of its own."""
+        return self.kind != "pretrained"
+
+
+class ImageEvaluationConfig(Section):
+    """How each run is measured."""
+
+    pictures: Annotated[int, Field(ge=2)]
+    """Pictures of each prompt, drawn by the memoryless process."""
+
+    designs: list[str] = Field(default_factory=list)
+    """Classes that the scoring model tells pictures apart by, for how many of them are covered; in the drawn
+    set, the designs."""
+
+    template: str = "{}"
+    """Caption of a class, with its name for the braces."""

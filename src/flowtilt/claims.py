@@ -1,0 +1,62 @@
+"""Sentences on what methods should do, judged by the differences between two methods on the same seeds."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from flowtilt.measurements import of_row
+from flowtilt.panels import describe, pretty
+
+
+def raises(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
+    """Whether a method has more of a metric than another.
+
+    Args:
+        long: metrics of one experiment; see :func:`flowtilt.measurements.collect`.
+        method, other: names of their rows.
+        metric: name of the metric.
+    """
+    found = gains(long, method, other, metric)
+    words = describe(metric)
+    return (
+        f"{method} raises the {words.words} over {other}: {decided(found)}, by "
+        f"{' '.join(filter(None, [spread(found), words.unit]))} ({_share(found > 0)})."
+    )
+
+
+def keeps(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
+    """Whether a method has no less of a metric than another; the arguments are those of :func:`raises`.
+
+    It holds if it has no less on any seed, or more by two standard errors.
+    """
+    found = gains(long, method, other, metric)
+    word = "holds" if (found >= 0).all() else decided(found)
+    return (
+        f"{method} does not lower the {describe(metric).words} of {other}: {word}, the difference is "
+        f"{spread(found)} (not lower on {_share(found >= 0)})."
+    )
+
+
+def gains(long: pd.DataFrame, method: str, other: str, metric: str) -> np.ndarray:
+    """What a method has more of a metric than another on the same seed, by rising seed, (seeds,)."""
+    return of_row(long, method, metric) - of_row(long, other, metric)
+
+
+def decided(gains: np.ndarray) -> str:
+    """Whether gains of paired seeds are positive, by two standard errors of their mean."""
+    error = float(gains.std(ddof=1)) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    if abs(gains.mean()) <= 2 * error:
+        return "not decided by these seeds"
+    return "holds" if gains.mean() > 0 else "does not hold"
+
+
+def spread(values: np.ndarray) -> str:
+    """``mean ± sd`` of values, one a seed."""
+    return pretty(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan)
+
+
+def _share(true: np.ndarray) -> str:
+    return f"{int(true.sum())} of {len(true)} seeds"

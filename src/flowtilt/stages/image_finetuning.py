@@ -1,0 +1,123 @@
+"""Stages of pictures: the offline batch of the pretrained model, and fine-tuning.
+
+Randomness follows from the names of experiment, method and seed alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from flowtilt.checkpoints import save_weights
+from flowtilt.configuration import ConfigError
+from flowtilt.control.base import Progress
+from flowtilt.devices import generator_of
+from flowtilt.experiment import method_of
+from flowtilt.fdc import MirrorAscent, ascend
+from flowtilt.functionals.base import FirstVariation, Objective
+from flowtilt.functionals.divergences import KL
+from flowtilt.functionals.utilities import Entropy, Hinge, RewardVariation
+from flowtilt.image_experiment import ImageExperiment
+from flowtilt.model import FlowModel
+from flowtilt.parallel import processes
+from flowtilt.resuming import Resumption
+from flowtilt.sampling import sample_sde
+from flowtilt.stages.files import StageError, read_threshold, write_arrays, write_history
+from flowtilt.stages.image_sampling import CHUNK, load_base, load_reward
+from flowtilt.stages.solvers import build_solver
+from flowtilt.stages.states import resumption_of
+
+
+def offline(experiment: ImageExperiment, seed: int, model: Path, output: Path) -> None:
+    """Draw the offline batch of the pretrained model by the memoryless process; written are its rewards.
+
+    Every prompt comes as often, up to one.
+    """
+    base = load_base(experiment, model)
+    reward = load_reward(experiment, model, base.decode)
+    generator = generator_of(experiment.name, "offline", seed)
+    context = base.flow.draw_context(experiment.offline.samples, generator)
+    rewards = []
+    for index in torch.arange(experiment.offline.samples).split(CHUNK):
+        part = base.flow.select_context(context, index)
+        rewards.append(
+            reward(sample_sde(base.flow, len(index), experiment.solver.steps, generator, part)[-1], part)
+        )
+    write_arrays(output, reward=torch.cat(rewards).numpy(force=True))
+
+
+def finetune(
+    experiment: ImageExperiment,
+    method: str,
+    seed: int,
+    model: Path,
+    output: Path,
+    history: Path,
+    threshold_file: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Fine-tune the pretrained model by one method.
+
+    A long fine-tuning keeps its state beside the output while it runs, and goes on from it if it was stopped.
+
+    Args:
+        experiment: what to do.
+        method: name of one of its methods, of kind am, fdc or tfft.
+        seed: of the run.
+        model: file of the stage images-model.
+        output: where what was fine-tuned goes: the denoiser's weights, or its adapters.
+        history: where the history goes, a row an update.
+        threshold_file: of the threshold stage, for tfft.
+        progress: called with each update's row.
+    """
+    config = method_of(experiment, method)
+    if not config.tuned:
+        raise ConfigError(f"experiment {experiment.name}: method {method!r} is not fine-tuned")
+    base = load_base(experiment, model)
+    resumption = resumption_of(experiment, "finetune", seed, output, [model, threshold_file], method)
+    if config.kind == "fdc":
+        tuned, rows = _explore(experiment, method, seed, base.flow, progress, resumption)
+    else:
+        reward = load_reward(experiment, model, base.decode)
+        tilt: FirstVariation = RewardVariation(reward)
+        if config.kind == "tfft":
+            if threshold_file is None:
+                raise StageError(f"method {method!r} needs --threshold, the file of the threshold stage")
+            mass = experiment.mass_of(method)
+            tilt = Hinge(reward, read_threshold(threshold_file)["threshold"], mass, "lower")
+        solver = build_solver(experiment.solver_of(method), experiment.updates_of(method), progress)
+        random = generator_of(experiment.name, method, seed)
+        solution = solver(base.flow, tilt, experiment.reward_weight, random, resumption.slot("solve"))
+        tuned, rows = solution.model, solution.history
+    if processes().leads:
+        write_history(rows, history)
+        save_weights(tuned, output)
+        resumption.remove()
+
+
+def _explore(
+    experiment: ImageExperiment,
+    method: str,
+    seed: int,
+    base: FlowModel,
+    progress: Progress | None,
+    resumption: Resumption,
+) -> tuple[FlowModel, list[dict[str, float]]]:
+    """FDC on the entropy of the latents, less the KL divergence, both by scores."""
+    config, solver = method_of(experiment, method), experiment.solver_of(method)
+    alpha, step = experiment.entropy_weight(method), config.step or 1.0
+    # Scores are taken at the last time where the solver trains the velocity.
+    late = base.time_grid(solver.steps)[-2]
+    objective = Objective(Entropy(score_time=late), KL(base, score_time=late), alpha)
+    result = ascend(
+        base,
+        objective,
+        range(config.iterations or 1),
+        # Scores need no samples of the law: as few as there can be.
+        MirrorAscent(alpha / step, 1, solver.steps),
+        build_solver(solver, experiment.updates_of(method), progress),
+        lambda k: generator_of(experiment.name, method, seed, k),
+        resumption,
+    )
+    return result.model, result.history

@@ -1,0 +1,158 @@
+"""Stages of pictures that run no denoiser: thresholds, and the metrics of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtilt import thresholds
+from flowtilt.configuration import ConfigError
+from flowtilt.experiment import method_of
+from flowtilt.image_experiment import ImageExperiment, tail_metric
+from flowtilt.metrics.diversity import designs_covered, effective_classes, vendi
+from flowtilt.metrics.tails import lower_tail_mean
+from flowtilt.rewards import Reward
+from flowtilt.stages.files import (
+    Metrics,
+    StageError,
+    read_arrays,
+    read_history,
+    read_threshold,
+    write_arrays,
+    write_json,
+    write_rows,
+)
+
+MASSES = (0.1, 0.2, 0.5)
+"""Of the left tails that every run reports, beside those of its experiment."""
+
+
+def threshold(experiment: ImageExperiment, method: str, batch: Path, output: Path) -> None:
+    """Solve TFFT's dual on the rewards of the offline batch."""
+    if method_of(experiment, method).kind != "tfft":
+        raise ConfigError(
+            f"experiment {experiment.name}: method {method!r} has no threshold; only tfft has one"
+        )
+    (rewards,) = read_arrays(batch, "reward")
+    tail = experiment.tail_of(method)
+    at = thresholds.threshold(rewards.astype(np.float64), tail.alpha, tail.mass, "lower")
+    write_json(
+        {
+            "threshold": at,
+            "offline_active_share": thresholds.active_share(rewards, at, "lower"),
+            "offline_samples": len(rewards),
+        },
+        output,
+    )
+
+
+def evaluate(
+    experiment: ImageExperiment,
+    method: str,
+    model: Path,
+    pictures: Path,
+    output: Path,
+    scores: Path,
+    history: Path | None = None,
+    threshold_file: Path | None = None,
+) -> None:
+    """Metrics of a run from its pictures as they are stored.
+
+    Args:
+        experiment: of the run.
+        method: of the run.
+        model: file of the stage images-model.
+        pictures: folder of the run's pictures.
+        output: JSON file of metrics to write.
+        scores: npz file to write, of ``prompt`` (n,), ``reward`` (n,), ``clip`` (n,) and ``design`` (n,), -1
+            where no designs are told apart.
+        history: of the fine-tuning.
+        threshold_file: of tfft.
+    """
+    from flowtilt.domains.images.alignment import classify
+    from flowtilt.stages.image_sampling import as_pictures, load_scorer, read_pictures
+
+    found, prompt = read_pictures(pictures)
+    expected = experiment.evaluation.pictures * len(experiment.prompts)
+    if len(found) != expected:
+        raise StageError(f"{pictures}: {len(found)} pictures, not {expected}; delete it and run again")
+    scorer, drawn = load_scorer(experiment, model), as_pictures(found)
+    with torch.no_grad():
+        features = scorer.picture_features(drawn)
+        clip = scorer.scores(drawn, [experiment.prompts[i] for i in prompt])
+    rewards = _rewards(experiment, model, drawn, prompt, clip)
+    names = experiment.evaluation.designs
+    designs = np.full(len(found), -1)
+    if names:
+        designs = classify(drawn, scorer, names, experiment.evaluation.template).numpy(force=True)
+    row: Metrics = {
+        "mean_reward": float(rewards.mean()),
+        **{tail_metric(mass): lower_tail_mean(rewards, mass) for mass in _masses(experiment)},
+        "clip": float(clip.double().mean()),
+        **_diversity(features.numpy(force=True).astype(np.float64), prompt),
+        **_designs(designs, names),
+    }
+    if history is not None:
+        row |= _training(history)
+    if threshold_file is not None:
+        row |= read_threshold(threshold_file)
+    write_rows({method: row}, output)
+    write_arrays(scores, prompt=prompt, reward=rewards, clip=clip.numpy(force=True), design=designs)
+
+
+def _masses(experiment: ImageExperiment) -> list[float]:
+    own = {experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"}
+    return sorted({*MASSES, *own} | ({experiment.mass} if experiment.mass < 1 else set()))
+
+
+def _rewards(
+    experiment: ImageExperiment, model: Path, pictures: Tensor, prompt: np.ndarray, clip: Tensor
+) -> np.ndarray:
+    """Rewards of stored pictures, float64 (n,); those of CLIP are its scores."""
+    from flowtilt.domains.images.model import Prompted
+    from flowtilt.stages.image_sampling import CHUNK, load_reward
+
+    if experiment.reward.kind == "clip":
+        return clip.double().numpy(force=True)
+    reward: Reward = load_reward(experiment, model, lambda stored: stored)
+    nothing = torch.zeros(len(experiment.prompts), 1, 1)
+    positions = torch.as_tensor(prompt)
+    parts = torch.arange(len(pictures)).split(CHUNK)
+    values = [reward(pictures[part], Prompted(positions[part], nothing, nothing[0])) for part in parts]
+    return torch.cat(values).double().numpy(force=True)
+
+
+def _diversity(features: np.ndarray, prompt: np.ndarray) -> Metrics:
+    """Vendi scores: of all pictures, and the mean of those of each prompt's."""
+    each = [vendi(features[prompt == p]) for p in np.unique(prompt)]
+    return {"vendi": vendi(features), "vendi_of_a_prompt": float(np.mean(each))}
+
+
+def _designs(designs: np.ndarray, names: list[str]) -> Metrics:
+    """How many designs there are, and the shares of all."""
+    if not names:
+        return {}
+    shares = {f"share_{name}": float((designs == k).mean()) for k, name in enumerate(names)}
+    return {
+        "designs_covered": designs_covered(designs, len(names)),
+        "effective_designs": effective_classes(designs, len(names)),
+        **shares,
+    }
+
+
+def _training(history: Path) -> Metrics:
+    """Of a fine-tuning's history: its active samples, and over the last fifth of the updates its distance.
+
+    ``path_kl`` is the path-space KL divergence from the base of the last solve, in nats.
+    """
+    active, energy = read_history(history, "active_share"), read_history(history, "control_energy")
+    last = slice(-max(1, len(active) // 5), None)
+    return {
+        "active_share": float(active.mean()),
+        "active_share_final": float(active[last].mean()),
+        "path_kl": float(energy[last].mean()),
+        "clipped_share": float(read_history(history, "clipped_share")[last].mean()),
+    }
