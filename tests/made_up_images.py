@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
+from flowtilt.configuration import merge, read_yaml
 from flowtilt.domains.images import bridges
 from flowtilt.experiment import image_experiment, load_file
 from flowtilt.figures_images import picture_name
@@ -18,24 +23,63 @@ from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.stages.files import Metrics, write_arrays, write_history, write_rows
 from small import CONFIG
 
-ENTROPY, LEFT_TAIL = (
-    CONFIG / "experiments" / f"text_to_image_{name}.yaml" for name in ("entropy", "left_tail")
-)
+ENTROPY, LEFT_TAIL = "text_to_image_entropy", "text_to_image_left_tail"
 DESIGNS = list(bridges.DESIGNS)
+_FDC: dict[str, Any] = {"kind": "fdc", "iterations": 2, "step": 1.0, "updates": 15}
+_BASES = {"pretrained": {"kind": "pretrained"}, "am": {"kind": "am"}}
+# What numbers in tests rest on, whatever the shipped files have.
+_KEYS: dict[str, dict[str, Any]] = {
+    ENTROPY: {
+        "seeds": 3,
+        "objective": {"utility": "entropy", "alpha": 8.0, "reward_alpha": 0.02},
+        "methods": {
+            **_BASES,
+            "fdc_alpha_32": _FDC | {"alpha": 32.0},
+            "fdc_alpha_16": _FDC | {"alpha": 16.0},
+            "fdc": _FDC,
+        },
+        "evaluation": {"pictures": 100, "designs": DESIGNS, "template": "a {} bridge"},
+    },
+    LEFT_TAIL: {
+        "seeds": 3,
+        "objective": {"utility": "left_tail", "mass": 0.2, "alpha": 0.02},
+        "methods": {
+            **_BASES,
+            "tfft": {"kind": "tfft"},
+            "tfft_0.1": {"kind": "tfft", "mass": 0.1},
+            "tfft_0.5": {"kind": "tfft", "mass": 0.5},
+        },
+        "evaluation": {"pictures": 20, "designs": DESIGNS, "template": "a {} bridge"},
+    },
+}
 
 
-def loaded(file: Path) -> ImageExperiment:
-    """The shipped experiment."""
-    (experiment,) = load_file(file).values()
+def write_config(folder: Path, name: str, **changes: Any) -> Path:
+    """A file like that of a shipped experiment, with its model's beside it and with some keys changed."""
+    file = folder / "experiments" / f"{name}.yaml"
+    data = merge({**read_yaml(CONFIG / "experiments" / file.name), **_KEYS[name]}, changes)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(data, sort_keys=False))
+    shutil.copytree(CONFIG / "models", folder / "models", dirs_exist_ok=True)
+    return file
+
+
+def loaded(name: str, **changes: Any) -> ImageExperiment:
+    """The experiment of :func:`write_config`."""
+    with tempfile.TemporaryDirectory() as folder:
+        (experiment,) = load_file(write_config(Path(folder), name, **changes)).values()
     return image_experiment(experiment)
 
 
-def write_metrics(results: Path, experiment: ImageExperiment, row: Callable[[str, int], Metrics]) -> None:
-    """The metrics of all runs, by method and seed."""
+def write_metrics(
+    results: Path, experiment: ImageExperiment, values: Mapping[str, Mapping[str, Sequence[float]]]
+) -> None:
+    """The metrics of all runs: values by metric and method, one a seed."""
     for method in experiment.methods:
-        for seed in experiment.seeds:
+        for number, seed in enumerate(experiment.seeds):
             folder = folder_of(results, experiment.name, method, seed)
-            write_rows({method: row(method, seed)}, folder / "metrics.json")
+            row: Metrics = {metric: of[method][number] for metric, of in values.items() if method in of}
+            write_rows({method: row}, folder / "metrics.json")
 
 
 def write_histories(results: Path, experiment: ImageExperiment, passes: Mapping[str, int]) -> None:
@@ -51,7 +95,9 @@ def write_histories(results: Path, experiment: ImageExperiment, passes: Mapping[
             write_history(rows, history)
 
 
-def write_pictures(results: Path, experiment: ImageExperiment, level: Callable[[str], float]) -> None:
+def write_pictures(
+    results: Path, experiment: ImageExperiment, level: Callable[[str], float], size: int = 32
+) -> None:
     """Bridges with scores and metrics that belong to them.
 
     ``level`` of a method in [0, 1] is the share of pictures that are not as the pretrained model has them:
@@ -59,10 +105,12 @@ def write_pictures(results: Path, experiment: ImageExperiment, level: Callable[[
     """
     for method in experiment.methods:
         for seed in experiment.seeds:
-            _write_run(results, experiment, method, seed, level(method))
+            _write_run(results, experiment, method, seed, level(method), size)
 
 
-def _write_run(results: Path, experiment: ImageExperiment, method: str, seed: int, level: float) -> None:
+def _write_run(
+    results: Path, experiment: ImageExperiment, method: str, seed: int, level: float, size: int
+) -> None:
     folder = folder_of(results, experiment.name, method, seed)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     prompts, designs, rewards = [], [], []
@@ -71,12 +119,11 @@ def _write_run(results: Path, experiment: ImageExperiment, method: str, seed: in
             rng = np.random.default_rng([seed, prompt, number])
             bridge, moved, other = bridges.draw_bridge(rng), rng.random() < level, rng.integers(len(DESIGNS))
             bridge = replace(bridge, design=DESIGNS[other]) if moved else bridge
-            reward = 0.3 + 0.02 * level + (0.03 if moved else 0.06) * rng.normal()
-            picture = Image.fromarray(bridges.picture(bridge, rng, 32))
+            picture = Image.fromarray(bridges.picture(bridge, rng, size))
             picture.save(folder / "pictures" / picture_name(prompt, number))
             prompts.append(prompt)
             designs.append(DESIGNS.index(bridge.design))
-            rewards.append(reward)
+            rewards.append(0.3 + 0.02 * level + (0.03 if moved else 0.06) * rng.normal())
     reward, design = np.array(rewards), np.array(designs)
     write_arrays(
         folder / "scores.npz",

@@ -72,7 +72,7 @@ one before:
 
 1. its own file, or for a case of a study the file that it derives from; then `overrides.files` of that name;
 2. `set` of the study, then `set` of the case;
-3. `overrides`, or `overrides.molecules`, or `overrides.images`; last, what `overrides.skip` names is left out.
+3. `overrides`, or `overrides.molecules` or `overrides.images`; last, what `overrides.skip` names is left out.
 
 A landscape or a functional of your own is named `module:NAME`, in a module that `PYTHONPATH` leads to. With
 `--software-deployment-method conda`, give `--conda-not-block-search-path-envvars` as well: Snakemake
@@ -159,9 +159,9 @@ CHAPTERS = (
     ),
     Chapter(
         "Experiments on pictures",
-        "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a reward, with a "
-        "text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, which holds what is below "
-        "`model` here. `docs/images.md` says what is done, and why.",
+        "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a reward, "
+        "with a text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, which holds what "
+        "is below `model` here. `docs/images.md` says what is done, and why.",
         ImageExperiment,
         "on pictures",
     ),

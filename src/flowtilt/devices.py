@@ -32,8 +32,8 @@ def check_gpus(wanted: int) -> None:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted > found:
         raise ConfigError(
-            f"key gpu: the job was to have {wanted} GPU{'s' if wanted > 1 else ''}, and torch sees {found}; run it "
-            "where there is one, install a torch that is built for it, or set gpu: 0, which takes much longer"
+            f"key gpu: the job was to have {wanted}, and torch sees {found}; run it where there are as many, "
+            "install a torch that is built for them, or set gpu: 0, which takes much longer"
         )
 
 

@@ -171,9 +171,7 @@ def pictures_of(results: str | Path, experiment: ImageExperiment) -> Figure:
             for k, name in enumerate(designs)
         ]
         framed = "; frames show the design" if designs else ""
-        title = (
-            f"{experiment.title}, seed {seed}: pictures at the same place come from the same noise{framed}"
-        )
+        title = f"{experiment.title}, seed {seed}: the same noise at the same places{framed}"
         return pictures_figure(title, [], exploration_strips(results, experiment), handles)
     strips, bad = tail_strips(results, experiment)
     share = f"{100 * experiment.mass:g} %"
@@ -188,6 +186,8 @@ def pictures_of(results: str | Path, experiment: ImageExperiment) -> Figure:
 
 _SIDE, _GAP, _TEXT, _LETTER = 0.92, 0.07, 0.17, 0.092
 """Inches: a picture, between pictures, what is written under a picture, and a letter of a method's name."""
+_NARROWEST = 7.2
+"""Inches that a legend has room in."""
 _ENLARGED = 256
 """Pixels a side that small pictures are enlarged to, so that theirs stay squares."""
 
@@ -203,36 +203,43 @@ def pictures_figure(
         strips: pictures of each method.
         handles: of the legend.
     """
-    wrapped = [textwrap.fill(text, 15) for text in columns]
-    above = 0.45 + 0.125 * max((text.count("\n") + 1 for text in wrapped), default=0)
     written = _TEXT if any(cell.text for strip in strips for line in strip.lines for cell in line) else 0.0
     step, between = _SIDE + _GAP + written, 0.1
     names = 0.3 + _LETTER * max(len(strip.name) for strip in strips)
     widest = max(len(line) for strip in strips for line in strip.lines)
-    width = names + widest * (_SIDE + _GAP) + 0.15
+    needed = names + widest * (_SIDE + _GAP) + 0.15
+    width = max(needed, _NARROWEST)
+    left = names + (width - needed) / 2
+    heading, wrapped = textwrap.fill(title, int(width / 0.1)), [textwrap.fill(text, 15) for text in columns]
+    above = 0.25 + 0.2 * _lines(heading) + 0.125 * max(map(_lines, wrapped), default=0)
     height = above + sum(len(s.lines) * step + between for s in strips) + (0.4 if handles else 0.1)
     # Positions are inches from the upper left corner, which a layout engine would move.
-    figure = Figure(figsize=(width, height), layout="none")
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     top = above
     for strip in strips:
         middle = top + (len(strip.lines) * step - _GAP - written) / 2
         style: dict[str, Any] = {"color": COLOURS[strip.kind], "fontweight": "bold"}
-        axes.text(names - 0.12, middle, strip.name, ha="right", va="center", fontsize=10, **style)
+        axes.text(left - 0.12, middle, strip.name, ha="right", va="center", fontsize=10, **style)
         for line in strip.lines:
             for number, cell in enumerate(line):
-                _draw_cell(axes, names + number * (_SIDE + _GAP), top, cell)
+                _draw_cell(axes, left + number * (_SIDE + _GAP), top, cell)
             top += step
         top += between
     for number, text in enumerate(wrapped):
-        x = names + number * (_SIDE + _GAP) + _SIDE / 2
+        x = left + number * (_SIDE + _GAP) + _SIDE / 2
         axes.text(x, above - 0.06, text, ha="center", va="bottom", fontsize=7, linespacing=1.05)
-    axes.text(width / 2, 0.12, title, ha="center", va="top", fontsize=12)
+    axes.text(width / 2, 0.12, heading, ha="center", va="top", fontsize=12)
     axes.set(xlim=(0, width), ylim=(height, 0))
     if handles:
         figure.legend(handles=list(handles), loc="lower center", ncols=len(handles), frameon=False)
     return figure
+
+
+def _lines(text: str) -> int:
+    return text.count("\n") + 1
 
 
 def _draw_cell(axes: Axes, x: float, y: float, cell: Cell) -> None:
@@ -378,5 +385,6 @@ def _shades(methods: Sequence[tuple[str, str]]) -> dict[str, str]:
         names = [name for name, own in methods if own == kind]
         for number, name in enumerate(names, start=1):
             strength = 0.35 + 0.65 * number / len(names) if len(names) > 1 else 1.0
-            colours[name] = to_hex([1 - strength * (1 - part) for part in to_rgb(COLOURS[kind])])
+            red, green, blue = (1 - strength * (1 - part) for part in to_rgb(COLOURS[kind]))
+            colours[name] = to_hex((red, green, blue))
     return {name: colours[name] for name, _ in methods}

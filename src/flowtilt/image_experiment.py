@@ -169,8 +169,9 @@ class ImageExperiment(Section):
     @property
     def main_metric(self) -> str:
         """Name of the metric that the tables lead with."""
-        left_tail = isinstance(self.objective, LeftTailObjective)
-        return tail_metric(self.objective.mass) if left_tail else "vendi"
+        if isinstance(self.objective, LeftTailObjective):
+            return tail_metric(self.objective.mass)
+        return "vendi"
 
     @property
     def mean_metric(self) -> str:

@@ -157,7 +157,7 @@ def _rises_with_falling_alpha(
     steps = [gains(long, after, before, "vendi") for before, after in itertools.pairwise(ordered)]
     words = {decided(step) for step in steps}
     word = next((w for w in ("does not hold", "not decided by these seeds") if w in words), "holds")
-    rising = (np.array(steps) > 0).all(axis=0)
+    rising = np.array(steps).min(axis=0) > 0
     means = ", ".join(f"{method} {pretty(of_row(long, method, 'vendi').mean())}" for method in ordered)
     return [
         f"The Vendi score rises as alpha falls: {word}, with means {means} (every step up on "

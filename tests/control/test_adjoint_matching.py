@@ -766,3 +766,88 @@ def test_a_bound_that_nothing_reaches_changes_nothing():
     assert losses[0] != losses[2]
     assert [run.history[-1]["clipped_share"] for run in runs[:2]] == [0, 0]
     assert runs[2].history[-1]["clipped_share"] > 0.9
+
+
+# ------------------------------------------------------------------ what large models need
+
+
+def test_updates_on_the_same_trajectories_take_steps_of_their_own():
+    """Trajectories are sampled, and adjoints solved, once for all passes; the regression sees new steps."""
+    choice = settings(**(QUICK | {"updates": 6, "passes": 3}))
+    passes = []
+    solution = solve(Counted(passes), RewardVariation(LINEAR), 1.0, choice, generator(0))
+    counted = np.diff([0, *(row["network_passes"] for row in solution.history)])
+    assert sum(passes) == solution.history[-1]["network_passes"]
+    assert counted[0] == counted[3] > counted[1] == counted[2] == counted[4] == counted[5]
+    losses = [row["loss"] for row in solution.history]
+    assert len(set(losses)) == len(losses)
+
+
+def test_one_pass_with_all_steps_is_the_first_of_several():
+    """With every step in the loss there is nothing to draw: the first update of a buffer is that of a batch."""
+    every = QUICK | {"updates": 1, "last_share": 1.0}
+    one, several = (
+        solve(quick_flow(), RewardVariation(LINEAR), 1.0, settings(**every, passes=p), generator(0))
+        for p in (1, 4)
+    )
+    for a, b in zip(one.model.parameters(), several.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tilt", [RewardVariation(LINEAR), Hinge(Quadratic([1.0, 0.0]), 0.0, 0.5, "upper")])
+def test_micro_batches_add_up_to_the_batch(tilt):
+    whole, parts = (
+        solve(quick_flow(), tilt, 1.0, settings(**QUICK, micro_batch=m), generator(0)) for m in (None, 3)
+    )
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        # Where a gradient is zero but for rounding, 1e-16, Adam makes 0.1 * 1e-16 / 1e-8 of it.
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for a, b in zip(whole.history, parts.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
+        assert a["control_energy"] == pytest.approx(b["control_energy"], rel=1e-9)
+
+
+class ByUse(FlowModel):
+    """A flow that writes down what its velocity was asked for, and for which of its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.path = PATHS["vp"]
+        self.tuned = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.fixed = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.seen = set()
+
+    def prior(self, count, generator, context=None):
+        return torch.randn(count, 2, generator=generator, dtype=torch.float64)
+
+    def draw_context(self, count, generator):
+        return "sampling"
+
+    def select_context(self, context, index):
+        return context
+
+    def context_for(self, use, context):
+        return use
+
+    def tunable(self):
+        return [self.tuned]
+
+    def velocity(self, x, t, context=None):
+        kind = "base" if not self.tuned.requires_grad else "model"
+        self.seen.add((kind, context, torch.is_grad_enabled()))
+        return self.fixed * (self.tuned - 0.1 * x)
+
+
+def test_each_use_of_the_velocity_has_its_own_context_and_only_a_part_is_tuned():
+    flow = ByUse()
+    choice = settings(**(QUICK | {"updates": 1, "batch": 8, "pool": 8}))
+    solution = solve(flow, RewardVariation(LINEAR), 1.0, choice, generator(0))
+    assert solution.model.seen == {("model", "sampling", False), ("model", "control", True)}
+    assert bool((solution.model.tuned != 0).all())
+    assert float(solution.model.fixed) == 1.0
+
+
+@pytest.mark.parametrize(("key", "value"), [("passes", 0), ("micro_batch", 0)])
+def test_settings_of_large_models_are_checked(key, value):
+    with pytest.raises(ValueError, match=key):
+        AdjointMatchingSettings(**{key: value})

@@ -487,6 +487,12 @@ def check_models() -> None:
             )
 
 
+try:
+    check_models()
+except WorkflowError as error:
+    raise error.with_traceback(None) from None
+
+
 def model_inputs(wildcards) -> dict[str, str]:
     """What the check of a model waits for: its training, its fetching, or the shipped files."""
     experiment = EXPERIMENTS[wildcards.experiment]

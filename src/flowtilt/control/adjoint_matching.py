@@ -333,8 +333,8 @@ def _draw_batch(
     weight: float,
     generator: torch.Generator,
     sharing: Processes,
-) -> _Batch | None:
-    """Sample a pool and thin it to a batch; None if trajectories are no longer finite.
+) -> _Batch:
+    """Sample a pool and thin it to a batch.
 
     Args:
         model: in training.
@@ -344,12 +344,15 @@ def _draw_batch(
         weight: of the tilt's gradient at the ends.
         generator: source of randomness, in all processes the same.
         sharing: processes that sample a part each.
+
+    Raises:
+        TrainingDiverged: if trajectories are no longer finite.
     """
     size = settings.pool if tilt.sparse else settings.batch
     context = model.draw_context(size, generator)
     pool = sample_sde(model, size, settings.steps, generator, context, sharing)
     if bool(sharing.total((~torch.isfinite(pool[-1])).any().double()) > 0):
-        return None
+        raise TrainingDiverged("trajectories are no longer finite")
     positions = positions_of(size, sharing)
     context = model.select_context(context, positions)
     active = tilt.active(pool[-1], context)
@@ -541,13 +544,14 @@ def solve(
     sharing = processes()
     passes = int(state.history[-1]["network_passes"]) if state.history else 0
     for update in range(len(state.history), settings.updates):
-        fresh = update % settings.passes == 0
+        fresh = update % settings.passes == 0  # also of the first after an interruption
         if fresh:
             own = tilt if isinstance(tilt, FirstVariation) else tilt(update / settings.updates)
             strength = min(1.0, (update + 1) / max(1.0, settings.ramp * settings.updates))
-            batch = _draw_batch(model, own, settings, steps, -strength / kl_weight, generator, sharing)
-            if batch is None:
-                raise TrainingDiverged(_diverged("trajectories are no longer finite", update, settings))
+            try:
+                batch = _draw_batch(model, own, settings, steps, -strength / kl_weight, generator, sharing)
+            except TrainingDiverged as error:
+                raise TrainingDiverged(_diverged(str(error), update, settings)) from None
         chosen = _chosen_steps(settings, generator)
         if fresh:
             at = chosen if settings.passes == 1 else torch.arange(settings.steps)

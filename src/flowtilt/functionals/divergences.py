@@ -17,6 +17,7 @@ from flowtilt.devices import seeded
 from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, gradient_of, per_sample
 from flowtilt.functionals.critic import CriticPotential, CriticSettings, train_critic
 from flowtilt.functionals.kernels import Kernel, kernel_by_name, kernel_matrix, kernel_means
+from flowtilt.functionals.smoothing import NO_SMOOTHED_VALUE, smoothed
 from flowtilt.metrics.transport import Transport, check_metric, ground_distances, kantorovich
 from flowtilt.model import Context, FlowModel
 from flowtilt.sampling import OdeSettings, log_likelihood, sample_sde
@@ -27,7 +28,9 @@ class ScoreDifference(FirstVariation):
     """First variation ``log p - log q`` of ``KL(p || q)``, by the two models' scores.
 
     A score follows from a velocity through a division by ``eta``, which vanishes at the data, so
-    both are taken at ``time`` just before it, where a solver still trains the velocity.
+    both are taken at ``time`` just before it, where a solver still trains the velocity. With ``pairs`` of
+    noise it is that of the laws which the two paths have at that time, see
+    :func:`flowtilt.functionals.smoothing.smoothed`.
     """
 
     cheap_values = False
@@ -36,17 +39,26 @@ class ScoreDifference(FirstVariation):
     reference: FlowModel
     time: float
     ode: OdeSettings = field(default_factory=OdeSettings)
+    pairs: int = 0
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
+        if self.pairs:
+            raise NotImplementedError(NO_SMOOTHED_VALUE)
         own = log_likelihood(self.model, x, context, self.ode)
         return own - log_likelihood(self.reference, x, context, self.ode)
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         with torch.no_grad():
             t = x.new_tensor(self.time)
-            difference = self.model.velocity(x, t, context) - self.reference.velocity(x, t, context)
-            # The linear part of the two scores cancels: only velocities are left.
-            return difference / self.model.path.eta(t)
+            if self.pairs:
+                return smoothed(self._difference, self.model, x, t, context, self.pairs)
+            return self._difference(x, t, context)
+
+    def _difference(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        """Of the two scores; their linear part cancels, and only velocities are left."""
+        own = self.model.context_for("control", context)
+        difference = self.model.velocity(x, t, own) - self.reference.velocity(x, t, own)
+        return difference / self.model.path.eta(t)
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,8 @@ class KL(Functional):
         reference: the pretrained model.
         score_time: time at which scores stand for those of the data, in (0, 1).
         ode: how the likelihoods are solved.
+        pairs: if not zero, the divergence is that of the laws with noise, see
+            :class:`flowtilt.functionals.utilities.Entropy`.
     """
 
     tier = "linear"
@@ -65,12 +79,13 @@ class KL(Functional):
     reference: FlowModel
     score_time: float = 0.99
     ode: OdeSettings = field(default_factory=OdeSettings)
+    pairs: int = 0
 
     def value(self, law: Law) -> float:
         return float(self.linearise(law).value(law.samples, law.context).double().mean())
 
     def linearise(self, law: Law) -> ScoreDifference:
-        return ScoreDifference(law.model, self.reference, self.score_time, self.ode)
+        return ScoreDifference(law.model, self.reference, self.score_time, self.ode, self.pairs)
 
     def finite_value(self, law: FiniteLaw) -> float:
         held = law.p > 0

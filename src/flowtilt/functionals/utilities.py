@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, per_sample
+from flowtilt.functionals.smoothing import NO_SMOOTHED_VALUE, smoothed
 from flowtilt.metrics.tails import Side, lower_tail_mean, quantile, upper_tail_mean
 from flowtilt.model import Context, FlowModel
 from flowtilt.rewards import Reward, RewardError
@@ -256,20 +257,30 @@ class MeanVariance(Functional):
 
 @dataclass(frozen=True)
 class NegativeLogDensity(FirstVariation):
-    """``-log p``, with the gradient by the model's score at a ``time`` just before the data."""
+    """``-log p``, with the gradient by the model's score at a ``time`` just before the data.
+
+    With ``pairs`` of noise it is that of the law ``p_t`` which the path has at that time, see
+    :func:`flowtilt.functionals.smoothing.smoothed`.
+    """
 
     cheap_values = False
 
     model: FlowModel
     time: float
     ode: OdeSettings
+    pairs: int = 0
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
+        if self.pairs:
+            raise NotImplementedError(NO_SMOOTHED_VALUE)
         return -log_likelihood(self.model, x, context, self.ode)
 
     @torch.no_grad()
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
-        return -self.model.score(x, x.new_tensor(self.time), context)
+        t = x.new_tensor(self.time)
+        if self.pairs:
+            return -smoothed(self.model.score, self.model, x, t, context, self.pairs)
+        return -self.model.score(x, t, context)
 
 
 @dataclass(frozen=True)
@@ -281,6 +292,9 @@ class Entropy(Functional):
     Attributes:
         score_time: time at which the score stands for that of the data, in (0, 1).
         ode: how the likelihoods are solved.
+        pairs: if not zero, it is the entropy of the law with the noise that the path has at ``score_time``,
+            whose gradient is a mean over so many pairs of noise. What differs by less than the noise then
+            counts for little, and scores are asked for where the model was trained. There is no value.
     """
 
     tier = "convex"
@@ -288,12 +302,13 @@ class Entropy(Functional):
 
     score_time: float = 0.99
     ode: OdeSettings = field(default_factory=OdeSettings)
+    pairs: int = 0
 
     def value(self, law: Law) -> float:
         return float(self.linearise(law).value(law.samples, law.context).double().mean())
 
     def linearise(self, law: Law) -> NegativeLogDensity:
-        return NegativeLogDensity(law.model, self.score_time, self.ode)
+        return NegativeLogDensity(law.model, self.score_time, self.ode, self.pairs)
 
     def finite_value(self, law: FiniteLaw) -> float:
         held = law.p > 0

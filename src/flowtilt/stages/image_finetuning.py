@@ -13,6 +13,7 @@ from flowtilt.checkpoints import save_weights
 from flowtilt.configuration import ConfigError
 from flowtilt.control.base import Progress
 from flowtilt.devices import generator_of
+from flowtilt.domains.images.sections import EntropyObjective
 from flowtilt.experiment import method_of
 from flowtilt.fdc import MirrorAscent, ascend
 from flowtilt.functionals.base import FirstVariation, Objective
@@ -96,6 +97,12 @@ def finetune(
         resumption.remove()
 
 
+def noisy_time(base: FlowModel, steps: int, variance: float) -> float:
+    """The time of the solver's grid whose noise has about a variance, where it trains the velocity."""
+    times = torch.tensor(base.time_grid(steps)[:-1], dtype=torch.float64)
+    return float(times[(base.path.beta(times).square() - variance).abs().argmin()])
+
+
 def _explore(
     experiment: ImageExperiment,
     method: str,
@@ -107,9 +114,11 @@ def _explore(
     """FDC on the entropy of the latents, less the KL divergence, both by scores."""
     config, solver = method_of(experiment, method), experiment.solver_of(method)
     alpha, step = experiment.entropy_weight(method), config.step or 1.0
-    # Scores are taken at the last time where the solver trains the velocity.
-    late = base.time_grid(solver.steps)[-2]
-    objective = Objective(Entropy(score_time=late), KL(base, score_time=late), alpha)
+    goal = experiment.objective
+    assert isinstance(goal, EntropyObjective)
+    time = noisy_time(base, solver.steps, goal.noise)
+    entropy = Entropy(score_time=time, pairs=goal.pairs)
+    objective = Objective(entropy, KL(base, score_time=time, pairs=goal.pairs), alpha)
     result = ascend(
         base,
         objective,

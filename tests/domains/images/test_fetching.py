@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -80,8 +82,6 @@ class Hub:
 
 def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
         def log_message(self, *_: object) -> None:
             pass
 
@@ -170,11 +170,14 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
     thread.start()
 
     def stop() -> None:
+        monkeypatch.setattr(time, "sleep", lambda _: None)  # the client tries again, at growing intervals
         server.shutdown()
         server.server_close()
 
     found.stop = stop
     constants = client_module("constants")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", found.url)
     template = found.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -271,6 +274,8 @@ def test_a_deleted_file_is_fetched_again(hub, tmp_path):
 def test_a_broken_connection_is_gone_on_from(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(client_module("constants"), "DOWNLOAD_CHUNK_SIZE", 65536)
     hub.cut[UNET] = [10 * 65536 + 5]
+    with suppress(CheckpointError):  # early clients go on only when they are called again
+        fetch(experiment(tmp_path), tmp_path / "fetched.json")
     fetch(experiment(tmp_path), tmp_path / "fetched.json")
     assert contents(tmp_path / "painter") == WANTED
     ranges = [at for method, name, at in hub.log if (method, name) == ("GET", UNET)]
@@ -292,7 +297,7 @@ fetch(tests.experiment(folder), folder / "fetched.json")
 
 def test_a_killed_fetch_leaves_no_part_of_a_file_and_the_next_goes_on(hub, tmp_path):
     """The process is as a user's: the hub's address and the cache are in its environment."""
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     hub.stalls = {UNET}
     process = subprocess.Popen([sys.executable, "-c", CHILD, __file__, str(tmp_path)], env=os.environ | own)
     assert hub.stalled.wait(120)
@@ -331,20 +336,18 @@ def offline(monkeypatch) -> None:
     monkeypatch.setattr(client_module("constants"), "HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize("how", ["server gone", "offline mode"])
-def test_without_a_network_it_says_what_to_place_where(hub, tmp_path, monkeypatch, how):
-    if how == "server gone":
+@pytest.mark.parametrize("error", ["ConnectError", "OfflineModeIsEnabled"])
+def test_without_a_network_it_says_what_to_place_where(hub, tmp_path, monkeypatch, error):
+    if error == "ConnectError":
         hub.stop()
     else:
         offline(monkeypatch)
     message = (
         rf"model painter: key pipeline.hub: {REPOSITORY} could not be fetched at revision {REVISION} "
-        rf"\(.*Error.*\); run again with a network, or place \*.json, unet/, vae/\*.safetensors of it by hand "
-        rf"in the folder {tmp_path / 'painter'}: a later run goes on from what is there$"
+        rf"\({error}: .*\); run again with a network, or place \*.json, unet/, vae/\*.safetensors of it by "
+        rf"hand in the folder {tmp_path / 'painter'}: a later run goes on from what is there$"
     )
-    with pytest.raises(
-        CheckpointError, match=message if how == "server gone" else message.replace("Error", "")
-    ):
+    with pytest.raises(CheckpointError, match=message):
         fetch(experiment(tmp_path), tmp_path / "fetched.json")
     assert not (tmp_path / "fetched.json").exists()
     assert hub.log == []
@@ -352,9 +355,9 @@ def test_without_a_network_it_says_what_to_place_where(hub, tmp_path, monkeypatc
 
 def test_without_a_network_the_clients_cache_will_do(hub, tmp_path, monkeypatch):
     """On a node without one, after ``hf download`` on another; links of the cache become files."""
-    from huggingface_hub import snapshot_download
-
-    snapshot_download(REPOSITORY, revision=REVISION, ignore_patterns=["*.bin"])
+    importlib.import_module("huggingface_hub").snapshot_download(
+        REPOSITORY, revision=REVISION, ignore_patterns=["*.bin"]
+    )
     offline(monkeypatch)
     fetch(experiment(tmp_path), tmp_path / "fetched.json")
     assert contents(tmp_path / "painter") == WANTED
@@ -368,12 +371,7 @@ def test_without_a_network_the_clients_cache_will_do(hub, tmp_path, monkeypatch)
     [
         (403, "GatedRepo", r"hub: someone/painter has terms of use; accept them on its page, log in by"),
         (404, "RevisionNotFound", rf"hub.revision: someone/painter has no revision {REVISION}; correct"),
-        (404, "RepoNotFound", r"hub.repository: there is no someone/painter; correct the key"),
-        (
-            401,
-            "",
-            r"hub.repository: there is no someone/painter; correct the key, or if it is private, log in",
-        ),
+        (401, "RepoNotFound", r"hub.repository: there is no someone/painter; correct the key, or if it is"),
     ],
 )
 def test_refusals_of_the_hub_are_explained(hub, tmp_path, status, code, message):
@@ -395,8 +393,8 @@ def test_another_file_than_the_one_that_is_meant_is_named_and_kept(hub, tmp_path
     hub.files[UNET] = LARGE + b"more"
     meant = experiment(tmp_path, sha256={VAE: sha256(FILES[VAE]), UNET: sha256(LARGE)})
     message = (
-        rf"key pipeline.sha256: {tmp_path / 'painter' / UNET} has the SHA-256 {sha256(LARGE + b'more')}, not "
-        rf"{sha256(LARGE)}; delete the file, and the rule fetch_checkpoint fetches it again, or correct the key"
+        rf"key pipeline.sha256: {tmp_path / 'painter' / UNET} has the SHA-256 {sha256(LARGE + b'more')}, "
+        rf"not {sha256(LARGE)}; delete the file, and the rule fetch_checkpoint fetches it again, or correct"
     )
     for _ in range(2):
         with pytest.raises(CheckpointError, match=message):

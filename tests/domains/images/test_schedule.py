@@ -121,7 +121,9 @@ def test_times_between_the_timesteps_have_no_whole_timestep():
 
 
 @pytest.mark.parametrize(
-    ("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0)], ids=["leading", "by one", "trailing"]
+    ("spacing", "offset"),
+    [("leading", 0), ("leading", 1), ("trailing", 0)],
+    ids=["leading", "by one", "trailing"],
 )
 @pytest.mark.parametrize("steps", [1, 10, 20, 25, 50, 100, 7, 30])
 def test_grids_are_those_of_diffusers(spacing, offset, steps):

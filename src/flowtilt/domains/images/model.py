@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtilt.domains.images.schedule import DiscreteSchedule, Spacing
-from flowtilt.interpolants import broadcast_time, convert
+from flowtilt.interpolants import Prediction, broadcast_time, convert
 from flowtilt.model import Context, FlowModel, Use
 
 Target = Literal["epsilon", "v_prediction", "sample"]
@@ -195,7 +195,7 @@ class LatentFlow(FlowModel):
         ):  # v = alpha noise - beta endpoint (Salimans and Ho 2022, appendix D)
             at = broadcast_time(t, x)
             found = self.path.alpha(at) * x - self.path.beta(at) * found
-        source = "noise" if self.target == "epsilon" else "endpoint"
+        source: Prediction = "noise" if self.target == "epsilon" else "endpoint"
         return convert(found, x, t, self.path, source, "velocity")
 
     def score(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:

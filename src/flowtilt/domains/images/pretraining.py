@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -226,7 +227,9 @@ def train_denoiser(
         tokens_of(pipeline.tokenizer, [""])[0],
         config.denoiser.empty_prompts,
     )
-    flow = LatentFlow(pipeline.unet, schedule_of(pipeline.scheduler), tuple(latents.mean.shape[1:]))
+    channels, height, width = latents.mean.shape[1:]
+    shape = (channels, height, width)
+    flow = LatentFlow(pipeline.unet, schedule_of(pipeline.scheduler), shape)
     model = Captioned(flow, pipeline.text_encoder)
     return fit_flow(
         model,
@@ -273,7 +276,7 @@ def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor) -> Tenso
 
 def train_alignment(
     config: EmbeddedConfig, resumption: Resumption, progress: Progress | None = None
-) -> tuple[nn.Module, dict[str, History]]:
+) -> tuple[Any, dict[str, History]]:
     """The embedded CLIP, trained, and the history of its training."""
     own = config.alignment
     data = drawn_set(config.bridges)
@@ -313,7 +316,7 @@ def check_autoencoder(autoencoder: AutoencoderKL, config: EmbeddedConfig, count:
 
 
 @torch.no_grad()
-def check_alignment(model: nn.Module, config: EmbeddedConfig, count: int) -> dict[str, float]:
+def check_alignment(model: Any, config: EmbeddedConfig, count: int) -> dict[str, float]:
     """How well the CLIP tells the designs of pictures apart that it was not trained on.
 
     Args:

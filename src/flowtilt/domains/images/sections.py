@@ -305,6 +305,13 @@ class EntropyObjective(Section):
     alpha: Positive
     """KL weight of fdc, in nats of entropy a nat; methods may have weights of their own."""
 
+    noise: Annotated[float, Field(gt=0, lt=1)]
+    """Variance of the noise in the law whose entropy it is, where latents have about one: what differs by
+    less counts for little. The solver's nearest time is taken."""
+
+    pairs: Count = 4
+    """Pairs of noise that a gradient is the mean of."""
+
     reward_alpha: Positive
     """KL weight of am, which raises the expected reward, in units of the reward a nat."""
 

@@ -18,7 +18,7 @@ from flowtilt.domains.molecules.network import NetworkSettings
 from flowtilt.domains.molecules.sections import MoleculeConfig, XTBConfig
 from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, Units, unpack
 from flowtilt.domains.molecules.xtb import Molecule, XTBSettings
-from flowtilt.model import Context
+from flowtilt.model import Context, FlowModel
 from flowtilt.pretraining import PretrainingSettings, Watch, fit_flow
 from flowtilt.resuming import Slot
 from flowtilt.seeding import seed_of

@@ -1,0 +1,132 @@
+"""Pictures in the workflow: the smoke run, a folder like Stable Diffusion 1.4's through every rule, a training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from workflow_copy import SMOKE, Project
+
+pytest.importorskip("diffusers", reason="the extra 'images' is not installed")
+pytest.importorskip("open_clip", reason="the extra 'images' is not installed")
+
+from small_pictures import EMBEDDED, write_models  # noqa: E402
+
+pytestmark = pytest.mark.pipeline
+
+LEFT_TAIL, ENTROPY = "text_to_image_left_tail", "text_to_image_entropy"
+
+# Of CompVis/stable-diffusion-v1-4: a scheduler that is not DDIM, with its noise levels.
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.7.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+def test_all_files_of_a_run_are_there(finished: Project) -> None:
+    runs = finished.smoke / "runs" / LEFT_TAIL
+    made = {path.name for path in (runs / "tfft" / "seed0").iterdir()}
+    assert made == {
+        *("threshold.json", "model.safetensors", "history.csv", "pictures", "metrics.json", "scores.npz")
+    }
+    overrides = yaml.safe_load((finished.folder / "config" / "smoke.yaml").read_text())["overrides"]
+    expected = overrides["images"]["evaluation"]["pictures"] * 20
+    assert len(list((runs / "tfft" / "seed0" / "pictures").glob("*.png"))) == expected
+    for name in (LEFT_TAIL, ENTROPY):
+        for kind in ("pictures", "scores"):
+            figure = finished.smoke / "figures" / f"{name}_{kind}.png"
+            assert figure.read_bytes().startswith(b"\x89PNG")
+    assert "Vendi score" in (finished.smoke / "tables" / f"{ENTROPY}.md").read_text()
+
+
+def test_a_change_reruns_what_reads_it(finished: Project) -> None:
+    change = finished.folder / "change.yaml"
+    change.write_text(yaml.safe_dump({"overrides": {"images": {"evaluation": {"pictures": 3}}}}))
+    jobs = finished.planned(*SMOKE, change.name, "--", LEFT_TAIL, ENTROPY)
+    assert finished.planned(*SMOKE) == {}  # and restores the resolved configurations
+    assert {"images_sample", "images_evaluate"} <= jobs.keys()
+    assert not {"images_finetune", "images_offline", "images_model"} & jobs.keys()
+
+
+def small(project: Project, model: dict[str, Any], *experiments: str, **images: Any) -> tuple[str, ...]:
+    """Arguments of Snakemake for experiments on one model at smoke size, in a folder of their own."""
+    file = project.folder / "config" / "small.yaml"
+    (project.folder / "config" / "models" / "small.yaml").write_text(yaml.safe_dump(model))
+    overrides = {"files": {name: {"model": "small"} for name in experiments}, "images": images}
+    overrides["files"].setdefault(LEFT_TAIL, {})["prompts"] = [
+        "a bridge",
+        "a red steel truss bridge at night",
+    ]
+    file.write_text(yaml.safe_dump({"results": "results/small", "overrides": overrides}))
+    chosen = f"experiments=[{','.join(experiments)}]"
+    return (*SMOKE, "config/small.yaml", "--config", chosen, "--", *experiments)
+
+
+def test_a_folder_like_stable_diffusion_goes_through_every_rule(project: Project) -> None:
+    """All classes are those of Stable Diffusion 1.4; only sizes and weights are not."""
+    pipeline, _ = write_models(project.folder / "models")
+    (pipeline / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    hub = {"revision": "0" * 40, "repository": "nobody/nothing", "files": ["unet/*.safetensors", "vae/*"]}
+    model = {
+        "pipeline": {"path": "models/pipeline", "hub": hub},
+        "alignment": {"path": "models/alignment"},
+    }
+    run = project.snakemake(
+        *small(project, model, LEFT_TAIL, schedule={"spacing": "leading"}, adapter={"rank": 2, "alpha": 2.0})
+    )
+    assert run.returncode == 0, run.stdout
+    for rule in ("fetch_checkpoint", "images_model", "images_offline", "images_threshold", "images_finetune"):
+        assert f"Rule: {rule})" in run.stdout
+    results = project.folder / "results" / "small"
+    fetched = json.loads((results / "runs" / LEFT_TAIL / "pretrained" / "fetched.json").read_text())
+    assert "nobody/nothing" in json.dumps(fetched)
+    assert (results / "tables" / f"{LEFT_TAIL}.md").is_file()
+
+
+def test_what_is_not_there_is_named_with_where_to_place_it(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub = {"revision": "0" * 40, "repository": "nobody/nothing", "files": ["unet/*.safetensors"]}
+    model = {"pipeline": {"path": "models/none", "hub": hub}, "alignment": {"path": "models/none"}}
+    run = project.snakemake(*small(project, model, ENTROPY))
+    assert run.returncode != 0
+    log = project.folder / "results" / "small" / "logs" / "fetch_checkpoint" / f"{ENTROPY}.log"
+    said = log.read_text()
+    assert "nobody/nothing" in said
+    assert str(Path("models") / "none") in said
+    assert "Traceback" not in said
+
+
+def test_retrain_trains_both_models_and_uses_them(project: Project) -> None:
+    model = {"pipeline": {"path": "none"}, "alignment": {"path": "none"}, "embedded": EMBEDDED}
+    run = project.snakemake(*small(project, model, ENTROPY, retrain=True))
+    assert run.returncode == 0, run.stdout
+    trained = project.folder / "results" / "small" / "models" / "small"
+    for part in ("pipeline", "alignment"):
+        assert (trained / part / "weights" / "training.json").is_file()
+    record = project.folder / "results" / "small" / "runs" / ENTROPY / "pretrained" / "model.json"
+    assert json.loads(record.read_text())["pipeline"]["path"] == "results/small/models/small/pipeline/weights"
+
+
+def test_two_trainings_of_one_model_are_refused(project: Project) -> None:
+    file = project.folder / "config" / "two.yaml"
+    own = {"name": "bridges", "pipeline": {"path": "elsewhere"}, "alignment": {"path": "elsewhere"}}
+    file.write_text(yaml.safe_dump({"overrides": {"files": {ENTROPY: {"model": own}}}}))
+    run = project.snakemake("--dry-run", "--configfile", "config/two.yaml")
+    assert run.returncode != 0
+    assert "key model: differs" in run.stdout
+    assert "Traceback" not in run.stdout
