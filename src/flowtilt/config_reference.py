@@ -420,8 +420,8 @@ def _is_mapping(own: Schema) -> bool:
 def _words(own: Schema, headings: Mapping[type[Section], str], plural: bool = False) -> str:
     """Type and range of a JSON schema in words."""
     s = "s" if plural else ""
-    if "anyOf" in own:
-        options = [option for option in own["anyOf"] if option != {"type": "null"}]
+    if "anyOf" in own or "oneOf" in own:
+        options = [option for option in own.get("anyOf", own.get("oneOf")) if option != {"type": "null"}]
         return " or ".join(_words(option, headings, plural) for option in options)
     if "$ref" in own:
         return _link(_kinds()[own["$ref"]], headings)

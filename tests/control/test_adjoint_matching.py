@@ -784,7 +784,7 @@ def test_updates_on_the_same_trajectories_take_steps_of_their_own():
 
 
 def test_one_pass_with_all_steps_is_the_first_of_several():
-    """With every step in the loss there is nothing to draw: the first update of a buffer is that of a batch."""
+    """With every step in the loss nothing is drawn: the first update of a buffer is that of a batch."""
     every = QUICK | {"updates": 1, "last_share": 1.0}
     one, several = (
         solve(quick_flow(), RewardVariation(LINEAR), 1.0, settings(**every, passes=p), generator(0))

@@ -1,4 +1,4 @@
-"""Pictures in the workflow: the smoke run, a folder like Stable Diffusion 1.4's through every rule, a training."""
+"""Pictures in the workflow: the smoke run, a folder like Stable Diffusion 1.4's, a training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workflow_copy import SMOKE, Project
 pytest.importorskip("diffusers", reason="the extra 'images' is not installed")
 pytest.importorskip("open_clip", reason="the extra 'images' is not installed")
 
-from small_pictures import EMBEDDED, write_models  # noqa: E402
+from small_pictures import EMBEDDED, write_models
 
 pytestmark = pytest.mark.pipeline
 

@@ -674,6 +674,17 @@ def solved(flow, reward, steps, seed=0, **changes):
     return solve(flow, RewardVariation(reward), KL_WEIGHT, own, generator(seed)).model
 
 
+def check_samples(model, steps, laws, count=5_000):
+    """Means and covariances of samples of both prompts, within four standard errors of Gaussian ones."""
+    context = chosen_prompts(model, 2 * count)
+    x = sample_sde(model, 2 * count, steps, generator(1), context)[-1].flatten(1).double()
+    for prompt, (mean, covariance) in enumerate(laws):
+        own, variances = x[context.prompt == prompt], covariance.diagonal()
+        assert float(((own.mean(0) - mean) / (variances / count).sqrt()).abs().max()) < 4
+        error = ((torch.outer(variances, variances) + covariance**2) / count).sqrt()
+        assert float(((own.T.cov() - covariance) / error).abs().max()) < 4
+
+
 @pytest.mark.parametrize(
     ("known", "target", "steps", "guidance"),
     [
@@ -687,19 +698,36 @@ def solved(flow, reward, steps, seed=0, **changes):
 def test_a_linear_reward_moves_the_mean_of_every_prompt(known, target, steps, guidance):
     """The lean adjoint is the same for all states: the regression has no noise, and finds its fixed point."""
     flow = gaussian_flow(known, target, steps, guidance=guidance)
-    model = solved(flow, LINEAR, steps)
-    count = 5_000
-    with torch.no_grad():
-        x = sample_sde(model, 2 * count, steps, generator(1), chosen_prompts(model, 2 * count))[-1]
+    model, laws = solved(flow, LINEAR, steps), []
     for prompt in (0, 1):
         mean, covariance = chain_law(Flat(model, prompt), steps)
         matched = matched_law(Flat(flow, prompt), LINEAR, KL_WEIGHT, steps)
-        assert relative_error(mean, matched[0]) < 1e-4
+        # Of what is left of 160 updates; samples and adjoints are in single precision.
+        assert relative_error(mean, matched[0]) < 2e-4
         assert relative_error(covariance, matched[1]) < 1e-6
-        exact = law_of(prompt, guidance.sampling).tilted(LINEAR, KL_WEIGHT)
-        # What is left is of the steps; the test of their order has it.
-        assert relative_error(mean - exact.mean, LINEAR.linear / KL_WEIGHT) < 0.2
-        own = x[context_of(prompt, count)].flatten(1).double()
-        errors = (covariance.diagonal() / count).sqrt()
-        assert float(((own.mean(0) - mean) / errors).abs().max()) < 4
-        assert float(((own.T.cov() - covariance) / covariance_errors(covariance, count)).abs().max()) < 4
+        before, exact = law_of(prompt, guidance.sampling), COVARIANCE @ LINEAR.linear / KL_WEIGHT
+        # The rest is of the steps, as their order has it: 10 % at 20 steps, and 5 % at 50.
+        assert relative_error(mean - before.mean, exact) < 2.5 / steps
+        laws.append((mean, covariance))
+    check_samples(model, steps, laws)
+
+
+@schedules
+def test_a_quadratic_reward_moves_mean_and_covariance(known, target):
+    steps, seeds = 20, (0, 1)
+    flow = gaussian_flow(known, target, steps, affine=True)
+    models = [
+        solved(flow, QUADRATIC, steps, seed, updates=240, batch=512, pool=512) for seed in seeds
+    ]
+    for prompt in (0, 1):
+        laws = [chain_law(Flat(model, prompt), steps) for model in models]
+        matched = matched_law(Flat(flow, prompt), QUADRATIC, KL_WEIGHT, steps)
+        # Four standard errors: over five trainings entries have standard deviations of at most these.
+        for deviation, found, expected in zip((0.008, 0.003), zip(*laws, strict=True), matched, strict=True):
+            error = torch.stack(found).mean(0) - expected
+            assert float(error.abs().max()) < 4 * deviation / math.sqrt(len(seeds))
+        # That is finer than the law of continuous time, and than the tilt of the law of the steps.
+        exact = law_of(prompt).tilted(QUADRATIC, KL_WEIGHT)
+        print("exact", float((exact.covariance-matched[1]).abs().max()), "pK", float((Mixture.gaussian(*chain_law(Flat(flow,prompt),steps)).tilted(QUADRATIC,KL_WEIGHT).covariance-matched[1]).abs().max()))
+        print("errors", [[(v-e).flatten().tolist() for v,e in zip(l,matched)] for l in laws])
+    check_samples(models[0], steps, [chain_law(Flat(models[0], prompt), steps) for prompt in (0, 1)])
