@@ -1,4 +1,5 @@
-import itertools
+"""A denoiser as a flow: against the steps of diffusers, and with the exact denoiser of Gaussian data."""
+
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -6,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
 from closed_forms import (
     Mixture,
     Quadratic,
+    affine_velocity,
     chain_law,
     generator,
     halving_orders,
@@ -19,16 +22,13 @@ from closed_forms import (
     relative_error,
     tensor,
 )
-from flowtilt.control.adjoint_matching import AdjointMatchingSettings, loss_scale, solve
+from flowtilt.control.adjoint_matching import AdjointMatchingSettings, solve
 from flowtilt.domains.images.model import Guidance, LatentFlow, Prompted
+from flowtilt.domains.images.pipeline import schedule_of
 from flowtilt.functionals.utilities import RewardVariation
 from flowtilt.interpolants import convert
 from flowtilt.model import FlowModel
 from flowtilt.sampling import memoryless_steps, sample_sde
-
-diffusers = pytest.importorskip("diffusers", reason="the extra 'images' is not installed")
-
-from flowtilt.domains.images.pipeline import schedule_of  # noqa: E402 (needs diffusers)
 
 TARGETS = ("epsilon", "v_prediction", "sample")
 targets = pytest.mark.parametrize("target", TARGETS)
@@ -101,7 +101,7 @@ EMPTY = torch.randn(5, 3, generator=generator(6))
 
 
 def scheduler_of(known, target="epsilon"):
-    return diffusers.DDIMScheduler(**known, prediction_type=target)
+    return DDIMScheduler(**known, prediction_type=target)
 
 
 def flow_of(denoiser, scheduler, shape=SHAPE, prompts=(TABLE, EMPTY), **settings):
@@ -210,7 +210,7 @@ def test_trajectories_are_those_of_ddim_with_eta_one(known, target):
 def small_unet():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return diffusers.UNet2DConditionModel(
+        return UNet2DConditionModel(
             sample_size=4,
             in_channels=4,
             out_channels=4,
@@ -475,7 +475,7 @@ class Corrected(nn.Module):
     """The exact denoiser plus, at each of a sampler's timesteps, a trained offset or a trained affine map.
 
     Tilts change the score by ``alpha`` times something that stays of one size, which a prediction's gain
-    turns into its own units. Affine maps are of the state and the prompt's mean: those of a tilt by a quadratic.
+    turns into its own units. Affine maps, for a tilt by a quadratic, are of the state and the prompt's mean.
     """
 
     def __init__(self, exact, path, grid, affine):
@@ -496,13 +496,14 @@ class Corrected(nn.Module):
         return SimpleNamespace(sample=found + (self.gain[tau] * moved).view_as(x).to(x))
 
 
-def gaussian_flow(known, target, steps=None, affine=False, guidance=Guidance()):
+def gaussian_flow(known, target, steps=None, affine=False, **settings):
+    """The flow of both prompts, with a correction if there is a sampler to make it for."""
     scheduler = scheduler_of(known, target)
     path = schedule_of(scheduler)
     denoiser = Gaussian(path, target)
     if steps is not None:
         denoiser = Corrected(denoiser, path, path.grid(steps, "trailing")[:-1], affine)
-    return flow_of(denoiser, scheduler, (2, 1, 1), (MEANS[:, None], EMPTY_MEAN[None]), guidance=guidance)
+    return flow_of(denoiser, scheduler, (2, 1, 1), (MEANS[:, None], EMPTY_MEAN[None]), **settings)
 
 
 class Flat(FlowModel):
@@ -537,10 +538,11 @@ def chosen_prompts(flow, count):
 def test_the_loss_of_the_exact_denoiser_is_the_posterior_variance_and_its_residual_is_unpredictable(
     target, tau
 ):
-    """With ``Sigma = alpha^2 S + beta^2``: of the noise ``alpha^2 S Sigma^-1``, of the data ``beta^2 S Sigma^-1``.
+    """It is ``alpha^2 S Sigma^-1`` of the noise and ``beta^2 S Sigma^-1`` of the data, of a covariance S.
 
-    ``v = (noise - beta x) / alpha`` has the noise's variance over ``alpha^2``. What is left has mean zero given
-    the state: no change of the prediction that is linear in state and prompt lowers the mean square.
+    ``Sigma = alpha^2 S + beta^2``, and ``v = (noise - beta x) / alpha`` has the noise's over ``alpha^2``.
+    What is left has mean zero given the state: no change of the prediction that is linear in state and
+    prompt lowers the mean square.
     """
     count = 40_000
     flow = gaussian_flow(TRAILING, target)
@@ -645,26 +647,25 @@ def test_where_no_signal_is_left_at_the_start_the_limit_is_the_tilted_law(reward
 def test_what_a_linear_reward_is_matched_to_is_the_tilt_of_the_law_of_the_steps(known, target, steps):
     """All but its first state's part, which no control moves, and the last step's share of it.
 
-    The chain's endpoint is ``P x_0`` plus noise of the covariance ``C - P P^T``, and ``exp(c x / lambda)`` moves
-    it by that times ``c / lambda``. The last step, without noise, is moved as by noise ``sqrt(velocity eta)``.
+    The chain's endpoint is ``P x_0`` plus noise of the covariance ``C - P P^T``, and ``exp(c x / lambda)``
+    moves it by that times ``c / lambda``. The last step has no noise, and is moved as by noise of the size
+    ``sqrt(velocity eta)``.
     """
     flow = Flat(gaussian_flow(known, target), 1)
     mean, covariance = chain_law(flow, steps)
-    product, coefficients = torch.eye(2, dtype=torch.float64), memoryless_steps(flow, steps)
-    origin = torch.zeros(1, 2, dtype=torch.float64)
+    eye, coefficients = torch.eye(2, dtype=torch.float64), memoryless_steps(flow, steps)
+    product = eye
     for t, step in zip(flow.time_grid(steps)[:-1], coefficients, strict=True):
-        slope = torch.autograd.functional.jacobian(lambda x, t=t: flow.velocity(x, tensor(t))[0], origin)[
-            :, 0
-        ]
-        product = (step.state * torch.eye(2) + step.velocity * slope) @ product
+        slope, _ = affine_velocity(flow, t)
+        product = (step.state * eye + step.velocity * slope) @ product
     last = coefficients[-1].velocity * flow.path.eta(tensor(flow.time_grid(steps)[-2]))
     c = LINEAR.linear / KL_WEIGHT
     moved = (covariance - product @ product.T) @ c + last * c
     found = matched_law(flow, LINEAR, KL_WEIGHT, steps)
-    torch.testing.assert_close(found[0], mean + moved, rtol=1e-9, atol=0)
-    torch.testing.assert_close(found[1], covariance, rtol=1e-9, atol=0)
-    # The last step's share: with that of the first state, what the matched law and the tilted one differ by.
-    assert float(last * c.norm() / moved.norm()) < 0.1
+    torch.testing.assert_close(found[0], mean + moved, rtol=1e-11, atol=0)
+    torch.testing.assert_close(found[1], covariance, rtol=1e-11, atol=0)
+    # The last step's share, of the order of a step.
+    assert float(last * c.norm() / moved.norm()) < 1.1 / steps
 
 
 def solved(flow, reward, steps, seed=0, **changes):
@@ -706,8 +707,8 @@ def test_a_linear_reward_moves_the_mean_of_every_prompt(known, target, steps, gu
         assert relative_error(mean, matched[0]) < 2e-4
         assert relative_error(covariance, matched[1]) < 1e-6
         before, exact = law_of(prompt, guidance.sampling), COVARIANCE @ LINEAR.linear / KL_WEIGHT
-        # The rest is of the steps, as their order has it: 10 % at 20 steps, and 5 % at 50.
-        assert relative_error(mean - before.mean, exact) < 2.5 / steps
+        # The rest is of the steps, as their order has it.
+        assert relative_error(mean - before.mean, exact) < {20: 0.18, 50: 0.1}[steps]
         laws.append((mean, covariance))
     check_samples(model, steps, laws)
 
@@ -716,9 +717,7 @@ def test_a_linear_reward_moves_the_mean_of_every_prompt(known, target, steps, gu
 def test_a_quadratic_reward_moves_mean_and_covariance(known, target):
     steps, seeds = 20, (0, 1)
     flow = gaussian_flow(known, target, steps, affine=True)
-    models = [
-        solved(flow, QUADRATIC, steps, seed, updates=240, batch=512, pool=512) for seed in seeds
-    ]
+    models = [solved(flow, QUADRATIC, steps, seed, updates=240, batch=512, pool=512) for seed in seeds]
     for prompt in (0, 1):
         laws = [chain_law(Flat(model, prompt), steps) for model in models]
         matched = matched_law(Flat(flow, prompt), QUADRATIC, KL_WEIGHT, steps)
@@ -726,8 +725,9 @@ def test_a_quadratic_reward_moves_mean_and_covariance(known, target):
         for deviation, found, expected in zip((0.008, 0.003), zip(*laws, strict=True), matched, strict=True):
             error = torch.stack(found).mean(0) - expected
             assert float(error.abs().max()) < 4 * deviation / math.sqrt(len(seeds))
-        # That is finer than the law of continuous time, and than the tilt of the law of the steps.
-        exact = law_of(prompt).tilted(QUADRATIC, KL_WEIGHT)
-        print("exact", float((exact.covariance-matched[1]).abs().max()), "pK", float((Mixture.gaussian(*chain_law(Flat(flow,prompt),steps)).tilted(QUADRATIC,KL_WEIGHT).covariance-matched[1]).abs().max()))
-        print("errors", [[(v-e).flatten().tolist() for v,e in zip(l,matched)] for l in laws])
+        # That is finer than what the tilt of the law of the steps differs by, and of data in continuous time.
+        pretrained = Mixture.gaussian(*chain_law(Flat(flow, prompt), steps))
+        for law, least in ((pretrained, 0.013), (law_of(prompt), 0.08)):
+            other = law.tilted(QUADRATIC, KL_WEIGHT).covariance
+            assert float((other - matched[1]).abs().max()) > least
     check_samples(models[0], steps, [chain_law(Flat(models[0], prompt), steps) for prompt in (0, 1)])

@@ -144,8 +144,8 @@ def starts(generator: torch.Generator) -> Tensor:
 def by_diffusers(pipeline: StableDiffusionPipeline, folder: Path, guidance: float, **changes) -> Tensor:
     """Latents of the prompts by a folder's noise schedule in DDIM with eta = 1."""
     pipeline.scheduler = scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **changes)
-    # Without signal at the first step, DDIM takes the root of what rounding leaves of zero, 3e-4 in float32.
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    # Where no signal is left, DDIM takes the root of what rounding leaves of zero: 3e-4 in float32.
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double().clamp(min=1e-14)
     scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
     generator = torch.Generator().manual_seed(5)
     return pipeline(
@@ -610,29 +610,32 @@ def test_adjoint_matching_goes_through_a_loaded_model(folder, guidance, passes, 
         assert torch.equal(tensor, before[name])
 
 
+@pytest.fixture
+def double() -> Iterator[None]:
+    """With 64 bits by default: Adam's first steps have the gradients' signs, and rounding decides some."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def in_double(loaded: TextToImage) -> TextToImage:
+    flow, known = loaded.flow.double(), loaded.flow.prompts
+    flow.use_prompts(known.table.double(), known.empty.double())
+    loaded.decode.args[0].double()
+    return loaded
+
+
 @pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["whole", "adapter"])
-def test_micro_batches_change_nothing(folder, adapter):
+def test_micro_batches_change_nothing(folder, double, adapter):
     """In two updates on the same trajectories, with gradients of all together and of one after another."""
     guidance = GuidanceConfig(sampling=3, adjoint=3, control=3)
-    loaded = load_text_to_image(folder, PROMPTS, guidance, adapter=adapter)
+    loaded = in_double(load_text_to_image(folder, PROMPTS, guidance, adapter=adapter))
     settings = replace(SETTINGS, updates=2, passes=2, last_share=0.4, rest_share=0.7)
     together, apart = (solved(loaded, replace(settings, micro_batch=m)) for m in (None, 1))
     for one, other in zip(together.history, apart.history, strict=True):
         for column in ("loss", "gradient_norm", "control_energy", "network_passes"):
-            assert other[column] == pytest.approx(one[column], rel=1e-5), column
-    moves = [
-        max(
-            float((t - w).abs().max())
-            for t, w in zip(a.weights().values(), b.weights().values(), strict=True)
-        )
-        for a, b in ((together.model, loaded.flow), (together.model, apart.model))
-    ]
-    print(
-        "MOVES",
-        adapter,
-        moves,
-        [(h["loss"], h["gradient_norm"], h["control_energy"]) for h in together.history],
-    )
-    assert moves[0] > 1e-3
-    assert moves[1] < 1e-5
-    assert together.history[1]["control_energy"] > 0
+            assert other[column] == pytest.approx(one[column], rel=1e-9, abs=1e-12), column
+    assert together.history[1]["control_energy"] > 1e-3
+    whole, parts = together.model.weights(), apart.model.weights()
+    assert max(float((t - whole[name]).abs().max()) for name, t in loaded.flow.weights().items()) > 1e-3
+    assert max(float((t - whole[name]).abs().max()) for name, t in parts.items()) < 1e-9

@@ -1,13 +1,16 @@
+"""The path of a discrete diffusion, against the scheduler of diffusers that it is taken from."""
+
+import itertools
 import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from closed_forms import tensor
+from flowtilt.domains.images.pipeline import schedule_of
 from flowtilt.domains.images.schedule import DiscreteSchedule, levels_of
 from flowtilt.interpolants import memoryless_step
-
-diffusers = pytest.importorskip("diffusers", reason="the extra 'images' is not installed")
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS = {
@@ -22,9 +25,8 @@ schedulers = pytest.mark.parametrize("known", SCHEDULERS.values(), ids=SCHEDULER
 
 
 def scheduler_and_path(known, **changes):
-    scheduler = diffusers.DDIMScheduler(**known, **changes)
-    levels = scheduler.alphas_cumprod.double().tolist()
-    return scheduler, DiscreteSchedule(tuple(levels), float(scheduler.final_alpha_cumprod))
+    scheduler = DDIMScheduler(**known, **changes)
+    return scheduler, schedule_of(scheduler)
 
 
 def nodes(path):
@@ -133,7 +135,7 @@ def test_grids_are_those_of_diffusers(spacing, offset, steps):
     assert len(grid) == steps + 1
     assert grid[-1] == 1
     assert torch.equal(path.timestep_of(tensor(grid[:-1])), scheduler.timesteps.double())
-    assert all(t < s for t, s in zip(grid, grid[1:], strict=False))
+    assert all(t < s for t, s in itertools.pairwise(grid))
 
 
 def test_trailing_begins_at_the_noisiest_and_all_timesteps_are_a_grid():

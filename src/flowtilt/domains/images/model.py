@@ -77,7 +77,8 @@ class LatentFlow(FlowModel):
         offset: of the timesteps, see :meth:`DiscreteSchedule.grid`.
         guidance: scales by use.
         precision: of the denoiser's matrix products, by autocast.
-        chunk: most latents that go through the denoiser together where no gradient is kept; None for all.
+        chunk: most latents that go through the denoiser together where no gradient is kept, each of them
+            twice under guidance; None for all.
         tuned: what the names of the denoiser's weights contain that a fine-tuning changes; empty for all.
 
     Raises:
@@ -190,9 +191,8 @@ class LatentFlow(FlowModel):
 
     def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
         found = self.predict(x, t, context)
-        if (
-            self.target == "v_prediction"
-        ):  # v = alpha noise - beta endpoint (Salimans and Ho 2022, appendix D)
+        if self.target == "v_prediction":
+            # v = alpha noise - beta endpoint (Salimans and Ho 2022, appendix D)
             at = broadcast_time(t, x)
             found = self.path.alpha(at) * x - self.path.beta(at) * found
         source: Prediction = "noise" if self.target == "epsilon" else "endpoint"

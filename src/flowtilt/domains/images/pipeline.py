@@ -262,7 +262,7 @@ def embeddings(folder: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     encoder = _loaded(CLIPTextModel, folder, "text_encoder")
     limit = encoder.config.max_position_embeddings
     for prompt in prompts:
-        count = len(tokenizer(prompt).input_ids)
+        count = len(tokenizer(prompt, verbose=False).input_ids)
         if count > limit:
             log.warning(
                 "prompt %r has %d tokens, and the text encoder takes %d: what comes after is not seen",

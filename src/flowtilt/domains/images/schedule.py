@@ -20,11 +20,11 @@ Spacing = Literal["leading", "trailing"]
 class DiscreteSchedule(Interpolant):
     """A variance-preserving path through the signal levels of a discrete diffusion.
 
-    Timestep ``tau`` of ``T`` stands at the time ``t = 1 - (tau + 1) / T``: the noisiest one at 0, and the data
-    at 1, where the level is ``end``. Between two timesteps ``alpha`` is linear, so that its rate is finite even
-    where the noisiest timestep has no signal left. At every timestep ``alpha`` and ``beta`` are exactly those
-    of the diffusion, so that its DDIM step with eta = 1 (Song et al. 2021, section 4.1) is the memoryless step
-    of this path.
+    Timestep ``tau`` of ``T`` stands at the time ``t = 1 - (tau + 1) / T``: the noisiest one at 0, and the
+    data at 1, where the level is ``end``. Between two timesteps ``alpha`` is linear, so that its rate is
+    finite even where the noisiest timestep has no signal left. At every timestep ``alpha`` and ``beta`` are
+    exactly those of the diffusion, so that its DDIM step with eta = 1 (Song et al. 2021, section 4.1) is the
+    memoryless step of this path.
 
     Attributes:
         levels: ``alpha^2`` of the timesteps, from 0 to T - 1, falling.
@@ -66,7 +66,7 @@ class DiscreteSchedule(Interpolant):
         return 1 - (timestep + 1) / self.timesteps
 
     def timestep_of(self, t: Tensor) -> Tensor:
-        """Timesteps of times, of the same shape, float; whole where the rounding of ``t`` is all that misses."""
+        """Timesteps of times, of the same shape, float; whole where the rounding of ``t`` alone misses it."""
         tau = (1 - t.double()) * self.timesteps - 1
         whole = tau.round()
         return torch.where((tau - whole).abs() < 1e-3, whole, tau)
@@ -81,8 +81,8 @@ class DiscreteSchedule(Interpolant):
             offset: added to the timesteps of ``leading``.
 
         Raises:
-            ValueError: if there are fewer timesteps than steps, the spacing is another, or the offset leads out
-                of the timesteps.
+            ValueError: if there are fewer timesteps than steps, the spacing is another, or the offset leads
+                out of the timesteps.
         """
         total = self.timesteps
         if not 1 <= steps <= total:
