@@ -201,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--config-hash", required=True)
     stage.add_argument("--benchmarks", type=Path, required=True, help="folder of the workflow's benchmarks")
     stage.add_argument("--output", type=Path, required=True)
+    stage.add_argument("--earlier", type=Path, help="provenance of an earlier run whose results are kept")
 
     stage = add("page", _page, "Write a table, the comparison or the provenance as an HTML page.")
     stage.add_argument("source", type=Path, help="a table's .md, comparison.csv, or provenance.json")
@@ -436,7 +437,7 @@ def _theory_report(a: argparse.Namespace) -> None:
 def _provenance(a: argparse.Namespace) -> None:
     from flowtilt.provenance import write_provenance
 
-    write_provenance(a.config_hash, a.benchmarks, a.output)
+    write_provenance(a.config_hash, a.benchmarks, a.output, a.earlier)
 
 
 def _page(a: argparse.Namespace) -> None:

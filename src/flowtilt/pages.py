@@ -80,6 +80,8 @@ def provenance_page(source: Path) -> str:
             _mapping("Machine", record["machine"]),
             _stages(record["stages"]),
         ]
+        if earlier := record.get("earlier"):
+            panels.append(_mapping("Kept from an earlier run", earlier))
     except (ValueError, KeyError, TypeError) as error:
         raise ResultsError(f"{source}: not a provenance ({error!r}); delete it and run again") from None
     return page("Where the results come from", markdown(panels))

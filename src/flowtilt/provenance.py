@@ -26,26 +26,49 @@ PACKAGES = (
     "qm9pack",
     "rdkit",
     "tblite",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "peft",
+    "open_clip_torch",
+    "vendi-score",
 )
 
 
-def write_provenance(config_hash: str, benchmarks: Path, output: Path) -> None:
+def write_provenance(config_hash: str, benchmarks: Path, output: Path, earlier: Path | None = None) -> None:
     """Write the provenance of a finished run.
 
     Args:
         config_hash: of the workflow's configuration.
         benchmarks: folder of Snakemake's benchmark files, one folder a stage.
         output: JSON file to write.
+        earlier: provenance of an earlier run whose results are kept beside those of this one; its commit,
+            configuration, versions and machine are kept under ``earlier``, and its stages' costs are added.
     """
-    record = {
+    record: dict[str, Any] = {
         "commit": commit(),
         "config_hash": config_hash,
         "versions": versions(),
         "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
         "stages": stage_costs(benchmarks),
     }
+    if earlier is not None:
+        other = json.loads(earlier.read_text())
+        record["stages"] = _added(other.pop("stages"), record["stages"])
+        record["earlier"] = other
     with atomic_path(output) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _added(first: dict[str, dict[str, float]], second: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Costs of stages in two runs together: jobs and times add up, of memory the larger counts."""
+    total = {stage: dict(costs) for stage, costs in first.items()}
+    for stage, costs in second.items():
+        known = total.setdefault(stage, {})
+        for key, value in costs.items():
+            before = known.get(key, 0)
+            known[key] = max(before, value) if key == "peak_memory_mb" else round(before + value, 1)
+    return total
 
 
 def versions() -> dict[str, str | None]:
