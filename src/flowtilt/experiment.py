@@ -434,9 +434,9 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     Args:
         path: the YAML file; its ``name`` must be the file's.
         overrides: merged into every experiment in the plane last, and what is under the keys ``molecules``
-            and ``images`` into every one of that domain; but the key ``files`` holds, by file, what is merged into the file
-            as it is read, before the changes of a study's cases; and the key ``skip`` names, by file, cases
-            and methods that are left out (see :class:`Skip`).
+            and ``images`` into every one of that domain; but the key ``files`` holds, by file, what is
+            merged into the file as it is read, before the changes of a study's cases; and the key ``skip``
+            names, by file, cases and methods that are left out (see :class:`Skip`).
 
     Raises:
         ConfigError: naming the file, the key and the fix.

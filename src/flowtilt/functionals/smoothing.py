@@ -23,10 +23,10 @@ def smoothed(
 ) -> Tensor:
     """Gradient at the data of a functional's first variation on the law ``p_t`` of a path.
 
-    With ``x_t = alpha x + beta n``, a functional of ``p_t`` is one of the data's law, whose first variation at
-    ``x`` is ``E_n g(alpha x + beta n)`` with ``g`` the one at ``p_t``: its gradient is ``alpha E_n`` of that
-    of ``g``. The noise comes in pairs ``n, -n``, which are exact where ``g`` is quadratic, and follows from
-    the samples themselves, so that a sample has the same in any batch.
+    With ``x_t = alpha x + beta n``, a functional of ``p_t`` is one of the data's law, whose first variation
+    at ``x`` is ``E_n g(alpha x + beta n)`` with ``g`` the one at ``p_t``: its gradient is ``alpha E_n`` of
+    that of ``g``. The noise comes in pairs ``n, -n``, which are exact where ``g`` is quadratic, and follows
+    from the samples themselves, so that a sample has the same in any batch.
 
     Args:
         gradient: of ``g`` at states, a time and a context.

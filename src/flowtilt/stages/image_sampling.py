@@ -107,8 +107,8 @@ def sample(
             if not bool(pictures.isfinite().all()):
                 bad = int((~pictures.isfinite()).flatten(1).any(1).sum())
                 raise StageError(
-                    f"method {method!r}, seed {seed}: {bad} of {len(pictures)} pictures are not finite; lower "
-                    "solver.learning_rate, or leave compute.precision at float32"
+                    f"method {method!r}, seed {seed}: {bad} of {len(pictures)} pictures are not finite; "
+                    "lower solver.learning_rate, or leave compute.precision at float32"
                 )
             for i, picture in zip(index.tolist(), as_bytes(pictures), strict=True):
                 Image.fromarray(picture).save(folder / name_of(i % len(base.prompts), i // len(base.prompts)))
