@@ -285,7 +285,7 @@ def test_a_gpu_that_is_not_there_is_refused(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     files = {"model": left_tail.file("model.json"), "output": left_tail.file("no.npz")}
     assert left_tail.run("offline", seed=0, gpu=1, **files) == 1
-    assert "key gpu: the job was to have 1 GPU, and torch sees 0" in caplog.text
+    assert "key gpu: the job was to have 1, and torch sees 0" in caplog.text
 
 
 def test_pictures_that_are_not_finite_are_refused(
