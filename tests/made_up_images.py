@@ -31,7 +31,7 @@ _BASES = {"pretrained": {"kind": "pretrained"}, "am": {"kind": "am"}}
 _KEYS: dict[str, dict[str, Any]] = {
     ENTROPY: {
         "seeds": 3,
-        "objective": {"utility": "entropy", "alpha": 8.0, "reward_alpha": 0.02},
+        "objective": {"utility": "entropy", "alpha": 8.0, "noise": 0.2, "reward_alpha": 0.02},
         "methods": {
             **_BASES,
             "fdc_alpha_32": _FDC | {"alpha": 32.0},
