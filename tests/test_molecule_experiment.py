@@ -167,7 +167,7 @@ def test_a_study_of_levels_is_of_molecules(tmp_path: Path) -> None:
 def test_a_stage_is_told_the_kind_of_its_experiment() -> None:
     with pytest.raises(ConfigError, match="is on molecules; this stage is for those in the plane"):
         planar_experiment(tiny())
-    with pytest.raises(ConfigError, match="this stage is for those with domain: molecules"):
+    with pytest.raises(ConfigError, match="is in the plane; this stage is for those on molecules"):
         molecule_experiment(tiny_plane())
     with pytest.raises(ConfigError, match="unknown method 'ppo'; it has data, pretrained"):
         method_of(tiny(), "ppo")

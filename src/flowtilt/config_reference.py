@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from flowtilt.configuration import ConfigError, Section, read_yaml
 from flowtilt.experiment import FunctionalExperiment, Skip, Study, TailExperiment
@@ -297,12 +297,20 @@ def _sections(kind: type[Section]) -> Iterator[Found]:
 
 
 def _headings() -> dict[type[Section], str]:
-    """Heading of each section: its key, and where several have the same, what its experiment is on."""
+    """Heading of each section: its key, and where several have the same, what its experiment is on.
+
+    Sections that a key of one experiment can be are told apart by what their key ``utility`` must be.
+    """
     paths = [found.path for found in _all_sections()]
-    return {
-        found.kind: f"`{found.path}`" + (f" {found.of}" if paths.count(found.path) > 1 else "")
-        for found in _all_sections()
-    }
+    within = [(found.path, found.of) for found in _all_sections()]
+    headings = {}
+    for found in _all_sections():
+        heading = f"`{found.path}`" + (f" {found.of}" if paths.count(found.path) > 1 else "")
+        if within.count((found.path, found.of)) > 1:
+            (value,) = get_args(found.kind.model_fields["utility"].annotation)
+            heading += f", `{value}`"
+        headings[found.kind] = heading
+    return headings
 
 
 # ------------------------------------------------------------------------- what sections say

@@ -187,7 +187,7 @@ def write_model(
         check_source(experiment.reward.weights, "key reward.weights")
     folders = Folders(pipeline or Path(model.pipeline.path), alignment or Path(model.alignment.path))
     # Loaded once before any training: what is wrong is said now.
-    load_text_to_image(
+    base = load_text_to_image(
         folders.pipeline,
         experiment.prompts,
         experiment.guidance,
@@ -195,6 +195,12 @@ def write_model(
         experiment.compute,
         experiment.adapter,
     )
+    try:
+        base.flow.time_grid(experiment.solver.steps)
+    except ValueError as error:
+        raise ConfigError(
+            f"experiment {experiment.name}: keys solver.steps and schedule.spacing: {error}"
+        ) from None
     load_alignment(*alignment_of(experiment, folders))
     found = {
         part: {"path": str(folder), "sha256": contents_of(folder)}

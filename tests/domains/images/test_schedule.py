@@ -209,3 +209,12 @@ def test_equal_schedules_have_equal_hashes():
     assert hash(one) == hash(other)
     assert one != DiscreteSchedule(one.levels, one.levels[0])
     assert hash(one) != hash(DiscreteSchedule(one.levels, one.levels[0]))
+
+
+def test_a_last_step_that_leads_nowhere_is_refused():
+    """Leading spacing without an offset, on a schedule that ends at its cleanest timestep."""
+    path = DiscreteSchedule((0.9, 0.5, 0.2, 0.05), end=0.9)
+    with pytest.raises(ValueError, match="lead from timestep 0 to its own signal level"):
+        path.grid(2, "leading")
+    assert path.grid(2, "leading", 1)[-1] == 1
+    assert path.grid(2, "trailing")[-1] == 1

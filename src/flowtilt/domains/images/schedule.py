@@ -81,8 +81,8 @@ class DiscreteSchedule(Interpolant):
             offset: added to the timesteps of ``leading``.
 
         Raises:
-            ValueError: if there are fewer timesteps than steps, the spacing is another, or the offset leads
-                out of the timesteps.
+            ValueError: if there are fewer timesteps than steps, the spacing is another, the offset leads out
+                of the timesteps, or the last step leads nowhere.
         """
         total = self.timesteps
         if not 1 <= steps <= total:
@@ -96,6 +96,11 @@ class DiscreteSchedule(Interpolant):
             raise ValueError(f"the spacing of timesteps must be leading or trailing, got {spacing!r}")
         if not (chosen[-1] >= 0 and chosen[0] < total):
             raise ValueError(f"an offset of {offset} leads out of the timesteps 0 to {total - 1}")
+        if chosen[-1] == 0 and self.end == self.levels[0]:
+            raise ValueError(
+                "the last step would lead from timestep 0 to its own signal level; use trailing spacing, an "
+                "offset of 1, or a scheduler with set_alpha_to_one"
+            )
         return [*(self.time_of(tau) for tau in chosen), 1.0]
 
     def _signal(self, t: Tensor) -> tuple[Tensor, Tensor]:
