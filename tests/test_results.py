@@ -241,3 +241,14 @@ def test_tfft_on_molecules_costs_what_am_does() -> None:
     of = costs[costs["experiment"] == "molecules_qm9"].set_index("method")["relative"]
     for method in ("tfft", "tfft_0.9"):
         assert of[method] < 1.15
+
+
+def test_tfft_raises_the_left_tail_of_pictures_over_am_and_the_pretrained_model(by_seed: pd.DataFrame) -> None:
+    tail = {
+        m: metric(by_seed, "text_to_image_left_tail", m, "left_cvar_0.2") for m in ("pretrained", "am", "tfft")
+    }
+    assert (tail["am"] > tail["pretrained"]).all()
+    assert (tail["tfft"] > tail["am"]).all()
+    mean = {m: metric(by_seed, "text_to_image_left_tail", m, "mean_reward") for m in ("pretrained", "am")}
+    assert (mean["am"] > mean["pretrained"]).all()
+    assert (metric(by_seed, "text_to_image_left_tail", "tfft", "active_share") > 0).all()
