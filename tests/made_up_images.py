@@ -15,8 +15,8 @@ from PIL import Image
 
 from flowtilt.configuration import merge, read_yaml
 from flowtilt.domains.images import bridges
+from flowtilt.domains.images.files import picture_name
 from flowtilt.experiment import image_experiment, load_file
-from flowtilt.figures_images import picture_name
 from flowtilt.files import folder_of
 from flowtilt.image_experiment import ImageExperiment, tail_metric
 from flowtilt.metrics.tails import lower_tail_mean

@@ -19,7 +19,6 @@ from flowtilt.figures_images import (
     exploration_figure,
     exploration_strips,
     load_scores,
-    picture_name,
     pictures_figure,
     pictures_of,
     read_picture,
@@ -82,14 +81,6 @@ def test_the_same_runs_give_the_same_figures(results: Path, tmp_path: Path) -> N
 
 
 # ---------------------------------------------------------------------------------- pictures
-
-
-def test_names_are_those_that_are_written() -> None:
-    pytest.importorskip("diffusers", reason="the extra 'images' is not installed")
-    from flowtilt.stages.image_sampling import name_of
-
-    for prompt, number in ((0, 0), (7, 123), (1234, 12345)):
-        assert picture_name(prompt, number) == name_of(prompt, number)
 
 
 def picture_of(

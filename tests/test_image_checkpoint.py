@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from flowtilt.checkpoints import sha256_of
 from flowtilt.domains.images.bridges import CREATIVE, DESIGNS, PROMPTS
 from flowtilt.domains.images.sections import EmbeddedConfig, GuidanceConfig, ImageModelConfig
 from flowtilt.experiment import load_file
-from flowtilt.stages.states import sha256_of
 from small import CONFIG
 
 pytest.importorskip("diffusers", reason="the extra 'images' is not installed")

@@ -18,6 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 from flowtilt.claims import spread
+from flowtilt.domains.images.files import picture_name
 from flowtilt.figures_molecules import COLOURS
 from flowtilt.image_experiment import ImageExperiment, tail_metric
 from flowtilt.measurements import ResultsError, Runs, of_row, read_arrays, run_folder, runs_of
@@ -65,11 +66,6 @@ def load_scores(results: str | Path, runs: Runs, method: str, seed: int) -> Scor
     if missing := {"prompt", "reward", "design"} - arrays.keys():
         raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; delete it and run again")
     return Scores(arrays["prompt"], arrays["reward"], arrays["design"])
-
-
-def picture_name(prompt: int, number: int) -> str:
-    """File of a picture by its prompt's position and its number among the prompt's."""
-    return f"prompt{prompt:03d}_{number:04d}.png"
 
 
 def read_picture(folder: Path, prompt: int, number: int) -> np.ndarray:

@@ -72,7 +72,7 @@ def evaluate(
         history: of the fine-tuning.
         threshold_file: of tfft.
     """
-    from flowtilt.domains.images.alignment import classify
+    from flowtilt.domains.images.alignment import classify_features
     from flowtilt.stages.image_sampling import as_pictures, load_scorer, read_pictures
 
     found, prompt = read_pictures(pictures)
@@ -82,12 +82,12 @@ def evaluate(
     scorer, drawn = load_scorer(experiment, model), as_pictures(found)
     with torch.no_grad():
         features = scorer.picture_features(drawn)
-        clip = scorer.scores(drawn, [experiment.prompts[i] for i in prompt])
+    clip = scorer.scores_of(features, [experiment.prompts[i] for i in prompt])
     rewards = _rewards(experiment, model, drawn, prompt, clip)
     names = experiment.evaluation.designs
     designs = np.full(len(found), -1)
     if names:
-        designs = classify(drawn, scorer, names, experiment.evaluation.template).numpy(force=True)
+        designs = classify_features(features, scorer, names, experiment.evaluation.template).numpy(force=True)
     row: Metrics = {
         "mean_reward": float(rewards.mean()),
         **{tail_metric(mass): lower_tail_mean(rewards, mass) for mass in _masses(experiment)},

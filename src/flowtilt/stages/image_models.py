@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,10 +61,12 @@ def train_pipeline(experiment: ImageExperiment, folder: Path, progress: Progress
 
     config = _embedded(experiment)
     resumption = resumption_of(experiment, "pretrain", SEED, folder, [])
-    with half_precision(), atomic_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         pipeline, histories = pretraining.train_pipeline(config, resumption, progress)
         checks = pretraining.check_autoencoder(pipeline.vae, config, HELD_OUT)
-        pipeline.to(torch.float16).save_pretrained(temporary)
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+            part.half()
+        pipeline.save_pretrained(temporary)
         write_json(_record(experiment, temporary, histories, checks), temporary / RECORD)
     resumption.remove()
 
@@ -82,20 +83,6 @@ def train_alignment(experiment: ImageExperiment, folder: Path, progress: Progres
         build.save_clip(config, temporary, model.half())
         write_json(_record(experiment, temporary, histories, checks), temporary / RECORD)
     resumption.remove()
-
-
-@contextmanager
-def half_precision() -> Iterator[None]:
-    """Without diffusers' advice that half precision is not for CPUs: here it is for files alone."""
-    import logging
-
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def updates_of(experiment: ImageExperiment, part: str) -> int:
@@ -131,17 +118,11 @@ def _record(
         "command": "flowtilt images-pretrain, the rule images_pretrain, with retrain: true",
         "seed": SEED,
         "configuration": _embedded(experiment).model_dump(mode="json"),
-        "versions": versions() | _versions(),
+        "versions": versions(),
         "threads": torch.get_num_threads(),
         "trainings": {name: _curve(history) for name, history in histories.items()},
         "checks": {"pictures": HELD_OUT, **{name: round(value, 4) for name, value in checks.items()}},
     }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("diffusers", "transformers", "open_clip_torch")}
 
 
 def _curve(history: list[dict[str, float]]) -> dict[str, Any]:

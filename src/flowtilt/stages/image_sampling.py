@@ -16,6 +16,7 @@ from torch import Tensor
 from flowtilt.checkpoints import load_weights
 from flowtilt.devices import generator_of
 from flowtilt.domains.images.alignment import AlignmentModel, load_alignment
+from flowtilt.domains.images.files import picture_name
 from flowtilt.domains.images.pipeline import TextToImage, load_text_to_image
 from flowtilt.domains.images.rewards import Decode
 from flowtilt.files import atomic_folder
@@ -89,7 +90,7 @@ def sample(
         method: of the run.
         seed: of the run.
         model: file of the stage images-model.
-        output: folder to write, of a picture for every prompt and number, see :func:`name_of`.
+        output: folder to write, of a picture for every prompt and number, see :func:`flowtilt.domains.images.files.picture_name`.
         weights: of the fine-tuning; without them, the pretrained model's pictures.
 
     Raises:
@@ -111,12 +112,8 @@ def sample(
                     "lower solver.learning_rate, or leave compute.precision at float32"
                 )
             for i, picture in zip(index.tolist(), as_bytes(pictures), strict=True):
-                Image.fromarray(picture).save(folder / name_of(i % len(base.prompts), i // len(base.prompts)))
-
-
-def name_of(prompt: int, number: int) -> str:
-    """File of a picture: that of its prompt's position, and its number among the prompt's."""
-    return f"prompt{prompt:03d}_{number:04d}.png"
+                number, position = divmod(i, len(base.prompts))
+                Image.fromarray(picture).save(folder / picture_name(position, number))
 
 
 _NAME = re.compile(r"prompt(\d{3,})_(\d{4,})\.png")

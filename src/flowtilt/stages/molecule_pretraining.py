@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowtilt.checkpoints import CheckpointError, load_weights
+from flowtilt.checkpoints import CheckpointError, load_weights, sha256_of
 from flowtilt.configuration import ConfigError
 from flowtilt.control.base import Progress
 from flowtilt.devices import generator_of
@@ -30,7 +30,7 @@ from flowtilt.provenance import commit, versions
 from flowtilt.sampling import OdeSettings
 from flowtilt.stages.files import write_history, write_json
 from flowtilt.stages.molecule_sampling import Base, generated
-from flowtilt.stages.states import resumption_of, sha256_of
+from flowtilt.stages.states import resumption_of
 
 SEED = 0
 """Of the pretrained model, from which all seeds of fine-tuning start."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from flowtilt.checkpoints import sha256_of
 from flowtilt.experiment import AnyExperiment, stage_digest
 from flowtilt.resuming import Resumption
 
@@ -33,9 +33,3 @@ def resumption_of(
     contents = [sha256_of(path) if path is not None and path.is_file() else None for path in inputs]
     of = f"{stage} {stage_digest(experiment, stage, method)} {method} {seed} {contents}"
     return Resumption(output.parent / "state", of, resumed=resumed)
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

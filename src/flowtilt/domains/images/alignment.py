@@ -154,12 +154,17 @@ class AlignmentModel(nn.Module):
         Raises:
             ValueError: if there are not as many prompts as pictures; see also :meth:`picture_features`.
         """
-        if len(prompts) != len(pictures):
-            raise ValueError(f"each picture needs its prompt; got {len(pictures)} and {len(prompts)} prompts")
+        return self.scores_of(self.picture_features(pictures), prompts)
+
+    @torch.no_grad()
+    def scores_of(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """:meth:`scores` of pictures whose unit features (n, embedding) are known."""
+        if len(prompts) != len(features):
+            raise ValueError(f"each picture needs its prompt; got {len(features)} and {len(prompts)} prompts")
         distinct = list(dict.fromkeys(prompts))
         place = {prompt: i for i, prompt in enumerate(distinct)}
         texts = self.text_features(distinct)[[place[prompt] for prompt in prompts]]
-        return (self.picture_features(pictures) * texts).sum(1)
+        return (features * texts).sum(1)
 
 
 @torch.no_grad()
@@ -178,12 +183,18 @@ def classify(pictures: Tensor, model: AlignmentModel, names: Sequence[str], temp
     Raises:
         ValueError: if there is no class, or the template has no place for its name.
     """
+    return classify_features(model.picture_features(pictures), model, names, template)
+
+
+@torch.no_grad()
+def classify_features(features: Tensor, model: AlignmentModel, names: Sequence[str], template: str) -> Tensor:
+    """:func:`classify` for pictures whose unit features (n, embedding) are known."""
     if not names:
         raise ValueError("pictures cannot be classified without names of classes")
     if "{}" not in template:
         raise ValueError(f"the template {template!r} has no {{}} where the name of a class goes")
     texts = model.text_features([template.replace("{}", name) for name in names])
-    return (model.picture_features(pictures) @ texts.T).argmax(1)
+    return (features @ texts.T).argmax(1)
 
 
 # Loading.
