@@ -90,7 +90,8 @@ def sample(
         method: of the run.
         seed: of the run.
         model: file of the stage images-model.
-        output: folder to write, of a picture for every prompt and number, see :func:`flowtilt.domains.images.files.picture_name`.
+        output: folder to write, of a picture for every prompt and number, see
+            :func:`flowtilt.domains.images.files.picture_name`.
         weights: of the fine-tuning; without them, the pretrained model's pictures.
 
     Raises:
