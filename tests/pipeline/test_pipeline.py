@@ -177,7 +177,7 @@ def test_committed_tables_do_not_pass_for_a_finished_run(finished: Project, proj
         shutil.copytree(finished.smoke / part, project.smoke / part)
     shutil.copy(finished.smoke / "provenance.json", project.smoke)
     everything = kinds(finished.snakemake("--list-rules").stdout.split()) & {*rule_texts()}
-    assert kinds(project.planned(*SMOKE)) == everything
+    assert kinds(project.planned(*SMOKE)) == everything - OTHERWISE
 
 
 def test_experiment_is_a_target_of_its_own(project: Project) -> None:
