@@ -41,7 +41,7 @@ def longer(project: Project) -> Project:
 
 @contextmanager
 def started(project: Project, *targets: str) -> Iterator[subprocess.Popen[str]]:
-    """Snakemake on targets, by default all, in a process group of its own; trainings keep a state at every update."""
+    """Snakemake on targets, by default all, in a process group of its own; it keeps a state each update."""
     process = subprocess.Popen(
         [sys.executable, "-m", "snakemake", *PROFILE, "--cores", "2", *LONG, *ONE[:3], *(targets or TARGETS)],
         cwd=project.folder,
