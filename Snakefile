@@ -13,12 +13,8 @@ report: "workflow/report/workflow.rst"
 
 # Validates the configuration and every experiment, before any job starts.
 include: "workflow/rules/common.smk"
-
-
-pathvars:
-    results=config["results"],
-    logs="<results>/logs",
-    benchmarks="<results>/benchmarks",
+# In a file of its own: a Snakemake too old for path variables is refused above, before it reads this.
+include: "workflow/rules/paths.smk"
 
 
 onstart:

@@ -112,6 +112,32 @@ def test_a_pipeline_killed_anywhere_ends_as_if_it_had_not_been(longer: Project, 
         assert (longer.smoke / table).read_bytes() == (whole.smoke / table).read_bytes()
 
 
+def children_of(pid: int) -> list[int]:
+    """All processes below one, by what Linux says of its threads."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    below = [int(child) for file in files for child in file.read_text().split()]
+    return below + [grandchild for child in below for grandchild in children_of(child)]
+
+
+def test_a_stage_that_the_system_kills_is_explained_and_goes_on(longer: Project) -> None:
+    """As Linux does where memory runs out: the job is gone in the middle, the pipeline is there to say so."""
+    target = f"{RUNS}/pretrained/seed0/model.safetensors"
+    with started(longer, target) as process:
+        wait_for(states(longer, "pretrained"), process)
+        # The last of them is the stage, below the job's Snakemake and its shell.
+        os.kill(children_of(process.pid)[-1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=WAIT)
+    assert process.returncode != 0
+    assert "Error in rule pretrain" in output
+    assert "killed from outside, mostly for want of memory; give it more" in output
+    assert not (longer.folder / target).exists()
+    kept = list((longer.folder / RUNS).rglob("state/*.safetensors"))
+    assert kept
+    run = longer.snakemake(*LONG, *ONE[:3], target)
+    assert run.returncode == 0, run.stdout
+    assert (longer.folder / target).is_file()
+
+
 def test_a_second_pipeline_in_the_folder_is_refused_and_harms_nothing(longer: Project) -> None:
     with started(longer) as process:
         wait_for(states(longer, "pretrained"), process)

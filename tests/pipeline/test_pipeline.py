@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from workflow_copy import ROOT, SMOKE, Project
+from workflow_copy import PROFILE, ROOT, SMOKE, Project
 
 pytestmark = pytest.mark.pipeline
 
@@ -198,6 +200,25 @@ def assert_refused(project: Project, *words: str) -> None:
         assert word in run.stdout, run.stdout
     assert "Traceback" not in run.stdout
     assert not (project.folder / "results").exists()
+
+
+def test_an_old_snakemake_is_refused(project: Project) -> None:
+    """Here it is one that says so of itself; what it cannot read must not stand in the Snakefile."""
+    assert "pathvars" not in (ROOT / "Snakefile").read_text()
+    program = (
+        "import sys, snakemake.common; snakemake.common.__version__ = '9.3.0'\n"
+        "from snakemake.cli import main; main(sys.argv[1:])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, *PROFILE, "--cores", "1", "--dry-run"],
+        cwd=project.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert "Expecting Snakemake version 9.17 or higher" in run.stdout, run.stdout
 
 
 def test_unknown_experiment_is_refused(project: Project) -> None:
