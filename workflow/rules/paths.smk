@@ -1,0 +1,7 @@
+# Where everything goes.
+
+
+pathvars:
+    results=config["results"],
+    logs="<results>/logs",
+    benchmarks="<results>/benchmarks",
