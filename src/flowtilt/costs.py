@@ -222,7 +222,7 @@ def _passes(results: Path, experiment: AnyExperiment, method: str) -> float:
         return counted
     # A guided state goes through the network twice, with its prompt and with the empty one.
     of_a_state = 1 if experiment.guidance.sampling == 1 else 2
-    return counted + experiment.offline.samples * experiment.solver.steps * of_a_state
+    return counted + experiment.offline_samples * experiment.solver.steps * of_a_state
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float]:

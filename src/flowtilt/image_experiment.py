@@ -46,7 +46,7 @@ class ImageExperiment(Section):
         "model": _MODEL,
         "offline": ("name", *_FLOW, "reward", "offline", "solver"),
         "threshold": ("objective", "solver"),
-        "finetune": ("name", *_FLOW, "reward", "objective", "offline", "solver"),
+        "finetune": ("name", *_FLOW, "reward", "objective", "solver"),
         "sample": ("name", *_FLOW, "solver", "evaluation"),
         "evaluate": ("model", "prompts", "reward", "objective", "evaluation", "methods"),
     }
@@ -96,8 +96,8 @@ class ImageExperiment(Section):
     objective: Annotated[LeftTailObjective | EntropyObjective, Field(discriminator="utility")]
     """What is raised, and what is paid for it."""
 
-    offline: OfflineConfig
-    """Sizes of batches."""
+    offline: OfflineConfig | None = None
+    """Size of the batch that thresholds come from; tfft must have it."""
 
     solver: SolverConfig
     """The control solver of all methods."""
@@ -118,6 +118,10 @@ class ImageExperiment(Section):
             if method.kind in ("tfft", "fdc") and method.kind != own:
                 raise ValueError(
                     f"methods.{name}.kind: {self.objective.utility} is for {own}, not for {method.kind}"
+                )
+            if method.kind == "tfft" and self.offline is None:
+                raise ValueError(
+                    f"offline: method {name!r} takes its threshold from an offline batch; add samples"
                 )
             solver = self._solver(name)
             if solver.kind != "adjoint_matching" or solver.endpoint_gradient != "pathwise":
@@ -155,6 +159,11 @@ class ImageExperiment(Section):
     def tail_of(self, method: str) -> TailSpec:
         """Side, mass and KL weight of a method's tail problem."""
         return TailSpec("lower", self.mass_of(method), self.objective.alpha)
+
+    @property
+    def offline_samples(self) -> int:
+        """Pictures in the offline batch."""
+        return self.offline.samples if self.offline is not None else 0
 
     @property
     def reward_weight(self) -> float:

@@ -38,9 +38,9 @@ def offline(experiment: ImageExperiment, seed: int, model: Path, output: Path) -
     base = load_base(experiment, model)
     reward = load_reward(experiment, model, base.decode)
     generator = generator_of(experiment.name, "offline", seed)
-    context = base.flow.draw_context(experiment.offline.samples, generator)
+    context = base.flow.draw_context(experiment.offline_samples, generator)
     rewards = []
-    for index in torch.arange(experiment.offline.samples).split(CHUNK):
+    for index in torch.arange(experiment.offline_samples).split(CHUNK):
         part = base.flow.select_context(context, index)
         rewards.append(
             reward(sample_sde(base.flow, len(index), experiment.solver.steps, generator, part)[-1], part)

@@ -79,7 +79,8 @@ def load_text_to_image(
     """
     check_parts(folder)
     path = build_schedule(folder, schedule)
-    denoiser = _loaded(UNet2DConditionModel, folder, "unet")
+    # Convolutions are faster in this layout, on CPUs as on GPUs.
+    denoiser = _loaded(UNet2DConditionModel, folder, "unet").to(memory_format=torch.channels_last)
     autoencoder = _loaded(AutoencoderKL, folder, "vae")
     table, empty = embeddings(folder, prompts)
     _check_fit(folder, denoiser.config, autoencoder.config, empty.shape[-1])
