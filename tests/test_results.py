@@ -250,4 +250,27 @@ def test_tfft_raises_the_left_tail_of_pictures_over_am(by_seed: pd.DataFrame) ->
     assert (tail["tfft"] > tail["am"]).all()
     mean = {m: metric(by_seed, "text_to_image_left_tail", m, "mean_reward") for m in ("pretrained", "am")}
     assert (mean["am"] > mean["pretrained"]).all()
-    assert (metric(by_seed, "text_to_image_left_tail", "tfft", "active_share") > 0).all()
+    for method, mass in (("tfft", 0.2), ("tfft_0.1", 0.1), ("tfft_0.5", 0.5)):
+        own = {m: metric(by_seed, "text_to_image_left_tail", m, f"left_cvar_{mass}") for m in ("am", method)}
+        assert (own[method] > own["am"]).all()
+        assert (metric(by_seed, "text_to_image_left_tail", method, "active_share") > 0).all()
+
+
+def test_tfft_on_pictures_takes_the_passes_of_am() -> None:
+    """The offline batch included; within 15 %."""
+    costs = pd.read_csv(TABLES / "costs.csv")
+    of = costs[costs["experiment"] == "text_to_image_left_tail"].set_index("method")["relative_passes"]
+    for method in ("tfft", "tfft_0.1", "tfft_0.5"):
+        assert of[method] < 1.15
+
+
+def test_fdc_explores_pictures(by_seed: pd.DataFrame) -> None:
+    """On every seed at the one weight, on their mean at the other; there without a loss of alignment."""
+    rows = ("pretrained", "am", "fdc_alpha_4", "fdc")
+    vendi = {m: metric(by_seed, "text_to_image_entropy", m, "vendi") for m in rows}
+    assert (vendi["fdc_alpha_4"] > vendi["pretrained"]).all()
+    assert vendi["fdc"].mean() > vendi["pretrained"].mean()
+    assert (vendi["am"] < vendi["pretrained"]).all()
+    clip = {m: metric(by_seed, "text_to_image_entropy", m, "clip") for m in rows}
+    assert (clip["fdc"] >= clip["pretrained"]).all()
+    assert (clip["am"] > clip["pretrained"]).all()
