@@ -279,6 +279,16 @@ def test_a_missing_part_is_named_before_any_training(
     assert not folder.file("model.json").exists()
 
 
+def test_an_experiment_without_thresholds_has_no_offline_batch(
+    left_tail: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    experiment = tiny(ENTROPY, offline=None)
+    (tmp_path / "config.yaml").write_text(dump(experiment))
+    files = ["--model", str(left_tail.file("model.json")), "--output", str(tmp_path / "no.npz")]
+    assert main(["images-offline", str(tmp_path / "config.yaml"), "--seed", "0", *files]) == 1
+    assert f"experiment {ENTROPY}: has no key offline" in caplog.text
+
+
 def test_a_gpu_that_is_not_there_is_refused(
     left_tail: Folder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,13 +34,19 @@ def offline(experiment: ImageExperiment, seed: int, model: Path, output: Path) -
     """Draw the offline batch of the pretrained model by the memoryless process; written are its rewards.
 
     Every prompt comes as often, up to one.
+
+    Raises:
+        ConfigError: if the experiment has none.
     """
+    if experiment.offline is None:
+        raise ConfigError(f"experiment {experiment.name}: has no key offline, the size of the batch")
+    count = experiment.offline.samples
     base = load_base(experiment, model)
     reward = load_reward(experiment, model, base.decode)
     generator = generator_of(experiment.name, "offline", seed)
-    context = base.flow.draw_context(experiment.offline_samples, generator)
+    context = base.flow.draw_context(count, generator)
     rewards = []
-    for index in torch.arange(experiment.offline_samples).split(CHUNK):
+    for index in torch.arange(count).split(CHUNK):
         part = base.flow.select_context(context, index)
         rewards.append(
             reward(sample_sde(base.flow, len(index), experiment.solver.steps, generator, part)[-1], part)
