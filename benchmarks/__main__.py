@@ -1,7 +1,7 @@
 """All benchmarks: ``python -m benchmarks``."""
 
-from benchmarks import adjoint_matching, control_solvers, molecules, pipeline, stages
+from benchmarks import adjoint_matching, control_solvers, molecules, pictures, pipeline, stages
 
-for benchmark in (adjoint_matching, control_solvers, molecules, pipeline, stages):
+for benchmark in (adjoint_matching, control_solvers, molecules, pictures, pipeline, stages):
     benchmark.main()
     print()
