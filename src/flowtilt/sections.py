@@ -310,6 +310,12 @@ class SolverConfig(Section):
     or by ``likelihood_ratio``, from its values, which has less noise where the tilt has edges. Adjoint
     Matching."""
 
+    adjoint: Literal["lean", "posterior_mean"] = "lean"
+    """How that gradient is carried to earlier times: ``lean``, along the trajectory, or by
+    ``posterior_mean``, the Jacobian of the mean of the endpoint, which has no noise of the trajectory and is
+    exact to first order in a tilt that is linear; see
+    :func:`flowtilt.control.adjoint_matching.posterior_mean_adjoint`. Adjoint Matching."""
+
     last_share: Share
     """Share of the time steps, nearest to the data, that are always in the loss. Adjoint Matching."""
 

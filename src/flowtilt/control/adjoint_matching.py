@@ -9,6 +9,10 @@ With memoryless noise it is a control problem whose optimal control is found by 
 3. regress the fine-tuned velocity so that the mean of each step moves by ``-noise^2 a_{k+1}``.
 
 The minus signs cancel: the model moves *towards* larger ``f``.
+
+The regression sees the adjoint through its conditional mean alone. Where a flow decides late and sharply
+what a sample becomes, single adjoints are nothing like that mean, and :func:`posterior_mean_adjoint` is
+another estimate.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -39,6 +43,8 @@ from flowtilt.optimiser import Adam
 from flowtilt.parallel import Processes, processes
 from flowtilt.resuming import Slot, TrainingState
 from flowtilt.sampling import memoryless_steps, positions_of, sample_sde
+
+AdjointEstimate = Literal["lean", "posterior_mean"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class AdjointMatchingSettings:
         endpoint_gradient: how the tilt's gradient at the end of a trajectory is estimated: ``pathwise``,
             by the tilt's own gradient, or by ``likelihood_ratio``, from its values alone. The latter
             has far less noise where the tilt has edges (see :mod:`flowtilt.control.endpoints`).
+        adjoint: how the gradient at the end is carried to earlier times: ``lean``, along the trajectory, or
+            by ``posterior_mean`` (see :func:`posterior_mean_adjoint`), which takes a pathwise gradient.
         last_share: share of the time steps, nearest to the data, that are always in the loss.
         rest_share: share of the remaining steps drawn at random for each update.
         passes: updates that are taken on the same trajectories, each with steps of its own: trajectories
@@ -84,6 +92,7 @@ class AdjointMatchingSettings:
     gradient_clip: float = 1.0
     control_clip: float | None = None
     endpoint_gradient: EndpointGradient = "pathwise"
+    adjoint: AdjointEstimate = "lean"
     last_share: float = 0.25
     rest_share: float = 0.25
     passes: int = 1
@@ -101,6 +110,14 @@ class AdjointMatchingSettings:
         if self.endpoint_gradient not in get_args(EndpointGradient):
             known = " or ".join(get_args(EndpointGradient))
             raise ValueError(f"endpoint_gradient must be {known}, got {self.endpoint_gradient!r}")
+        if self.adjoint not in get_args(AdjointEstimate):
+            known = " or ".join(get_args(AdjointEstimate))
+            raise ValueError(f"adjoint must be {known}, got {self.adjoint!r}")
+        if self.adjoint == "posterior_mean" and self.endpoint_gradient != "pathwise":
+            raise ValueError(
+                "adjoint posterior_mean takes the gradient at the end of a trajectory; endpoint_gradient "
+                f"must be pathwise, got {self.endpoint_gradient!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -182,6 +199,40 @@ def lean_adjoint(
     return torch.stack(adjoints[::-1]), torch.stack(velocities[::-1])
 
 
+def posterior_mean_adjoint(
+    base: FlowModel, trajectories: Tensor, end: Tensor, steps: int, chosen: Tensor, context: Context = None
+) -> Tensor:
+    """Adjoint ``a_{k+1} = (d E[X_1 | x_{k+1}] / d x)^T a_N`` at chosen steps, (chosen, batch, ...).
+
+    The base's velocity knows the mean of the endpoint given a state, and so its Jacobian
+    ``J = (beta dv/dx - beta') / (alpha' beta - alpha beta')``. Along the base's own trajectories the mean of
+    the lean adjoint of a *linear* tilt is ``J^T a_N``, up to the time step: this is that mean, without the
+    noise of the trajectories. For other tilts it leaves out how the gradient at the end goes together with
+    the Jacobian of the way there; for Gaussian data, whose flow is linear, that is nothing. Along the
+    trajectories of a model that is tilted already it is right to first order in the tilt. It takes a network
+    pass for each chosen step instead of one for each step.
+
+    Args:
+        base: the model that is being tilted.
+        trajectories: states, (steps + 1, batch, ...).
+        end: the adjoint at the endpoint, ``a_N``, (batch, ...).
+        steps: how many there are.
+        chosen: numbers of steps, long, (chosen,); the last one's adjoint is ``a_N`` itself.
+        context: the trajectories' context.
+    """
+    adjoints = end.expand(len(chosen), *end.shape).clone()
+    before = (chosen < steps - 1).nonzero().squeeze(1)
+    at = chosen[before] + 1
+    times = torch.tensor(base.time_grid(steps), dtype=torch.float64)[at]
+    linearised = base.linearised(trajectories[at], times.to(trajectories), context)
+    for k, (place, t) in enumerate(zip(before.tolist(), times, strict=True)):
+        alpha, beta = float(base.path.alpha(t)), float(base.path.beta(t))
+        alpha_rate, beta_rate = float(base.path.alpha_rate(t)), float(base.path.beta_rate(t))
+        pulled = linearised(k)[1](end)
+        adjoints[place] = (beta * pulled - beta_rate * end) / (alpha_rate * beta - alpha * beta_rate)
+    return adjoints
+
+
 def _targets(
     base: FlowModel,
     trajectories: Tensor,
@@ -189,16 +240,17 @@ def _targets(
     steps: list[MemorylessStep],
     chosen: Tensor,
     context: Context,
+    estimate: AdjointEstimate = "lean",
 ) -> tuple[Tensor, Tensor]:
-    """Lean adjoint and base velocities at the chosen steps, each (chosen, batch, ...).
+    """Adjoints and base velocities at the chosen steps, each (chosen, batch, ...).
 
-    The lean adjoint is linear in its terminal value: where that is zero, as on the flat side of a
-    hinge, it stays zero, and only the velocity is needed.
+    Adjoints are linear in their terminal value: where that is zero, as on the flat side of a
+    hinge, they stay zero, and only the velocity is needed.
     """
     moving = terminal.moving
     of_adjoint = base.context_for("adjoint", context)
     of_control = base.context_for("control", of_adjoint)
-    if bool(moving.all()):
+    if bool(moving.all()) and estimate == "lean":
         adjoints, velocities = lean_adjoint(base, trajectories, terminal, steps, of_adjoint)
         if of_control is of_adjoint:
             return adjoints[chosen], velocities[chosen]
@@ -207,9 +259,14 @@ def _targets(
         index = moving.nonzero().squeeze(1)
         adjoints = torch.zeros_like(trajectories[chosen])
         if len(index):
-            some = base.select_context(of_adjoint, index)
-            of_some = lean_adjoint(base, trajectories[:, index], terminal.select(index), steps, some)[0]
-            adjoints[:, index] = of_some[chosen]
+            some, own = base.select_context(of_adjoint, index), terminal.select(index)
+            if estimate == "lean":
+                of_some = lean_adjoint(base, trajectories[:, index], own, steps, some)[0][chosen]
+            else:
+                of_some = posterior_mean_adjoint(
+                    base, trajectories[:, index], own.end, len(steps), chosen, some
+                )
+            adjoints[:, index] = of_some
     times = torch.tensor(base.time_grid(len(steps)), dtype=torch.float64).to(trajectories)
     with torch.no_grad():
         velocities = _velocities(base, trajectories[chosen], times[chosen], of_control)
@@ -410,7 +467,9 @@ def _fill(
     adjoints = velocities = torch.zeros_like(trajectories[at])
     clipped = 0
     if len(batch.weights):
-        adjoints, velocities = _targets(base, trajectories, batch.terminal, steps, at, batch.context)
+        adjoints, velocities = _targets(
+            base, trajectories, batch.terminal, steps, at, batch.context, settings.adjoint
+        )
         adjoints, clipped = _clipped(adjoints, _scale_at(scale, at, trajectories), settings.control_clip)
     counts = torch.tensor([clipped, int(batch.terminal.moving.sum())], dtype=torch.float64)
     clipped, moving = sharing.total(counts).tolist()
@@ -475,10 +534,12 @@ def _network_passes(
     if not fresh:
         return training
     rollout = batch.pool * (settings.steps + 2 * batch.mirrored) * FORWARD * base.evaluations("sampling")
-    # At the first step there is nothing left to pull back.
-    adjoints = buffer.moving * ((settings.steps - 1) * PULLBACK + FORWARD) * base.evaluations("adjoint")
-    # The adjoints' forward passes give the base's velocities if they are there for the whole batch.
-    shared = buffer.moving == settings.batch and control == base.evaluations("adjoint")
+    lean = settings.adjoint == "lean"
+    # Along a trajectory there is nothing left to pull back at the first step, and else at the last.
+    pulled = (settings.steps - 1) * PULLBACK + FORWARD if lean else (len(buffer.at) - 1) * PULLBACK
+    adjoints = buffer.moving * pulled * base.evaluations("adjoint")
+    # The lean adjoint's forward passes give the base's velocities if they are there for the whole batch.
+    shared = lean and buffer.moving == settings.batch and control == base.evaluations("adjoint")
     velocities = 0 if shared else len(buffer.at) * settings.batch * FORWARD * control
     return rollout + adjoints + velocities + training
 

@@ -7,8 +7,17 @@ import torch
 from flowtilt.checkpoints import load_weights
 from flowtilt.configuration import ConfigError, validated
 from flowtilt.domains.molecules import data
-from flowtilt.domains.molecules.build import build_model, build_units, decoder, padded, pretrain
+from flowtilt.domains.molecules.build import (
+    build_model,
+    build_units,
+    decoder,
+    padded,
+    pretrain,
+    separated_atoms,
+)
 from flowtilt.domains.molecules.sections import MoleculeConfig
+from flowtilt.domains.molecules.states import Units, pack
+from flowtilt.domains.molecules.xtb import atomic_energy
 from flowtilt.resuming import Resumption
 from flowtilt.sampling import sample_sde
 
@@ -123,3 +132,22 @@ def test_a_type_column_has_no_gradient_of_what_is_decoded():
     (gradient,) = torch.autograd.grad(coordinates.square().sum(), x)
     assert bool(gradient[..., :3].all())
     assert not gradient[..., 3:].any()
+
+
+def test_separated_atoms_have_their_energy_as_a_linear_function_of_the_types():
+    """Exact differences between molecules of one size: a molecule of other elements, or halfway to it."""
+    pytest.importorskip("tblite", reason="the extra 'molecules' is not installed")
+    units, mask = Units(), torch.tensor([[True, True, True, False]])
+    energy = separated_atoms(units, workers=1)
+
+    def state(*types):
+        return pack(torch.randn(1, 4, 3).double(), torch.tensor([[*types, 0]]), mask, units)
+
+    one, other = state(0, 1, 3), state(0, 2, 4)  # HCO and HNF
+    numbers = {"C": 6, "N": 7, "O": 8, "F": 9}
+    c, n, o, f = (atomic_energy(numbers[name]) for name in "CNOF")
+    change = float(energy(other, mask) - energy(one, mask))
+    assert change == pytest.approx(n + f - c - o, abs=1e-9)
+    assert float(energy((one + other) / 2, mask) - energy(one, mask)) == pytest.approx(change / 2, abs=1e-9)
+    # Oxygen in place of carbon: two hartree, by which the data's energies follow their composition.
+    assert o - c == pytest.approx(-2.5, abs=0.5)

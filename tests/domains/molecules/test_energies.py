@@ -108,6 +108,17 @@ def test_the_reward_is_minus_the_energy_and_its_gradient_goes_through_the_decode
         assert gradient[index] == pytest.approx(((ahead - behind) / (2 * step)).item(), abs=1e-5)
 
 
+def test_separated_atoms_change_the_gradient_and_no_value():
+    x, numbers = states()
+    slopes = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = XTBReward(decode, workers=1)
+    reward = XTBReward(decode, workers=1, separated=lambda x, context: (slopes * x).sum((1, 2)))
+    torch.testing.assert_close(reward(x, numbers), plain(x, numbers), rtol=0, atol=0, equal_nan=True)
+    gradient, expected = reward.gradient(x, numbers), plain.gradient(x, numbers) - slopes
+    torch.testing.assert_close(gradient[:4], expected[:4], rtol=0, atol=1e-12)
+    assert not gradient[4].any()  # of the molecule that has no energy
+
+
 def test_a_failed_sample_has_reward_nan_and_gradient_zero():
     x, numbers = states()
     reward = XTBReward(decode, workers=1)

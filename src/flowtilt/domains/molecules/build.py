@@ -12,16 +12,20 @@ from flowtilt.checkpoints import save_weights
 from flowtilt.control.base import Progress
 from flowtilt.devices import generator_of
 from flowtilt.domains.molecules.data import Molecules, MoleculeSource, load
-from flowtilt.domains.molecules.energies import Decoder
+from flowtilt.domains.molecules.energies import Decoder, StateEnergy
 from flowtilt.domains.molecules.model import MoleculeFlow
 from flowtilt.domains.molecules.network import NetworkSettings
 from flowtilt.domains.molecules.sections import MoleculeConfig, XTBConfig
 from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, Units, unpack
-from flowtilt.domains.molecules.xtb import Molecule, XTBSettings
+from flowtilt.domains.molecules.workers import shared_pool
+from flowtilt.domains.molecules.xtb import Molecule, XTBSettings, atomic_energy
 from flowtilt.model import Context, FlowModel
 from flowtilt.pretraining import PretrainingSettings, Watch, fit_flow
 from flowtilt.resuming import Slot
 from flowtilt.seeding import seed_of
+
+ATOM_SECONDS = 60.0
+"""Processor time that the energy of one atom may take, in seconds; it takes milliseconds."""
 
 
 def build_units(config: MoleculeConfig) -> Units:
@@ -31,7 +35,7 @@ def build_units(config: MoleculeConfig) -> Units:
 
 def build_xtb(config: XTBConfig) -> XTBSettings:
     """How energies are computed."""
-    return XTBSettings(**config.model_dump())
+    return XTBSettings(**config.model_dump(exclude={"type_gradient"}))
 
 
 def decoder(units: Units) -> Decoder:
@@ -47,6 +51,29 @@ def decoder(units: Units) -> Decoder:
         return coordinates, numbers[types] * context
 
     return decode
+
+
+def separated_atoms(units: Units, workers: int | None = None) -> StateEnergy:
+    """The GFN1-xTB energy of a state's atoms far from each other, as a linear function of its type columns.
+
+    It is that of the atoms where each column is one type's, up to a constant an atom: the elements' mean is
+    taken off, since the columns of an atom have a fixed sum and what would change it leads nowhere.
+
+    Args:
+        units: of the states.
+        workers: processes to use; by default one for each processor.
+
+    Raises:
+        MissingExtra: if tblite is not installed.
+    """
+    found = shared_pool(workers).map(atomic_energy, ATOMIC_NUMBERS, ATOM_SECONDS)
+    energies = torch.tensor(found, dtype=torch.float64)
+    slopes = (energies - energies.mean()) / units.type_scale
+
+    def energy(x: Tensor, context: Context) -> Tensor:
+        return ((x[..., 3:] @ slopes.to(x)) * context).sum(1)
+
+    return energy
 
 
 def padded(molecules: Sequence[Molecule]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -172,16 +172,25 @@ class Decoder(Protocol):
         """
 
 
+StateEnergy = Callable[[Tensor, Context], Tensor]
+"""An energy in hartree of states and their context, (batch,), differentiable in the states."""
+
+
 class XTBReward(Reward):
     """Minus the GFN1-xTB total energy, in hartree, of the molecules that states decode to.
 
-    Its gradient is the analytic one of the method through the decoder's coordinates; there is none
-    on atom types, which are discrete. It evaluates in float64 and returns the type of the states.
+    Its gradient is the analytic one of the method through the decoder's coordinates. On atom types, which
+    are discrete, it has none of its own. But a molecule's energy is that of its separated atoms and that of
+    their binding, and the first is linear in the types: ``separated`` gives its gradient, and that of the
+    binding is left out there. Values are those of the decoded molecules either way. It evaluates in float64
+    and returns the type of the states.
 
     Args:
         decode: states to molecules.
         settings: of the calculation.
         workers: processes to use; by default one for each processor.
+        separated: the energy of a state's separated atoms, whose gradient on the types is added; without it
+            there is no gradient on them.
 
     Attributes:
         evaluated: molecules evaluated since the reward was made.
@@ -191,9 +200,14 @@ class XTBReward(Reward):
     may_fail = True
 
     def __init__(
-        self, decode: Decoder, settings: XTBSettings | None = None, workers: int | None = None
+        self,
+        decode: Decoder,
+        settings: XTBSettings | None = None,
+        workers: int | None = None,
+        separated: StateEnergy | None = None,
     ) -> None:
         self.decode = decode
+        self.separated = separated
         self.settings = settings or XTBSettings()
         self.evaluated = 0
         self.failures: Counter[Failure] = Counter()
@@ -202,7 +216,11 @@ class XTBReward(Reward):
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         coordinates, numbers = self.decode(x, context)
-        return -attach(coordinates, self._computed(coordinates, numbers))
+        energies = attach(coordinates, self._computed(coordinates, numbers))
+        if self.separated is not None:
+            atoms = self.separated(x, context)
+            energies = energies + (atoms - atoms.detach())
+        return -energies
 
     def _computed(self, coordinates: Tensor, numbers: Tensor) -> Energies:
         """Energies of a batch; molecules of the last batch that had new ones are not computed again.

@@ -190,6 +190,10 @@ class XTBConfig(Section):
     seconds: Positive = 60.0
     """Processor time that one molecule may take, in seconds."""
 
+    type_gradient: Literal["none", "separated_atoms"] = "none"
+    """The reward's gradient on atom types: ``none``, or that of the energy of the ``separated_atoms``, the
+    part that is linear in the types; see :class:`flowtilt.domains.molecules.energies.XTBReward`."""
+
     @model_validator(mode="after")
     def _in_order(self) -> XTBConfig:
         if self.binding[0] >= self.binding[1]:
