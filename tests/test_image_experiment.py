@@ -59,6 +59,13 @@ def test_a_resolved_experiment_holds_its_model(name: str, tmp_path: Path) -> Non
         (LEFT_TAIL, {"guidance": {"sampling": 0.5}}, "guidance.sampling"),
         (LEFT_TAIL, {"schedule": {"spacing": "linspace"}}, "schedule.spacing"),
         (LEFT_TAIL, {"evaluation": {"pictures": 1}}, "evaluation.pictures"),
+        (LEFT_TAIL, {"evaluation": {"sets": 0}}, "evaluation.sets"),
+        (LEFT_TAIL, {"evaluation": {"factors": [{"classes": ["by day"]}]}}, "evaluation.factors"),
+        (
+            LEFT_TAIL,
+            {"evaluation": {"designs": [], "factors": [{"classes": ["by day", "at night"]}]}},
+            "factors are told beside designs",
+        ),
         (
             LEFT_TAIL,
             {"reward": {"kind": "image_reward"}},

@@ -44,6 +44,8 @@ def groups(experiment: ImageExperiment, caption: str) -> dict[str, list[str]]:
     diversity = ["vendi", *(["vendi_of_a_prompt"] if len(experiment.prompts) > 1 else [])]
     if experiment.evaluation.designs:
         diversity += ["designs_covered", "effective_designs"]
+    if experiment.evaluation.factors:
+        diversity.append("combinations_covered")
     # A reward that is the CLIP score itself would be there twice.
     doubled = experiment.reward.kind == "clip"
     if experiment.objective.utility == "entropy":
@@ -132,6 +134,8 @@ def _explores(long: pd.DataFrame, experiment: ImageExperiment, method: str, base
     if experiment.evaluation.designs:
         said.append(_covers_more(long, experiment, method, base))
         said.append(raises(long, method, base, "effective_designs"))
+    if experiment.evaluation.factors:
+        said.append(raises(long, method, base, "combinations_covered"))
     return [*said, keeps(long, method, base, "clip")]
 
 
