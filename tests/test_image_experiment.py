@@ -101,7 +101,7 @@ def test_the_papers_scale_is_an_override(name: str) -> None:
     assert isinstance(experiment, ImageExperiment)
     assert experiment.model.name == {ENTROPY: "stable_diffusion_1_4", LEFT_TAIL: "stable_diffusion_1_5"}[name]
     assert experiment.model.pipeline.hub is not None
-    assert experiment.methods.keys() == load(name).methods.keys() - {"fdc_alpha_16", "fdc_alpha_4"}
+    assert experiment.methods.keys() == load(name).methods.keys() - {"fdc_alpha_8", "fdc_alpha_1"}
     if name == LEFT_TAIL:
         assert len(set(experiment.prompts)) == 100
         assert experiment.reward.kind == "image_reward"

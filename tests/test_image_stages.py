@@ -180,7 +180,7 @@ def test_exploration_runs_and_covers_designs(tmp_path: Path, models: tuple[Path,
             1
         )
     history = pd.read_csv(folder.file("fdc.csv"))
-    assert history["iteration"].tolist() == [1] * 15 + [2] * 15
+    assert history["iteration"].tolist() == [1] * 30 + [2] * 30
 
 
 def test_diversity_is_the_mean_over_sets(tmp_path: Path, models: tuple[Path, Path]) -> None:

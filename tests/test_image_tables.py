@@ -245,6 +245,9 @@ def test_combinations_are_said_where_factors_are_told() -> None:
         "fdc raises the combinations covered over pretrained: holds, by 4.0 ± 1.0 (3 of 3 seeds)."
     ) in said
     assert "combinations_covered" in groups(experiment, "")[""]
+    assert "Combinations are those of the design" in note(experiment)
+    assert "means over 3 sets of 100 pictures" in note(loaded(ENTROPY, evaluation={"sets": 3}))
+    assert not {"Combinations", "sets"} & set(note(loaded(ENTROPY)).split())
     assert "combinations_covered" not in groups(loaded(ENTROPY), "")[""]
 
 

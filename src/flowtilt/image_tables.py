@@ -31,7 +31,14 @@ _SMALL = (
 
 def note(experiment: ImageExperiment) -> str:
     """What the rows and the metrics of an experiment's table are."""
-    parts = [_NOTE]
+    parts, asked = [_NOTE], experiment.evaluation
+    if asked.factors:
+        parts.append("Combinations are those of the design and of other factors that it tells apart as well.")
+    if asked.sets > 1:
+        parts.append(
+            f"Vendi scores, numbers covered and effective numbers are means over {asked.sets} sets of "
+            f"{asked.pictures} pictures of a prompt; all else is of all pictures."
+        )
     if experiment.reward.kind == "clip":
         parts.append(_CLIP_REWARD)
     if experiment.model.embedded is not None:
