@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
     "seeds": 1,
     "offline": {"samples": 12},
     "solver": {"updates": 2, "batch": 3, "pool": 4, "steps": 4},
-    "evaluation": {"pictures": 4},
+    "evaluation": {"pictures": 4, "sets": 1},
 }
 
 

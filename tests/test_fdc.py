@@ -17,7 +17,7 @@ from flowtilt.control.base import Solution
 from flowtilt.fdc import MirrorAscent, ascend
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
-from flowtilt.functionals.utilities import ExpectedReward
+from flowtilt.functionals.utilities import Entropy, ExpectedReward
 
 START = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]])
 REWARD = Quadratic([1.0, 0.5])
@@ -51,6 +51,43 @@ def test_mirror_ascent_contracts_to_the_regularised_optimum_at_its_rate(path, re
         # Scores are taken 1e-6 before the data.
         torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-4)
         torch.testing.assert_close(found.covariance, expected.covariance, rtol=0, atol=1e-4)
+
+
+@paths
+@pytest.mark.parametrize(("step_weight", "powers"), [(3.0, [2 / 3] * 3), (2.0, [1 / 2, 3 / 4, 5 / 8])])
+def test_entropy_is_at_its_optimum_after_one_step_of_one_plus_alpha(path, step_weight, powers):
+    """Exact steps take ``p_0^c`` to ``p_0^(c - (c - alpha (1 - c)) / eta)``; shorter weights go beyond."""
+    start, alpha, time = MixtureFlow(path, START), 2.0, 1 - 1e-6
+    functional = Objective(Entropy(score_time=time), KL(start, time), alpha)
+    for k, power in enumerate(powers, 1):
+        settings = MirrorAscent(step_weight, law_samples=10, law_steps=2)
+        found = ascend(start, functional, range(k), settings, exact_solver, generator).model.law
+        torch.testing.assert_close(found.mean, START.mean, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.covariance, START.covariance / power, rtol=0, atol=1e-4)
+
+
+@paths
+def test_steps_on_a_law_with_noise_raise_its_objective_to_the_optimum(path):
+    """There the optimum is the law whose noisy one is ``p_t^(alpha / (1 + alpha))``."""
+    alpha, time = 2.0, 0.8
+    start, at = MixtureFlow(path, START), torch.tensor(time, dtype=torch.float64)
+    signal, noise = path.alpha(at) ** 2, path.beta(at) ** 2 * torch.eye(2, dtype=torch.float64)
+    pre = signal * START.covariance + noise
+    functional = Objective(Entropy(score_time=time, pairs=1), KL(start, time, pairs=1), alpha)
+
+    def value(covariance):
+        own = signal * covariance + noise
+        divergence = torch.trace(torch.linalg.solve(pre, own)) - torch.logdet(own) + torch.logdet(pre)
+        return float(0.5 * torch.logdet(own) - alpha * 0.5 * divergence)
+
+    settings = MirrorAscent(1 + alpha, law_samples=10, law_steps=2)
+    values = []
+    for k in (0, 1, 2, 4, 8, 40):
+        found = ascend(start, functional, range(k), settings, exact_solver, generator).model.law
+        values.append(value(found.covariance))
+    assert values == sorted(values)
+    optimum = ((1 + alpha) / alpha * pre - noise) / signal
+    assert values[-1] == pytest.approx(value(optimum), abs=1e-3)
 
 
 def test_without_a_divergence_tilts_add_up():

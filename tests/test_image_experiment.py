@@ -59,6 +59,13 @@ def test_a_resolved_experiment_holds_its_model(name: str, tmp_path: Path) -> Non
         (LEFT_TAIL, {"guidance": {"sampling": 0.5}}, "guidance.sampling"),
         (LEFT_TAIL, {"schedule": {"spacing": "linspace"}}, "schedule.spacing"),
         (LEFT_TAIL, {"evaluation": {"pictures": 1}}, "evaluation.pictures"),
+        (LEFT_TAIL, {"evaluation": {"sets": 0}}, "evaluation.sets"),
+        (LEFT_TAIL, {"evaluation": {"factors": [{"classes": ["by day"]}]}}, "evaluation.factors"),
+        (
+            LEFT_TAIL,
+            {"evaluation": {"designs": [], "factors": [{"classes": ["by day", "at night"]}]}},
+            "factors are told beside designs",
+        ),
         (
             LEFT_TAIL,
             {"reward": {"kind": "image_reward"}},
@@ -94,7 +101,7 @@ def test_the_papers_scale_is_an_override(name: str) -> None:
     assert isinstance(experiment, ImageExperiment)
     assert experiment.model.name == {ENTROPY: "stable_diffusion_1_4", LEFT_TAIL: "stable_diffusion_1_5"}[name]
     assert experiment.model.pipeline.hub is not None
-    assert experiment.methods.keys() == load(name).methods.keys() - {"fdc_alpha_16", "fdc_alpha_4"}
+    assert experiment.methods.keys() == load(name).methods.keys() - {"fdc_alpha_8", "fdc_alpha_1"}
     if name == LEFT_TAIL:
         assert len(set(experiment.prompts)) == 100
         assert experiment.reward.kind == "image_reward"

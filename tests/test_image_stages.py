@@ -180,7 +180,89 @@ def test_exploration_runs_and_covers_designs(tmp_path: Path, models: tuple[Path,
             1
         )
     history = pd.read_csv(folder.file("fdc.csv"))
-    assert history["iteration"].tolist() == [1] * 15 + [2] * 15
+    assert history["iteration"].tolist() == [1] * 30 + [2] * 30
+
+
+def test_diversity_is_the_mean_over_sets(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    """Vendi scores of each set by the package itself, and combinations by a Python set."""
+    import torch
+    from vendi_score.vendi import score_dual
+
+    from flowtilt.stages.image_sampling import as_pictures, load_scorer, read_pictures
+
+    factors = [
+        {"classes": ["red", "blue", "grey"], "template": "a {} bridge"},
+        {"classes": ["by day", "at night"], "template": "a bridge {}"},
+    ]
+    asked = {"pictures": 5, "sets": 3, "factors": factors}
+    changes = {"prompts": ["a bridge", "a red bridge"], "evaluation": asked}
+    folder = Folder(tmp_path, ENTROPY, models, **changes)
+    assert folder.model() == 0
+    assert folder.sample("pretrained") == 0
+    assert folder.evaluate("pretrained") == 0
+    pictures, _ = read_pictures(folder.file("pretrained_pictures"))
+    scorer = load_scorer(folder.experiment, folder.file("model.json"))
+    with torch.no_grad():
+        features = scorer.picture_features(as_pictures(pictures)).double()
+    # Of two prompts, fifteen pictures each, the first five of both are the first set.
+    sets = [[*range(k, k + 5), *range(15 + k, 20 + k)] for k in (0, 5, 10)]
+    found = folder.metrics("pretrained")
+    expected = np.mean([score_dual(features[index].numpy()) for index in sets])
+    assert found["vendi"] == pytest.approx(expected, rel=1e-6)
+    halves = [half for index in sets for half in (index[:5], index[5:])]
+    of_a_prompt = np.mean([score_dual(features[half].numpy()) for half in halves])
+    assert found["vendi_of_a_prompt"] == pytest.approx(of_a_prompt, rel=1e-6)
+    classes = [features @ scorer.text_features(_captions(f)).double().T for f in factors]
+    with np.load(folder.file("pretrained_scores.npz")) as arrays:
+        design, told = arrays["design"], arrays["factors"]
+    assert (told == torch.stack([c.argmax(1) for c in classes], 1).numpy()).all()
+    combined = [len({(design[i], *told[i]) for i in index}) for index in sets]
+    assert found["combinations_covered"] == pytest.approx(np.mean(combined))
+    assert found["designs_covered"] == pytest.approx(np.mean([len(set(design[index])) for index in sets]))
+    assert found["share_beam"] == pytest.approx((design == 0).mean())
+
+
+def _captions(factor: dict[str, Any]) -> list[str]:
+    return [factor["template"].replace("{}", name) for name in factor["classes"]]
+
+
+def test_a_second_set_leaves_the_first_as_it_is(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    from flowtilt.stages.image_sampling import CHUNK, read_pictures
+
+    drawn = []
+    for sets in (1, 2):
+        changes = {"evaluation": {"pictures": CHUNK, "sets": sets, "factors": []}, "solver": {"steps": 2}}
+        folder = Folder(tmp_path / str(sets), ENTROPY, models, **changes)
+        assert folder.model() == 0
+        assert folder.sample("pretrained") == 0
+        drawn.append(read_pictures(folder.file("pretrained_pictures"))[0])
+    assert len(drawn[1]) == 2 * CHUNK
+    assert (drawn[1][:CHUNK] == drawn[0]).all()
+
+
+def test_a_step_of_exploration_weighs_one_plus_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which entropy and divergence together are smooth; a step of half the size weighs twice as much."""
+    from flowtilt.fdc import Ascent
+    from flowtilt.resuming import Resumption
+    from flowtilt.stages import image_finetuning
+
+    class Base:
+        path = None
+
+    weights = []
+
+    def ascend(start: Any, objective: Any, iterations: Any, settings: Any, *more: Any) -> Ascent:
+        weights.append((objective.alpha, settings.step_weight))
+        return Ascent(start)
+
+    monkeypatch.setattr(image_finetuning, "ascend", ascend)
+    monkeypatch.setattr(image_finetuning, "noisy_time", lambda *given: 0.5)
+    methods = {"half": {"kind": "fdc", "iterations": 2, "step": 0.5, "alpha": 3.0}}
+    experiment = tiny(ENTROPY, objective={"alpha": 1.0}, methods=methods)
+    for method in ("fdc", "half"):
+        nothing: Any = Resumption.__new__(Resumption)
+        image_finetuning._explore(experiment, method, 0, Base(), None, nothing)  # type: ignore[arg-type]
+    assert weights == [(1.0, 2.0), (3.0, 8.0)]
 
 
 def test_only_adapters_are_tuned_if_there_are_any(tmp_path: Path, models: tuple[Path, Path]) -> None:

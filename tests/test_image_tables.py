@@ -235,6 +235,22 @@ def test_the_order_by_alpha_needs_every_step(middle: list[float], word: str, cou
     assert f"on {count} of 3 seeds" in said
 
 
+def test_combinations_are_said_where_factors_are_told() -> None:
+    told = {"factors": [{"classes": ["by day", "at night"], "template": "a bridge {}"}]}
+    experiment = loaded(ENTROPY, evaluation=told)
+    covered = {"pretrained": [50.0, 52.5, 51.0], "fdc": [54.0, 55.5, 56.0]}
+    values = {**EXPLORED, "combinations_covered": {**dict.fromkeys(EXPLORED["vendi"], [51.0] * 3), **covered}}
+    said = findings(frame(experiment, values), experiment, read_reported(REPORTED))
+    assert (
+        "fdc raises the combinations covered over pretrained: holds, by 4.0 ± 1.0 (3 of 3 seeds)."
+    ) in said
+    assert "combinations_covered" in groups(experiment, "")[""]
+    assert "Combinations are those of the design" in note(experiment)
+    assert "means over 3 sets of 100 pictures" in note(loaded(ENTROPY, evaluation={"sets": 3}))
+    assert not {"Combinations", "sets"} & set(note(loaded(ENTROPY)).split())
+    assert "combinations_covered" not in groups(loaded(ENTROPY), "")[""]
+
+
 def test_no_more_designs_than_there_are() -> None:
     experiment = loaded(ENTROPY)
     covered = {**EXPLORED["designs_covered"], "pretrained": [5, 5, 5]}

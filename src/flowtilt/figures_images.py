@@ -315,7 +315,7 @@ def _said(experiment: ImageExperiment, method: str, rewards: Sequence[np.ndarray
     return "; ".join([*said, f"mean {spread(np.array([own.mean() for own in rewards]))}"])
 
 
-_SHOWN = ("vendi", "clip", "effective_designs")
+_SHOWN = ("vendi", "clip", "effective_designs", "combinations_covered")
 
 
 def exploration_figure(experiment: ImageExperiment, long: pd.DataFrame) -> Figure:

@@ -31,7 +31,14 @@ _SMALL = (
 
 def note(experiment: ImageExperiment) -> str:
     """What the rows and the metrics of an experiment's table are."""
-    parts = [_NOTE]
+    parts, asked = [_NOTE], experiment.evaluation
+    if asked.factors:
+        parts.append("Combinations are those of the design and of other factors that it tells apart as well.")
+    if asked.sets > 1:
+        parts.append(
+            f"Vendi scores, numbers covered and effective numbers are means over {asked.sets} sets of "
+            f"{asked.pictures} pictures of a prompt; all else is of all pictures."
+        )
     if experiment.reward.kind == "clip":
         parts.append(_CLIP_REWARD)
     if experiment.model.embedded is not None:
@@ -44,6 +51,8 @@ def groups(experiment: ImageExperiment, caption: str) -> dict[str, list[str]]:
     diversity = ["vendi", *(["vendi_of_a_prompt"] if len(experiment.prompts) > 1 else [])]
     if experiment.evaluation.designs:
         diversity += ["designs_covered", "effective_designs"]
+    if experiment.evaluation.factors:
+        diversity.append("combinations_covered")
     # A reward that is the CLIP score itself would be there twice.
     doubled = experiment.reward.kind == "clip"
     if experiment.objective.utility == "entropy":
@@ -132,6 +141,8 @@ def _explores(long: pd.DataFrame, experiment: ImageExperiment, method: str, base
     if experiment.evaluation.designs:
         said.append(_covers_more(long, experiment, method, base))
         said.append(raises(long, method, base, "effective_designs"))
+    if experiment.evaluation.factors:
+        said.append(raises(long, method, base, "combinations_covered"))
     return [*said, keeps(long, method, base, "clip")]
 
 

@@ -77,6 +77,7 @@ _DESCRIPTIONS |= {
     "vendi_of_a_prompt": Description("Vendi score within a prompt", "", "higher"),
     "clip": Description("CLIP score", "cosine", "higher"),
     "designs_covered": Description("designs covered", "", "higher"),
+    "combinations_covered": Description("combinations covered", "", "higher"),
     "effective_designs": Description("effective number of designs", "", "higher"),
 }
 _UNITS = {"negative_energy": "hartree"}

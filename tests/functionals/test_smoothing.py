@@ -99,10 +99,26 @@ def test_the_states_asked_for_have_the_law_of_the_path():
     flow = MixtureFlow(path, MIXTURE)
     t = torch.tensor(TIME, dtype=torch.float64)
     smoothed(lambda x, t, c: seen.append(x) or torch.zeros_like(x), flow, POINTS, t, None, 2000)
-    states = torch.stack(seen) - path.alpha(t) * POINTS
-    assert float(states.mean(0).abs().max()) < 1e-12
+    (asked,) = seen
+    states = asked.view(len(POINTS), 4000, 2) - path.alpha(t) * POINTS[:, None]
+    assert float(states.mean(1).abs().max()) < 1e-12
     variance = float(states.square().mean())
     assert variance == pytest.approx(float(path.beta(t)) ** 2, rel=4 * math.sqrt(2 / (2000 * POINTS.numel())))
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_a_divergence_from_itself_has_no_gradient_and_takes_no_pass(pairs):
+    class Counted(MixtureFlow):
+        calls = 0
+
+        def velocity(self, *given):
+            Counted.calls += 1
+            return super().velocity(*given)
+
+    flow = Counted(PATHS["vp"], MIXTURE)
+    found = KL(flow, score_time=TIME, pairs=pairs).linearise(Law(flow, POINTS)).gradient(POINTS)
+    assert bool((found == 0).all())
+    assert Counted.calls == 0
 
 
 def test_there_is_no_value():

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from vendi_score.vendi import score_X
 
 from flowtilt.configuration import ConfigError
-from flowtilt.metrics.diversity import designs_covered, effective_classes, shares, vendi
+from flowtilt.metrics.diversity import (
+    combinations_covered,
+    designs_covered,
+    effective_classes,
+    shares,
+    vendi,
+)
 
 
 def eigenvalue_entropy(features: np.ndarray) -> float:
@@ -112,3 +118,14 @@ def test_effective_classes_of_equal_shares_is_their_number():
 def test_bad_labels_are_explained(function, labels, message):
     with pytest.raises(ValueError, match=message):
         function(labels, 5)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 1)), min_size=1))
+def test_combinations_are_different_tuples(labels):
+    assert combinations_covered(labels) == len(set(labels))
+
+
+@pytest.mark.parametrize("labels", [[], [0, 1], np.empty((3, 0))])
+def test_combinations_need_a_sample_and_a_factor(labels):
+    with pytest.raises(ValueError, match="combinations are counted"):
+        combinations_covered(labels)

@@ -48,6 +48,8 @@ class ScoreDifference(FirstVariation):
         return own - log_likelihood(self.reference, x, context, self.ode)
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        if self.model is self.reference:  # as in the first step of an ascent: two equal scores cost passes
+            return torch.zeros_like(x)
         with torch.no_grad():
             t = x.new_tensor(self.time)
             if self.pairs:

@@ -79,6 +79,23 @@ def effective_classes(labels: ArrayLike, classes: int) -> float:
     return float(np.exp(-taken @ np.log(taken)))
 
 
+def combinations_covered(labels: ArrayLike) -> int:
+    """How many different combinations of classes there are.
+
+    Args:
+        labels: classes of the samples by each factor, (n, factors).
+
+    Raises:
+        ValueError: if there is no sample, or no factor.
+    """
+    values = np.asarray(labels)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(
+            f"combinations are counted of classes (n, factors), at least one; got shape {values.shape}"
+        )
+    return len(np.unique(values, axis=0))
+
+
 def _counts(labels: ArrayLike, classes: int) -> np.ndarray:
     values = np.asarray(labels)
     if values.ndim != 1 or values.size == 0:

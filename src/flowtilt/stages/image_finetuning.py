@@ -117,7 +117,13 @@ def _explore(
     progress: Progress | None,
     resumption: Resumption,
 ) -> tuple[FlowModel, list[dict[str, float]]]:
-    """FDC on the entropy of the latents, less the KL divergence, both by scores."""
+    """FDC on the entropy of the latents, less the KL divergence, both by scores.
+
+    The entropy is 1-smooth relative to itself, and the divergence alpha times: steps of the KL weight
+    1 + alpha never descend, and without noise the first one is the optimum, ``p_0^(alpha / (1 + alpha))``.
+    With noise both only get smoother, since no divergence grows by it. A step of the weight alpha takes a
+    law ``p_0^c`` to ``p_0^(1 - c / alpha)``, which at alpha = 1 is the flat law and then p_0 again.
+    """
     config, solver = method_of(experiment, method), experiment.solver_of(method)
     alpha, step = experiment.entropy_weight(method), config.step or 1.0
     goal = experiment.objective
@@ -130,7 +136,7 @@ def _explore(
         objective,
         range(config.iterations or 1),
         # Scores need no samples of the law: as few as there can be.
-        MirrorAscent(alpha / step, 1, solver.steps),
+        MirrorAscent((1 + alpha) / step, 1, solver.steps),
         build_solver(solver, experiment.updates_of(method), progress),
         lambda k: generator_of(experiment.name, method, seed, k),
         resumption,

@@ -12,7 +12,7 @@ from flowtilt import thresholds
 from flowtilt.configuration import ConfigError
 from flowtilt.experiment import method_of
 from flowtilt.image_experiment import ImageExperiment, tail_metric
-from flowtilt.metrics.diversity import designs_covered, effective_classes, vendi
+from flowtilt.metrics.diversity import combinations_covered, designs_covered, effective_classes, vendi
 from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.rewards import Reward
 from flowtilt.stages.files import (
@@ -67,8 +67,8 @@ def evaluate(
         model: file of the stage images-model.
         pictures: folder of the run's pictures.
         output: JSON file of metrics to write.
-        scores: npz file to write, of ``prompt`` (n,), ``reward`` (n,), ``clip`` (n,) and ``design`` (n,), -1
-            where no designs are told apart.
+        scores: npz file to write, of ``prompt`` (n,), ``reward`` (n,), ``clip`` (n,), ``design`` (n,), -1
+            where no designs are told apart, and ``factors`` (n, factors), the classes by each other factor.
         history: of the fine-tuning.
         threshold_file: of tfft.
     """
@@ -76,7 +76,8 @@ def evaluate(
     from flowtilt.stages.image_sampling import as_pictures, load_scorer, read_pictures
 
     found, prompt = read_pictures(pictures)
-    expected = experiment.evaluation.pictures * len(experiment.prompts)
+    asked = experiment.evaluation
+    expected = asked.drawn * len(experiment.prompts)
     if len(found) != expected:
         raise StageError(f"{pictures}: {len(found)} pictures, not {expected}; delete it and run again")
     scorer, drawn = load_scorer(experiment, model), as_pictures(found)
@@ -84,23 +85,33 @@ def evaluate(
         features = scorer.picture_features(drawn)
     clip = scorer.scores_of(features, [experiment.prompts[i] for i in prompt])
     rewards = _rewards(experiment, model, drawn, prompt, clip)
-    names = experiment.evaluation.designs
     designs = np.full(len(found), -1)
-    if names:
-        designs = classify_features(features, scorer, names, experiment.evaluation.template).numpy(force=True)
+    if asked.designs:
+        designs = classify_features(features, scorer, asked.designs, asked.template).numpy(force=True)
+    factors = np.empty((len(found), len(asked.factors)), dtype=np.int64)
+    for k, factor in enumerate(asked.factors):
+        factors[:, k] = classify_features(features, scorer, factor.classes, factor.template).numpy(force=True)
+    sets = set_of(prompt, asked.pictures)
     row: Metrics = {
         "mean_reward": float(rewards.mean()),
         **{tail_metric(mass): lower_tail_mean(rewards, mass) for mass in _masses(experiment)},
         "clip": float(clip.double().mean()),
-        **_diversity(features.numpy(force=True).astype(np.float64), prompt),
-        **_designs(designs, names),
+        **_diversity(features.numpy(force=True).astype(np.float64), prompt, sets),
+        **_designs(designs, factors, sets, asked.designs),
     }
     if history is not None:
         row |= _training(history)
     if threshold_file is not None:
         row |= read_threshold(threshold_file)
     write_rows({method: row}, output)
-    write_arrays(scores, prompt=prompt, reward=rewards, clip=clip.numpy(force=True), design=designs)
+    write_arrays(
+        scores,
+        prompt=prompt,
+        reward=rewards,
+        clip=clip.numpy(force=True),
+        design=designs,
+        factors=factors,
+    )
 
 
 def _masses(experiment: ImageExperiment) -> list[float]:
@@ -125,22 +136,41 @@ def _rewards(
     return torch.cat(values).double().numpy(force=True)
 
 
-def _diversity(features: np.ndarray, prompt: np.ndarray) -> Metrics:
-    """Vendi scores: of all pictures, and the mean of those of each prompt's."""
-    each = [vendi(features[prompt == p]) for p in np.unique(prompt)]
-    return {"vendi": vendi(features), "vendi_of_a_prompt": float(np.mean(each))}
+def set_of(prompt: np.ndarray, pictures: int) -> np.ndarray:
+    """The set that each picture is of, (n,): the first ``pictures`` of every prompt, the next, and so on.
+
+    Args:
+        prompt: positions of the pictures' prompts, those of a prompt beside each other, (n,).
+        pictures: of each prompt in a set.
+    """
+    starts = np.searchsorted(prompt, prompt)
+    found: np.ndarray = (np.arange(len(prompt)) - starts) // pictures
+    return found
 
 
-def _designs(designs: np.ndarray, names: list[str]) -> Metrics:
-    """How many designs there are, and the shares of all."""
+def _diversity(features: np.ndarray, prompt: np.ndarray, sets: np.ndarray) -> Metrics:
+    """Vendi scores, the means over sets: of all pictures of a set, and the mean of those of each prompt's."""
+    alone = [sets == s for s in np.unique(sets)]
+    each = [vendi(features[one & (prompt == p)]) for one in alone for p in np.unique(prompt)]
+    return {
+        "vendi": float(np.mean([vendi(features[one]) for one in alone])),
+        "vendi_of_a_prompt": float(np.mean(each)),
+    }
+
+
+def _designs(designs: np.ndarray, factors: np.ndarray, sets: np.ndarray, names: list[str]) -> Metrics:
+    """How many designs and combinations of factors a set has, the mean over sets, and the designs' shares."""
     if not names:
         return {}
-    shares = {f"share_{name}": float((designs == k).mean()) for k, name in enumerate(names)}
-    return {
-        "designs_covered": designs_covered(designs, len(names)),
-        "effective_designs": effective_classes(designs, len(names)),
-        **shares,
+    alone = [sets == s for s in np.unique(sets)]
+    found: Metrics = {
+        "designs_covered": float(np.mean([designs_covered(designs[one], len(names)) for one in alone])),
+        "effective_designs": float(np.mean([effective_classes(designs[one], len(names)) for one in alone])),
     }
+    if factors.shape[1]:
+        both = np.column_stack([designs, factors])
+        found["combinations_covered"] = float(np.mean([combinations_covered(both[one]) for one in alone]))
+    return found | {f"share_{name}": float((designs == k).mean()) for k, name in enumerate(names)}
 
 
 def _training(history: Path) -> Metrics:

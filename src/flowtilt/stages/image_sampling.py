@@ -99,7 +99,7 @@ def sample(
     """
     base = load_base(experiment, model, weights)
     generator = generator_of(experiment.name, "sample", seed)
-    each = experiment.evaluation.pictures
+    each = experiment.evaluation.drawn
     prompt = torch.arange(len(base.prompts)).repeat(each)
     with atomic_folder(output) as folder:
         for index in torch.arange(len(prompt)).split(CHUNK):

@@ -333,8 +333,8 @@ class ImageMethodConfig(Section):
     """Linearisations, each with a solve; for ``fdc``, which must have it."""
 
     step: Annotated[float, Field(gt=0, le=1)] | None = None
-    """KL weight of the objective over that of a step, 1 being the largest step in theory; for ``fdc``,
-    which must have it."""
+    """Size of a step, 1 being the largest in theory: 1 + alpha, by which the objective is smooth relative to
+    the entropy, over the step's KL weight; for ``fdc``, which must have it."""
 
     updates: Count | None = None
     """Optimiser steps of each of the method's solves, instead of the solver's."""
@@ -361,11 +361,25 @@ class ImageMethodConfig(Section):
         return self.kind != "pretrained"
 
 
+class FactorConfig(Section):
+    """A factor that pictures differ in, and how the scoring model tells its classes apart."""
+
+    classes: Annotated[list[str], Field(min_length=2)]
+    """Names of its classes."""
+
+    template: str = "{}"
+    """Caption of a class, with its name for the braces."""
+
+
 class ImageEvaluationConfig(Section):
     """How each run is measured."""
 
     pictures: Annotated[int, Field(ge=2)]
-    """Pictures of each prompt, drawn by the memoryless process."""
+    """Pictures of each prompt in a set, drawn by the memoryless process."""
+
+    sets: Count = 1
+    """Sets of pictures: what depends on how many there are, as scores of diversity do, is the mean over the
+    sets, which has less noise than one set and is on the same scale."""
 
     designs: list[str] = Field(default_factory=list)
     """Classes that the scoring model tells pictures apart by, for how many of them are covered; in the drawn
@@ -373,3 +387,18 @@ class ImageEvaluationConfig(Section):
 
     template: str = "{}"
     """Caption of a class, with its name for the braces."""
+
+    factors: list[FactorConfig] = Field(default_factory=list)
+    """What else the scoring model tells pictures apart by, for how many combinations of the classes of all
+    factors, with ``designs`` as the first, are covered."""
+
+    @property
+    def drawn(self) -> int:
+        """Pictures of each prompt in all sets."""
+        return self.sets * self.pictures
+
+    @model_validator(mode="after")
+    def _factors_beside_designs(self) -> ImageEvaluationConfig:
+        if self.factors and not self.designs:
+            raise ValueError("factors are told beside designs; add designs")
+        return self
