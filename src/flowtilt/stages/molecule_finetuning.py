@@ -182,8 +182,7 @@ def _flow_density_control(
     """FDC on the mean of the best share, less the KL divergence by scores."""
     config, solver = method_of(experiment, method), experiment.solver_of(method)
     tail, step = experiment.tail_of(method), config.step or 1.0
-    # Scores are compared at the last time where the solver trains the velocity.
-    kl = KL(base, score_time=base.time_grid(solver.steps)[-2])
+    kl = KL(base, score_time=base.score_time(solver.steps))
     objective = Objective(SQ(reward, experiment.level_of(method)), kl, tail.alpha)
     result = ascend(
         base,
