@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -398,7 +398,7 @@ def _columnwise_step(path: Columnwise, t: float, s: float, data_variance: float)
     """The step of each path, spread over its columns."""
     steps = [memoryless_step(part, t, s, data_variance) for part, _ in path.parts]
     state, velocity, noise = (
-        path.spread([torch.tensor(getattr(step, field.name), dtype=torch.float64) for step in steps])
-        for field in fields(MemorylessStep)
+        path.spread([torch.tensor(getattr(step, name), dtype=torch.float64, device="cpu") for step in steps])
+        for name in ("state", "velocity", "noise")
     )
     return MemorylessStep(state, velocity, noise)

@@ -252,13 +252,15 @@ def loss_scale(base: FlowModel, steps: list[MemorylessStep]) -> LossScale:
     h = 1 / len(steps)
     mean, noise = [], []
     for t, step in zip(base.time_grid(len(steps))[:-1], steps, strict=True):
-        velocity, nu = (torch.as_tensor(c, dtype=torch.float64) for c in (step.velocity, step.noise))
-        at = torch.tensor(t, dtype=torch.float64, device="cpu")
+        velocity, nu, at = (
+            torch.as_tensor(c, dtype=torch.float64, device="cpu") for c in (step.velocity, step.noise, t)
+        )
         # Where the noise is not zero the limit is not taken: it need not be finite at the start.
         nu = torch.where(nu > 0, nu, torch.sqrt(velocity * base.path.eta(at)))
         mean.append(velocity / nu / math.sqrt(h))
         noise.append(nu / math.sqrt(h))
-    return LossScale(torch.stack(mean), torch.stack(noise))
+    device = torch.get_default_device()
+    return LossScale(torch.stack(mean).to(device), torch.stack(noise).to(device))
 
 
 def _chosen_steps(settings: AdjointMatchingSettings, generator: torch.Generator) -> Tensor:

@@ -216,7 +216,7 @@ class FlowMolFlow(FlowModel):
     def draw_context(self, count: int, generator: torch.Generator) -> Tensor:
         """Masks of ``count`` molecules, their sizes drawn as FlowMol draws them, (count, largest)."""
         sizes = torch.multinomial(self.size_weights, count, True, generator=generator)
-        return torch.arange(self.layout.atoms) < sizes[:, None]
+        return torch.arange(self.layout.atoms, device=sizes.device) < sizes[:, None]
 
     def select_context(self, context: Context, index: Tensor) -> Tensor:
         return mask_of(context)[index]

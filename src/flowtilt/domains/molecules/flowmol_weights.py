@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors
@@ -115,7 +116,7 @@ def convert_pretrained(name: str, output: Path) -> None:
     package = imported("flowmol")
     try:
         model = package.load_pretrained(name)
-    except (AttributeError, ValueError, OSError, RuntimeError) as error:
+    except (AttributeError, ValueError, OSError, RuntimeError, UnpicklingError) as error:
         raise FlowMolError(
             f"key model.name: FlowMol cannot load {name!r} ({error}); name a model of the installed version, "
             "or install a version that has it"
