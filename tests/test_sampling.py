@@ -106,14 +106,14 @@ def test_sde_samples_of_a_mixture_have_its_weights_mean_and_covariance(path):
     assert relative_error(x.T.cov(), MIXTURE.covariance) < 0.03
 
 
-APART = Columnwise(((Cosine(1.0), 1), (Cosine(2.0), 1)))
-"""Two columns on cosine paths of their own, as a molecule's coordinates and types have them in FlowMol."""
+APART = Columnwise(((Linear(), 1), (Cosine(2.0), 1)))
+"""Two columns on paths of their own, as a molecule's coordinates and types have them in FlowMol."""
 
 
 def test_a_sampler_begins_at_the_start_of_the_path():
     flow = ColumnwiseFlow(APART, GAUSSIAN)
     times = flow.time_grid(4)
-    assert times[0] == APART.start == Cosine().start
+    assert times[0] == APART.start == Cosine(2.0).start
     assert times[-1] == 1
     assert times[1] == pytest.approx(0.25, abs=1e-3)
 
@@ -124,7 +124,10 @@ def test_the_memoryless_sampler_has_weak_order_one_with_columns_apart(data_varia
     for steps in (40, 80, 160, 320):
         _, covariance = chain_law(ColumnwiseFlow(APART, GAUSSIAN, data_variance), steps)
         errors.append(float(torch.linalg.norm(covariance - GAUSSIAN.covariance)))
-    assert halving_orders(errors) == pytest.approx([1, 1, 1], abs=0.15)
+    # Half powers of the time that is left are in the path of the second column.
+    orders = halving_orders(errors)
+    assert orders == pytest.approx([1, 1, 1], abs=0.3)
+    assert orders[-1] == pytest.approx(1, abs=0.1)
     assert errors[-1] < 0.02
 
 
@@ -148,12 +151,14 @@ def test_the_score_with_columns_apart_follows_from_the_velocity():
 def test_the_ode_carries_noise_to_data_with_columns_apart():
     """The end of the ODE is a Gaussian whose mean and covariance an affine map of the noise gives."""
     flow = ColumnwiseFlow(APART, GAUSSIAN)
+    flow.time_power = 2.0
     probes = torch.eye(3, dtype=torch.float64)[:, 1:]
     flow.prior = lambda count, generator, context=None: probes
     origin, *images = sample_ode(flow, 3, generator(0), settings=OdeSettings(steps=50))
     jacobian = torch.stack(images, dim=1) - origin[:, None]
-    torch.testing.assert_close(origin, GAUSSIAN.mean, rtol=0, atol=1e-5)
-    torch.testing.assert_close(jacobian @ jacobian.T, GAUSSIAN.covariance, rtol=0, atol=1e-5)
+    # What the margins leave out, of 1e-4 of the way each.
+    torch.testing.assert_close(origin, GAUSSIAN.mean, rtol=0, atol=4 * MARGIN)
+    torch.testing.assert_close(jacobian @ jacobian.T, GAUSSIAN.covariance, rtol=0, atol=8 * MARGIN)
 
 
 @paths

@@ -134,14 +134,18 @@ class VariancePreserving(Interpolant):
 
 @dataclass(frozen=True)
 class Cosine(Interpolant):
-    """``alpha = sin^2(pi t^nu / 2)`` and ``beta = 1 - alpha``, the path of FlowMol (Dunn and Koes 2024).
+    """The path ``alpha = sin^2(pi w^nu / 2)``, ``beta = 1 - alpha`` of FlowMol (Dunn and Koes 2024).
 
-    It leaves both ends at rest: ``alpha' = 0`` at 0 and 1. At 0 every velocity is 0, whatever the data are,
-    so that a sampler cannot begin there. It begins at :attr:`start`, where ``alpha`` is still 2.4e-6 for
-    ``nu = 1`` and smaller for larger ones: the law there is that of the noise to this order.
+    FlowMol's time is w, in which a path rests at both ends. Here time is that in which the path of ``nu = 1``
+    is the straight one, ``t = sin^2(pi w / 2)``: near the data ``beta = nu^2 (1 - t)``, as smooth as there.
+    With a larger nu the path lags behind: near the noise ``alpha`` is of order ``t^nu``, so that at 0 the
+    velocity is 0 whatever the data are. Samplers begin at :attr:`start` instead, where a straight path has
+    ``alpha`` of 1e-6, and this one less: the law there is that of the noise to this order.
+
+    Rates are for times strictly between 0 and 1.
     """
 
-    nu: float = 1.0
+    nu: float
 
     def __post_init__(self) -> None:
         if not self.nu >= 1:
@@ -149,31 +153,32 @@ class Cosine(Interpolant):
 
     @property
     def start(self) -> float:
-        return 2.0**-10
+        return 2.0**-20
 
-    def _angles(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``pi t^nu / 2`` and its complement to ``pi / 2``, which stays exact near the data."""
-        return 0.5 * math.pi * t**self.nu, -0.5 * math.pi * torch.expm1(self.nu * torch.log(t))
+    def _power(self, t: Tensor, exponent: float) -> Tensor:
+        return (2 / math.pi * torch.asin(torch.sqrt(t))) ** exponent
 
-    def _angle_rate(self, t: Tensor) -> Tensor:
-        return 0.5 * math.pi * self.nu * t ** (self.nu - 1)
+    def _sines(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Sine and cosine of ``pi w^nu / 2``, the latter exact near the data."""
+        to_end = 2 / math.pi * torch.asin(torch.sqrt(1 - t))  # 1 - w
+        rest = -0.5 * math.pi * torch.expm1(self.nu * torch.log1p(-to_end))
+        return torch.sin(0.5 * math.pi * self._power(t, self.nu)), torch.sin(rest)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sin(0.5 * math.pi * t**self.nu) ** 2
+        return self._sines(t)[0] ** 2
 
     def beta(self, t: Tensor) -> Tensor:
-        return torch.sin(self._angles(t)[1]) ** 2
+        return self._sines(t)[1] ** 2
 
     def alpha_rate(self, t: Tensor) -> Tensor:
-        angle, rest = self._angles(t)
-        return 2 * self._angle_rate(t) * torch.sin(angle) * torch.sin(rest)
+        return self.kappa(t) * self.alpha(t)
 
     def beta_rate(self, t: Tensor) -> Tensor:
         return -self.alpha_rate(t)
 
     def kappa(self, t: Tensor) -> Tensor:
-        angle, rest = self._angles(t)
-        return 2 * self._angle_rate(t) * torch.sin(rest) / torch.sin(angle)
+        sine, cosine = self._sines(t)
+        return self.nu * self._power(t, self.nu - 1) * cosine / (sine * torch.sqrt(t * (1 - t)))
 
     def eta(self, t: Tensor) -> Tensor:
         return self.beta(t) * self.kappa(t)  # since alpha + beta = 1
@@ -385,7 +390,7 @@ def memoryless_step(path: Interpolant, t: float, s: float, data_variance: float 
     # endpoint = (beta v - beta' x) / (alpha' beta - alpha beta')
     alpha_rate, beta_rate = float(path.alpha_rate(at)), float(path.beta_rate(at))
     wronskian = alpha_rate * beta_t - alpha_t * beta_rate
-    if wronskian == 0:
+    if not wronskian > 0:
         raise ValueError(f"at t={t} the velocity of {path} says nothing of the endpoint; begin at its start")
     return MemorylessStep(
         state=on_state - on_endpoint * beta_rate / wronskian,

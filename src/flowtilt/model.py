@@ -56,10 +56,6 @@ class FlowModel(nn.Module, ABC):
         start, times = self.path.start, time_grid(steps, self.time_power)
         return times if start == 0 else [start + (1 - start) * t for t in times]
 
-    def score_time(self, steps: int) -> float:
-        """The time of a grid whose scores stand for those of the data: the last at which solvers train."""
-        return self.time_grid(steps)[-2]
-
     def noise_like(self, x: Tensor, generator: torch.Generator, context: Context = None) -> Tensor:
         """Standard normal noise in the space where the model's states live, shaped as ``x``."""
         return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

@@ -396,8 +396,8 @@ def test_the_part_of_a_tilt_with_dear_values_keeps_its_own_gradient():
 # --- Columns on paths of their own --------------------------------------------------------------
 
 SCHEDULES = {
-    "flowmol": Columnwise(((Cosine(1.0), 1), (Cosine(2.0), 1))),
-    "linear_and_cosine": Columnwise(((Linear(), 1), (Cosine(1.5), 1))),
+    "straight_and_cosine": Columnwise(((Linear(), 1), (Cosine(2.0), 1))),
+    "two_cosines": Columnwise(((Cosine(1.5), 1), (Cosine(2.0), 1))),
 }
 schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 

@@ -182,7 +182,8 @@ def _flow_density_control(
     """FDC on the mean of the best share, less the KL divergence by scores."""
     config, solver = method_of(experiment, method), experiment.solver_of(method)
     tail, step = experiment.tail_of(method), config.step or 1.0
-    kl = KL(base, score_time=base.score_time(solver.steps))
+    # Scores are compared at the last time where the solver trains the velocity.
+    kl = KL(base, score_time=base.time_grid(solver.steps)[-2])
     objective = Objective(SQ(reward, experiment.level_of(method)), kl, tail.alpha)
     result = ascend(
         base,

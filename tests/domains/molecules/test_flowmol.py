@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from closed_forms import generator
 from flowtilt.checkpoints import CheckpointError, save_tensors, save_weights, sha256_of
 from flowtilt.domains.molecules.flowmol import Description, FlowMolError, Layout
 from flowtilt.domains.molecules.flowmol_weights import convert_pretrained, describe, load_flowmol
-from flowtilt.interpolants import Linear
+from flowtilt.interpolants import Cosine, Linear
 from flowtilt.sampling import OdeSettings, sample_ode, sample_sde
 
 NAME = "qm9_gaussian"
@@ -99,7 +100,8 @@ def test_models_of_other_kinds_are_refused_when_they_are_converted(name, words, 
     ("change", "words"),
     [
         ({"schedules": {"x": ("exp", 0.0)}}, "schedule exp"),
-        ({"schedules": {"a": ("cosine", 0.5)}}, "nu 0.5"),
+        ({"schedules": {"a": ("cosine", 0.5)}}, "nu of at least that of the coordinates"),
+        ({"schedules": {"x": ("linear", 0.0)}}, "that of its coordinates is linear"),
         (
             {"priors": {"x": ("centered-normal", {"std": 4.0})}},
             "feature x from centered-normal with {'std': 4.0}",
@@ -122,11 +124,17 @@ def test_a_model_without_charges_is_refused():
         replace(description, schedules=without).check()
 
 
-def test_a_linear_schedule_is_the_linear_path():
+def test_schedules_are_told_in_the_time_of_the_coordinates():
     description = describe(NAME, flowmol_stand_in.load_pretrained(NAME))
-    linear = replace(description, schedules={**description.schedules, "x": ("linear", 0.0)})
+    t = torch.tensor([0.2, 0.7])
+    linear = replace(description, schedules=dict.fromkeys("xace", ("linear", 0.0)))
     linear.check()
-    assert linear.path_of("x") == Linear()
+    assert [linear.path_of(feature) for feature in "xace"] == [Linear()] * 4
+    assert torch.equal(linear.own_time(t), t)
+    assert [description.path_of(feature) for feature in "xe"] == [Linear(), Cosine(1.5)]
+    faster = replace(description, schedules={**description.schedules, "x": ("cosine", 1.5)})
+    assert [faster.path_of(feature) for feature in "xae"] == [Linear(), Cosine(2 / 1.5), Linear()]
+    torch.testing.assert_close(torch.sin(math.pi / 2 * faster.own_time(t) ** 1.5) ** 2, t)
 
 
 def test_bad_weights(weights, tmp_path):
@@ -175,8 +183,10 @@ def test_a_layout_takes_features_apart_and_joins_them():
 def test_each_feature_has_its_schedule(loaded):
     flow, _ = loaded
     alpha = flow.layout.split(flow.path.alpha(torch.tensor([[0.3]])))
+    own = flow.own_time(torch.tensor(0.3))
+    assert float(own) == pytest.approx(2 / math.pi * math.asin(math.sqrt(0.3)))
     for part, nu in zip(alpha, (1, 2, 2, 1.5), strict=True):
-        expected = 1 - torch.cos(torch.pi / 2 * torch.tensor(0.3) ** nu) ** 2
+        expected = 1 - torch.cos(torch.pi / 2 * own**nu) ** 2
         torch.testing.assert_close(part, expected.expand_as(part))
 
 
@@ -274,7 +284,8 @@ def test_both_samplers_stay_in_the_subspace_and_the_types_become_probabilities(l
         coordinates, *others = flow.layout.split(x)
         torch.testing.assert_close(coordinates.sum(1), torch.zeros(20, 3), rtol=0, atol=1e-4)
         for part, rows in zip(others, flow.layout.masks(mask)[1:], strict=True):
-            torch.testing.assert_close(part.sum(2), rows.float(), rtol=0, atol=1e-3)
+            # The ODE stops a margin of 1e-4 before the data, where four times that is left of the noise.
+            torch.testing.assert_close(part.sum(2), rows.float(), rtol=0, atol=1e-2)
         assert float(coordinates.abs().max()) < 10
         decoded, numbers = decode(x, mask)
         assert torch.equal(decoded, coordinates)
@@ -317,15 +328,3 @@ def test_data_are_discrete_and_cost_what_their_likelihood_says(loaded):
         expected += weight * -(one * share.clamp(min=1e-30).log())[0, :rows].sum() / rows
     torch.testing.assert_close(losses[2], expected, rtol=1e-4, atol=1e-5)
     assert torch.isfinite(y).all()
-
-
-def test_scores_are_compared_where_all_features_have_noise(loaded):
-    flow, _ = loaded
-    for steps in (4, 20, 250):
-        time = flow.score_time(steps)
-        times = flow.time_grid(steps)
-        assert time in times
-        beta = flow.path.beta(torch.tensor([time]))
-        assert float(beta.min()) >= 1 / steps
-        later = times[times.index(time) + 1]
-        assert float(flow.path.beta(torch.tensor([later])).min()) < 1 / steps

@@ -5,6 +5,9 @@ and FlowMol's network predicts the endpoint of all. The models of its Gaussian k
 :class:`flowtilt.model.FlowModel`: categories are vectors with Gaussian noise, and the predicted endpoint is
 their probabilities. Its other kinds move categories by jumps, or on a simplex, and are refused.
 
+Time is that in which the coordinates are on the straight path. FlowMol's own rests at both ends; the law of
+the state at a given alpha is the same in both.
+
 Weights are those that :mod:`flowtilt.domains.molecules.flowmol_weights` has converted.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -115,20 +119,28 @@ class Description:
             )
 
     def path_of(self, feature: str) -> Interpolant:
-        """The path of one feature.
+        """The path of one feature, in the time in which the coordinates' is the straight one.
 
         Raises:
             FlowMolError: if its schedule is not supported.
         """
-        kind, nu = self.schedules[feature]
-        if kind == "linear":
+        (kind, nu), (of_coordinates, slowest) = self.schedules[feature], self.schedules["x"]
+        if kind == of_coordinates == "linear" or (kind == of_coordinates == "cosine" and nu == slowest > 0):
             return Linear()
-        if kind == "cosine" and nu >= 1:
-            return Cosine(nu)
+        if kind == of_coordinates == "cosine" and nu > slowest > 0:
+            return Cosine(nu / slowest)
         raise FlowMolError(
-            f"key model.name: {self.name!r} has the schedule {kind} (nu {nu}) for its feature {feature}; "
-            f"supported are linear, and cosine with nu of at least 1; name {GAUSSIAN_KINDS}"
+            f"key model.name: {self.name!r} has the schedule {kind} (nu {nu}) for its feature {feature}, and "
+            f"that of its coordinates is {of_coordinates} (nu {slowest}); supported are linear for all, or "
+            f"cosine with nu of at least that of the coordinates; name {GAUSSIAN_KINDS}"
         )
+
+    def own_time(self, t: Tensor) -> Tensor:
+        """FlowMol's time, which its network was trained with, of the solvers' time."""
+        kind, nu = self.schedules["x"]
+        if kind == "linear":
+            return t
+        return (2 / math.pi * torch.asin(torch.sqrt(t))) ** (1 / nu)
 
 
 @dataclass(frozen=True)
@@ -198,20 +210,10 @@ class FlowMolFlow(FlowModel):
         self.layout = Layout(len(size_weights) - 1, widths)
         self.path = Columnwise(tuple(zip(map(description.path_of, "xace"), self.layout.sizes, strict=True)))
         self.time_power = time_power
+        self.own_time = description.own_time
         self.vector_field = network.eval()
         self.register_buffer("size_weights", size_weights.double())
         self.register_buffer("description", description.encoded())
-
-    def score_time(self, steps: int) -> float:
-        """The last time of the grid at which all features have as much noise as the linear path's last.
-
-        A difference of endpoints is one of scores over ``beta^2``, and on a cosine path beta is of the second
-        order in the time that is left: scores of the grid's last time would be those of the network's error.
-        """
-        times = torch.tensor(self.time_grid(steps)[:-1], dtype=torch.float64)
-        enough = (self.path.beta(times[:, None]) >= 1 / steps).all(1)
-        enough[0] = True
-        return float(times[enough][-1])
 
     def draw_context(self, count: int, generator: torch.Generator) -> Tensor:
         """Masks of ``count`` molecules, their sizes drawn as FlowMol draws them, (count, largest)."""
@@ -259,7 +261,7 @@ class FlowMolFlow(FlowModel):
         graph.edata["e_t"] = torch.cat([features[3], features[3]])
         found = self.vector_field(
             graph,
-            t.expand(len(x)),
+            self.own_time(t).expand(len(x)),
             node_batch_idx=atoms.nonzero()[:, 0],
             upper_edge_mask=torch.arange(2 * len(first), device=x.device) < len(first),
             apply_softmax=probabilities,
