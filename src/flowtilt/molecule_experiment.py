@@ -142,8 +142,8 @@ class MoleculeExperiment(Section):
             )
         if self.model.kind == "flowmol" and self.time_power < 2:
             raise ValueError(
-                f"time_power: must be at least 2 where model.kind is flowmol, got {self.time_power}; paths of "
-                "its types are not smooth at the data, where the ODE needs small steps"
+                f"time_power: must be at least 2 where model.kind is flowmol, got {self.time_power}; the "
+                "paths of its types are not smooth at the data, where the ODE needs small steps"
             )
         return self
 
