@@ -350,7 +350,7 @@ def test_adjoint_matching_moves_the_molecules_towards_the_reward(loaded):
     flow.time_power = 2.0
     reward, mask = Compactness(), flow.draw_context(200, generator(1))
     choice = AdjointMatchingSettings(
-        updates=25, batch=16, pool=16, steps=8, learning_rate=1e-2, ramp=0.2, control_clip=4.0
+        updates=40, batch=16, pool=16, steps=8, learning_rate=2e-3, ramp=0.2, control_clip=4.0
     )
     solution = solve(flow, RewardVariation(reward), 1.0, choice, generator(0))
     before, after = (
