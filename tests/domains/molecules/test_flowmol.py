@@ -110,6 +110,7 @@ def test_models_of_other_kinds_are_refused_when_they_are_converted(name, words, 
             "feature x from centered-normal with {'std': 4.0}",
         ),
         ({"priors": {"e": ("gaussian", {"simplex_center": True})}}, "feature e from gaussian"),
+        ({"priors": {"x": ("centered-normal", {})}}, "feature x from centered-normal"),  # FlowMol's is then 4
     ],
 )
 def test_other_schedules_and_noise_are_refused(change, words):

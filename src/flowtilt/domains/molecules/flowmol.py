@@ -103,8 +103,8 @@ class Description:
         if absent:
             raise FlowMolError(f"{where} has no feature {', '.join(absent)}; name {GAUSSIAN_KINDS}")
         for feature, (kind, arguments) in self.priors.items():
-            expected = "centered-normal" if feature == "x" else "gaussian"
-            if kind != expected or arguments.get("std", 1.0) != 1 or arguments.get("simplex_center", False):
+            expected, std = ("centered-normal", 4.0) if feature == "x" else ("gaussian", 1.0)  # its defaults
+            if kind != expected or arguments.get("std", std) != 1 or arguments.get("simplex_center", False):
                 raise FlowMolError(
                     f"{where} starts its feature {feature} from {kind} with {dict(arguments)}, not from the "
                     f"standard normal noise that the solvers assume; name {GAUSSIAN_KINDS}"
