@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from flowtilt.control.adjoint_matching import lean_adjoint, loss_scale
 from flowtilt.control.endpoints import Terminal
-from flowtilt.interpolants import Interpolant, Linear, VariancePreserving, time_grid
+from flowtilt.interpolants import (
+    Coefficient,
+    Columnwise,
+    Interpolant,
+    Linear,
+    VariancePreserving,
+    broadcast_time,
+    time_grid,
+)
 from flowtilt.model import Context, FlowModel
 from flowtilt.rewards import Reward
 from flowtilt.sampling import memoryless_steps
@@ -202,6 +210,34 @@ class MixtureFlow(FlowModel):
         return self._average(x, at, lambda centred: -_apply(at.precisions, centred))
 
 
+class ColumnwiseFlow(FlowModel):
+    """The exact flow of a Gaussian ``N(m, S)`` whose columns have paths of their own.
+
+    With ``A`` and ``B`` the diagonal matrices of alpha and beta, ``x_t`` has the covariance
+    ``Sigma = A S A + B^2``; with ``r = Sigma^-1 (x - A m)`` the posterior means of endpoint and noise are
+    ``m + S A r`` and ``B r``, and the score is ``-r``.
+    """
+
+    def __init__(self, path: Columnwise, law: Mixture, data_variance: float = 1.0):
+        super().__init__()
+        self.path, self.law, self.data_variance = path, law, data_variance
+
+    def prior(self, count, generator, context=None):
+        return torch.randn(count, len(self.law.mean), generator=generator, dtype=torch.float64)
+
+    def exact_score(self, x, t):
+        at = broadcast_time(t, x).double()
+        alpha, beta = self.path.alpha(at), self.path.beta(at)
+        covariance = alpha[..., None] * self.law.covariance * alpha[..., None, :] + torch.diag_embed(beta**2)
+        return -torch.linalg.solve(covariance.expand(len(x), -1, -1), x - alpha * self.law.mean)
+
+    def velocity(self, x, t, context=None):
+        at = broadcast_time(t, x).double()
+        r = -self.exact_score(x, t)
+        endpoint = self.law.mean + (self.path.alpha(at) * r) @ self.law.covariance
+        return self.path.alpha_rate(at) * endpoint + self.path.beta_rate(at) * self.path.beta(at) * r
+
+
 def tilt_gain(path: Interpolant, t: Tensor) -> Tensor:
     """``eta alpha = beta (alpha' beta - alpha beta')``: the size of a tilt's change of the velocity.
 
@@ -219,11 +255,12 @@ class AffineTable(nn.Module):
         super().__init__()
         self.matrices = nn.Parameter(torch.zeros(steps, dimension, dimension, dtype=torch.float64))
         self.offsets = nn.Parameter(torch.zeros(steps, dimension, dtype=torch.float64))
-        self.register_buffer("gains", tilt_gain(path, tensor(time_grid(steps)[:-1])))
+        times = path.start + (1 - path.start) * tensor(time_grid(steps)[:-1])
+        self.register_buffer("gains", tilt_gain(path, times[:, None]))
 
     def forward(self, x, t):
         entry = torch.round(t * len(self.gains)).long().clamp(max=len(self.gains) - 1)
-        gain, matrix, offset = self.gains[entry, None], self.matrices[entry], self.offsets[entry]
+        gain, matrix, offset = self.gains[entry], self.matrices[entry], self.offsets[entry]
         moved = x @ matrix.T if t.ndim == 0 else torch.bmm(matrix, x[..., None])[..., 0]
         return gain * (moved + offset)
 
@@ -284,6 +321,11 @@ def affine_velocity(model: FlowModel, t: float, dimension: int = 2) -> tuple[Ten
     return (values[1:] - values[0]).T, values[0]
 
 
+def diagonal(coefficient: Coefficient, dimension: int) -> Tensor:
+    """A coefficient of all columns, or one for each, as a matrix."""
+    return torch.diag(tensor(coefficient).expand(dimension))
+
+
 def chain_law(model: FlowModel, steps: int, dimension: int = 2) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the endpoint of ``sample_sde``, for a velocity affine in the state.
 
@@ -294,9 +336,10 @@ def chain_law(model: FlowModel, steps: int, dimension: int = 2) -> tuple[Tensor,
     mean, covariance = torch.zeros_like(eye[0]), eye
     for t, step in zip(model.time_grid(steps)[:-1], memoryless_steps(model, steps), strict=True):
         matrix, offset = affine_velocity(model, t, dimension)
-        jacobian = step.state * eye + step.velocity * matrix
-        mean = jacobian @ mean + step.velocity * offset
-        covariance = jacobian @ covariance @ jacobian.T + step.noise**2 * eye
+        state, velocity, noise = (diagonal(c, dimension) for c in (step.state, step.velocity, step.noise))
+        jacobian = state + velocity @ matrix
+        mean = jacobian @ mean + velocity @ offset
+        covariance = jacobian @ covariance @ jacobian.T + noise**2
     return mean, covariance
 
 
@@ -362,8 +405,9 @@ def matched_law(flow: FlowModel, reward: Quadratic, kl_weight: float, steps: int
     for k in reversed(range(steps)):
         step = coefficients[k]
         slope, offset = affine_velocity(flow, flow.time_grid(steps)[k], len(c))
-        jacobian, shift = step.state * eye + step.velocity * slope, step.velocity * offset
-        pull = step.velocity * float(scale.noise[k] / scale.mean[k]) * products[k].T
+        velocity = diagonal(step.velocity, len(c))
+        jacobian, shift = diagonal(step.state, len(c)) + velocity @ slope, velocity @ offset
+        pull = velocity @ diagonal(scale.noise[k] / scale.mean[k], len(c)) @ products[k].T
         implicit = eye + pull @ a @ r
         matrices.append(jacobian - torch.linalg.solve(implicit, pull @ a @ r @ jacobian))
         offsets.append(shift - torch.linalg.solve(implicit, pull @ (a @ (r @ shift + q) - c)))
@@ -371,7 +415,7 @@ def matched_law(flow: FlowModel, reward: Quadratic, kl_weight: float, steps: int
     mean, covariance = torch.zeros_like(c), eye
     for step, matrix, offset in zip(coefficients, matrices[::-1], offsets[::-1], strict=True):
         mean = matrix @ mean + offset
-        covariance = matrix @ covariance @ matrix.T + step.noise**2 * eye
+        covariance = matrix @ covariance @ matrix.T + diagonal(step.noise, len(c)) ** 2
     return mean, covariance
 
 

@@ -6,6 +6,7 @@ import torch
 from closed_forms import (
     PATHS,
     AffineTable,
+    ColumnwiseFlow,
     CorrectedFlow,
     Mixture,
     MixtureFlow,
@@ -19,7 +20,7 @@ from closed_forms import (
     relative_error,
     tensor,
 )
-from flowtilt.interpolants import Linear, time_grid
+from flowtilt.interpolants import Columnwise, Cosine, Linear, time_grid
 from flowtilt.sampling import (
     OdeSettings,
     log_likelihood,
@@ -103,6 +104,61 @@ def test_sde_samples_of_a_mixture_have_its_weights_mean_and_covariance(path):
     assert share == pytest.approx(float((reference[:, 0] > 0).double().mean()), abs=0.028)
     assert float(torch.linalg.norm(x.mean(0) - MIXTURE.mean)) < 0.045
     assert relative_error(x.T.cov(), MIXTURE.covariance) < 0.03
+
+
+APART = Columnwise(((Linear(), 1), (Cosine(2.0), 1)))
+"""Two columns on paths of their own, as a molecule's coordinates and types have them in FlowMol."""
+
+
+def test_a_sampler_begins_at_the_start_of_the_path():
+    flow = ColumnwiseFlow(APART, GAUSSIAN)
+    times = flow.time_grid(4)
+    assert times[0] == APART.start == Cosine(2.0).start
+    assert times[-1] == 1
+    assert times[1] == pytest.approx(0.25, abs=1e-3)
+
+
+@pytest.mark.parametrize("data_variance", [0.5, 1.0])
+def test_the_memoryless_sampler_has_weak_order_one_with_columns_apart(data_variance):
+    errors = []
+    for steps in (40, 80, 160, 320):
+        _, covariance = chain_law(ColumnwiseFlow(APART, GAUSSIAN, data_variance), steps)
+        errors.append(float(torch.linalg.norm(covariance - GAUSSIAN.covariance)))
+    # Half powers of the time that is left are in the path of the second column.
+    orders = halving_orders(errors)
+    assert orders == pytest.approx([1, 1, 1], abs=0.3)
+    assert orders[-1] == pytest.approx(1, abs=0.1)
+    assert errors[-1] < 0.02
+
+
+def test_samples_with_columns_apart_have_the_law_of_the_recursion():
+    flow, count = ColumnwiseFlow(APART, GAUSSIAN), 40_000
+    samples = sample_sde(flow, count, 10, generator(0))[-1]
+    mean, covariance = chain_law(flow, 10)
+    deviation = covariance.diagonal().max().sqrt()
+    assert float((samples.mean(0) - mean).abs().max()) < 5 * deviation / math.sqrt(count)
+    assert float((samples.T.cov() - covariance).abs().max()) < 5 * deviation**2 * math.sqrt(2 / count)
+    # Every step keeps the exact mean, but for what the start is off the noise.
+    torch.testing.assert_close(mean, GAUSSIAN.mean, rtol=0, atol=1e-5)
+
+
+def test_the_score_with_columns_apart_follows_from_the_velocity():
+    flow, x = ColumnwiseFlow(APART, GAUSSIAN), tensor([[0.3, -1.0], [1.2, 0.4], [-2.0, 0.1]])
+    for t in (tensor(0.3), tensor([0.1, 0.5, 0.9])):
+        torch.testing.assert_close(flow.score(x, t), flow.exact_score(x, t), rtol=1e-9, atol=1e-9)
+
+
+def test_the_ode_carries_noise_to_data_with_columns_apart():
+    """The end of the ODE is a Gaussian whose mean and covariance an affine map of the noise gives."""
+    flow = ColumnwiseFlow(APART, GAUSSIAN)
+    flow.time_power = 2.0
+    probes = torch.eye(3, dtype=torch.float64)[:, 1:]
+    flow.prior = lambda count, generator, context=None: probes
+    origin, *images = sample_ode(flow, 3, generator(0), settings=OdeSettings(steps=50))
+    jacobian = torch.stack(images, dim=1) - origin[:, None]
+    # What the margins leave out, of 1e-4 of the way each.
+    torch.testing.assert_close(origin, GAUSSIAN.mean, rtol=0, atol=4 * MARGIN)
+    torch.testing.assert_close(jacobian @ jacobian.T, GAUSSIAN.covariance, rtol=0, atol=8 * MARGIN)
 
 
 @paths

@@ -5,12 +5,16 @@ A path is ``x_t = alpha(t) x_1 + beta(t) x_0`` with ``x_0 ~ N(0, I)`` and time r
 ``eta = beta (kappa beta - beta')`` turn a velocity into a score and back,
 ``v = kappa x + eta s``, and the noise that makes the two ends of the generative process
 independent ("memoryless") is ``sigma^2 = 2 eta`` (Domingo-Enrich et al. 2025, section 4.3).
+
+All of this holds for each coordinate of the state alone, so that groups of coordinates may follow paths
+of their own, :class:`Columnwise`: what is a number for one path is then a vector over columns.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -20,12 +24,20 @@ from torch import Tensor
 
 Prediction = Literal["velocity", "score", "noise", "endpoint"]
 
+Coefficient = float | Tensor
+"""A number; or, where columns of the state have paths of their own, one for each of them, (columns,)."""
+
 
 class Interpolant(ABC):
     """The coefficients of a path, as functions of a tensor of times in [0, 1].
 
     All methods take times of any shape and return a tensor of the same shape.
     """
+
+    @property
+    def start(self) -> float:
+        """Where samplers begin, with the noise of time 0: later, if the velocity at 0 is that of any data."""
+        return 0.0
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -120,6 +132,111 @@ class VariancePreserving(Interpolant):
         return self.kappa(t)
 
 
+@dataclass(frozen=True)
+class Cosine(Interpolant):
+    """The path ``alpha = sin^2(pi w^nu / 2)``, ``beta = 1 - alpha`` of FlowMol (Dunn and Koes 2024).
+
+    FlowMol's time is w, in which a path rests at both ends. Here time is that in which the path of ``nu = 1``
+    is the straight one, ``t = sin^2(pi w / 2)``: near the data ``beta = nu^2 (1 - t)``, as smooth as there.
+    With a larger nu the path lags behind: near the noise ``alpha`` is of order ``t^nu``, so that at 0 the
+    velocity is 0 whatever the data are. Samplers begin at :attr:`start` instead, where a straight path has
+    ``alpha`` of 1e-6, and this one less: the law there is that of the noise to this order.
+
+    Rates are for times strictly between 0 and 1.
+    """
+
+    nu: float
+
+    def __post_init__(self) -> None:
+        if not self.nu >= 1:
+            raise ValueError(f"a cosine path needs nu of at least 1, got {self.nu}")
+
+    @property
+    def start(self) -> float:
+        return 2.0**-20
+
+    def _power(self, t: Tensor, exponent: float) -> Tensor:
+        return (2 / math.pi * torch.asin(torch.sqrt(t))) ** exponent
+
+    def _sines(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Sine and cosine of ``pi w^nu / 2``, the latter exact near the data."""
+        to_end = 2 / math.pi * torch.asin(torch.sqrt(1 - t))  # 1 - w
+        rest = -0.5 * math.pi * torch.expm1(self.nu * torch.log1p(-to_end))
+        return torch.sin(0.5 * math.pi * self._power(t, self.nu)), torch.sin(rest)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._sines(t)[0] ** 2
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self._sines(t)[1] ** 2
+
+    def alpha_rate(self, t: Tensor) -> Tensor:
+        return self.kappa(t) * self.alpha(t)
+
+    def beta_rate(self, t: Tensor) -> Tensor:
+        return -self.alpha_rate(t)
+
+    def kappa(self, t: Tensor) -> Tensor:
+        sine, cosine = self._sines(t)
+        return self.nu * self._power(t, self.nu - 1) * cosine / (sine * torch.sqrt(t * (1 - t)))
+
+    def eta(self, t: Tensor) -> Tensor:
+        return self.beta(t) * self.kappa(t)  # since alpha + beta = 1
+
+
+@dataclass(frozen=True)
+class Columnwise(Interpolant):
+    """Paths side by side: runs of columns along the last axis of the state, each on a path of its own.
+
+    Methods take times () or with a last axis of length 1, as :func:`broadcast_time` makes them, and return
+    that axis with the length of all columns.
+
+    Attributes:
+        parts: the path and the number of columns of each run, in the order of the state.
+    """
+
+    parts: tuple[tuple[Interpolant, int], ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts or min(width for _, width in self.parts) < 1:
+            raise ValueError(f"each path needs at least one column, got {[width for _, width in self.parts]}")
+
+    @property
+    def start(self) -> float:
+        return max(path.start for path, _ in self.parts)
+
+    def spread(self, values: Sequence[Tensor]) -> Tensor:
+        """One value a path, () or (..., 1), repeated for its columns: (columns,) or (..., columns)."""
+        widths = [width for _, width in self.parts]
+        return torch.cat([v.expand(*v.shape[:-1], n) for v, n in zip(values, widths, strict=True)], dim=-1)
+
+    def _of_each(self, coefficient: Callable[[Interpolant], Tensor], t: Tensor) -> Tensor:
+        if t.ndim and t.shape[-1] != 1:
+            raise ValueError(
+                f"paths by columns take times () or with a last axis of length 1, got {tuple(t.shape)}; "
+                "use broadcast_time"
+            )
+        return self.spread([coefficient(path) for path, _ in self.parts])
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._of_each(lambda path: path.alpha(t), t)
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self._of_each(lambda path: path.beta(t), t)
+
+    def alpha_rate(self, t: Tensor) -> Tensor:
+        return self._of_each(lambda path: path.alpha_rate(t), t)
+
+    def beta_rate(self, t: Tensor) -> Tensor:
+        return self._of_each(lambda path: path.beta_rate(t), t)
+
+    def kappa(self, t: Tensor) -> Tensor:
+        return self._of_each(lambda path: path.kappa(t), t)
+
+    def eta(self, t: Tensor) -> Tensor:
+        return self._of_each(lambda path: path.eta(t), t)
+
+
 def broadcast_time(t: Tensor, x: Tensor) -> Tensor:
     """View times of shape () or (batch,) so that they broadcast against ``x`` (batch, ...)."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)) if t.ndim else t
@@ -159,18 +276,32 @@ def convert(
     return path.alpha_rate(t) * endpoint + path.beta_rate(t) * noise
 
 
-def rates(path: Interpolant, t: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """``kappa`` and ``eta``; numbers if all samples share the time, as they do in every sampler."""
+def rates(path: Interpolant, t: Tensor) -> tuple[Coefficient, Coefficient]:
+    """``kappa`` and ``eta``; numbers if all samples and columns share the time and the path."""
     if t.ndim == 0 and t.device.type == "cpu":  # where reading the number waits for nothing
-        return _rates_at(path, float(t))
+        kappa, eta = _rates_at(path, float(t))
+        return _like(kappa, t), _like(eta, t)
     return path.kappa(t), path.eta(t)
 
 
 @lru_cache(maxsize=1024)
-def _rates_at(path: Interpolant, t: float) -> tuple[float, float]:
+def _rates_at(path: Interpolant, t: float) -> tuple[Coefficient, Coefficient]:
     """``kappa`` and ``eta`` at one time; as tensors they would cost as much as a layer of a small network."""
     at = torch.tensor(t, dtype=torch.float64, device="cpu")
-    return float(path.kappa(at)), float(path.eta(at))
+    kappa, eta = path.kappa(at), path.eta(at)
+    return (kappa, eta) if kappa.ndim else (float(kappa), float(eta))
+
+
+def _like(coefficient: Coefficient, x: Tensor) -> Coefficient:
+    """A vector of coefficients in the type and on the device of ``x``; numbers fit any."""
+    return coefficient.to(x) if isinstance(coefficient, Tensor) else coefficient
+
+
+def add_scaled(x: Tensor, y: Tensor, factor: Coefficient) -> Tensor:
+    """``x + factor y``."""
+    if isinstance(factor, Tensor):
+        return torch.addcmul(x, y, factor)
+    return torch.add(x, y, alpha=factor)
 
 
 def _noise_and_endpoint(
@@ -205,11 +336,23 @@ def time_grid(steps: int, power: float = 1.0) -> list[float]:
 
 @dataclass(frozen=True)
 class MemorylessStep:
-    """One step ``x_s = state x_t + velocity v(x_t, t) + noise xi`` of the memoryless process."""
+    """One step ``x_s = state x_t + velocity v(x_t, t) + noise xi`` of the memoryless process.
 
-    state: float
-    velocity: float
-    noise: float
+    Vectors over columns are float64; :meth:`like` makes them fit a state.
+    """
+
+    state: Coefficient
+    velocity: Coefficient
+    noise: Coefficient
+
+    @property
+    def noisy(self) -> bool:
+        """Whether any column has noise."""
+        return bool(self.noise.any()) if isinstance(self.noise, Tensor) else self.noise > 0
+
+    def like(self, x: Tensor) -> MemorylessStep:
+        """The step for states of the type and on the device of ``x``."""
+        return MemorylessStep(_like(self.state, x), _like(self.velocity, x), _like(self.noise, x))
 
 
 def memoryless_step(path: Interpolant, t: float, s: float, data_variance: float = 0.0) -> MemorylessStep:
@@ -228,10 +371,12 @@ def memoryless_step(path: Interpolant, t: float, s: float, data_variance: float 
     little noise, ``beta(1) > 0``, which then is there.
 
     Raises:
-        ValueError: unless ``0 <= t < s <= 1``.
+        ValueError: unless ``0 <= t < s <= 1``, and the velocity at ``t`` depends on the endpoint.
     """
     if not 0 <= t < s <= 1:
         raise ValueError(f"a memoryless step needs 0 <= t < s <= 1, got t={t}, s={s}")
+    if isinstance(path, Columnwise):
+        return _columnwise_step(path, t, s, data_variance)
     at, to = (torch.tensor(u, dtype=torch.float64, device="cpu") for u in (t, s))
     alpha_t, beta_t, alpha_s, beta_s = (
         float(c) for c in (path.alpha(at), path.beta(at), path.alpha(to), path.beta(to))
@@ -245,8 +390,20 @@ def memoryless_step(path: Interpolant, t: float, s: float, data_variance: float 
     # endpoint = (beta v - beta' x) / (alpha' beta - alpha beta')
     alpha_rate, beta_rate = float(path.alpha_rate(at)), float(path.beta_rate(at))
     wronskian = alpha_rate * beta_t - alpha_t * beta_rate
+    if not wronskian > 0:
+        raise ValueError(f"at t={t} the velocity of {path} says nothing of the endpoint; begin at its start")
     return MemorylessStep(
         state=on_state - on_endpoint * beta_rate / wronskian,
         velocity=on_endpoint * beta_t / wronskian,
         noise=math.sqrt(variance) if s < 1 or beta_s > 0 else 0.0,
     )
+
+
+def _columnwise_step(path: Columnwise, t: float, s: float, data_variance: float) -> MemorylessStep:
+    """The step of each path, spread over its columns."""
+    steps = [memoryless_step(part, t, s, data_variance) for part, _ in path.parts]
+    state, velocity, noise = (
+        path.spread([torch.tensor(getattr(step, name), dtype=torch.float64, device="cpu") for step in steps])
+        for name in ("state", "velocity", "noise")
+    )
+    return MemorylessStep(state, velocity, noise)

@@ -49,8 +49,12 @@ class FlowModel(nn.Module, ABC):
         """Velocity of the probability flow at states ``x`` (batch, ...) and times ``t`` () or (batch,)."""
 
     def time_grid(self, steps: int) -> list[float]:
-        """The ``steps + 1`` times at which samplers and solvers see the flow; see :func:`time_grid`."""
-        return time_grid(steps, self.time_power)
+        """The ``steps + 1`` times at which samplers and solvers see the flow; see :func:`time_grid`.
+
+        The first is the path's own start.
+        """
+        start, times = self.path.start, time_grid(steps, self.time_power)
+        return times if start == 0 else [start + (1 - start) * t for t in times]
 
     def noise_like(self, x: Tensor, generator: torch.Generator, context: Context = None) -> Tensor:
         """Standard normal noise in the space where the model's states live, shaped as ``x``."""

@@ -134,6 +134,20 @@ class MoleculeExperiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _flowmol_fits(self) -> MoleculeExperiment:
+        if self.model.kind == "flowmol" and self.checkpoint.retrain:
+            raise ValueError(
+                "checkpoint.retrain: weights of FlowMol are not trained here; set it to false, and "
+                "checkpoint.path to weights that docs/molecules.md says how to convert"
+            )
+        if self.model.kind == "flowmol" and self.time_power < 2:
+            raise ValueError(
+                f"time_power: must be at least 2 where model.kind is flowmol, got {self.time_power}; the "
+                "paths of its types are not smooth at the data, where the ODE needs small steps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _also_fits(self) -> MoleculeExperiment:
         if twice := self.also.keys() & self.methods.keys():
             raise ValueError(f"also: {min(twice)} is a method of the case's own; rename one of them")

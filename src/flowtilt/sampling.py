@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from flowtilt.interpolants import Interpolant, MemorylessStep, memoryless_step
+from flowtilt.interpolants import Interpolant, MemorylessStep, add_scaled, memoryless_step
 from flowtilt.model import Context, FlowModel
 from flowtilt.parallel import ALONE, Processes
 
@@ -79,10 +79,11 @@ def sample_sde(
         for t, step in zip(model.time_grid(steps)[:-1], coefficients, strict=True):
             x = states[-1]
             v = model.velocity(x, x.new_tensor(t), part)
-            x_next = torch.add(step.state * x, v, alpha=step.velocity)
-            if step.noise > 0:
+            step = step.like(x)
+            x_next = add_scaled(step.state * x, v, step.velocity)
+            if step.noisy:
                 like = x if sharing.count == 1 else x.new_empty(size, *x.shape[1:])
-                x_next.add_(model.noise_like(like, generator, every)[own], alpha=step.noise)
+                x_next = add_scaled(x_next, model.noise_like(like, generator, every)[own], step.noise)
             states.append(x_next)
         parts.append(torch.stack(states))
         start += size

@@ -10,6 +10,7 @@ from scipy.stats import norm
 from closed_forms import (
     PATHS,
     AffineTable,
+    ColumnwiseFlow,
     CorrectedFlow,
     Mixture,
     MixtureFlow,
@@ -38,7 +39,7 @@ from flowtilt.control.base import TrainingDiverged
 from flowtilt.control.endpoints import Ends, Terminal, likelihood_ratio_gradient
 from flowtilt.functionals.base import FirstVariation, WeightedVariation
 from flowtilt.functionals.utilities import Hinge, RewardVariation
-from flowtilt.interpolants import time_grid
+from flowtilt.interpolants import Columnwise, Cosine, Linear, time_grid
 from flowtilt.model import FlowModel
 from flowtilt.rewards import Reward
 from flowtilt.sampling import memoryless_steps, sample_sde
@@ -430,6 +431,86 @@ def test_the_part_of_a_tilt_with_dear_values_keeps_its_own_gradient():
     assert whole.ratio is None
     expected = -0.1 * tilt.gradient(pool[-1, index])
     torch.testing.assert_close(whole.terminal(pool[-1, index], index, None, -0.1).end, expected)
+
+
+# --- Columns on paths of their own --------------------------------------------------------------
+
+SCHEDULES = {
+    "straight_and_cosine": Columnwise(((Linear(), 1), (Cosine(2.0), 1))),
+    "two_cosines": Columnwise(((Cosine(1.5), 1), (Cosine(2.0), 1))),
+}
+schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+
+
+@schedules
+@rewards
+@pytest.mark.parametrize("power", [1, 2])
+def test_with_columns_apart_what_adjoint_matching_converges_to_is_the_tilted_law_to_order_one(
+    schedule, reward, power
+):
+    """The tilt couples columns whose noise vanishes at different rates; the limit is the joint tilt."""
+    exact = GAUSSIAN.tilted(reward, KL_WEIGHT)
+    errors = {"mean": [], "covariance": []}
+    flow = ColumnwiseFlow(schedule, GAUSSIAN)
+    flow.time_power = power
+    for count in (40, 80, 160, 320):
+        found = matched_law(flow, reward, KL_WEIGHT, count)
+        for name, value, limit in zip(errors, found, (exact.mean, exact.covariance), strict=True):
+            errors[name].append(float(torch.linalg.norm(value - limit)))
+    for name in errors:
+        assert halving_orders(errors[name])[-1] == pytest.approx(1, abs=0.1)
+        assert errors[name][-1] < 0.01
+
+
+@schedules
+@pytest.mark.parametrize(
+    ("reward", "steps", "batch"), [(LINEAR, 40, 128), (QUADRATIC, 80, 256)], ids=["linear", "quadratic"]
+)
+def test_a_gaussian_with_columns_apart_is_tilted_to_the_closed_form(schedule, reward, steps, batch):
+    """``N(m + S c / alpha, S)`` for a linear reward; most of the 4 % is the discretisation."""
+    flow = CorrectedFlow(ColumnwiseFlow(schedule, GAUSSIAN), AffineTable(schedule, steps))
+    choice = settings(steps=steps, batch=batch, pool=batch)
+    solution = solve(flow, RewardVariation(reward), KL_WEIGHT, choice, generator(0))
+    mean, covariance = chain_law(solution.model, steps)
+    exact = GAUSSIAN.tilted(reward, KL_WEIGHT)
+    assert relative_error(mean, exact.mean) < 0.01
+    assert relative_error(covariance, exact.covariance) < 0.04
+    discrete = matched_law(flow, reward, KL_WEIGHT, steps)
+    assert relative_error(mean, discrete[0]) < 0.01
+    assert relative_error(covariance, discrete[1]) < 0.015
+
+
+@schedules
+def test_with_columns_apart_the_control_energy_is_the_divergence_from_the_base(schedule):
+    flow = CorrectedFlow(ColumnwiseFlow(schedule, GAUSSIAN), AffineTable(schedule, 40))
+    choice = settings(rest_share=1.0, updates=100)
+    solution = solve(flow, RewardVariation(LINEAR), KL_WEIGHT, choice, generator(0))
+    c = LINEAR.linear / KL_WEIGHT
+    expected = float(c @ GAUSSIAN.covariance @ c) / 2
+    assert solution.history[-1]["control_energy"] == pytest.approx(expected, rel=0.03)
+
+
+@paths
+@pytest.mark.parametrize("estimator", ["pathwise", "likelihood_ratio"])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_columns_that_share_a_path_are_solved_as_one_state(path, estimator, clip):
+    """Coefficients are equal bit for bit, and what follows from them to rounding of double precision.
+
+    The rounding is that of ``x + c y``, which is fused where c is a number, and not where it is a vector.
+    """
+    choice = settings(updates=3, steps=6, endpoint_gradient=estimator, control_clip=clip)
+    one, two = (CorrectedFlow(MixtureFlow(path, GAUSSIAN), AffineTable(path, 6)) for _ in range(2))
+    two.path = Columnwise(((path, 1), (path, 1)))
+    scales = [loss_scale(flow, memoryless_steps(flow, 6)) for flow in (one, two)]
+    for name in ("mean", "noise"):
+        expected = getattr(scales[0], name)
+        assert torch.equal(getattr(scales[1], name), expected[:, None].expand(-1, 2))
+    solutions = [solve(flow, RewardVariation(LINEAR), 1.0, choice, generator(0)) for flow in (one, two)]
+    for a, b in zip(*(s.model.correction.parameters() for s in solutions), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for row, other in zip(*(s.history for s in solutions), strict=True):
+        for key in ("loss", "control_energy", "gradient_norm", "clipped_share"):
+            assert row[key] == pytest.approx(other[key], rel=1e-10, abs=1e-14)
 
 
 # --- Training against closed forms -------------------------------------------------------------

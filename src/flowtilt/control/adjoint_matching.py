@@ -190,7 +190,7 @@ def lean_adjoint(
         velocities.append(v)
         if k == 0:
             break
-        a, step = adjoints[-1], steps[k]
+        a, step = adjoints[-1], steps[k].like(trajectories)
         adjoints.append(step.state * a + step.velocity * pull(a))
         if k == len(steps) - 1 and terminal.before is not None:
             adjoints[-1] = adjoints[-1] + terminal.before
@@ -285,11 +285,17 @@ def _velocities(model: FlowModel, states: Tensor, times: Tensor, context: Contex
 class LossScale:
     """Per-step factors of the loss ``|| mean v_diff + noise a ||^2``, each float64, (steps,).
 
-    ``mean`` and ``noise`` are the discrete forms of ``2 / sigma`` and ``sigma``.
+    ``mean`` and ``noise`` are the discrete forms of ``2 / sigma`` and ``sigma``; of a path whose columns
+    differ, (steps, columns).
     """
 
     mean: Tensor
     noise: Tensor
+
+
+def _beside(factors: Tensor, x: Tensor) -> Tensor:
+    """Factors (steps,) or (steps, columns), shaped to multiply ``x`` (steps, batch, ...)."""
+    return factors.view(len(factors), *(1,) * (x.ndim - factors.ndim), *factors.shape[1:])
 
 
 def loss_scale(base: FlowModel, steps: list[MemorylessStep]) -> LossScale:
@@ -303,14 +309,15 @@ def loss_scale(base: FlowModel, steps: list[MemorylessStep]) -> LossScale:
     h = 1 / len(steps)
     mean, noise = [], []
     for t, step in zip(base.time_grid(len(steps))[:-1], steps, strict=True):
-        if step.noise > 0:
-            nu = step.noise
-        else:
-            at = torch.tensor(t, dtype=torch.float64, device="cpu")
-            nu = math.sqrt(step.velocity * float(base.path.eta(at)))
-        mean.append(step.velocity / nu / math.sqrt(h))
+        velocity, nu, at = (
+            torch.as_tensor(c, dtype=torch.float64, device="cpu") for c in (step.velocity, step.noise, t)
+        )
+        # Where the noise is not zero the limit is not taken: it need not be finite at the start.
+        nu = torch.where(nu > 0, nu, torch.sqrt(velocity * base.path.eta(at)))
+        mean.append(velocity / nu / math.sqrt(h))
         noise.append(nu / math.sqrt(h))
-    return LossScale(torch.tensor(mean, dtype=torch.float64), torch.tensor(noise, dtype=torch.float64))
+    device = torch.get_default_device()
+    return LossScale(torch.stack(mean).to(device), torch.stack(noise).to(device))
 
 
 def _chosen_steps(settings: AdjointMatchingSettings, generator: torch.Generator) -> Tensor:
@@ -331,9 +338,8 @@ def _residuals(
     context: Context,
 ) -> tuple[Tensor, Tensor]:
     """Squared residuals and squared controls, each (chosen, batch)."""
-    shape = (len(states),) + (1,) * (states.ndim - 1)
-    moved = scale.mean.view(shape) * (_velocities(model, states, times, context) - base_velocities)
-    residual = moved + scale.noise.view(shape) * adjoints
+    moved = _beside(scale.mean, states) * (_velocities(model, states, times, context) - base_velocities)
+    residual = moved + _beside(scale.noise, states) * adjoints
     return residual.flatten(2).square().sum(2), moved.detach().flatten(2).square().sum(2)
 
 
@@ -341,7 +347,10 @@ def _clipped(adjoints: Tensor, scale: LossScale, bound: float | None) -> tuple[T
     """Adjoints (chosen, batch, ...) whose controls are at most of a size, and how many were longer."""
     if bound is None:
         return adjoints, 0
-    controls = scale.noise.view(-1, 1) * adjoints.flatten(2).norm(dim=2)
+    if scale.noise.ndim == 1:
+        controls = scale.noise.view(-1, 1) * adjoints.flatten(2).norm(dim=2)
+    else:
+        controls = (_beside(scale.noise, adjoints) * adjoints).flatten(2).norm(dim=2)
     factors = (bound / controls.clamp(min=bound)).view(*controls.shape, *(1,) * (adjoints.ndim - 2))
     return factors * adjoints, int((controls > bound).sum())
 

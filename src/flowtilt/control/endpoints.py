@@ -66,8 +66,8 @@ def likelihood_ratio_gradient(
         The estimates, (batch, ...): they stand at the states before the last.
     """
     times = model.time_grid(len(steps))
-    noisy, last = steps[-2:]
     before, state, end = trajectories[-3:]
+    noisy, last = (step.like(end) for step in steps[-2:])
     v = model.velocity(before, before.new_tensor(times[-3]), context)
     mean = noisy.state * before + noisy.velocity * v
     shift = state - mean

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from flowtilt.checkpoints import CheckpointError, load_weights, sha256_of
-from flowtilt.configuration import ConfigError
 from flowtilt.control.base import Progress
 from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
@@ -29,7 +28,7 @@ from flowtilt.pretraining import Watch
 from flowtilt.provenance import commit, versions
 from flowtilt.sampling import OdeSettings
 from flowtilt.stages.files import write_history, write_json
-from flowtilt.stages.molecule_sampling import Base, generated
+from flowtilt.stages.molecule_sampling import Base, generated, load_base
 from flowtilt.stages.states import resumption_of
 
 SEED = 0
@@ -60,13 +59,8 @@ def pretrain(
 
     Raises:
         CheckpointError: if the checkpoint is missing, another file, or of another network.
-        ConfigError: if the model is not one that is trained here.
+        FlowMolError: if the weights are to be FlowMol's, and cannot be used.
     """
-    if experiment.model.kind == "flowmol":
-        raise ConfigError(
-            f"experiment {experiment.name}: key model.kind: weights of flowmol come with its package and are "
-            "not trained here"
-        )
     if not experiment.checkpoint.retrain:
         shipped = _shipped(experiment)
         for source, target in ((shipped, output), (record_of(shipped), record)):
@@ -95,6 +89,8 @@ def _shipped(experiment: MoleculeExperiment) -> Path:
     path = Path(experiment.checkpoint.path)
     where = f"experiment {experiment.name}: key checkpoint"
     retrain = "or set checkpoint.retrain to true, which trains it anew"
+    if experiment.model.kind == "flowmol":
+        retrain = "or convert FlowMol's weights anew, as docs/molecules.md says"
     for file in (path, record_of(path)):
         if not file.is_file():
             raise CheckpointError(f"{where}.path: {file}: no such file; restore it, {retrain}")
@@ -104,7 +100,7 @@ def _shipped(experiment: MoleculeExperiment) -> Path:
             f"{where}.sha256: {path} has the SHA-256 {found}, not {experiment.checkpoint.sha256}; restore "
             f"the file or correct the key, {retrain}"
         )
-    load_weights(build.build_model(experiment.flow), path)
+    load_base(experiment, path)
     return path
 
 

@@ -40,11 +40,12 @@ def load_base(experiment: MoleculeExperiment, weights: Path) -> Base:
 
     Raises:
         CheckpointError: if they are not there, or of another network.
+        FlowMolError: if they are to be FlowMol's, and cannot be used.
     """
     if experiment.model.kind == "flowmol":
-        from flowtilt.domains.molecules.flowmol import load_flowmol
+        from flowtilt.domains.molecules.flowmol_weights import load_flowmol
 
-        return Base(*load_flowmol(experiment.model.name))
+        return Base(*load_flowmol(experiment.model.name, weights, experiment.time_power))
     flow = load_weights(build.build_model(experiment.flow), weights)
     return Base(flow, build.decoder(build.build_units(experiment.flow)))
 

@@ -78,15 +78,15 @@ class MoleculeFlow(FlowModel):
         return torch.arange(self.atoms, device=sizes.device) < sizes[:, None]
 
     def select_context(self, context: Context, index: Tensor) -> Tensor:
-        return _mask_of(context)[index]
+        return mask_of(context)[index]
 
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
-        mask = _mask_of(context)
+        mask = mask_of(context)
         return _in_subspace(torch.randn(count, mask.shape[1], WIDTH, generator=generator), mask)
 
     def noise_like(self, x: Tensor, generator: torch.Generator, context: Context = None) -> Tensor:
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        return _in_subspace(noise, _mask_of(context))
+        return _in_subspace(noise, mask_of(context))
 
     def predict(self, x: Tensor, t: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the network says of states (batch, atoms, 3 + types) at times () or (batch,).
@@ -108,7 +108,7 @@ class MoleculeFlow(FlowModel):
 
     def endpoint(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
         """The predicted mean of the endpoint, of the shape of ``x``, at times () or (batch,)."""
-        mask = _mask_of(context)
+        mask = mask_of(context)
         coordinates, logits, _ = self.predict(x, t, mask)
         types = self.units.type_scale * torch.softmax(logits, dim=2) * mask.unsqueeze(2)
         return torch.cat([coordinates, types], dim=2)
@@ -120,7 +120,7 @@ class MoleculeFlow(FlowModel):
 
     def data_of(self, x: Tensor, context: Context = None) -> Tensor:
         """The molecules of ``x``: each atom of the type that its largest column says."""
-        mask = _mask_of(context)
+        mask = mask_of(context)
         return pack(*unpack(x, mask, self.units), mask, self.units)
 
     def matching_loss(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
@@ -129,14 +129,14 @@ class MoleculeFlow(FlowModel):
         Both are means over a molecule's atoms, and have their minimum at the mean of the endpoint, as has
         the mean square of :meth:`matching_residual`, which is that of velocities.
         """
-        at, mask = broadcast_time(t, x1), _mask_of(context)
+        at, mask = broadcast_time(t, x1), mask_of(context)
         coordinates, logits, error = self.predict(at * x1 + (1 - at) * x0, t, mask)
         squares = ((coordinates - x1[..., :3]) / error).square().sum(2) / 3
         cross = -(x1[..., 3:] / self.units.type_scale * F.log_softmax(logits, dim=2)).sum(2)
         return ((squares + self.type_weight * cross) * mask).sum(1) / mask.sum(1)
 
 
-def _mask_of(context: Context) -> Tensor:
+def mask_of(context: Context) -> Tensor:
     """The mask of atoms, which a flow on molecules does nothing without."""
     if not isinstance(context, Tensor):
         raise TypeError(

@@ -148,10 +148,13 @@ class MoleculeModelConfig(Section):
     """The base model: the package's own flow, or one of the package FlowMol."""
 
     kind: Literal["equivariant", "flowmol"] = "equivariant"
-    """``equivariant`` is the package's own flow; ``flowmol`` takes the weights of the package FlowMol."""
+    """``equivariant`` is the package's own flow; ``flowmol`` a model of the package FlowMol, of its Gaussian
+    kind, with converted weights as ``checkpoint``: docs/molecules.md says how. The sections ``units``,
+    ``network`` and ``pretrain`` are then not used."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-    """Name of the weights: one's own follow from it and a seed, FlowMol's are downloaded by it."""
+    """Name of the weights: one's own follow from it and a seed; FlowMol's are those of its model of this
+    name, as ``qm9_gaussian``."""
 
 
 class CheckpointConfig(Section):
