@@ -77,13 +77,13 @@ def findings(long: pd.DataFrame, experiment: MoleculeExperiment, reported: pd.Da
 
 def _am_beside(experiment: MoleculeExperiment, method: str) -> str | None:
     """The am that is solved as another method is."""
-    solver = experiment.solver_of(method).kind
-    same = (
-        name
-        for name, config in experiment.methods.items()
-        if config.kind == "am" and experiment.solver_of(name).kind == solver
-    )
-    return next(same, None)
+
+    def way(name: str) -> tuple[str, str]:
+        solver = experiment.solver_of(name)
+        return solver.kind, solver.adjoint
+
+    kinds = ((name, config.kind) for name, config in experiment.methods.items())
+    return next((name for name, kind in kinds if kind == "am" and way(name) == way(method)), None)
 
 
 FAR = 5.0

@@ -225,11 +225,13 @@ def posterior_mean_adjoint(
     at = chosen[before] + 1
     times = torch.tensor(base.time_grid(steps), dtype=torch.float64)[at]
     linearised = base.linearised(trajectories[at], times.to(trajectories), context)
+    path = base.path
     for k, (place, t) in enumerate(zip(before.tolist(), times, strict=True)):
-        alpha, beta = float(base.path.alpha(t)), float(base.path.beta(t))
-        alpha_rate, beta_rate = float(base.path.alpha_rate(t)), float(base.path.beta_rate(t))
-        pulled = linearised(k)[1](end)
-        adjoints[place] = (beta * pulled - beta_rate * end) / (alpha_rate * beta - alpha * beta_rate)
+        alpha, beta, alpha_rate, beta_rate = (
+            c(t).to(end) for c in (path.alpha, path.beta, path.alpha_rate, path.beta_rate)
+        )
+        wronskian = alpha_rate * beta - alpha * beta_rate
+        adjoints[place] = linearised(k)[1](beta / wronskian * end) - beta_rate / wronskian * end
     return adjoints
 
 
