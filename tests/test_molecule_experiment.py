@@ -50,7 +50,16 @@ def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
         ),
         ({"methods": {"am": {"solver": {"pool": 1}}}}, "(whole file)", "methods.am.solver: key (whole file)"),
         ({"solver": {"kind": "weighted_fitting"}}, "(whole file)", "methods.fdc.solver.kind"),
-        ({"solver": {"endpoint_gradient": "likelihood_ratio"}}, "(whole file)", "must be pathwise"),
+        (
+            {"solver": {"endpoint_gradient": "likelihood_ratio"}},
+            "solver",
+            "endpoint_gradient must be pathwise",
+        ),
+        (
+            {"solver": {"endpoint_gradient": "likelihood_ratio", "adjoint": "lean"}},
+            "(whole file)",
+            "must be pathwise; likelihood_ratio takes values",
+        ),
         ({"subset": {"smallest": 13}}, "subset", "must not be above largest"),
         ({"network": {"width": 12}}, "network", "width (12) must be a multiple of heads (8)"),
         ({"reward": {"binding": [1.0, -1.0]}}, "reward", "binding must be in order"),
@@ -105,7 +114,7 @@ def test_overrides_of_the_plane_and_of_molecules_do_not_meet() -> None:
 
 def test_a_study_of_levels_derives_from_its_experiment() -> None:
     cases = load_file(EXPERIMENTS / "molecules_tail_sweep.yaml", {"molecules": {"offline": {"samples": 9}}})
-    levels = {"pool": [0.5, 0.8, 0.95], "plain": [0.998], "large_pool": [0.998], "rising": [0.998]}
+    levels = {"rising": [0.95], "plain": [0.998], "pool": [0.5, 0.8, 0.9, 0.95, 0.998], "large_pool": [0.998]}
     levels["fitted"] = [0.5, 0.8]
     assert list(cases) == [f"molecules_tail_sweep/{label}" for label in levels]
     for name, case in cases.items():
@@ -117,8 +126,8 @@ def test_a_study_of_levels_derives_from_its_experiment() -> None:
         assert rises == ({0.5} if name.endswith("rising") else {None})
     plain = molecule_experiment(cases["molecules_tail_sweep/plain"])
     assert plain.solver.pool == plain.solver.batch
-    pool = molecule_experiment(cases["molecules_tail_sweep/pool"])
-    assert {name: pool.level_of(name) for name in pool.also} == {"tfft_0.9": 0.9, "tfft": 0.998}
+    rising = molecule_experiment(cases["molecules_tail_sweep/rising"])
+    assert {name: rising.level_of(name) for name in rising.also} == {"tfft_0.9": 0.9, "tfft": 0.998}
 
 
 def test_a_case_has_methods_of_its_base_as_its_own(tmp_path: Path) -> None:

@@ -262,12 +262,13 @@ def _cell(value: float) -> str:
 
 
 LEVELS_NOTE = (
-    "Cases: plain trains on all that it samples; pool and large_pool sample more trajectories than they "
-    "train on, draw from tail and body apart, and reweight, which leaves the estimator unbiased; rising adds "
-    "to that a level that rises from 0.5; fitted is weighted fitting. Pretrained and am, by Adjoint "
-    "Matching, are the same runs at every level. Active samples: the share of sampled molecules above the "
-    "threshold, over all updates, and for weighted fitting that under the tilted law; a line without any has "
-    "not tested the method. Training is without threshold and offline batch: seconds on a machine that may "
-    "have had other work; states that went through the network, a backward pass to the input counted as one "
-    "and to the parameters as two, which are counted and not timed; and energies beside them."
+    "Cases: plain trains on all that it samples, and so does rising, at a level that rises from 0.5; pool "
+    "and large_pool sample more trajectories than they train on, draw from tail and body apart, and "
+    "reweight, which leaves the estimator unbiased; fitted is weighted fitting. Pretrained and am, by "
+    "Adjoint Matching, are the same runs at every level. Active samples: the share of sampled molecules "
+    "above the threshold, over all updates, and for weighted fitting that under the tilted law; a line "
+    "without any has not tested the method. Training is without threshold and offline batch: seconds on a "
+    "machine that may have had other work; states that went through the network, a backward pass to the "
+    "input counted as one and to the parameters as two, which are counted and not timed; and energies beside "
+    "them."
 )

@@ -339,9 +339,14 @@ class SolverConfig(Section):
     """Divergence from the base that the weights pay for. Weighted fitting."""
 
     @model_validator(mode="after")
-    def _pool_holds_batch(self) -> SolverConfig:
+    def _keys_fit(self) -> SolverConfig:
         if self.kind == "adjoint_matching" and self.pool < self.batch:
             raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
+        if self.adjoint == "posterior_mean" and self.endpoint_gradient != "pathwise":
+            raise ValueError(
+                "endpoint_gradient must be pathwise where adjoint is posterior_mean, which takes the "
+                "gradient at the end of a trajectory"
+            )
         return self
 
 

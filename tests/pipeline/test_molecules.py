@@ -74,4 +74,4 @@ def test_a_case_that_would_change_what_it_shares_is_refused(project: Project) ->
 
 def test_a_case_has_only_methods_of_its_base_that_are_solved_as_its_own(project: Project) -> None:
     said = refused(project, "molecules_qm9", methods__tfft__updates=7)
-    assert "molecules_tail_sweep/pool: also: tfft is solved by another solver in molecules_qm9" in said
+    assert "molecules_tail_sweep/rising: also: tfft is solved by another solver in molecules_qm9" in said
