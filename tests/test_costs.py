@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from flowtilt.cli import main
-from flowtilt.costs import Cost, Measured, cost_panel, costs_of, read_benchmark, stage_costs
+from flowtilt.costs import Cost, Measured, cost_panel, costs_of, read_benchmark, read_costs, stage_costs
 from flowtilt.experiment import load_file
 from flowtilt.measurements import ResultsError
 from small import CONFIG
@@ -68,6 +68,38 @@ def test_what_was_not_measured_is_empty(benchmarks: Path, tmp_path: Path) -> Non
     assert (table["part"] == "runs").all()
     assert table[["finetune", "relative", "memory", "assess", "solve"]].isna().all(axis=None)
     assert "| am | 200 |  |  |  |  |  |  | 0 |" in prefix.with_suffix(".md").read_text()
+
+
+def test_experiments_that_were_not_run_again_are_kept(benchmarks: Path, tmp_path: Path) -> None:
+    """An earlier run of both files, and one of the first alone, in which each job took a second more."""
+    for folder in ("first", "second"):
+        (tmp_path / folder / "runs" / "risk_averse_2d").mkdir(parents=True)
+    (tmp_path / "first" / "runs" / "hierarchy_2d" / "am").mkdir(parents=True)
+    for folder, more in (("first", 0.0), ("second", 1.0)):
+        write(tmp_path, f"{folder}/benchmarks/finetune/risk_averse_2d/am/seed0", 20.0 + more, 500)
+    am = next(iter(load_file(HIERARCHY)))
+    write(tmp_path, f"first/benchmarks/measure/{am.partition('/')[0]}/seed0", 9.0, 700)
+
+    def table(folder: str, *more: str) -> pd.DataFrame:
+        prefix = tmp_path / folder / "costs"
+        words = ["--benchmarks", str(tmp_path / folder / "benchmarks"), "--output-prefix", str(prefix)]
+        assert main(["costs", str(RISK), str(HIERARCHY), *words, *more]) == 0
+        return pd.read_csv(f"{prefix}.csv")
+
+    first = table("first")
+    second = table("second", "--earlier", str(tmp_path / "first" / "costs.csv"))
+    kept = [
+        frame[frame["experiment"].astype(str).str.startswith("hierarchy_2d")] for frame in (first, second)
+    ]
+    pd.testing.assert_frame_equal(*kept)
+    assert kept[0]["assess"].notna().any()
+    assert second[second["method"] == "am"]["finetune"].iloc[0] == 21.0
+    totals = second[second["part"] == "rules"].set_index("rule")
+    assert totals.loc["finetune", ["jobs", "wall_seconds", "peak_memory_mb"]].tolist() == [2, 41.0, 500.0]
+    assert totals.loc["measure", "wall_seconds"] == 9.0
+    assert "kept from an earlier one" in (tmp_path / "second" / "costs.md").read_text()
+    with pytest.raises(ResultsError, match=r"RISK\.csv: not a table of costs"):
+        read_costs(tmp_path / "RISK.csv")
 
 
 def test_memory_of_a_short_job_is_unknown(tmp_path: Path) -> None:

@@ -141,6 +141,21 @@ def test_the_comparison_takes_molecules_beside_the_plane(results: Path) -> None:
     assert set(row["verdict"]) <= {"differs", "same ordering"}
 
 
+def test_experiments_that_were_not_run_again_are_kept_in_the_comparison(
+    results: Path, tmp_path: Path
+) -> None:
+    files, whole = [QM9, SWEEP], (results / "comparison.csv", results / "by_seed.csv")
+    write_comparison(files, {}, results, REPORTED, *whole)
+    (results / "runs" / "molecules_tail_sweep").rename(tmp_path / "away")
+    again = tmp_path / "comparison.csv", tmp_path / "by_seed.csv"
+    write_comparison(files, {}, results, REPORTED, *again, whole[1])
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in whole]
+    with pytest.raises(ResultsError, match=r"molecules_tail_sweep/.*no such file"):
+        write_comparison(files, {}, results, REPORTED, *again)
+    with pytest.raises(ResultsError, match=r"comparison\.csv: not a table of metrics by seed"):
+        write_comparison(files, {}, results, REPORTED, *again, whole[0])
+
+
 def test_a_missing_run_is_named(results: Path) -> None:
     (results / "runs/molecules_qm9/am/seed0/metrics.json").unlink()
     with pytest.raises(ResultsError, match=r"molecules_qm9/am/seed0/metrics\.json: no such file"):

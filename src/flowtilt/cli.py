@@ -180,12 +180,14 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--reported", type=Path, required=True, help="table of the papers' values")
     stage.add_argument("--output", type=Path, required=True)
     stage.add_argument("--by-seed", type=Path, required=True, help="file for every metric of every seed")
+    stage.add_argument("--earlier", type=Path, help="by_seed.csv of a run whose other experiments are kept")
 
     stage = add("costs", _costs, "Write what the runs cost, from the workflow's benchmarks.")
     stage.add_argument("files", type=Path, nargs="+", help="files of config/experiments")
     stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
     stage.add_argument("--benchmarks", type=Path, required=True, help="folder of the workflow's benchmarks")
     stage.add_argument("--output-prefix", type=Path, required=True)
+    stage.add_argument("--earlier", type=Path, help="costs.csv of a run whose other experiments are kept")
 
     stage = add("theory", _theory, "Check the papers' guarantees on laws that are known exactly.")
     stage.add_argument("file", type=Path, help="a file of config/theory")
@@ -412,13 +414,13 @@ def _figures(a: argparse.Namespace) -> None:
 def _compare(a: argparse.Namespace) -> None:
     from flowtilt.tables import write_comparison
 
-    write_comparison(a.files, a.override, a.results, a.reported, a.output, a.by_seed)
+    write_comparison(a.files, a.override, a.results, a.reported, a.output, a.by_seed, a.earlier)
 
 
 def _costs(a: argparse.Namespace) -> None:
     from flowtilt.costs import write_costs
 
-    write_costs(a.files, a.override, a.benchmarks, a.output_prefix)
+    write_costs(a.files, a.override, a.benchmarks, a.output_prefix, a.earlier)
 
 
 def _theory(a: argparse.Namespace) -> None:

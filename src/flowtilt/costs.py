@@ -84,6 +84,19 @@ def stage_costs(benchmarks: Path) -> dict[str, dict[str, float]]:
     return costs
 
 
+def added_costs(
+    first: Mapping[str, Mapping[str, float]], second: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Costs of stages in two runs together: jobs and times add up, of memory the larger counts."""
+    total = {stage: dict(costs) for stage, costs in first.items()}
+    for stage, costs in second.items():
+        known = total.setdefault(stage, {})
+        for key, value in costs.items():
+            before = known.get(key, 0)
+            known[key] = max(before, value) if key == "peak_memory_mb" else round(before + value, 1)
+    return total
+
+
 def measured_job(benchmarks: Path, rule: str, runs: str, seed: int) -> Measured | None:
     """What one job took, or None if it has no benchmark; ``runs`` is what it was of, as in its path."""
     file = benchmarks / rule / runs / f"seed{seed}.tsv"
@@ -178,6 +191,32 @@ def costs_of(benchmarks: Path, experiments: Iterable[AnyExperiment]) -> list[Cos
     return lines
 
 
+def read_costs(path: str | Path) -> tuple[list[Cost], dict[str, dict[str, float]]]:
+    """The lines and the totals of a ``costs.csv`` that :func:`write_costs` has written.
+
+    Raises:
+        ResultsError: if it is not such a file.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str)  # numbers are then read exactly
+        names = ["experiment", "method", "kind"]
+        numbers = {field: float for field in Cost._fields if field not in names} | {
+            "seeds": int,
+            "updates": int,
+        }
+        runs = table[table["part"] == "runs"][list(Cost._fields)].astype(numbers)
+        rules = table[table["part"] == "rules"][TOTAL_COLUMNS].astype(
+            {"jobs": int, "wall_seconds": float, "peak_memory_mb": float}
+        )
+    except (OSError, KeyError, ValueError) as error:
+        what = " ".join(str(error).split())
+        raise ResultsError(f"{path}: not a table of costs ({what}); name the costs.csv of a run") from None
+    totals = {
+        rule: dict(zip(TOTAL_COLUMNS[1:], costs, strict=True)) for rule, *costs in rules.itertuples(False)
+    }
+    return [Cost(*line) for line in runs.itertuples(index=False)], totals
+
+
 def _seconds(benchmarks: Path, rules: Iterable[str], runs: str, seeds: Iterable[int]) -> list[float]:
     """Seconds of some rules together, for each seed of which all were measured."""
     found = [[measured_job(benchmarks, rule, runs, seed) for rule in rules] for seed in seeds]
@@ -245,6 +284,11 @@ NOTE = (
     "all jobs measured when this was written, tables and figures among them if they were made before."
 )
 
+KEPT_NOTE = (
+    "Experiments that this run has not are kept from an earlier one, and totals are of both, with what was "
+    "run again."
+)
+
 
 def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
     """The costs of one file as text: a line a method, or a case where every case has one method.
@@ -303,6 +347,7 @@ def write_costs(
     overrides: Mapping[str, Any] | None,
     benchmarks: str | Path,
     prefix: str | Path,
+    earlier: str | Path | None = None,
 ) -> None:
     """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex``.
 
@@ -313,26 +358,32 @@ def write_costs(
         overrides: merged into every experiment last.
         benchmarks: folder of Snakemake's benchmark files, which lies in that of the results.
         prefix: of the files to write.
+        earlier: ``costs.csv`` of an earlier run: of files without a run in the results its lines are kept,
+            and its totals are added, with what was run again.
 
     Raises:
         ConfigError: if a file is not a valid experiment or study.
-        ResultsError: if a benchmark, or the history of a run on pictures, is malformed.
+        ResultsError: if a benchmark, the history of a run on pictures, or the earlier table is malformed.
     """
     benchmarks = Path(benchmarks)
+    kept, totals_before = ([], {}) if earlier is None else read_costs(earlier)
     lines: list[Cost] = []
     panels = []
     for file in files:
         experiments = load_file(file, overrides)
         study = read_study(Path(file))
         title = study.title if study else next(iter(experiments.values())).title
-        own = costs_of(benchmarks, experiments.values())
+        own = [line for line in kept if line.experiment in experiments]
+        if not own or any((benchmarks.parent / "runs" / name).is_dir() for name in experiments):
+            own = costs_of(benchmarks, experiments.values())
         lines += own
         panels.append(cost_panel(own, f"{Path(file).stem}, {title}"))
-    stages = stage_costs(benchmarks)
+    stages = added_costs(totals_before, stage_costs(benchmarks))
     totals = [{"rule": rule, **stage} for rule, stage in stages.items()]
     runs = pd.DataFrame(lines, columns=list(Cost._fields)).assign(part="runs")
     frame = pd.concat([runs, pd.DataFrame(totals, columns=TOTAL_COLUMNS).assign(part="rules")])
     whole = ["seeds", "updates", "jobs"]
     frame[whole] = frame[whole].astype("Int64")
     frame = frame[["part", *Cost._fields, *TOTAL_COLUMNS]]
-    write_panels(prefix, frame, [*panels, totals_panel(stages)], NOTE)
+    note = NOTE if earlier is None else f"{NOTE} {KEPT_NOTE}"
+    write_panels(prefix, frame, [*panels, totals_panel(stages)], note)

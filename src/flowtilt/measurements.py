@@ -180,6 +180,21 @@ def collect_runs(results: str | Path, runs: Iterable[Runs]) -> pd.DataFrame:
     return pd.concat([collect(results, each) for each in runs], ignore_index=True)
 
 
+def read_by_seed(path: str | Path) -> pd.DataFrame:
+    """Every metric of every row and seed, as :func:`collect_runs` has them, from a file of an earlier run.
+
+    Raises:
+        ResultsError: if it is not such a file.
+    """
+    try:
+        frame = pd.read_csv(path, dtype=str)  # numbers are then read exactly
+        return frame[list(LONG_COLUMNS)].astype({"value": float, "seed": int})
+    except (OSError, KeyError, ValueError) as error:
+        raise ResultsError(
+            f"{path}: not a table of metrics by seed ({_one_line(error)}); name the by_seed.csv of a run"
+        ) from None
+
+
 def _long(records: Sequence[tuple[str, str, str, int, float]]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=list(LONG_COLUMNS)).astype({"value": float, "seed": int})
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from flowtilt.costs import stage_costs
+from flowtilt.costs import added_costs, stage_costs
 from flowtilt.files import atomic_path
 
 PACKAGES = (
@@ -54,21 +54,10 @@ def write_provenance(config_hash: str, benchmarks: Path, output: Path, earlier: 
     }
     if earlier is not None:
         other = json.loads(earlier.read_text())
-        record["stages"] = _added(other.pop("stages"), record["stages"])
+        record["stages"] = added_costs(other.pop("stages"), record["stages"])
         record["earlier"] = other
     with atomic_path(output) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _added(first: dict[str, dict[str, float]], second: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Costs of stages in two runs together: jobs and times add up, of memory the larger counts."""
-    total = {stage: dict(costs) for stage, costs in first.items()}
-    for stage, costs in second.items():
-        known = total.setdefault(stage, {})
-        for key, value in costs.items():
-            before = known.get(key, 0)
-            known[key] = max(before, value) if key == "peak_memory_mb" else round(before + value, 1)
-    return total
 
 
 def versions() -> dict[str, str | None]:

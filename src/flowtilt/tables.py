@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from flowtilt import hierarchy, image_tables, molecule_tables, solver_study
-from flowtilt.experiment import Experiment, load_file, planar_experiment, read_study
+from flowtilt.experiment import AnyExperiment, Experiment, load_file, planar_experiment, read_study
 from flowtilt.files import atomic_path
 from flowtilt.image_experiment import ImageExperiment
 from flowtilt.measurements import (
@@ -26,6 +26,7 @@ from flowtilt.measurements import (
     Runs,
     collect_runs,
     entries,
+    read_by_seed,
     read_csv,
     row_name,
     row_words,
@@ -297,19 +298,28 @@ def write_comparison(
     reported: str | Path,
     output: str | Path,
     by_seed: str | Path,
+    earlier: str | Path | None = None,
 ) -> None:
     """Write the comparison of all experiments and cases of some files with the reported values.
 
     Args and errors are those of :func:`write_table`; ``output`` is a CSV file with the columns
     :data:`COMPARISON_COLUMNS`, ``by_seed`` one with every metric of every row and seed, from which
-    the comparison can be recomputed.
+    the comparison can be recomputed. ``earlier`` is such a file of an earlier run: of experiments and cases
+    without a run in ``results`` its lines are kept.
     """
     experiments = [experiment for file in files for experiment in load_file(file, overrides).values()]
     beside = read_reported(reported)
     for experiment in experiments:
         if isinstance(experiment, ImageExperiment):
             beside = image_tables.with_reported(beside, experiment)
-    long = collect_runs(results, map(runs_of, experiments))
+    before = None if earlier is None else read_by_seed(earlier)
+
+    def lines_of(experiment: AnyExperiment) -> pd.DataFrame:
+        if before is None or (Path(results) / "runs" / experiment.name).is_dir():
+            return collect_runs(results, [runs_of(experiment)])
+        return before[before["experiment"] == experiment.name]
+
+    long = pd.concat([lines_of(experiment) for experiment in experiments], ignore_index=True)
     _write_frame(by_seed, long)
     _write_frame(output, comparison(long, beside))
 
