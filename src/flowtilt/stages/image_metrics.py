@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flowtilt import thresholds
 from flowtilt.configuration import ConfigError
@@ -14,7 +13,6 @@ from flowtilt.experiment import method_of
 from flowtilt.image_experiment import ImageExperiment, tail_metric
 from flowtilt.metrics.diversity import combinations_covered, designs_covered, effective_classes, vendi
 from flowtilt.metrics.tails import lower_tail_mean
-from flowtilt.rewards import Reward
 from flowtilt.stages.files import (
     Metrics,
     StageError,
@@ -25,6 +23,11 @@ from flowtilt.stages.files import (
     write_json,
     write_rows,
 )
+
+if TYPE_CHECKING:  # a threshold takes less time than importing torch
+    from torch import Tensor
+
+    from flowtilt.rewards import Reward
 
 MASSES = (0.1, 0.2, 0.5)
 """Of the left tails that every run reports, beside those of its experiment."""
@@ -72,6 +75,8 @@ def evaluate(
         history: of the fine-tuning.
         threshold_file: of tfft.
     """
+    import torch
+
     from flowtilt.domains.images.alignment import classify_features
     from flowtilt.stages.image_sampling import as_pictures, load_scorer, read_pictures
 
@@ -123,6 +128,8 @@ def _rewards(
     experiment: ImageExperiment, model: Path, pictures: Tensor, prompt: np.ndarray, clip: Tensor
 ) -> np.ndarray:
     """Rewards of stored pictures, float64 (n,); those of CLIP are its scores."""
+    import torch
+
     from flowtilt.domains.images.model import Prompted
     from flowtilt.stages.image_sampling import CHUNK, load_reward
 
