@@ -263,12 +263,19 @@ def test_tfft_on_pictures_takes_the_passes_of_am() -> None:
 
 
 def test_fdc_explores_pictures(by_seed: pd.DataFrame) -> None:
-    """On every seed at the one weight, on their mean at the other; there without a loss of alignment."""
-    rows = ("pretrained", "am", "fdc_alpha_4", "fdc")
-    vendi = {m: metric(by_seed, "text_to_image_entropy", m, "vendi") for m in rows}
-    assert (vendi["fdc_alpha_4"] > vendi["pretrained"]).all()
-    assert vendi["fdc"].mean() > vendi["pretrained"].mean()
+    """On every seed and without a loss of alignment; on the mean the more, the smaller the weight."""
+    explored = ("fdc_alpha_8", "fdc_alpha_1", "fdc")
+    rows = ("pretrained", "am", *explored)
+    vendi, clip, combinations = (
+        {m: metric(by_seed, "text_to_image_entropy", m, name) for m in rows}
+        for name in ("vendi", "clip", "combinations_covered")
+    )
+    for method in explored:
+        assert (vendi[method] > vendi["pretrained"]).all()
+        assert (combinations[method] > combinations["pretrained"]).all()
+        assert (clip[method] >= clip["pretrained"]).all()
+    for found in (vendi, combinations):
+        means = [found[m].mean() for m in ("pretrained", *explored)]
+        assert means == sorted(means)
     assert (vendi["am"] < vendi["pretrained"]).all()
-    clip = {m: metric(by_seed, "text_to_image_entropy", m, "clip") for m in rows}
-    assert (clip["fdc"] >= clip["pretrained"]).all()
     assert (clip["am"] > clip["pretrained"]).all()
