@@ -129,7 +129,7 @@ def evaluate(
     from flowtilt.domains.molecules.xtb import XTBSettings
 
     own = molecules_of(*read_arrays(samples, "coordinates", "numbers"))
-    settings = XTBSettings(**experiment.reward.model_dump())
+    settings = XTBSettings(**experiment.reward.calculation)
     subset = experiment.subset
     train = load(molecules).of_size(subset.smallest, subset.largest).of_split("train")
     with WorkerPool(workers) as pool:

@@ -35,7 +35,7 @@ def build_units(config: MoleculeConfig) -> Units:
 
 def build_xtb(config: XTBConfig) -> XTBSettings:
     """How energies are computed."""
-    return XTBSettings(**config.model_dump(exclude={"type_gradient"}))
+    return XTBSettings(**config.calculation)
 
 
 def decoder(units: Units) -> Decoder:

@@ -203,6 +203,11 @@ class XTBConfig(Section):
             raise ValueError(f"binding must be in order, got {self.binding}")
         return self
 
+    @property
+    def calculation(self) -> dict[str, Any]:
+        """The keys of the calculation: arguments of :class:`flowtilt.domains.molecules.xtb.XTBSettings`."""
+        return self.model_dump(exclude={"type_gradient"})
+
 
 class MoleculeObjective(Section):
     """The mean of the best share of minus the energy, under a KL weight.
