@@ -52,7 +52,7 @@ def main() -> None:
     (experiment,) = map(molecule_experiment, load_file(FILE).values())
     base = load_base(experiment, FILE.parents[2] / experiment.checkpoint.path)
     flow, alpha, steps = base.flow.requires_grad_(False), experiment.objective.alpha, experiment.solver.steps
-    separated = build.separated_atoms(build.build_units(experiment.flow))
+    separated = build.separated_atoms(base.types)
     generator = seeded(1)
     context = flow.draw_context(count, generator)
     trajectories = sample_sde(flow, count, steps, generator, context)

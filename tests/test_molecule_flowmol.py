@@ -108,8 +108,8 @@ def test_most_molecules_of_the_offline_batch_have_an_energy(folder: Folder) -> N
 def test_a_method_runs_from_fine_tuning_to_metrics(folder: Folder, method: str) -> None:
     threshold = {"threshold": folder / "tfft.json"} if method == "tfft" else {}
     assert folder.finetune(method, **threshold) == 0
-    tuned, _ = load_flowmol(NAME, folder / f"{method}.safetensors")
-    base, _ = load_flowmol(NAME, folder / "pre.safetensors")
+    tuned, *_ = load_flowmol(NAME, folder / f"{method}.safetensors")
+    base, *_ = load_flowmol(NAME, folder / "pre.safetensors")
     moved = [not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True)]
     assert any(moved)
     assert all(bool(torch.isfinite(parameter).all()) for parameter in tuned.parameters())

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 def _reward(experiment: MoleculeExperiment, base: Base, workers: int | None) -> XTBReward:
     separated = None
     if experiment.reward.type_gradient == "separated_atoms":
-        separated = build.separated_atoms(build.build_units(experiment.flow), workers)
+        separated = build.separated_atoms(base.types, workers)
     return XTBReward(base.decode, build.build_xtb(experiment.reward), workers, separated)
 
 

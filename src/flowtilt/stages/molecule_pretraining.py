@@ -111,7 +111,8 @@ def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Wat
     """Draws molecules now and then, always from the same noise, and writes down how good they are."""
     check = experiment.pretrain.check
     reference = composition(build.subset_of(experiment.flow, molecules).of_split("train").as_molecules())
-    decode = build.decoder(build.build_units(experiment.flow))
+    units = build.build_units(experiment.flow)
+    parts = build.decoder(units), build.type_shares(units)
     ode = OdeSettings(steps=experiment.evaluation.ode_steps)
 
     def look(updates: int, model: FlowModel) -> None:
@@ -119,7 +120,7 @@ def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Wat
         drawn = molecules_of(
             *(
                 tensor.numpy(force=True)
-                for tensor in generated(Base(model, decode), check.samples, ode, generator)
+                for tensor in generated(Base(model, *parts), check.samples, ode, generator)
             )
         )
         with WorkerPool(1) as pool:

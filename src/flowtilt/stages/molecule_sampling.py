@@ -16,7 +16,7 @@ from flowtilt.checkpoints import load_weights
 from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.data import Molecules
-from flowtilt.domains.molecules.energies import Decoder
+from flowtilt.domains.molecules.energies import Decoder, TypeShares
 from flowtilt.experiment import method_of
 from flowtilt.model import FlowModel
 from flowtilt.molecule_experiment import MoleculeExperiment
@@ -29,10 +29,11 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Base:
-    """A base model and how its states become molecules."""
+    """A base model, how its states become molecules, and what their types are before that."""
 
     flow: FlowModel
     decode: Decoder
+    types: TypeShares
 
 
 def load_base(experiment: MoleculeExperiment, weights: Path) -> Base:
@@ -47,7 +48,8 @@ def load_base(experiment: MoleculeExperiment, weights: Path) -> Base:
 
         return Base(*load_flowmol(experiment.model.name, weights, experiment.time_power))
     flow = load_weights(build.build_model(experiment.flow), weights)
-    return Base(flow, build.decoder(build.build_units(experiment.flow)))
+    units = build.build_units(experiment.flow)
+    return Base(flow, build.decoder(units), build.type_shares(units))
 
 
 def sample(

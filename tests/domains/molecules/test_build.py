@@ -14,6 +14,7 @@ from flowtilt.domains.molecules.build import (
     padded,
     pretrain,
     separated_atoms,
+    type_shares,
 )
 from flowtilt.domains.molecules.sections import MoleculeConfig
 from flowtilt.domains.molecules.states import Units, pack
@@ -138,7 +139,7 @@ def test_separated_atoms_have_their_energy_as_a_linear_function_of_the_types():
     """Exact differences between molecules of one size: a molecule of other elements, or halfway to it."""
     pytest.importorskip("tblite", reason="the extra 'molecules' is not installed")
     units, mask = Units(), torch.tensor([[True, True, True, False]])
-    energy = separated_atoms(units, workers=1)
+    energy = separated_atoms(type_shares(units), workers=1)
 
     def state(*types):
         return pack(torch.randn(1, 4, 3).double(), torch.tensor([[*types, 0]]), mask, units)

@@ -16,6 +16,7 @@ from flowtilt.checkpoints import CheckpointError, save_tensors, save_weights, sh
 from flowtilt.control.adjoint_matching import AdjointMatchingSettings, solve
 from flowtilt.domains.molecules.flowmol import Description, FlowMolError, Layout
 from flowtilt.domains.molecules.flowmol_weights import convert_pretrained, describe, load_flowmol
+from flowtilt.domains.molecules.states import ATOMIC_NUMBERS
 from flowtilt.functionals.utilities import RewardVariation
 from flowtilt.interpolants import Cosine, Linear
 from flowtilt.rewards import Reward
@@ -51,7 +52,7 @@ def states(flow, sizes, seed=0):
 
 
 def test_converted_weights_are_those_of_the_model_with_its_sizes_and_a_record(weights, loaded):
-    flow, _ = loaded
+    flow, *_ = loaded
     real = flowmol_stand_in.load_pretrained(NAME).vector_field.state_dict()
     assert flow.vector_field.state_dict().keys() == real.keys()
     for name, tensor in real.items():
@@ -64,11 +65,11 @@ def test_converted_weights_are_those_of_the_model_with_its_sizes_and_a_record(we
 
 
 def test_fine_tuned_weights_are_loaded_from_their_file_alone(loaded, tmp_path):
-    flow, _ = loaded
+    flow, *_ = loaded
     with torch.no_grad():
         next(flow.parameters()).add_(1)
     save_weights(flow, tmp_path / "tuned.safetensors")
-    again, _ = load_flowmol(NAME, tmp_path / "tuned.safetensors", time_power=2.0)
+    again, *_ = load_flowmol(NAME, tmp_path / "tuned.safetensors", time_power=2.0)
     assert torch.equal(next(again.parameters()), next(flow.parameters()))
     assert again.time_power == 2
 
@@ -185,7 +186,7 @@ def test_a_layout_takes_features_apart_and_joins_them():
 
 
 def test_each_feature_has_its_schedule(loaded):
-    flow, _ = loaded
+    flow, *_ = loaded
     alpha = flow.layout.split(flow.path.alpha(torch.tensor([[0.3]])))
     own = flow.own_time(torch.tensor(0.3))
     assert float(own) == pytest.approx(2 / math.pi * math.asin(math.sqrt(0.3)))
@@ -195,7 +196,7 @@ def test_each_feature_has_its_schedule(loaded):
 
 
 def test_sizes_are_drawn_as_they_occur(loaded):
-    flow, _ = loaded
+    flow, *_ = loaded
     mask = flow.draw_context(4000, generator(0))
     shares = torch.bincount(mask.sum(1), minlength=6) / 4000
     torch.testing.assert_close(shares, flow.size_weights.float(), rtol=0, atol=0.04)  # five standard errors
@@ -203,7 +204,7 @@ def test_sizes_are_drawn_as_they_occur(loaded):
 
 
 def test_noise_is_standard_normal_about_its_centre_of_mass_and_zero_where_nothing_is(loaded):
-    flow, _ = loaded
+    flow, *_ = loaded
     x, mask = states(flow, [5] * 4000)
     more = flow.noise_like(x, generator(1), mask)
     for sample in (x, more):
@@ -220,7 +221,7 @@ def test_noise_is_standard_normal_about_its_centre_of_mass_and_zero_where_nothin
 
 
 def test_the_velocity_leads_to_the_predicted_endpoint(loaded):
-    flow, _ = loaded
+    flow, *_ = loaded
     x, mask = states(flow, [5, 3, 2])
     t = torch.tensor([0.2, 0.5, 0.9])
     endpoint = flow.endpoint(x, t, mask)
@@ -235,7 +236,7 @@ def test_the_velocity_leads_to_the_predicted_endpoint(loaded):
 
 
 def test_molecules_do_not_see_each_other_or_their_padding(loaded):
-    flow, _ = loaded
+    flow, *_ = loaded
     x, mask = states(flow, [5, 3, 2])
     together = flow.velocity(x, torch.tensor(0.6), mask)
     for i in range(3):
@@ -245,7 +246,7 @@ def test_molecules_do_not_see_each_other_or_their_padding(loaded):
 
 def test_the_velocity_turns_and_is_renumbered_with_the_molecule(loaded):
     """What a rotation and another order of the atoms do to the state, they do to the velocity."""
-    flow, _ = loaded
+    flow, *_ = loaded
     x, mask = states(flow, [5])
     rotation = torch.linalg.qr(torch.randn(3, 3, generator=generator(1)))[0]
     order = torch.tensor([3, 0, 4, 1, 2])
@@ -267,7 +268,7 @@ def test_the_velocity_turns_and_is_renumbered_with_the_molecule(loaded):
 
 
 def test_the_pull_back_reaches_all_features(loaded):
-    flow, _ = loaded
+    flow, *_ = loaded
     x, mask = states(flow, [5, 3])
     v, pull = flow.linearised(x[None], torch.tensor([0.5]), mask)(0)
     pushed = torch.zeros_like(v)
@@ -278,7 +279,7 @@ def test_the_pull_back_reaches_all_features(loaded):
 
 
 def test_both_samplers_stay_in_the_subspace_and_the_types_become_probabilities(loaded):
-    flow, decode = loaded
+    flow, decode, _ = loaded
     flow.time_power = 2.0
     mask = flow.draw_context(20, generator(0))
     for x in (
@@ -298,7 +299,7 @@ def test_both_samplers_stay_in_the_subspace_and_the_types_become_probabilities(l
 
 
 def test_the_decoder_follows_the_order_of_the_models_elements_and_the_width_of_the_mask(loaded):
-    flow, decode = loaded
+    flow, decode, _ = loaded
     x = torch.zeros(1, sum(flow.layout.sizes))
     parts = flow.layout.split(x)
     parts[0].normal_(generator=generator(0))
@@ -311,7 +312,7 @@ def test_the_decoder_follows_the_order_of_the_models_elements_and_the_width_of_t
 
 
 def test_data_are_discrete_and_cost_what_their_likelihood_says(loaded):
-    flow, _ = loaded
+    flow, *_ = loaded
     x, mask = states(flow, [5, 3, 2])
     data = flow.data_of(x, mask)
     for part, rows in zip(flow.layout.split(data)[1:], flow.layout.masks(mask)[1:], strict=True):
@@ -347,7 +348,7 @@ class Compactness(Reward):
 
 def test_adjoint_matching_moves_the_molecules_towards_the_reward(loaded):
     """On the same noise; how far, the network that stands in decides, which bends coordinates but little."""
-    flow, _ = loaded
+    flow, *_ = loaded
     flow.time_power = 2.0
     reward, mask = Compactness(), flow.draw_context(200, generator(1))
     choice = AdjointMatchingSettings(
@@ -360,3 +361,15 @@ def test_adjoint_matching_moves_the_molecules_towards_the_reward(loaded):
     )
     gain = after - before
     assert float(gain.mean()) > 5 * float(gain.std()) / math.sqrt(200)
+
+
+def test_types_of_states_are_those_that_they_decode_to_where_they_are_certain(loaded):
+    flow, decode, types = loaded
+    x, mask = states(flow, [2, 5])
+    certain = flow.data_of(x, mask)
+    shares = types(certain, mask)
+    numbers = torch.tensor(ATOMIC_NUMBERS)
+    assert torch.equal(shares.sum(2), mask.to(x))
+    assert torch.equal((shares @ numbers.to(x)).long(), decode(certain, mask)[1])
+    # Linear in the states, up to what there is no atom for.
+    torch.testing.assert_close(types(x + 2 * certain, mask), types(x, mask) + 2 * shares)

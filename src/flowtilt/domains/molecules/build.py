@@ -12,7 +12,7 @@ from flowtilt.checkpoints import save_weights
 from flowtilt.control.base import Progress
 from flowtilt.devices import generator_of
 from flowtilt.domains.molecules.data import Molecules, MoleculeSource, load
-from flowtilt.domains.molecules.energies import Decoder, StateEnergy
+from flowtilt.domains.molecules.energies import Decoder, StateEnergy, TypeShares
 from flowtilt.domains.molecules.model import MoleculeFlow
 from flowtilt.domains.molecules.network import NetworkSettings
 from flowtilt.domains.molecules.sections import MoleculeConfig, XTBConfig
@@ -53,14 +53,23 @@ def decoder(units: Units) -> Decoder:
     return decode
 
 
-def separated_atoms(units: Units, workers: int | None = None) -> StateEnergy:
-    """The GFN1-xTB energy of a state's atoms far from each other, as a linear function of its type columns.
+def type_shares(units: Units) -> TypeShares:
+    """Of states of :mod:`.states`, with their mask as context: the type columns over their scale."""
 
-    It is that of the atoms where each column is one type's, up to a constant an atom: the elements' mean is
-    taken off, since the columns of an atom have a fixed sum and what would change it leads nowhere.
+    def shares(x: Tensor, context: Context) -> Tensor:
+        return x[..., 3:] / units.type_scale * context.unsqueeze(2)
+
+    return shares
+
+
+def separated_atoms(shares: TypeShares, workers: int | None = None) -> StateEnergy:
+    """The GFN1-xTB energy of a state's atoms far from each other, as a linear function of its types.
+
+    It is that of the atoms where each is of one element, up to a constant an atom: the elements' mean is
+    taken off, since the shares of an atom have a fixed sum and what would change it leads nowhere.
 
     Args:
-        units: of the states.
+        shares: of the states' types.
         workers: processes to use; by default one for each processor.
 
     Raises:
@@ -68,10 +77,10 @@ def separated_atoms(units: Units, workers: int | None = None) -> StateEnergy:
     """
     found = shared_pool(workers).map(atomic_energy, ATOMIC_NUMBERS, ATOM_SECONDS)
     energies = torch.tensor(found, dtype=torch.float64)
-    slopes = (energies - energies.mean()) / units.type_scale
+    energies = energies - energies.mean()
 
     def energy(x: Tensor, context: Context) -> Tensor:
-        return ((x[..., 3:] @ slopes.to(x)) * context).sum(1)
+        return (shares(x, context) @ energies.to(x)).sum(1)
 
     return energy
 

@@ -172,6 +172,10 @@ class Decoder(Protocol):
         """
 
 
+TypeShares = Callable[[Tensor, Context], Tensor]
+"""How much of each atom of states is of which element, (batch, atoms, elements), in the order of
+:data:`flowtilt.domains.molecules.states.ELEMENTS`: linear in the states, and zero where there is no atom."""
+
 StateEnergy = Callable[[Tensor, Context], Tensor]
 """An energy in hartree of states and their context, (batch,), differentiable in the states."""
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowtilt.domains.molecules.energies import Decoder
+from flowtilt.domains.molecules.energies import Decoder, TypeShares
 from flowtilt.domains.molecules.model import mask_of
 from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, ELEMENTS, centred
 from flowtilt.interpolants import Columnwise, Cosine, Interpolant, Linear, broadcast_time
@@ -325,3 +325,16 @@ def decoder(description: Description, layout: Layout) -> Decoder:
         return coordinates * mask.unsqueeze(2), numbers.to(x.device)[types.argmax(2)] * mask
 
     return decode
+
+
+def type_shares(description: Description, layout: Layout) -> TypeShares:
+    """Of states of a layout, with their mask as context: the columns of their atom types."""
+    columns = torch.tensor([ELEMENTS.index(symbol) for symbol in description.elements])
+
+    def shares(x: Tensor, context: Context) -> Tensor:
+        mask = mask_of(context)
+        types = layout.split(x)[1][:, : mask.shape[1]] * mask.unsqueeze(2)
+        found = types.new_zeros(*types.shape[:2], len(ELEMENTS))
+        return found.index_add(2, columns.to(x.device), types)
+
+    return shares

@@ -19,14 +19,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flowtilt.checkpoints import CheckpointError, load_weights, save_weights, sha256_of
-from flowtilt.domains.molecules.energies import Decoder
-from flowtilt.domains.molecules.flowmol import Description, FlowMolError, FlowMolFlow, decoder, imported
+from flowtilt.domains.molecules.energies import Decoder, TypeShares
+from flowtilt.domains.molecules.flowmol import (
+    Description,
+    FlowMolError,
+    FlowMolFlow,
+    decoder,
+    imported,
+    type_shares,
+)
 from flowtilt.files import atomic_path
 from flowtilt.model import FlowModel
 
 
-def load_flowmol(name: str, weights: Path, time_power: float = 1.0) -> tuple[FlowModel, Decoder]:
-    """A model of FlowMol's Gaussian kind, frozen, and the decoder of its states.
+def load_flowmol(name: str, weights: Path, time_power: float = 1.0) -> tuple[FlowModel, Decoder, TypeShares]:
+    """A model of FlowMol's Gaussian kind, frozen, and the decoder and the types of its states.
 
     Args:
         name: of the model.
@@ -47,7 +54,8 @@ def load_flowmol(name: str, weights: Path, time_power: float = 1.0) -> tuple[Flo
         )
     description.check()
     flow = FlowMolFlow(description, _network(description), sizes, time_power)
-    return load_weights(flow, weights), decoder(description, flow.layout)
+    parts = decoder(description, flow.layout), type_shares(description, flow.layout)
+    return load_weights(flow, weights), *parts
 
 
 def _described(weights: Path) -> tuple[Tensor, Tensor]:
