@@ -212,16 +212,20 @@ def test_provenance_is_complete() -> None:
 
 
 def test_molecules_do_what_they_should(by_seed: pd.DataFrame) -> None:
-    """The mean is raised by am on the mean of the seeds, and by weighted fitting on every one."""
-    rows = ("pretrained", "am", "am_fitted", "tfft_0.9", "tfft_0.8_fitted")
-    mean, best_fifth = (
-        {m: metric(by_seed, "molecules_qm9", m, name) for m in rows}
-        for name in ("mean_negative_energy", "top_20pct_negative_energy")
-    )
-    assert mean["am"].mean() > mean["pretrained"].mean()
-    assert (mean["am_fitted"] > mean["pretrained"]).all()
-    assert (best_fifth["tfft_0.8_fitted"] > best_fifth["pretrained"]).all()
-    for method in ("tfft_0.9", "tfft_0.8_fitted"):
+    """Each method raises its own statistic over the pretrained model on every seed."""
+    raised = {
+        "am": "mean",
+        "am_fitted": "mean",
+        "fdc": "top_0.2pct",
+        "tfft_0.9": "top_10pct",
+        "tfft_0.8_fitted": "top_20pct",
+    }
+    for method, statistic in raised.items():
+        own, base = (
+            metric(by_seed, "molecules_qm9", m, f"{statistic}_negative_energy")
+            for m in (method, "pretrained")
+        )
+        assert (own > base).all(), method
         assert (metric(by_seed, "molecules_qm9", method, "active_share") > 0).all()
     assert (metric(by_seed, "molecules_qm9", "pretrained", "validity_pct") > 60).all()
 
@@ -233,10 +237,10 @@ def test_molecules_are_enough_for_their_smallest_tail(by_seed: pd.DataFrame) -> 
         assert (0.002 * counted > 7.9).all(), method
 
 
-def test_tfft_on_molecules_costs_what_am_does() -> None:
-    """Threshold included, and its share of the offline batch; within 15 %."""
+def test_tfft_on_molecules_takes_the_passes_of_am() -> None:
+    """The offline batch included; within 15 %. Seconds are of a run that had other work beside it."""
     costs = pd.read_csv(TABLES / "costs.csv")
-    of = costs[costs["experiment"] == "molecules_qm9"].set_index("method")["relative"]
+    of = costs[costs["experiment"] == "molecules_qm9"].set_index("method")["relative_passes"]
     for method in ("tfft", "tfft_0.9"):
         assert of[method] < 1.15
 

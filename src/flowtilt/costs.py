@@ -3,7 +3,7 @@
 A job's benchmark is ``{benchmarks}/{rule}/{experiment}/{method}/seed{n}.tsv``, and for all runs of a file
 ``{benchmarks}/measure/{file}/seed{n}.tsv``; rules on molecules begin with ``molecules_``, those on pictures
 with ``images_``. Results that were made without one, by another copy or by hand, leave cells empty; nothing
-is run again for them. Of pictures, network passes are counted too, from the runs' histories.
+is run again for them. Of molecules and pictures, network passes are counted too, from the runs' histories.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class Cost(NamedTuple):
         finetune, finetune_sd: of the fine-tuning.
         threshold: of tfft, what comes before: the offline batch and the threshold.
         relative: threshold and fine-tuning over those of the first method of the file that is fine-tuned.
-        passes: on pictures, network passes of the fine-tuning and of tfft's offline batch, counted and not
-            timed; see :mod:`flowtilt.control.base`.
+        passes: on molecules and pictures, network passes of the fine-tuning and of tfft's offline batch,
+            counted and not timed; see :mod:`flowtilt.control.base`.
         relative_passes: over those of the first method that is fine-tuned.
         memory: the largest of the fine-tuning over seeds, in MB.
         assess, assess_sd: of sampling and metrics together: in the plane for all runs of the file, and on
@@ -251,17 +251,20 @@ def _updates(experiment: AnyExperiment, method: str) -> int:
 
 
 def _passes(results: Path, experiment: AnyExperiment, method: str) -> float:
-    """Mean network passes of a method's fine-tunings on pictures, and of the offline batch before tfft's."""
-    if not isinstance(experiment, ImageExperiment) or not experiment.methods[method].tuned:
+    """Mean network passes of a method's fine-tunings, and of tfft's offline batch; not in the plane."""
+    if isinstance(experiment, Experiment) or not experiment.methods[method].tuned:
         return math.nan
     folders = [folder_of(results, experiment.name, method, seed) for seed in experiment.seeds]
     histories = [file for folder in folders if (file := folder / "history.csv").is_file()]
     counted = _mean_sd([solver_study.costs_of(file).network_passes for file in histories])[0]
     if experiment.methods[method].kind != "tfft":
         return counted
-    # A guided state goes through the network twice, with its prompt and with the empty one.
-    of_a_state = 1 if experiment.guidance.sampling == 1 else 2
-    return counted + experiment.offline_samples * experiment.solver.steps * of_a_state
+    if isinstance(experiment, ImageExperiment):
+        # A guided state goes through the network twice, with its prompt and with the empty one.
+        states = experiment.offline_samples * (1 if experiment.guidance.sampling == 1 else 2)
+    else:
+        states = experiment.offline.samples
+    return counted + states * experiment.solver.steps
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -278,10 +281,10 @@ NOTE = (
     "Samples and metrics: in the plane the rule measure, one job for all runs of a seed, shown in the first "
     "line; on molecules and pictures two jobs of each run. Solved rows: the rule exact, one job for all "
     "methods of an experiment on a tail; on functionals they are solved by the rule measure. Network passes, "
-    "on pictures: states through the denoiser, a backward pass to the input counted as one and to the "
-    "parameters as two, and all twice where there is guidance, with tfft's offline batch; they are counted "
-    "and not timed, and what the gradients of reward and entropy take is not in them. The last table is of "
-    "all jobs measured when this was written, tables and figures among them if they were made before."
+    "on molecules and pictures: states through the network, a backward pass to the input counted as one and "
+    "to the parameters as two, and all twice where there is guidance, with tfft's offline batch; they are "
+    "counted and not timed, and what the gradients of reward and entropy take is not in them. The last table "
+    "is of all jobs measured when this was written, tables and figures among them if they were made before."
 )
 
 KEPT_NOTE = (
