@@ -57,7 +57,7 @@ def molecules_of(sizes: range, count: int) -> list[Molecule]:
     """Molecules of QM9 of some sizes, evenly from one of its files."""
     part = 1 if sizes.stop < 15 else 2
     path = Path(str(distribution("qm9pack").locate_file(f"qm9pack/data/qm9_part{part}.csv")))
-    with path.open(newline="") as stream:
+    with path.open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if int(row["N_atoms"]) in sizes]
     return [
         Molecule(
@@ -108,7 +108,9 @@ def processor_seconds(pool: WorkerPool) -> float:
     """What the workers of a pool have used so far, from Linux's files on processes."""
     ticks = 0
     for worker in pool._workers:
-        fields = Path(f"/proc/{worker.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{worker.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        )
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -128,7 +130,7 @@ def beside_dxtb(python: str, molecules: Sequence[Molecule]) -> None:
         input=json.dumps(task),
         env=environment,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     theirs, energies, gradients = zip(*json.loads(done.stdout), strict=True)

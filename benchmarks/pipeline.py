@@ -26,7 +26,7 @@ def snakemake(folder: Path, cores: int, targets: list[str]) -> float:
     profile = ["--workflow-profile", "workflow/profiles/default", "--cores", str(cores), "--quiet", "all"]
     config = ["--config", "experiments=[risk_averse_2d]", "theory=[]"]
     command = [sys.executable, "-m", "snakemake", *profile, *config, "--", *targets]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
     if done.returncode != 0:
         raise RuntimeError(f"Snakemake failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return time.perf_counter() - started

@@ -21,7 +21,7 @@ def main() -> None:
     results = parser.parse_args().results
     costs = stage_costs(results / "benchmarks")
     if not costs:
-        costs = json.loads((results / "provenance.json").read_text())["stages"]
+        costs = json.loads((results / "provenance.json").read_text(encoding="utf-8"))["stages"]
     total = sum(c["wall_seconds"] for c in costs.values())
     print(f"{'stage':20}{'jobs':>6}{'seconds':>10}{'share':>8}{'peak MB':>9}")
     for stage, c in sorted(costs.items(), key=lambda item: -item[1]["wall_seconds"]):

@@ -54,7 +54,7 @@ class Package:
 def packages_of(file: Path) -> list[Package]:
     """The packages of an environment file, python among them."""
     found = []
-    for entry in yaml.safe_load(file.read_text())["dependencies"]:
+    for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["dependencies"]:
         by_pip = isinstance(entry, dict)
         for line in entry["pip"] if by_pip else [entry]:
             name, _, bounds = line.partition(" ")

@@ -80,14 +80,16 @@ def test_rules_and_files_name_each_other() -> None:
 
 @every_file
 def test_channels_are_conda_forge_alone(file: Path) -> None:
-    data = yaml.safe_load(file.read_text())
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert data.keys() == {"channels", "dependencies"}  # a name or a prefix would be Snakemake's to choose
     assert data["channels"] == ["conda-forge", "nodefaults"]
 
 
 @every_file
 def test_no_path_that_a_copy_of_the_file_would_lose(file: Path) -> None:
-    for line in (line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")):
+    for line in (
+        line for line in file.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")
+    ):
         assert not re.search(r"/|file:|-e |\.txt|\.whl|=\s*\.", line), line
 
 
@@ -237,7 +239,7 @@ def imports(file: Path) -> Iterator[tuple[str, str]]:
     Yields:
         The name of a package, and the statement.
     """
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             names.append(node.module)

@@ -52,7 +52,7 @@ def test_the_worked_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ]
     for words in stages:
         assert main(words) == 0
-    row = json.loads(Path(out["json"]).read_text())["rows"]["am"]
+    row = json.loads(Path(out["json"]).read_text(encoding="utf-8"))["rows"]["am"]
     assert row["worst_1pct_cost"] > row["mean_cost"]
 
 

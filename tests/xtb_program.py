@@ -77,7 +77,9 @@ def energy(case: Case) -> float | None:
     options = ["--chrg", str(case.charge)]
     options += [] if case.unpaired is None else ["--uhf", str(case.unpaired)]
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, COMMAND[1]).write_text("\n".join([str(len(lines)), case.name, *lines, ""]))
+        Path(folder, COMMAND[1]).write_text(
+            "\n".join([str(len(lines)), case.name, *lines, ""]), encoding="utf-8"
+        )
         done = subprocess.run(
             [*COMMAND, *options],
             cwd=folder,

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def run() -> int:
 
     The interpreter's last act is to look for garbage among all objects, torch's million among them.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and not stream.isatty():  # a log, which others read as UTF-8
+            stream.reconfigure(encoding="utf-8")
     code = main()
     gc.freeze()
     return code
@@ -85,7 +89,7 @@ def _start_logging(file: Path | None) -> None:
     log.addHandler(console)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(file, mode="w")
+        to_file = logging.FileHandler(file, mode="w", encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(to_file)
 
@@ -252,14 +256,13 @@ def _mapping(text: str) -> dict[str, Any]:
 def _resolve(a: argparse.Namespace) -> None:
     from flowtilt.configuration import ConfigError
     from flowtilt.experiment import dump, load_file
-    from flowtilt.files import atomic_path
+    from flowtilt.files import write_text
 
     experiments = load_file(a.file, a.override)
     name = a.name or (next(iter(experiments)) if len(experiments) == 1 else None)
     if name not in experiments:
         raise ConfigError(f"{a.file}: --name must be one of {', '.join(experiments)}")
-    with atomic_path(a.output) as temporary:
-        temporary.write_text(dump(experiments[name]))
+    write_text(a.output, dump(experiments[name]))
 
 
 def _calibrate(a: argparse.Namespace) -> None:

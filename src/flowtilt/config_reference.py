@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_args
 
 from flowtilt.configuration import ConfigError, Section, read_yaml
 from flowtilt.experiment import FunctionalExperiment, Skip, Study, TailExperiment
-from flowtilt.files import atomic_path
+from flowtilt.files import write_text
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
 from flowtilt.image_experiment import ImageExperiment
 from flowtilt.molecule_experiment import MoleculeExperiment
@@ -198,8 +198,7 @@ def write_reference(schema: Path, output: Path) -> None:
         ConfigError: if a key has no description; the message names it.
     """
     text = reference(read_yaml(schema))
-    with atomic_path(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(output, text)
 
 
 def reference(schema: Schema) -> str:

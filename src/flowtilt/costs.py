@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import pandas as pd
 
 from flowtilt import solver_study
 from flowtilt.experiment import AnyExperiment, Experiment, load_file, read_study
-from flowtilt.files import folder_of
+from flowtilt.files import folder_of, read_text
 from flowtilt.image_experiment import ImageExperiment
 from flowtilt.measurements import ResultsError
 from flowtilt.panels import Panel, over_seeds, pretty
@@ -44,7 +45,7 @@ def read_benchmark(file: Path) -> list[Measured]:
         ResultsError: naming the file and the fix, if it is not such a file.
     """
     try:
-        table = pd.read_csv(file, sep="\t", na_values="-", dtype=str)
+        table = pd.read_csv(StringIO(read_text(file)), sep="\t", na_values="-", dtype=str)
         columns = [pd.to_numeric(table[column]).astype(float) for column in ("s", "max_rss")]
     except KeyError as error:
         raise _malformed(file, f"has no column {error}") from None
@@ -198,7 +199,7 @@ def read_costs(path: str | Path) -> tuple[list[Cost], dict[str, dict[str, float]
         ResultsError: if it is not such a file.
     """
     try:
-        table = pd.read_csv(path, dtype=str)  # numbers are then read exactly
+        table = pd.read_csv(StringIO(read_text(path)), dtype=str)  # numbers are then read exactly
         names = ["experiment", "method", "kind"]
         numbers = {field: float for field in Cost._fields if field not in names} | {
             "seeds": int,

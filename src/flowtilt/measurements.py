@@ -6,10 +6,10 @@ resolution. Everything is read from the ``metrics.json`` files under a results f
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,7 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from flowtilt.experiment import AnyExperiment
-from flowtilt.files import folder_of
+from flowtilt.files import folder_of, one_line, read_json, read_npz, read_text
 
 LAYERS = ("network", "exact", "resolved")
 _WORDS = {"network": "", "exact": ", exact", "resolved": ", at finite resolution", "optimum": ", optimum"}
@@ -187,11 +187,11 @@ def read_by_seed(path: str | Path) -> pd.DataFrame:
         ResultsError: if it is not such a file.
     """
     try:
-        frame = pd.read_csv(path, dtype=str)  # numbers are then read exactly
+        frame = pd.read_csv(StringIO(read_text(path)), dtype=str)  # numbers are then read exactly
         return frame[list(LONG_COLUMNS)].astype({"value": float, "seed": int})
     except (OSError, KeyError, ValueError) as error:
         raise ResultsError(
-            f"{path}: not a table of metrics by seed ({_one_line(error)}); name the by_seed.csv of a run"
+            f"{path}: not a table of metrics by seed ({one_line(error)}); name the by_seed.csv of a run"
         ) from None
 
 
@@ -208,14 +208,14 @@ def read_metrics(path: Path) -> dict[str, dict[str, float]]:
     if not path.is_file():
         raise ResultsError(_missing(path))
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        data = read_json(path)
         return {
             str(row): {str(metric): _number(metric, value) for metric, value in metrics.items()}
             for row, metrics in data["rows"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         shape = '{"rows": {row: {metric: number or null}}}'
-        raise ResultsError(f"{path}: not of the form {shape} ({_one_line(error)}); {_again(path)}") from None
+        raise ResultsError(f"{path}: not of the form {shape} ({one_line(error)}); {_again(path)}") from None
 
 
 def _missing(path: Path) -> str:
@@ -224,14 +224,6 @@ def _missing(path: Path) -> str:
 
 def _again(path: Path) -> str:
     return f"make it again with `snakemake --cores all --force {path}`"
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _no_constant(token: str) -> float:
-    raise ValueError(f"{token} is not JSON; an undefined value is null")
 
 
 def _number(metric: str, value: Any) -> float:
@@ -251,9 +243,9 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     if not path.is_file():
         raise ResultsError(f"{path}: no such file")
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except ValueError as error:  # also what is no text
-        raise ResultsError(f"{path}: not a CSV table ({_one_line(error)})") from None
+        table = pd.read_csv(StringIO(read_text(path)), dtype=str, keep_default_na=False)
+    except ValueError as error:
+        raise ResultsError(f"{path}: not a CSV table ({one_line(error)})") from None
     if missing := [c for c in columns if c not in table.columns]:
         raise ResultsError(
             f"{path}: no column {', '.join(missing)}; its columns are {', '.join(table.columns)}"
@@ -277,7 +269,7 @@ def read_history(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     try:
         return table.astype(float)
     except ValueError as error:
-        raise ResultsError(f"{path}: not a history ({_one_line(error)}); {_again(path)}") from None
+        raise ResultsError(f"{path}: not a history ({one_line(error)}); {_again(path)}") from None
 
 
 # -------------------------------------------------------------------------------- arrays
@@ -364,10 +356,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ResultsError(_missing(path))
     try:
-        with np.load(path, allow_pickle=False) as data:
-            return {name: data[name] for name in data.files}
-    except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise ResultsError(f"{path}: not a complete npz file ({_one_line(error)}); {_again(path)}") from None
+        return read_npz(path)
+    except ValueError as error:
+        raise ResultsError(f"{path}: {error}; {_again(path)}") from None
 
 
 def read_resolution(path: Path) -> float | None:
@@ -379,9 +370,9 @@ def read_resolution(path: Path) -> float | None:
     if not path.is_file():
         return None
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["width"])
+        return float(read_json(path)["width"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ResultsError(f"{path}: not a resolution file ({_one_line(error)}); {_again(path)}") from None
+        raise ResultsError(f"{path}: not a resolution file ({one_line(error)}); {_again(path)}") from None
 
 
 # ---------------------------------------------------------------------------- statistics

@@ -11,7 +11,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from flowtilt.files import atomic_path
+from flowtilt.files import read_text, write_text
 from flowtilt.measurements import ResultsError
 from flowtilt.panels import Panel, markdown
 from flowtilt.tables import headline
@@ -99,7 +99,7 @@ def _stages(stages: dict[str, dict[str, Any]]) -> Panel:
 
 def _read(source: Path) -> str:
     try:
-        return source.read_text(encoding="utf-8")
+        return read_text(source, ResultsError)
     except FileNotFoundError:
         raise ResultsError(f"{source}: no such file; run the stage that writes it first") from None
 
@@ -123,5 +123,4 @@ def write_page(source: Path, title: str, output: Path) -> None:
     if source.suffix not in made:
         raise ResultsError(f"{source}: no page is made of this; give a file that ends in {', '.join(made)}")
     text = made[source.suffix]()
-    with atomic_path(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(output, text)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.costs import added_costs, stage_costs
-from flowtilt.files import atomic_path
+from flowtilt.files import read_json, read_text, write_text
 
 PACKAGES = (
     "flowtilt",
@@ -53,11 +53,10 @@ def write_provenance(config_hash: str, benchmarks: Path, output: Path, earlier: 
         "stages": stage_costs(benchmarks),
     }
     if earlier is not None:
-        other = json.loads(earlier.read_text())
+        other = read_json(earlier)
         record["stages"] = added_costs(other.pop("stages"), record["stages"])
         record["earlier"] = other
-    with atomic_path(output) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(output, json.dumps(record, indent=1) + "\n")
 
 
 def versions() -> dict[str, str | None]:
@@ -76,7 +75,9 @@ def commit() -> dict[str, Any]:
     """The commit that is checked out, and whether sources or configuration differ from it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, encoding="utf-8", check=True
+        ).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--", "src", "config", "workflow", "Snakefile")
@@ -89,7 +90,7 @@ def _processor() -> str:
     """Model name of the processor, where the system tells."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        for line in info.read_text().splitlines():
+        for line in read_text(info).splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()

@@ -77,7 +77,7 @@ def ask_cluster() -> Cluster:
 
 def _answer(*command: str) -> str:
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        run = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ClusterError(f"SLURM does not answer: {error}") from None
     if run.returncode != 0:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from flowtilt import hierarchy, image_tables, molecule_tables, solver_study
 from flowtilt.experiment import AnyExperiment, Experiment, load_file, planar_experiment, read_study
-from flowtilt.files import atomic_path
+from flowtilt.files import atomic_path, write_text
 from flowtilt.image_experiment import ImageExperiment
 from flowtilt.measurements import (
     LAYERS,
@@ -403,20 +403,15 @@ def write_solvers_table(
 def write_panels(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:
     """Write a table as data (``.csv``), and as text with a note under it (``.md`` and ``.tex``)."""
     _write_frame(f"{prefix}.csv", frame)
-    _write_text(f"{prefix}.md", f"{markdown(panels)}\n\n{note}\n")
+    write_text(f"{prefix}.md", f"{markdown(panels)}\n\n{note}\n")
     comments = "\n".join(f"% {line}".rstrip() for line in note.splitlines())
-    _write_text(f"{prefix}.tex", f"{latex(panels)}\n{comments}\n")
+    write_text(f"{prefix}.tex", f"{latex(panels)}\n{comments}\n")
 
 
 def _write_frame(path: str | Path, frame: pd.DataFrame) -> None:
     """CSV in which numbers read back the same, and undefined ones are empty."""
     with atomic_path(path) as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n")
-
-
-def _write_text(path: str | Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------ headline

@@ -84,7 +84,7 @@ def test_environments_are_made_alone(source: Project, conda: StandInConda) -> No
     created = [dict(pairwise(call)) for call in calls(conda) if call[:2] == ["env", "create"]]
     assert len(created) == len(FILES)
     # Snakemake gives conda a copy of each file, beside the environment: the same bytes, and a prefix.
-    assert {Path(options["--file"]).read_text() for options in created} == {
+    assert {Path(options["--file"]).read_text(encoding="utf-8") for options in created} == {
         file.read_text() for file in FILES
     }
     assert {options["--prefix"] for options in created} == {str(prefix) for prefix in made(source).values()}

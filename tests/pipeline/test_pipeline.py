@@ -50,7 +50,10 @@ def times(folder: Path) -> dict[Path, int]:
 
 def edit(path: Path, **changes: Any) -> None:
     """Change top-level keys of a YAML file."""
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({**yaml.safe_load(path.read_text(encoding="utf-8")), **changes}, sort_keys=False),
+        encoding="utf-8",
+    )
 
 
 # --------------------------------------------------------------------------- what rules declare

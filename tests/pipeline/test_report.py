@@ -43,7 +43,7 @@ def browse(page: Path, *options: str) -> str:
 
 
 def test_the_report_holds_every_table_and_figure(finished: Project, report: Path) -> None:
-    text = report.read_text()
+    text = report.read_text(encoding="utf-8")
     pages = [path.name for path in (finished.smoke / "pages").iterdir()]
     figures = [path.name for path in (finished.smoke / "figures").iterdir()]
     assert {"comparison.html", "costs.html", "provenance.html", "risk_averse_2d.html"} <= set(pages)
@@ -55,7 +55,7 @@ def test_the_report_holds_every_table_and_figure(finished: Project, report: Path
 
 def test_the_report_loads_nothing_from_elsewhere(report: Path) -> None:
     """Scripts, styles and pictures are in the file; links that a reader may follow are another matter."""
-    text = report.read_text()
+    text = report.read_text(encoding="utf-8")
     assert not re.findall(r"<(?:script|img|iframe)[^>]+src=[\"']https?:", text)
     assert not re.findall(r"<link[^>]+href=[\"']https?:", text)
     assert report.stat().st_size > 500_000

@@ -99,7 +99,7 @@ def submitted(
 
 def watch(log: Path, seen: dict[str, list[str]]) -> None:
     """Add what the queue now says about the jobs of a run."""
-    run = re.search(r"SLURM run ID: (\S+)", log.read_text())
+    run = re.search(r"SLURM run ID: (\S+)", log.read_text(encoding="utf-8"))
     if run is None:
         return
     columns = ",".join(
@@ -115,9 +115,9 @@ def watch(log: Path, seen: dict[str, list[str]]) -> None:
 
 def edit(path: Path, **overrides: object) -> None:
     """Add overrides of experiments to a configuration file."""
-    config = yaml.safe_load(path.read_text())
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
     config["overrides"].update(overrides)
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------- the script
@@ -149,12 +149,12 @@ def test_the_script_says_what_it_changes() -> None:
 @pytest.mark.skipif(Path("/etc/slurm/slurm.conf").exists(), reason="this machine has a cluster")
 def test_the_script_leaves_another_clusters_configuration_alone() -> None:
     conf = Path("/etc/slurm/slurm.conf")
-    conf.write_text("ClusterName=another\n")
+    conf.write_text("ClusterName=another\n", encoding="utf-8")
     try:
         for command, status in (("start", 1), ("stop", 0), ("status", 3)):
             run = local_slurm(command)
             assert run.returncode == status, run.stdout
-            assert conf.read_text() == "ClusterName=another\n"
+            assert conf.read_text(encoding="utf-8") == "ClusterName=another\n"
         assert "was not written by this script" in local_slurm("start").stdout
         assert not Path("/var/lib/flowtilt-slurm").exists()
     finally:

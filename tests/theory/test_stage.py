@@ -36,7 +36,7 @@ def test_a_study_ends_in_a_table_and_a_figure(name: str, tmp_path: Path) -> None
     frame = pd.read_csv(f"{prefix}.csv")
     assert frame["part"].value_counts().to_dict() == {part: len(rows) for part, rows in tables.items()}
     for extension, words_in_it in ((".md", "| --- |"), (".tex", r"\toprule")):
-        text = Path(f"{prefix}{extension}").read_text()
+        text = Path(f"{prefix}{extension}").read_text(encoding="utf-8")
         assert words_in_it in text
         assert "nan" not in text
         assert "violated" not in text

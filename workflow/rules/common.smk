@@ -260,9 +260,9 @@ def write_configs() -> None:
     """
     for name, resolved in RESOLVED.items():
         path = Path(config["results"], "configs", f"{name}.yaml")
-        if not path.is_file() or path.read_text() != resolved:
+        if not path.is_file() or path.read_text(encoding="utf-8") != resolved:
             with atomic_path(path) as temporary:
-                temporary.write_text(resolved)
+                temporary.write_text(resolved, encoding="utf-8")
 
 
 if workflow.is_main_process:  # and not that of one job on a cluster

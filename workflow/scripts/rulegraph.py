@@ -44,7 +44,9 @@ def files_of(rules: Path) -> dict[str, str]:
     """The rule file of each rule, by name; of rules that are made for several files, by what is common."""
     found = {}
     for file in sorted(rules.glob("*.smk")):
-        names = re.findall(r'^rule (\w+):|^ +f"(\w+)_\{name\}"$', file.read_text(), re.MULTILINE)
+        names = re.findall(
+            r'^rule (\w+):|^ +f"(\w+)_\{name\}"$', file.read_text(encoding="utf-8"), re.MULTILINE
+        )
         found |= {one or several: file.stem for one, several in names}
     return found
 
@@ -231,7 +233,7 @@ def draw(graph: Graph, known: dict[str, str]) -> str:
     x = placed(levels, ways)
     y = {name: MARGIN + 18 + STEP * row for row, level in enumerate(levels) for name in level}
     legend = [file for file in COLOURS if file in {known.get(rule) for rule in graph}]
-    width = max([at + _width(name) / 2 for name, at in x.items()]) + MARGIN
+    width = max(at + _width(name) / 2 for name, at in x.items()) + MARGIN
     width = max(width, _legend_width(legend))
     height = max(y.values()) + 18 + MARGIN + 26
     parts = [

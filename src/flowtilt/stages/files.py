@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flowtilt.experiment import Experiment
-from flowtilt.files import atomic_path, folder_of
+from flowtilt.files import atomic_path, folder_of, read_json, read_text, write_text
 
 Metrics = dict[str, float | None]
 
@@ -66,8 +67,7 @@ class RunFiles:
 
 def write_json(data: Any, path: Path) -> None:
     """Write JSON; NaN is refused."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def write_rows(rows: dict[str, Metrics], path: Path) -> None:
@@ -83,7 +83,7 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 def write_history(rows: list[dict[str, float]], path: Path) -> None:
     """Write a training's history, a row an update, in full precision."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as stream:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         table = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
@@ -105,8 +105,7 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
 def read_history(path: Path, column: str) -> np.ndarray:
     """One column of a training's history, (updates,)."""
     try:
-        with path.open(newline="") as stream:
-            return np.array([float(row[column]) for row in csv.DictReader(stream)])
+        return np.array([float(row[column]) for row in csv.DictReader(StringIO(read_text(path)))])
     except FileNotFoundError:
         raise StageError(f"{path}: no such file; run the finetune stage first") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -117,14 +116,13 @@ def columns_of(history: Path) -> list[str]:
     """Names of the columns of a training's history, none if it is not there."""
     if not history.is_file():
         return []
-    with history.open(newline="") as stream:
-        return next(csv.reader(stream), [])
+    return next(csv.reader(StringIO(read_text(history, StageError))), [])
 
 
 def read_schedule(path: Path) -> list[dict[str, float]]:
     """The rungs of a rising level from the threshold stage: masses and thresholds, in their order."""
     try:
-        rungs = json.loads(path.read_text())["schedule"]
+        rungs = read_json(path)["schedule"]
         found = [{key: float(rung[key]) for key in ("mass", "threshold")} for rung in rungs]
     except FileNotFoundError:
         raise StageError(f"{path}: no such file; run the threshold stage first") from None
@@ -138,7 +136,7 @@ def read_schedule(path: Path) -> list[dict[str, float]]:
 def read_threshold(path: Path) -> dict[str, float]:
     """Threshold and offline active share from the threshold stage."""
     try:
-        row = json.loads(path.read_text())
+        row = read_json(path)
         return {key: float(row[key]) for key in ("threshold", "offline_active_share")}
     except FileNotFoundError:
         raise StageError(f"{path}: no such file; run the threshold stage first") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from flowtilt.configuration import ConfigError
 from flowtilt.control.base import Progress
 from flowtilt.domains.images.fetching import check_source, contents_of
 from flowtilt.domains.images.sections import EmbeddedConfig
-from flowtilt.files import atomic_folder
+from flowtilt.files import atomic_folder, read_json
 from flowtilt.image_experiment import ImageExperiment
 from flowtilt.provenance import commit, versions
 from flowtilt.stages.files import write_json
@@ -197,7 +196,7 @@ def read_model(file: Path) -> Folders:
         CheckpointError: if the file is missing or malformed.
     """
     try:
-        data = json.loads(file.read_text())
+        data = read_json(file)
         return Folders(Path(data["pipeline"]["path"]), Path(data["alignment"]["path"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

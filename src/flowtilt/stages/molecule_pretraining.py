@@ -5,7 +5,6 @@ Beside the weights stands their record: what made them, and how loss and validit
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from flowtilt.domains.molecules.assessment import composition, drift
 from flowtilt.domains.molecules.chemistry import perceive, uniqueness
 from flowtilt.domains.molecules.energies import molecules_of
 from flowtilt.domains.molecules.workers import WorkerPool
-from flowtilt.files import atomic_path
+from flowtilt.files import atomic_path, read_json
 from flowtilt.model import FlowModel
 from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.pretraining import Watch
@@ -141,7 +140,7 @@ def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Wat
 
 
 def _read_checks(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text()) if path.is_file() else []
+    return read_json(path) if path.is_file() else []
 
 
 def _record(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flowtilt.files import read_json
 from flowtilt.stages.files import StageError, write_json
 from flowtilt.theory import mirror_descent, thresholds
 from flowtilt.theory.config import MirrorDescentConfig, load_theory
@@ -53,7 +54,7 @@ def report(result: Path, prefix: Path, figure: Path) -> None:
     from flowtilt.theory.tables import write_theory_table
 
     try:
-        data = json.loads(result.read_text())
+        data = read_json(result)
         write_theory_table(data, prefix)
         draw_theory(data, figure)
     except FileNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from flowtilt.domains.planar.truth import (
     resolution_mismatch,
 )
 from flowtilt.experiment import Experiment, TailExperiment, tail_experiment
+from flowtilt.files import read_json
 from flowtilt.stages.files import StageError, read_arrays, write_arrays, write_json, write_rows
 
 LAW_CELLS = 240
@@ -99,7 +99,7 @@ def _law_arrays(problem: TailGrid, solved: ExactRows, histogram: RewardHistogram
 
 def _read_resolution(path: Path) -> float:
     try:
-        return float(json.loads(path.read_text())["width"])
+        return float(read_json(path)["width"])
     except FileNotFoundError:
         raise StageError(f"{path}: no such file; run the resolution stage first") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -150,7 +150,7 @@ def test_workers_end_with_the_process_that_started_them():
 
 def _alive(pid):
     try:
-        with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:  # noqa: PTH123
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from flowtilt.checkpoints import CheckpointError
 from flowtilt.configuration import ConfigError
+from flowtilt.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +272,7 @@ def _check_folder(folder: Path) -> Path:
     if not settings.is_file():
         raise CheckpointError(f"{settings}: no such file; a folder of open_clip has it beside its weights")
     try:
-        text = json.loads(settings.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+        text = read_json(settings)["model_cfg"]["text_cfg"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{settings}: not a configuration of open_clip ({type(error).__name__}: {error}); "

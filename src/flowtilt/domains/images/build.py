@@ -20,6 +20,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from flowtilt.domains.images.sections import EmbeddedConfig, TextConfig
+from flowtilt.files import write_text
 from flowtilt.seeding import seed_of
 
 NAME = "bridges"
@@ -134,7 +135,7 @@ def save_clip(config: EmbeddedConfig, folder: Path, weights: nn.Module | None, s
 
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer(config.text).save_pretrained(folder)
-    (folder / "open_clip_config.json").write_text(json.dumps(clip_settings(config), indent=1) + "\n")
+    write_text(folder / "open_clip_config.json", json.dumps(clip_settings(config), indent=1) + "\n")
     model = build_clip(config, seed) if weights is None else weights
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS_OF_CLIP)
 

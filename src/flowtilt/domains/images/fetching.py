@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from flowtilt.checkpoints import CheckpointError, sha256_of
 from flowtilt.configuration import ConfigError
 from flowtilt.domains.images.sections import HubConfig, SourceConfig
-from flowtilt.files import atomic_path
+from flowtilt.files import atomic_path, read_json, write_text
 
 if TYPE_CHECKING:
     from flowtilt.image_experiment import ImageExperiment
@@ -77,8 +77,8 @@ def fetch(experiment: ImageExperiment, output: Path) -> None:
             "fetched": fetched,
             "sha256": contents_of(Path(source.path)),
         }
-    with atomic_path(output) as temporary:
-        temporary.write_text(json.dumps({"model": experiment.model.name, "sources": found}, indent=1) + "\n")
+    record = {"model": experiment.model.name, "sources": found}
+    write_text(output, json.dumps(record, indent=1) + "\n")
 
 
 def _sources(experiment: ImageExperiment) -> dict[str, tuple[str, SourceConfig, HubConfig]]:
@@ -204,7 +204,7 @@ def _listing(wanted: Wanted) -> list[str] | None:
     """Names of the repository's files; None before they were written down."""
     file, hub = wanted.folder / LISTING, wanted.hub
     try:
-        data = json.loads(file.read_text())
+        data = read_json(file)
         names, of = [str(name) for name in data["files"]], (data["repository"], data["revision"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -232,9 +232,8 @@ def _client() -> Any:
 def _list(client: Any, wanted: Wanted) -> None:
     hub = wanted.hub
     names = sorted(client.list_repo_files(hub.repository, revision=hub.revision))
-    with atomic_path(wanted.folder / LISTING) as temporary:
-        data = {"repository": hub.repository, "revision": hub.revision, "files": names}
-        temporary.write_text(json.dumps(data, indent=1) + "\n")
+    data = {"repository": hub.repository, "revision": hub.revision, "files": names}
+    write_text(wanted.folder / LISTING, json.dumps(data, indent=1) + "\n")
 
 
 def _download(client: Any, wanted: Wanted, names: list[str]) -> None:

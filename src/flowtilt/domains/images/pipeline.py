@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from flowtilt.domains.images.sections import (
     GuidanceConfig,
     ScheduleConfig,
 )
+from flowtilt.files import read_json
 from flowtilt.seeding import seed_of
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def _scheduler_settings(folder: Path) -> dict[str, Any]:
     """
     file = folder / "scheduler" / "scheduler_config.json"
     try:
-        settings = dict(json.loads(file.read_text()))
+        settings = dict(read_json(file))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: not a scheduler's settings ({error}); restore the folder") from None
     kind = settings.get("_class_name")

@@ -187,7 +187,7 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         DataError: naming the file and the line, if it is not such a file.
     """
-    with path.open(newline="") as stream:
+    with path.open(encoding="utf-8", newline="") as stream:
         table = csv.DictReader(stream)
         for row in table:
             where = f"{path}, line {table.line_num}"

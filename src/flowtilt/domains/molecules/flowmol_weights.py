@@ -28,7 +28,7 @@ from flowtilt.domains.molecules.flowmol import (
     imported,
     type_shares,
 )
-from flowtilt.files import atomic_path
+from flowtilt.files import write_text
 from flowtilt.model import FlowModel
 
 
@@ -140,8 +140,7 @@ def convert_pretrained(name: str, output: Path) -> None:
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "versions": {needed: _version_of(needed) for needed in ("flowmol", "dgl", "torch")},
     }
-    with atomic_path(output.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(output.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
 
 
 def describe(name: str, model: Any) -> Description:
