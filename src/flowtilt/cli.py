@@ -10,7 +10,6 @@ import errno
 import gc
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt import cli_images, cli_molecules
+from flowtilt.environment import count
 
 Handler = Callable[[argparse.Namespace], None]
 
@@ -288,7 +288,7 @@ def prepare_torch(gpu: bool = False) -> None:
         join_processes()
         take_device()
     gc.enable()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(count("OMP_NUM_THREADS"))
     torch.set_flush_denormal(True)
 
 

@@ -7,11 +7,12 @@ process that is alone does all of it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from flowtilt.environment import count
 
 
 class Processes:
@@ -108,7 +109,7 @@ def processes() -> Processes:
 def join_processes() -> Processes:
     """Join the processes that were started together with this one, as ``torchrun`` does, if there are any."""
     global _current
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _current.count == 1:
+    if count("WORLD_SIZE") > 1 and _current.count == 1:
         _current = Together()
     return _current
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flowtilt.checkpoints import CheckpointError, save_tensors, tensors_of
+from flowtilt.environment import number
 from flowtilt.optimiser import Adam
 from flowtilt.parallel import processes
 
@@ -46,7 +46,7 @@ class Resumption:
         resumed: Callable[[], None] | None = None,
     ) -> None:
         self.folder, self.of, self.resumed = folder, of, resumed
-        self.seconds = float(os.environ.get(SECONDS, "60")) if seconds is None else seconds
+        self.seconds = number(SECONDS, 60.0) if seconds is None else seconds
         self._saved = time.perf_counter()
 
     def due(self) -> bool:
