@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,11 @@ from flowtilt.files import atomic_path
 from flowtilt.model import FlowModel
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+REMAKE = "delete it and run the workflow again, which makes it anew"
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Types of weights, in safetensors' words."""
 
 
 class CheckpointError(RuntimeError):
@@ -46,19 +52,72 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return model.weights() if isinstance(model, FlowModel) else model.state_dict()
 
 
-def load_weights(model: Module, path: Path) -> Module:
-    """Load weights into ``model`` and return it, frozen.
+def read_tensors(path: Path, remake: str = REMAKE) -> dict[str, Tensor]:
+    """Named tensors of a safetensors file; those of floating point are finite.
+
+    Args:
+        path: of the file.
+        remake: what to do about a bad one, for messages.
 
     Raises:
-        CheckpointError: if the file is missing, cut short, or made for another network.
+        CheckpointError: if the file is missing or cut short, or a number in it is not finite.
     """
-    remake = "delete it and run the workflow again, which makes it anew"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; run the stage that writes it first")
     try:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error}); {remake}") from None
+    check_finite(tensors, path, remake)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path, remake: str = REMAKE) -> None:
+    """Refuse weights with NaN or infinity, whose samples and densities would be none.
+
+    Raises:
+        CheckpointError: naming the file and the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} holds numbers that are not finite; {remake}")
+
+
+def check_loaded(network: nn.Module, files: Iterable[Path], remake: str) -> None:
+    """Refuse what a library has loaded from foreign files and cast, if it was no weights.
+
+    Weights may be stored in 16, 32 or 64 bits of floating point, whatever the network computes in; integers
+    are left to buffers that hold integers, as positions and counts of batches.
+
+    Args:
+        network: with the weights of the files.
+        files: safetensors.
+        remake: what to do about bad ones, for messages.
+
+    Raises:
+        CheckpointError: naming the file and the first tensor of another type, or that is not finite.
+    """
+    whole = {n.rpartition(".")[2] for n, buffer in network.named_buffers() if not buffer.is_floating_point()}
+    path = Path()
+    for path in files:
+        with safetensors.safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                kind = file.get_slice(name).get_dtype()
+                if kind not in FLOATING and name.rpartition(".")[2] not in whole:
+                    raise CheckpointError(
+                        f"{path}: {name} has the type {kind}, not one of {', '.join(FLOATING)}; {remake}"
+                    )
+    check_finite(dict(network.named_parameters()), path, remake)
+
+
+def load_weights(model: Module, path: Path) -> Module:
+    """Load weights into ``model`` and return it, frozen.
+
+    Raises:
+        CheckpointError: if the file is missing, cut short, made for another network, or holds numbers of
+            another type or that are not finite.
+    """
+    tensors = read_tensors(path)
     own = tensors_of(model)
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -68,8 +127,14 @@ def load_weights(model: Module, path: Path) -> Module:
         raise CheckpointError(
             f"{path}: made for another network: {first} is {found.get(first, 'absent')} in the file "
             f"and {expected.get(first, 'absent')} in the configured one; "
-            f"set the section network of the configuration to match, or {remake}"
+            f"set the section network of the configuration to match, or {REMAKE}"
         )
+    for name, tensor in tensors.items():
+        if tensor.dtype != own[name].dtype:
+            raise CheckpointError(
+                f"{path}: {name} has the type {tensor.dtype}, and {own[name].dtype} in the network; convert "
+                f"it to that, or {REMAKE}"
+            )
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)

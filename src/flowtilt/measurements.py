@@ -241,14 +241,17 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         ResultsError: if it is missing, no table, or lacks a column.
     """
     if not path.is_file():
-        raise ResultsError(f"{path}: no such file")
+        raise ResultsError(f"{path}: no such file; restore it, or make it again")
     try:
         table = pd.read_csv(StringIO(read_text(path)), dtype=str, keep_default_na=False)
     except ValueError as error:
-        raise ResultsError(f"{path}: not a CSV table ({one_line(error)})") from None
+        raise ResultsError(
+            f"{path}: not a CSV table ({one_line(error)}); restore it, or make it again"
+        ) from None
     if missing := [c for c in columns if c not in table.columns]:
         raise ResultsError(
-            f"{path}: no column {', '.join(missing)}; its columns are {', '.join(table.columns)}"
+            f"{path}: no column {', '.join(missing)}, only {', '.join(map(str, table.columns))}; "
+            "restore it, or make it again"
         )
     return table
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.costs import added_costs, stage_costs
-from flowtilt.files import read_json, read_text, write_text
+from flowtilt.files import one_line, read_json, read_text, write_text
+from flowtilt.measurements import ResultsError
 
 PACKAGES = (
     "flowtilt",
@@ -53,8 +54,13 @@ def write_provenance(config_hash: str, benchmarks: Path, output: Path, earlier: 
         "stages": stage_costs(benchmarks),
     }
     if earlier is not None:
-        other = read_json(earlier)
-        record["stages"] = added_costs(other.pop("stages"), record["stages"])
+        try:
+            other = read_json(earlier)
+            record["stages"] = added_costs(other.pop("stages"), record["stages"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ResultsError(
+                f"{earlier}: not a provenance ({one_line(error)}); name the provenance.json of a run"
+            ) from None
         record["earlier"] = other
     write_text(output, json.dumps(record, indent=1) + "\n")
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from flowtilt.checkpoints import CheckpointError, save_tensors, tensors_of
+from flowtilt.checkpoints import CheckpointError, check_finite, save_tensors, tensors_of
 from flowtilt.environment import number
 from flowtilt.optimiser import Adam
 from flowtilt.parallel import processes
@@ -124,9 +124,12 @@ class Slot:
             raise CheckpointError(
                 f"{self.path}: of a training with other settings or inputs; restore them, or {anew}"
             )
-        rows = found.pop("history")
-        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in found.items()}:
+        rows = found.pop("history", torch.zeros(0))
+        if {n: (t.dtype, t.shape) for n, t in tensors.items()} != {
+            n: (t.dtype, t.shape) for n, t in found.items()
+        }:
             raise CheckpointError(f"{self.path}: of the training of another network; {anew}")
+        check_finite(found, self.path, anew)
         for name, tensor in found.items():
             tensors[name].copy_(tensor)
         columns, whole = json.loads(metadata["columns"]), set(json.loads(metadata["whole"]))

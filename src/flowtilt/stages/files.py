@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flowtilt.experiment import Experiment
-from flowtilt.files import atomic_path, folder_of, read_json, read_text, write_text
+from flowtilt.files import atomic_path, folder_of, read_json, read_npz, read_text, write_text
 
 Metrics = dict[str, float | None]
 
@@ -90,25 +90,39 @@ def write_history(rows: list[dict[str, float]], path: Path) -> None:
 
 
 def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
-    """Named arrays from a file of :func:`write_arrays`."""
+    """Named arrays of numbers from a file of :func:`write_arrays`.
+
+    Raises:
+        StageError: if the file is missing, not whole, or lacks an array.
+    """
     try:
-        with np.load(path, allow_pickle=False) as data:
-            return [data[name] for name in names]
+        data = read_npz(path)
+        found = [data[name] for name in names]
     except FileNotFoundError:
         raise StageError(f"{path}: no such file; run the stage that writes it first") from None
-    except (ValueError, KeyError, OSError, EOFError) as error:
+    except (ValueError, KeyError) as error:
+        what = f"it has no array {error}" if isinstance(error, KeyError) else error
         raise StageError(
-            f"{path}: not a complete file of this stage ({error}); delete it and run again"
+            f"{path}: not a complete file of this stage ({what}); delete it and run again"
         ) from None
+    for name, array in zip(names, found, strict=True):
+        if array.dtype.kind not in "biuf":
+            raise StageError(
+                f"{path}: its array {name} has the type {array.dtype}, no number; delete it and run again"
+            )
+    return found
 
 
 def read_history(path: Path, column: str) -> np.ndarray:
     """One column of a training's history, (updates,)."""
     try:
-        return np.array([float(row[column]) for row in csv.DictReader(StringIO(read_text(path)))])
+        rows = list(csv.DictReader(StringIO(read_text(path))))
+        if not rows:
+            raise ValueError("no rows")
+        return np.array([float(row[column]) for row in rows])
     except FileNotFoundError:
         raise StageError(f"{path}: no such file; run the finetune stage first") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise StageError(f"{path}: not a training's history ({error!r}); delete it and run again") from None
 
 
@@ -116,7 +130,10 @@ def columns_of(history: Path) -> list[str]:
     """Names of the columns of a training's history, none if it is not there."""
     if not history.is_file():
         return []
-    return next(csv.reader(StringIO(read_text(history, StageError))), [])
+    try:
+        return next(csv.reader(StringIO(read_text(history))), [])
+    except (ValueError, csv.Error) as error:
+        raise StageError(f"{history}: not a training's history ({error}); delete it and run again") from None
 
 
 def read_schedule(path: Path) -> list[dict[str, float]]:

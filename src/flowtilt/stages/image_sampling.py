@@ -146,7 +146,7 @@ def read_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         try:
             with Image.open(file) as picture:
                 pictures.append(np.asarray(picture.convert("RGB")))
-        except OSError as error:
+        except Exception as error:  # Pillow raises SyntaxError too, and what zlib and struct raise
             raise StageError(f"{file}: cannot be read ({error}); delete the folder and run again") from None
     prompts = [int(match[1]) for file in files if (match := _NAME.fullmatch(file.name))]
     return np.stack(pictures), np.array(prompts)

@@ -20,13 +20,13 @@ from flowtilt.domains.molecules.assessment import composition, drift
 from flowtilt.domains.molecules.chemistry import perceive, uniqueness
 from flowtilt.domains.molecules.energies import molecules_of
 from flowtilt.domains.molecules.workers import WorkerPool
-from flowtilt.files import atomic_path, read_json
+from flowtilt.files import atomic_path, one_line, read_json
 from flowtilt.model import FlowModel
 from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.pretraining import Watch
 from flowtilt.provenance import commit, versions
 from flowtilt.sampling import OdeSettings
-from flowtilt.stages.files import write_history, write_json
+from flowtilt.stages.files import StageError, write_history, write_json
 from flowtilt.stages.molecule_sampling import Base, generated, load_base
 from flowtilt.stages.states import resumption_of
 
@@ -140,7 +140,22 @@ def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Wat
 
 
 def _read_checks(path: Path) -> list[dict[str, Any]]:
-    return read_json(path) if path.is_file() else []
+    """The lines of a file of checks, none before the first.
+
+    Raises:
+        StageError: if it is not whole.
+    """
+    if not path.is_file():
+        return []
+    try:
+        lines = read_json(path)
+        if not isinstance(lines, list):
+            raise TypeError(f"{type(lines).__name__}, not a list")
+        return sorted(lines, key=lambda line: int(line["updates"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise StageError(
+            f"{path}: not the checks of a training ({one_line(error)}); delete it and run again"
+        ) from None
 
 
 def _record(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def report(result: Path, prefix: Path, figure: Path) -> None:
         draw_theory(data, figure)
     except FileNotFoundError:
         raise StageError(f"{result}: no such file; run the theory stage first") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StageError(
             f"{result}: not a result of the theory stage ({error!r}); delete it and run again"
         ) from None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from flowtilt.checkpoints import CheckpointError
+from flowtilt.checkpoints import CheckpointError, check_loaded
 from flowtilt.configuration import ConfigError
 from flowtilt.files import read_json
 
@@ -255,6 +255,7 @@ def _network(open_clip: ModuleType, identifier: str, pretrained: str | None, sou
             f"{source}: not weights of {identifier.removeprefix('local-dir:')}; "
             f"take those that were made with it ({error})"
         ) from None
+    check_loaded(network, [source], "fetch or make it again")
     return network
 
 

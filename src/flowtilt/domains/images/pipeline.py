@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from flowtilt.checkpoints import CheckpointError
+from flowtilt.checkpoints import CheckpointError, check_loaded
 from flowtilt.configuration import ConfigError
 from flowtilt.domains.images.model import Guidance, LatentFlow, Target
 from flowtilt.domains.images.rewards import Decode
@@ -162,6 +162,7 @@ def _loaded(kind: Any, folder: Path, part: str) -> Any:
             f"{folder / part}: its safetensors lack {len(lacking)} of the weights of a {kind.__name__}, the "
             f"first {lacking[0]}; restore the folder"
         )
+    check_loaded(found, sorted((folder / part).glob("*.safetensors")), "restore the folder")
     return found.eval().requires_grad_(False).to(torch.get_default_device())
 
 
@@ -197,7 +198,7 @@ def _scheduler_settings(folder: Path) -> dict[str, Any]:
     if kind not in DISCRETE:
         raise ConfigError(
             f"{file}: {kind} has no memoryless form that is known here, that of DDIM with eta = 1; known are "
-            f"{', '.join(DISCRETE)}"
+            f"{', '.join(DISCRETE)}; correct the file, or give another pipeline"
         )
     try:
         with torch.device("cpu"):

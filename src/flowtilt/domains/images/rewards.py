@@ -9,19 +9,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from flowtilt.checkpoints import CheckpointError
+from flowtilt.checkpoints import CheckpointError, check_loaded, read_tensors
 from flowtilt.configuration import ConfigError
 from flowtilt.domains.images.alignment import CHUNK, AlignmentModel, fit
 from flowtilt.domains.images.model import Prompted
+from flowtilt.files import one_line
 from flowtilt.model import Context
 from flowtilt.rewards import Reward
 
 log = logging.getLogger(__name__)
+
+_AGAIN = "delete it and convert the weights again"
 
 Decode = Callable[[Tensor], Tensor]
 """Latents (n, channels, height, width) to pictures in [-1, 1], (n, 3, pixels, pixels), differentiable."""
@@ -155,9 +156,10 @@ def _load_image_reward(weights: Path) -> nn.Module:
     """The network of the package in float32, frozen, on torch's default device."""
     try:
         package = import_module("ImageReward")
-    except ImportError as error:
+    except Exception as error:  # with other releases of what it needs, it fails in other ways too
         raise ConfigError(
-            f"reward.kind: this reward needs the package image-reward, which cannot be imported ({error}); "
+            "reward.kind: this reward needs the package image-reward, which cannot be imported "
+            f"({one_line(error)}); "
             "pip install image-reward, or choose another kind"
         ) from None
     tensors = _read(weights)
@@ -185,12 +187,7 @@ def _read(weights: Path) -> dict[str, Tensor]:
         )
     if not weights.is_file():
         raise CheckpointError(f"{weights}: no such weights; convert the package's ImageReward.pt to it")
-    try:
-        return safetensors.torch.load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{weights}: not a complete safetensors file ({error}); delete it and convert the weights again"
-        ) from None
+    return read_tensors(weights, _AGAIN)
 
 
 def _take_weights(network: nn.Module, tensors: dict[str, Tensor], weights: Path) -> None:
@@ -205,3 +202,4 @@ def _take_weights(network: nn.Module, tensors: dict[str, Tensor], weights: Path)
         network.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{weights}: made for another network ({error}); convert it again") from None
+    check_loaded(network, [weights], _AGAIN)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
+from io import StringIO
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, ELEMENTS, Units, pack
 from flowtilt.domains.molecules.xtb import Molecule
-from flowtilt.files import atomic_path
+from flowtilt.files import atomic_path, read_npz, read_text
 from flowtilt.seeding import seed_of
 
 PACKAGE = "qm9pack"
@@ -143,11 +144,11 @@ def load(path: Path) -> Molecules:
         DataError: if the file is missing or not whole.
     """
     try:
-        with np.load(path, allow_pickle=False) as data:
-            return Molecules(*(data[name] for name in FIELDS))
+        data = read_npz(path)
+        return Molecules(*(data[name] for name in FIELDS))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run the stage that prepares the molecules first") from None
-    except Exception as error:  # zip and zlib have errors of their own
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path}: not a whole file of molecules ({error}); delete it and run again") from None
 
 
@@ -187,8 +188,17 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         DataError: naming the file and the line, if it is not such a file.
     """
-    with path.open(encoding="utf-8", newline="") as stream:
+    again = f"reinstall it: pip install --force-reinstall {PACKAGE}"
+    try:
+        text = read_text(path, DataError)
+    except (OSError, DataError) as error:
+        raise DataError(f"{path}: not a file of {PACKAGE} ({error}); {again}") from None
+    with StringIO(text) as stream:
         table = csv.DictReader(stream)
+        if not set(COLUMNS) <= set(table.fieldnames or ()):
+            raise DataError(
+                f"{path}: not a file of {PACKAGE}, it has no columns {', '.join(COLUMNS)}; {again}"
+            )
         for row in table:
             where = f"{path}, line {table.line_num}"
             try:
@@ -198,10 +208,7 @@ def read_records(path: Path) -> Iterator[Record]:
                 positions = np.array(numbers, dtype=np.float64).reshape(len(symbols), 3)
                 number = int(index)
             except (KeyError, ValueError, AttributeError) as error:
-                raise DataError(
-                    f"{where}: not a molecule of {PACKAGE} ({error!r}); "
-                    f"reinstall it: pip install --force-reinstall {PACKAGE}"
-                ) from None
+                raise DataError(f"{where}: not a molecule of {PACKAGE} ({error!r}); {again}") from None
             yield Record(number, smiles, _types(symbols, where), positions)
 
 

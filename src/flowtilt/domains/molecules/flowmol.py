@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from flowtilt.domains.molecules.energies import Decoder, TypeShares
 from flowtilt.domains.molecules.model import mask_of
 from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, ELEMENTS, centred
+from flowtilt.files import one_line
 from flowtilt.interpolants import Columnwise, Cosine, Interpolant, Linear, broadcast_time
 from flowtilt.model import Context, FlowModel
 
@@ -46,10 +47,10 @@ def imported(module: str) -> Any:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # builds of dgl for another torch raise errors of the system and others
         raise FlowMolError(
-            f"key model.kind is flowmol, whose package cannot be imported ({error}); install FlowMol, with "
-            "dgl and torch_scatter, from its repository Dunni3/FlowMol, or set the key to equivariant"
+            f"key model.kind is flowmol, whose package cannot be imported ({one_line(error)}); "
+            "install FlowMol, with dgl and torch_scatter, from its repository Dunni3/FlowMol, or set the key to equivariant"
         ) from None
 
 

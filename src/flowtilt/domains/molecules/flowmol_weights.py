@@ -46,7 +46,13 @@ def load_flowmol(name: str, weights: Path, time_power: float = 1.0) -> tuple[Flo
     """
     imported("flowmol")
     encoded, sizes = _described(weights)
-    description = Description.decoded(encoded)
+    try:
+        description = Description.decoded(encoded)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{weights}: its description of the network cannot be read ({error}); convert it again as "
+            "docs/molecules.md says"
+        ) from None
     if description.name != name:
         raise FlowMolError(
             f"{weights}: weights of FlowMol's {description.name!r}, where key model.name is {name!r}; "

@@ -12,7 +12,7 @@ import numpy as np
 from flowtilt.domains.molecules.chemistry import Structure, without_bonds
 from flowtilt.domains.molecules.workers import MissingExtra, missing_extra
 from flowtilt.domains.molecules.xtb import METHOD, Molecule, Point
-from flowtilt.files import atomic_path
+from flowtilt.files import atomic_path, read_text
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
@@ -107,8 +107,11 @@ def read_sdf(path: str | os.PathLike[str]) -> list[Record]:
     Chem = _rdkit()
     if not Path(path).is_file():
         raise SdfError(f"{path}: no such file")
-    if Path(path).stat().st_size == 0:  # of no molecules, which RDKit takes for an error
+    text = read_text(path, SdfError).rstrip()
+    if not text:  # of no molecules, which RDKit takes for an error
         return []
+    if not text.endswith("$$$$"):
+        raise SdfError(f"{path}: not whole, it does not end in $$$$; delete the file and write it again")
     records = []
     with Chem.SDMolSupplier(str(path), sanitize=False, removeHs=False, strictParsing=True) as supplier:
         for index, mol in enumerate(supplier):

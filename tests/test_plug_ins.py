@@ -1,0 +1,167 @@
+"""Modules of the user's own that fail: one error that says that it is theirs, where, and by which key."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowtilt.cli import main
+from flowtilt.configuration import ConfigError
+from flowtilt.domains.planar.build import build_reward, landscape_class
+from flowtilt.domains.planar.problems import check_problems
+from flowtilt.experiment import dump, functional_experiment, tail_experiment
+from flowtilt.functionals.registry import UTILITIES, Ingredients
+from flowtilt.loading import imported
+from flowtilt.rewards import Reward, RewardError
+from small import tiny
+
+KEY = "key reward.landscape: "
+FAILURES = {
+    "NameError": "no_such_name",
+    "KeyError": "{}['absent']",
+    "TypeError": "1 + 'one'",
+    "AttributeError": "torch.no_such_attribute",
+    "ImportError": "exec('from torch import no_such_name')",
+    "ModuleNotFoundError": "__import__('no_such_package')",
+    "ZeroDivisionError": "1 / 0",
+    "RuntimeError": "torch.zeros(2) @ torch.zeros(3)",
+    "AssertionError": "exec('assert False')",
+    "SystemExit": "sys.exit(3)",
+}
+LANDSCAPE = """import sys
+import torch
+from flowtilt.domains.planar.landscapes import Stripes
+{top}
+class Own(Stripes):
+    {body}
+"""
+ENTRY = """import torch
+from flowtilt.functionals.registry import Entry
+from flowtilt.functionals.utilities import ExpectedReward
+class Own(ExpectedReward):
+    {body}
+OWN = Entry(Own, takes=("reward",))
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
+    """Writes a module of its own name, which it returns."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = []
+
+    def module(text: str) -> str:
+        name = f"own_{abs(hash((request.node.nodeid, len(made), text)))}"
+        made.append(name)
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        return name
+
+    return module
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_module_that_fails_as_it_is_imported(kind: str, write) -> None:
+    name = write(LANDSCAPE.format(top=FAILURES[kind], body="pass"))
+    with pytest.raises(ConfigError, match=rf"^{KEY}.*{name}:Own.*fails.*{kind}.*{name}\.py, line 4\b"):
+        landscape_class(f"{name}:Own")
+    with pytest.raises(ValueError, match=rf"^utility {name}:Own: .*{kind}.*line 4\b"):
+        UTILITIES.entry(f"{name}:Own")
+
+
+def test_a_module_that_is_no_python_is_not_there_or_lacks_the_name(write) -> None:
+    name = write("import torch\n\ndef broken(:\n")
+    with pytest.raises(ConfigError, match=rf"^{KEY}.*{name}.*SyntaxError.*{name}\.py, line 3"):
+        landscape_class(f"{name}:Own")
+    with pytest.raises(ValueError, match="no_such_module.*PYTHONPATH"):
+        imported("no_such_module:Own")
+    with pytest.raises(ValueError, match=r"no_such_package.*PYTHONPATH"):
+        imported("no_such_package.module:Own")
+    name = write("x = 1\n")
+    with pytest.raises(ValueError, match=f"{name}.*has no Own"):
+        imported(f"{name}:Own")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def __init__(self): pass", "unexpected keyword"),
+        ("def __post_init__(self): raise KeyError('seven')", r"KeyError: 'seven'.*\.py, line 6"),
+        ("def __post_init__(self): no_such_name", r"NameError.*\.py, line 6"),
+    ],
+)
+def test_a_class_that_cannot_be_made(body: str, words: str, write) -> None:
+    name = write(LANDSCAPE.format(top="", body=body))
+    experiment = tail_experiment(tiny(reward={"landscape": f"{name}:Own"}))
+    with pytest.raises(ConfigError, match=f"{KEY}.*{name}:Own.*{words}"):
+        build_reward(experiment)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAILURES if kind != "SystemExit"])
+def test_a_reward_that_fails_in_a_job(
+    kind: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = f"def bumps(self, x):\n        return {FAILURES[kind]}"
+    name = write(LANDSCAPE.format(top="", body=body))
+    file, log = tmp_path / "config.yaml", tmp_path / "run.log"
+    file.write_text(dump(tiny(reward={"landscape": f"{name}:Own"})), encoding="utf-8")
+    assert main(["calibrate", str(file), "--log", str(log)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("calibrate: ")
+    for word in (f"module {name}", kind, f"{name}.py, line 7", "mend it there"):
+        assert word in line
+    assert "Traceback" in log.read_text(encoding="utf-8")
+
+
+def test_an_error_of_ours_is_not_blamed_on_the_user(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from flowtilt.domains.planar import calibration
+
+    def broken(experiment: object) -> float:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(calibration, "calibrated_edge", broken)
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(tiny()), encoding="utf-8")
+    with caplog.at_level(logging.ERROR), pytest.raises(KeyError, match="ours"):
+        main(["calibrate", str(file)])
+
+
+@pytest.mark.parametrize("kind", ["NameError", "KeyError", "TypeError", "AttributeError", "RuntimeError"])
+@pytest.mark.parametrize("method", ["__init__", "finite_value", "finite_variation"])
+def test_a_functional_that_fails_before_any_job(method: str, kind: str, write) -> None:
+    name = write(ENTRY.format(body=f"def {method}(self, *a, **k):\n        return {FAILURES[kind]}"))
+    experiment = functional_experiment(tiny("ot_2d", objective={"utility": {"kind": f"{name}:OWN"}}))
+    with pytest.raises(ConfigError, match=rf"key objective\.utility: .*{name}.*{kind}.*line 6"):
+        check_problems(experiment)
+
+
+def test_an_entry_that_does_not_fit_its_class(write) -> None:
+    name = write(ENTRY.format(body="def __init__(self): pass"))
+    with pytest.raises(ValueError, match=rf"utility {name}:OWN: .*unexpected keyword"):
+        UTILITIES.build(f"{name}:OWN", {}, Ingredients(reward=build_reward(tail_experiment(tiny()))))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (lambda x: None, "returned a NoneType"),
+        (lambda x: x[:, 0].numpy(force=True), "returned a ndarray"),
+        (lambda x: x[:, 0].long(), "type torch.int64"),
+        (lambda x: x[:, 0] > 0, "type torch.bool"),
+        (lambda x: x[:, 0].to(torch.complex64), "type torch.complex64"),
+        (lambda x: x, r"shape \(5, 2\)"),
+        (lambda x: x.sum(), r"shape \(\)"),
+    ],
+)
+def test_what_a_reward_returns(value, words: str) -> None:
+    class Own(Reward):
+        def value(self, x, context=None):
+            return value(x)
+
+    for look in (Own(), Own().gradient):
+        with pytest.raises(RewardError, match=f"reward Own .*{words}.*must return"):
+            look(torch.randn(5, 2))
