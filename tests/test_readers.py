@@ -28,9 +28,7 @@ from flowtilt.stages import files, image_models, image_sampling, molecule_pretra
 from flowtilt.stages.files import StageError
 
 REFUSALS = (StageError, ResultsError, CheckpointError, ConfigError, data.DataError, sdf.SdfError)
-CURE = re.compile(
-    "delete|make (it|them|or )|run |restore|save |name |correct|convert|install|must hold"
-)
+CURE = re.compile("delete|make (it|them|or )|run |restore|save |name |correct|convert|install|must hold")
 HISTORY = "update,loss,seconds\n0,1.5,0.1\n1,1.25,0.2\n"
 BENCHMARK = "s\tmax_rss\n1.5\t100.0\n"
 

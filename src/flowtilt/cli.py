@@ -18,6 +18,7 @@ from typing import Any
 
 from flowtilt import cli_images, cli_molecules
 from flowtilt.environment import count
+from flowtilt.loading import message_of
 
 Handler = Callable[[argparse.Namespace], None]
 
@@ -49,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("interrupted; outputs that were not finished were not written")
         return 130
-    except (ValueError, RuntimeError, ArithmeticError, OSError, MemoryError) as error:
-        log.error("%s: %s%s", arguments.stage, error, _advice(error))
+    except Exception as error:
+        message = message_of(error, ValueError, RuntimeError, ArithmeticError, OSError, MemoryError)
+        log.error("%s: %s%s", arguments.stage, message, _advice(error))
         log.debug("traceback", exc_info=True)
         return 1
     log.info("%s: done", arguments.stage)

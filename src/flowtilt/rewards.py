@@ -68,11 +68,14 @@ def check_rewards(values: Tensor, x: Tensor, reward: Reward) -> Tensor:
     Raises:
         RewardError: if they are not.
     """
-    name = type(reward).__name__
+    name, wanted = type(reward).__name__, f"it must return shape ({len(x)},): one real number a sample"
+    if not isinstance(values, Tensor):
+        raise RewardError(f"reward {name} returned a {type(values).__name__}, no tensor; {wanted}")
+    if not values.is_floating_point():
+        raise RewardError(f"reward {name} returned the type {values.dtype}, no real number; {wanted}")
     if values.shape != x.shape[:1]:
         raise RewardError(
-            f"reward {name} returned shape {tuple(values.shape)} for a batch of {len(x)}; "
-            f"it must return shape ({len(x)},): one number a sample"
+            f"reward {name} returned shape {tuple(values.shape)} for a batch of {len(x)}; {wanted}"
         )
     failed = values.isnan() if reward.may_fail else torch.zeros_like(values, dtype=torch.bool)
     _check_finite(torch.isfinite(values) | failed, x, reward, "is not finite")

@@ -31,7 +31,7 @@ from flowtilt.functionals.utilities import (
     LogBarrier,
     MeanVariance,
 )
-from flowtilt.loading import imported
+from flowtilt.loading import imported, message_of
 from flowtilt.model import FlowModel
 from flowtilt.rewards import Reward
 from flowtilt.sampling import OdeSettings
@@ -159,8 +159,9 @@ class Registry(dict[str, Entry]):
                 raise ValueError(f"{where}: needs a {key}, and the experiment gives none")
         try:
             return entry.functional(**values)
-        except (TypeError, ValueError) as error:  # the former if an entry does not fit its class
-            raise ValueError(f"{where}: {error}; {_known(entry.parameters)}") from None
+        except Exception as error:
+            what = message_of(error, TypeError, ValueError)  # the former if an entry does not fit its class
+            raise ValueError(f"{where}: {what}; {_known(entry.parameters)}") from None
 
     def build_sum(self, items: Sequence[Mapping[str, Any]], ingredients: Ingredients) -> WeightedSum:
         """A weighted sum from a list of mappings: ``name``, ``weight`` (1 if not given), parameters.

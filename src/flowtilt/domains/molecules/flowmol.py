@@ -50,7 +50,8 @@ def imported(module: str) -> Any:
     except Exception as error:  # builds of dgl for another torch raise errors of the system and others
         raise FlowMolError(
             f"key model.kind is flowmol, whose package cannot be imported ({one_line(error)}); "
-            "install FlowMol, with dgl and torch_scatter, from its repository Dunni3/FlowMol, or set the key to equivariant"
+            "install FlowMol, with dgl and torch_scatter, from its repository Dunni3/FlowMol, or set the key "
+            "to equivariant"
         ) from None
 
 

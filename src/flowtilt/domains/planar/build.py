@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from flowtilt.domains.planar.landscapes import LANDSCAPES, SLOPES, Bowl, Slope, 
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.experiment import Experiment, FunctionalExperiment, TailExperiment, tail_experiment
 from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
-from flowtilt.loading import imported
+from flowtilt.loading import imported, message_of
 from flowtilt.rewards import Reward
 from flowtilt.sections import PathConfig
 from flowtilt.seeding import seed_of
@@ -55,16 +55,14 @@ def build_data(experiment: Experiment) -> GaussianMixture | ModeMixtures:
 
 def build_reward(experiment: TailExperiment) -> Zones:
     """The landscape as a reward (minus the height where heights are costs)."""
-    fields = experiment.reward.model_dump()
-    return landscape_class(fields.pop("landscape"))(**fields)
+    return _made(experiment.reward.model_dump(), LANDSCAPES, Zones)  # type: ignore[type-abstract]
 
 
 def build_slope(experiment: FunctionalExperiment) -> Slope | None:
     """The reward of an experiment on a functional, if it has one."""
     if experiment.reward is None:
         return None
-    fields = experiment.reward.model_dump()
-    return _imported(fields.pop("landscape"), SLOPES, Slope)(**fields)
+    return _made(experiment.reward.model_dump(), SLOPES, Slope)
 
 
 def reward_of(experiment: Experiment) -> Reward:
@@ -94,6 +92,17 @@ def landscape_class(name: str) -> type[Zones]:
         ConfigError: if there is no such class, or it is no subclass of ``Zones``.
     """
     return _imported(name, LANDSCAPES, Zones)  # type: ignore[type-abstract]
+
+
+def _made(fields: dict[str, Any], known: Mapping[str, type[Kind]], base: type[Kind]) -> Kind:
+    """A reward from the fields of its section."""
+    name = fields.pop("landscape")
+    kind = _imported(name, known, base)
+    try:
+        return kind(**fields)
+    except Exception as error:
+        what = message_of(error, TypeError, ValueError)
+        raise ConfigError(f"key reward.landscape: {name!r} cannot be made: {what}") from None
 
 
 def _imported(name: str, known: Mapping[str, type[Kind]], base: type[Kind]) -> type[Kind]:

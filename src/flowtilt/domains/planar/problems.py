@@ -11,6 +11,7 @@ from flowtilt.experiment import FunctionalExperiment
 from flowtilt.functionals.base import Functional, Objective
 from flowtilt.functionals.divergences import ReferenceDraw
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients, check_needs
+from flowtilt.loading import message_of
 from flowtilt.model import FlowModel
 from flowtilt.sampling import OdeSettings
 from flowtilt.sections import TermConfig
@@ -99,6 +100,6 @@ def check_problems(experiment: FunctionalExperiment) -> None:
                 check_needs(objective, model, takes=takes)
             objective.utility.finite_value(law)
             objective.utility.finite_variation(law)
-        except ValueError as error:
-            key = _key(experiment, method, "utility")
-            raise ConfigError(f"experiment {experiment.name}: key {key}: {error}") from None
+        except Exception as error:
+            key, what = _key(experiment, method, "utility"), message_of(error, ValueError)
+            raise ConfigError(f"experiment {experiment.name}: key {key}: {what}") from None
