@@ -11,9 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from flowtilt.costs import added_costs, stage_costs
 from flowtilt.files import one_line, read_json, read_text, write_text
-from flowtilt.measurements import ResultsError
 
 SOURCES = Path(__file__).resolve().parent
 """Folder of the package that runs."""
@@ -52,7 +50,14 @@ def write_provenance(config_hash: str, benchmarks: Path, output: Path, earlier: 
         output: JSON file to write.
         earlier: provenance of an earlier run whose results are kept beside those of this one; its commit,
             configuration, versions and machine are kept under ``earlier``, and its stages' costs are added.
+
+    Raises:
+        ResultsError: if a benchmark, or the earlier provenance, is malformed.
     """
+    # What reads tables is slow to import, and stages that record what made a model do not need it.
+    from flowtilt.costs import added_costs, stage_costs
+    from flowtilt.measurements import ResultsError
+
     record: dict[str, Any] = {
         "commit": commit(),
         "config_hash": config_hash,

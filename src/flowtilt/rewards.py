@@ -68,7 +68,7 @@ def check_rewards(values: Tensor, x: Tensor, reward: Reward) -> Tensor:
     Raises:
         RewardError: if they are not.
     """
-    name, wanted = type(reward).__name__, f"it must return shape ({len(x)},): one real number a sample"
+    name, wanted = type(reward).__name__, f"it must return shape ({len(x)},): one number a sample"
     if not isinstance(values, Tensor):
         raise RewardError(f"reward {name} returned a {type(values).__name__}, no tensor; {wanted}")
     if not values.is_floating_point():
