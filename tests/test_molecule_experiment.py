@@ -65,7 +65,7 @@ def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
         ({"reward": {"binding": [1.0, -1.0]}}, "reward", "binding must be in order"),
         ({"reward": {"unpaired": -1}}, "reward.unpaired", "greater than or equal to 0"),
         ({"checkpoint": {"sha256": "abc"}}, "checkpoint.sha256", "should match pattern"),
-        ({"domain": "proteins"}, "domain", "'molecules'"),
+        ({"domain": "proteins"}, "domain", "molecules or images"),
         ({"colour": "red"}, "colour", "known keys here: name, domain"),
         ({"seeds": 0}, "seeds", "at least 1"),
         ({"grid": {"cells": 3}}, "grid", "unknown"),

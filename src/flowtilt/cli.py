@@ -245,9 +245,16 @@ _HELP = {
 }
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    from flowtilt.configuration import no_repeats
+
+    no_repeats([f"key {key}" for key, _ in pairs])
+    return dict(pairs)
+
+
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -18,16 +18,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, overload
 
-import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flowtilt.configuration import (
+    CaseName,
     ConfigError,
+    Name,
+    NoRepeats,
     Section,
     Seeds,
+    ToldApart,
     changed,
+    check_name,
     merge,
     read_yaml,
+    tell_apart,
     validated,
 )
 from flowtilt.domains.images.sections import ImageMethodConfig
@@ -54,7 +59,10 @@ from flowtilt.sections import (
     TailObjective,
     TailSpec,
     ZonesConfig,
+    check_methods,
 )
+from flowtilt.words import Side
+from flowtilt.yaml_files import dump_yaml
 
 
 class Experiment(Section, ABC):
@@ -72,13 +80,13 @@ class Experiment(Section, ABC):
     reads_too: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Sections that a stage reads in experiments of this kind only."""
 
-    name: str
+    name: CaseName
     """Name of the experiment: that of its file."""
 
     title: str
     """Title of its table."""
 
-    base: str
+    base: Name
     """Experiment whose pretrained models this one starts from; by default itself, and for a case of a
     study the experiment that it derives from."""
 
@@ -103,7 +111,7 @@ class Experiment(Section, ABC):
     solver: SolverConfig
     """The control solver of all methods."""
 
-    methods: Annotated[Mapping[str, MethodConfig], Field(min_length=1)]
+    methods: Annotated[Mapping[Name, MethodConfig], Field(min_length=1), ToldApart]
     """The methods by name, each a row of the table."""
 
     evaluation: EvaluationConfig
@@ -126,11 +134,8 @@ class Experiment(Section, ABC):
 
     @model_validator(mode="after")
     def _methods_fit(self) -> Experiment:
+        check_methods(self.methods, self.layers)
         for name, method in self.methods.items():
-            if name in self.layers:
-                raise ValueError(
-                    f"methods.{name}: the name is taken by the rows solved on the grid; rename it"
-                )
             self._solver(name)
             if method.continue_from is None:
                 continue
@@ -213,7 +218,7 @@ class TailExperiment(Experiment):
     objective: TailObjective
     """The tail that is raised, and what is paid for it."""
 
-    methods: Annotated[Mapping[str, TailMethodConfig], Field(min_length=1)]
+    methods: Annotated[Mapping[Name, TailMethodConfig], Field(min_length=1), ToldApart]
     """The methods by name, each a row of the table."""
 
     @model_validator(mode="after")
@@ -264,7 +269,7 @@ class FunctionalExperiment(Experiment):
     objective: FunctionalObjective
     """The utility that is raised, and what is paid for it."""
 
-    methods: Annotated[Mapping[str, FunctionalMethodConfig], Field(min_length=1)]
+    methods: Annotated[Mapping[Name, FunctionalMethodConfig], Field(min_length=1), ToldApart]
     """The methods by name, each a row of the table."""
 
     evaluation: FunctionalEvaluationConfig
@@ -308,7 +313,7 @@ class FunctionalExperiment(Experiment):
         return self._problem(method)
 
 
-_TAILS: Mapping[str, Literal["lower", "upper"]] = {"cvar": "lower", "sq": "upper"}
+_TAILS: Mapping[str, Side] = {"cvar": "lower", "sq": "upper"}
 _NO_TAIL = (
     "tfft raises a tail mean of a reward under a KL weight alpha > 0; give the experiment a reward, and the "
     "method objective: {utility: {kind: cvar or sq, level: between 0 and 1}, divergence: {kind: kl}, "
@@ -349,16 +354,16 @@ def stage_digest(experiment: AnyExperiment, stage: str, method: str | None = Non
 def dump(experiment: AnyExperiment) -> str:
     """The experiment as YAML that :func:`load_resolved` reads back."""
     data = experiment.model_dump(mode="python" if isinstance(experiment, Experiment) else "json")
-    return yaml.safe_dump(data, sort_keys=False)
+    return dump_yaml(data)
 
 
 class Case(Section):
     """One case of a study: another experiment with some keys changed."""
 
-    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    label: Name
     """Name of the case: its experiment is called {study}/{label}."""
 
-    of: str
+    of: Name
     """Experiment file that it derives from."""
 
     value: float | None = None
@@ -367,10 +372,10 @@ class Case(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys of that experiment that are changed, merged in after the study's ``set``."""
 
-    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    methods: Annotated[dict[Name, dict[str, Any]], ToldApart] = Field(default_factory=dict)
     """Methods of the case, merged into those of the study."""
 
-    also: list[str] = Field(default_factory=list)
+    also: Annotated[list[str], NoRepeats] = Field(default_factory=list)
     """Methods of that experiment that belong to the case as they are, and are not run again; for
     molecules."""
 
@@ -389,23 +394,29 @@ class StudyConfig(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys that are changed in the experiment of every case."""
 
-    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    methods: Annotated[dict[Name, dict[str, Any]], ToldApart] = Field(default_factory=dict)
     """Methods of every case."""
 
     cases: Annotated[list[Case], Field(min_length=1)]
     """The cases, in the order of the table."""
 
+    @field_validator("cases")
+    @classmethod
+    def _told_apart(cls, cases: list[Case]) -> list[Case]:
+        tell_apart([case.label for case in cases])
+        return cases
+
 
 class Study(Section):
     """A file whose cases are experiments."""
 
-    name: str
+    name: Name
     """Name of the study: that of its file."""
 
     title: str
     """Title of its table; a case's title is this and its label."""
 
-    seeds: int | list[int]
+    seeds: Seeds
     """Seeds of all cases; a number n stands for 0 to n - 1."""
 
     study: StudyConfig
@@ -415,10 +426,10 @@ class Study(Section):
 class Skip(Section):
     """Cases of a study, by label, and methods that are left out of a file."""
 
-    cases: list[str] = Field(default_factory=list)
+    cases: Annotated[list[str], NoRepeats] = Field(default_factory=list)
     """Labels of the cases that are left out."""
 
-    methods: list[str] = Field(default_factory=list)
+    methods: Annotated[list[str], NoRepeats] = Field(default_factory=list)
     """Names of the methods that are left out."""
 
 
@@ -457,8 +468,9 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
 
     def finish(merged: dict[str, Any], case: str | None = None) -> AnyExperiment:
         """The experiment from its data, with what overrides it and without what is left out."""
-        merged = merge(merged, of_domains.get(merged.get("domain", ""), overrides))
-        kind = _class_of(merged)  # an override may have given it another objective
+        domain = _domain_of(merged, path)
+        merged = merge(merged, overrides if domain is None else of_domains[domain])
+        kind = _class_of(merged, path)  # an override may have given it another objective
         if kind is ImageExperiment:
             merged = with_model(merged, path)
         _leave_out(merged.get("methods", {}), skip, path)
@@ -485,8 +497,6 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
             continue
         parent = read(path.parent / f"{case.of}.yaml")
         name = f"{study.name}/{case.label}"
-        if name in experiments:
-            raise ConfigError(f"{path}: key study.cases: the label {case.label!r} occurs twice")
         changed = merge(merge(parent, study.study.set), case.set)
         own = {
             "name": name,
@@ -533,9 +543,10 @@ def load_resolved(path: str | Path) -> AnyExperiment:
     data = read_yaml(path)
     if "study" in data:
         raise ConfigError(f"{path}: is a study; name one of its cases' resolved files instead")
-    if _class_of(data) is ImageExperiment:
+    kind = _class_of(data, path)
+    if kind is ImageExperiment:
         data = with_model(data, path)
-    return validated(_class_of(data), {"base": path.stem, **data}, path)
+    return validated(kind, {"base": path.stem, **data}, path)
 
 
 def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -551,6 +562,10 @@ def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     name = data.get("model")
     if not isinstance(name, str):
         return dict(data)
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise ConfigError(f"{path}: key model: {error} (got {name!r})") from None
     file = path.parent.parent / "models" / f"{name}.yaml"
     if not file.is_file():
         known = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
@@ -565,10 +580,22 @@ DOMAINS: Mapping[str, type[MoleculeExperiment] | type[ImageExperiment]] = {
 """Kinds of experiments beside those in the plane, by their key ``domain``."""
 
 
-def _class_of(data: Mapping[str, Any]) -> type[AnyExperiment]:
-    """The kind of experiment that some data describe; without a domain it is in the plane."""
-    if "domain" in data:
-        return DOMAINS.get(data["domain"], MoleculeExperiment)
+def _domain_of(data: Mapping[str, Any], path: Path) -> str | None:
+    """The domain of an experiment that some data describe, or None for the plane."""
+    domain = data.get("domain")
+    if "domain" in data and (not isinstance(domain, str) or domain not in DOMAINS):
+        raise ConfigError(
+            f"{path}: key domain: must be {' or '.join(DOMAINS)}, or left out for an experiment in the plane "
+            f"(got {domain!r})"
+        )
+    return domain
+
+
+def _class_of(data: Mapping[str, Any], path: Path) -> type[AnyExperiment]:
+    """The kind of experiment that some data describe."""
+    domain = _domain_of(data, path)
+    if domain is not None:
+        return DOMAINS[domain]
     objective = data.get("objective")
     functional = isinstance(objective, Mapping) and "utility" in objective
     return FunctionalExperiment if functional else TailExperiment

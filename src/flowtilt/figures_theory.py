@@ -26,7 +26,7 @@ def draw_theory(result: Mapping[str, Any], path: str | Path) -> None:
         result: what the stage wrote: kind, title and tables.
         path: of the file.
     """
-    draw = _mirror_descent if result["kind"] == "mirror_descent" else _threshold
+    draw = {"mirror_descent": _mirror_descent, "threshold": _threshold}[result["kind"]]
     with figure_style():
         save_figure(draw(result["tables"]), path)
 

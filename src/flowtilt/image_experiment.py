@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from flowtilt.configuration import Section, Seeds, changed
+from flowtilt.configuration import CaseName, Name, NoRepeats, Section, Seeds, ToldApart, changed
 from flowtilt.domains.images.sections import (
     AdapterConfig,
     ComputeConfig,
@@ -24,7 +24,7 @@ from flowtilt.domains.images.sections import (
     LeftTailObjective,
     ScheduleConfig,
 )
-from flowtilt.sections import OfflineConfig, SolverConfig, TailSpec
+from flowtilt.sections import OfflineConfig, SolverConfig, TailSpec, check_methods
 
 _MODEL = ("model", "retrain")
 _FLOW = (*_MODEL, "adapter", "guidance", "schedule", "compute", "prompts")
@@ -54,7 +54,7 @@ class ImageExperiment(Section):
 
     unit: ClassVar[str] = "reward"
 
-    name: str
+    name: CaseName
     """Name of the experiment: that of its file."""
 
     domain: Literal["images"]
@@ -63,7 +63,7 @@ class ImageExperiment(Section):
     title: str
     """Title of its table."""
 
-    base: str
+    base: Name
     """The experiment itself."""
 
     seeds: Seeds
@@ -87,7 +87,7 @@ class ImageExperiment(Section):
     compute: ComputeConfig = ComputeConfig()
     """Precision and memory."""
 
-    prompts: Annotated[list[str], Field(min_length=1)]
+    prompts: Annotated[list[str], Field(min_length=1), NoRepeats]
     """What pictures are asked for; every prompt as often."""
 
     reward: ImageRewardConfig = ImageRewardConfig()
@@ -102,7 +102,7 @@ class ImageExperiment(Section):
     solver: SolverConfig
     """The control solver of all methods."""
 
-    methods: Annotated[Mapping[str, ImageMethodConfig], Field(min_length=1)]
+    methods: Annotated[Mapping[Name, ImageMethodConfig], Field(min_length=1), ToldApart]
     """The methods by name, each a row of the table."""
 
     evaluation: ImageEvaluationConfig
@@ -113,6 +113,7 @@ class ImageExperiment(Section):
 
     @model_validator(mode="after")
     def _methods_fit(self) -> ImageExperiment:
+        check_methods(self.methods, self.layers)
         own = {"left_tail": "tfft", "entropy": "fdc"}[self.objective.utility]
         for name, method in self.methods.items():
             if method.kind in ("tfft", "fdc") and method.kind != own:

@@ -17,12 +17,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from flowtilt.words import check_word
+
 Prediction = Literal["velocity", "score", "noise", "endpoint"]
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 
 Coefficient = float | Tensor
 """A number; or, where columns of the state have paths of their own, one for each of them, (columns,)."""
@@ -258,7 +261,13 @@ def convert(
         path: the interpolant.
         source: what ``value`` is.
         target: what to return.
+
+    Raises:
+        ValueError: for another word in either.
     """
+    if source not in PREDICTIONS or target not in PREDICTIONS:  # at every step of every sampler
+        check_word(source, PREDICTIONS, "a prediction")
+        check_word(target, PREDICTIONS, "a prediction")
     if source == target:
         return value
     t = broadcast_time(t, x)

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from flowtilt.configuration import Positive, Section, Seeds, changed
+from flowtilt.configuration import CaseName, Name, Positive, Section, Seeds, ToldApart, changed
 from flowtilt.domains.molecules.sections import (
     CheckpointConfig,
     MoleculeConfig,
@@ -25,7 +25,7 @@ from flowtilt.domains.molecules.sections import (
     UnitsConfig,
     XTBConfig,
 )
-from flowtilt.sections import OfflineConfig, SolverConfig, TailSpec
+from flowtilt.sections import OfflineConfig, SolverConfig, TailSpec, check_methods
 
 _FLOW = ("subset", "units", "network")
 _SOLVED = (*_FLOW, "time_power")
@@ -53,7 +53,7 @@ class MoleculeExperiment(Section):
 
     unit: ClassVar[str] = "negative_energy"
 
-    name: str
+    name: CaseName
     """Name of the experiment: that of its file."""
 
     domain: Literal["molecules"]
@@ -62,7 +62,7 @@ class MoleculeExperiment(Section):
     title: str
     """Title of its table."""
 
-    base: str
+    base: Name
     """Experiment whose pretrained model and offline batches this one uses; by default itself, and for a
     case of a study the experiment that it derives from."""
 
@@ -103,7 +103,7 @@ class MoleculeExperiment(Section):
     solver: SolverConfig
     """The control solver of all methods."""
 
-    methods: Annotated[Mapping[str, MoleculeMethodConfig], Field(min_length=1)]
+    methods: Annotated[Mapping[Name, MoleculeMethodConfig], Field(min_length=1), ToldApart]
     """The methods by name, each a row of the table."""
 
     also: Mapping[str, MoleculeMethodConfig] = {}
@@ -118,6 +118,7 @@ class MoleculeExperiment(Section):
 
     @model_validator(mode="after")
     def _solvers_fit(self) -> MoleculeExperiment:
+        check_methods(self.methods, self.layers)
         for name, method in self.methods.items():
             solver = self._solver(name)
             if solver.kind == "weighted_fitting" and (method.kind == "fdc" or method.rise is not None):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from flowtilt.configuration import Count, NotNegative, Positive, Row, Section, Share
+from flowtilt.configuration import Count, Name, NotNegative, Positive, Row, Section, Share, ToldApart
+from flowtilt.words import Side, tail_side
 
 Weights = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+Tail = Annotated[Side, BeforeValidator(tail_side)]
 
 
 class TailSpec(NamedTuple):
@@ -20,7 +23,7 @@ class TailSpec(NamedTuple):
         alpha: KL weight, in units of the reward a nat.
     """
 
-    side: Literal["lower", "upper"]
+    side: Side
     mass: float
     alpha: float
 
@@ -209,8 +212,9 @@ class TailObjective(Section):
     divided by it too, all methods tilt a sample that counts by the same exponent a unit of reward.
     """
 
-    tail: Literal["lower", "upper"]
-    """Which tail of the reward is raised: ``lower``, its worst values, or ``upper``, its best."""
+    tail: Tail
+    """Which tail of the reward is raised: ``lower`` or ``left``, its worst values, or ``upper`` or ``right``,
+    its best."""
 
     level: Annotated[float, Field(gt=0, lt=1)]
     """Quantile level b: the lower tail has the probability b, the upper one 1 - b."""
@@ -391,6 +395,41 @@ class MethodConfig(Section):
         return own == its and (earlier.iterations or 0) < (self.iterations or 0)
 
 
+class OfKind(Protocol):
+    """What methods of all domains have."""
+
+    @property
+    def kind(self) -> str: ...
+
+
+def check_methods(methods: Mapping[str, OfKind], layers: Sequence[str]) -> None:
+    """Refuse methods whose names stand for something else in the results' files and rows.
+
+    Args:
+        methods: by name.
+        layers: rows of each method in the tables: its network's, and those that are solved on the grid.
+
+    Raises:
+        ValueError: naming the method and the fix.
+    """
+    for name, method in methods.items():
+        if name in layers:
+            raise ValueError(f"methods.{name}: the name is taken by the rows solved on the grid; rename it")
+        if name == "pretrained" and method.kind != "pretrained":
+            raise ValueError(
+                f"methods.{name}: the name is that of the pretrained model, not of one of kind "
+                f"{method.kind}; rename it"
+            )
+        if name != "pretrained" and method.kind == "pretrained":
+            raise ValueError(
+                f"methods.{name}: the pretrained model goes by the name pretrained; write "
+                "pretrained: {kind: pretrained}, once"
+            )
+        of, _, layer = name.rpartition("_")
+        if of in methods and layer in layers:
+            raise ValueError(f"methods.{name}: the name is taken by a row of the method {of}; rename it")
+
+
 class TailMethodConfig(MethodConfig):
     """A method on a tail."""
 
@@ -430,7 +469,7 @@ class EvaluationConfig(Section):
 class TransportConfig(Section):
     """Distances from the pretrained model: mean shifts along the axes, and W1 in each ground metric."""
 
-    metrics: Annotated[dict[str, Weights], Field(min_length=1)]
+    metrics: Annotated[dict[Name, Weights], Field(min_length=1), ToldApart]
     """Ground metrics by name: the weights w of the two axes in d(x, y)^2 = sum_i w_i (x_i - y_i)^2."""
 
     samples: Count

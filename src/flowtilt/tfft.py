@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from numpy.typing import ArrayLike
 
 from flowtilt.functionals.utilities import Hinge
-from flowtilt.metrics.tails import Side
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import threshold
+from flowtilt.words import Side, tail_side
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class TailProblem:
     """A KL-regularised tail mean: what TFFT solves in one fine-tuning.
 
     Attributes:
-        side: the tail.
+        side: the tail; ``left`` and ``right`` are taken for ``lower`` and ``upper``, all else is refused.
         mass: its probability, in (0, 1).
         alpha: KL weight, in units of the reward a nat.
     """
@@ -25,6 +25,9 @@ class TailProblem:
     side: Side
     mass: float
     alpha: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "side", tail_side(self.side))
 
     def threshold(self, rewards: ArrayLike) -> float:
         """The exact dual threshold of an offline batch of pretrained rewards."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowtilt.metrics.tails import Side
+from flowtilt.words import Side, tail_side
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def dual_objective(
     """The dual objective of one tail at the threshold ``t``, in units of the reward."""
     batch = _prepare(rewards, alpha, mass, weights)
     excess = batch.rewards - t
-    cut = np.maximum(excess, 0.0) if side == "upper" else np.minimum(excess, 0.0)
+    cut = np.maximum(excess, 0.0) if tail_side(side) == "upper" else np.minimum(excess, 0.0)
     return float(t + batch.alpha * _log_mean_exp(cut / batch.scale, batch.log_weights))
 
 
@@ -94,13 +94,13 @@ def threshold(
         rewards: of pretrained samples, (N,).
         alpha: KL weight, positive.
         mass: of the tail, in (0, 1): the level b of the lower tail, 1 - b of the upper.
-        side: the tail.
+        side: the tail, ``lower`` (or ``left``) or ``upper`` (or ``right``).
         weights: of the samples, not negative; equal if not given.
 
     Raises:
-        ValueError: for parameters out of range, or rewards that are not finite.
+        ValueError: for parameters out of range, another side, or rewards that are not finite.
     """
-    batch = _prepare(rewards, alpha, mass, weights)
+    side, batch = tail_side(side), _prepare(rewards, alpha, mass, weights)
     return _lower_threshold(batch) if side == "lower" else _upper_threshold(batch, mass)
 
 
@@ -188,4 +188,4 @@ def _upper_slope(batch: _SortedBatch, t: float, mass: float) -> float:
 def active_share(rewards: ArrayLike, at: float, side: Side) -> float:
     """Share of samples on which the hinge at ``at`` has a gradient."""
     r = np.asarray(rewards, dtype=np.float64)
-    return float(np.mean(r < at if side == "lower" else r > at))
+    return float(np.mean(r < at if tail_side(side) == "lower" else r > at))

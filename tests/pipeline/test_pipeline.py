@@ -229,6 +229,25 @@ def test_unknown_experiment_is_refused(project: Project) -> None:
     assert_refused(project, "config/config.yaml", "key experiments", "risk_averse_3d", "novelty_2d")
 
 
+def test_a_key_that_stands_twice_is_refused(project: Project) -> None:
+    file = project.folder / "config" / "smoke.yaml"
+    file.write_text(file.read_text() + "\nresults: results/another\n")
+    assert_refused(project, "config/smoke.yaml: key results: stands in line 2 and again in line")
+
+
+def test_an_experiment_that_is_named_twice_is_refused(project: Project) -> None:
+    edit(project.folder / "config" / "config.yaml", experiments=["risk_averse_2d", "risk_averse_2d"])
+    assert_refused(project, "config/config.yaml", "key experiments: 'risk_averse_2d' occurs twice")
+
+
+def test_numbers_of_the_command_line_are_numbers(project: Project) -> None:
+    """As they are in files: Snakemake reads text from within a value, and YAML 1.1's numbers from files."""
+    given = ("overrides={seeds: 1, objective: {level: 8e-1, alpha: -1e0}}", "experiments=[risk_averse_2d]")
+    run = project.snakemake("--dry-run", "--config", *given)
+    assert run.returncode != 0
+    assert "key objective.alpha: Input should be greater than 0 (got -1.0)" in run.stdout
+
+
 def test_unknown_key_of_the_configuration_is_refused(project: Project) -> None:
     edit(project.folder / "config" / "config.yaml", experimens=["risk_averse_2d"])
     assert_refused(project, "config/config.yaml", "experimens", "known keys", "experiments")

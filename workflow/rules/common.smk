@@ -20,7 +20,7 @@ from snakemake.utils import validate
 
 try:
     from flowtilt import slurm
-    from flowtilt.configuration import ConfigError
+    from flowtilt.configuration import ConfigError, workflow_config
     from flowtilt.experiment import (
         AnyExperiment,
         FunctionalExperiment,
@@ -223,6 +223,7 @@ def load_theories() -> dict[str, TheoryConfig]:
 
 try:
     check_conda()
+    config.update(workflow_config(workflow.configfiles, workflow.config_settings))
     check_config("../schemas/config.schema.yaml")
     FILES = load_all()
     if workflow.is_main_process:  # and not that of one job on a cluster
@@ -233,6 +234,8 @@ try:
             if isinstance(experiment, FunctionalExperiment)
         )
     THEORY = load_theories()
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
 except WorkflowError as error:
     raise error.with_traceback(None) from None  # the message says where to look, frames would not
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
 from flowtilt.model import Context, FlowModel
+from flowtilt.words import check_word
 
 EndpointGradient = Literal["pathwise", "likelihood_ratio"]
 
@@ -106,6 +107,7 @@ class Ends:
 
         ``active``, bool (pool,), says on which of the last states the tilt itself has a gradient.
         """
+        check_word(estimator, EndpointGradient, "endpoint_gradient")
         by_value, rest = (None, tilt) if estimator == "pathwise" else tilt.split()
         if by_value is None:
             return cls(active, None, rest)

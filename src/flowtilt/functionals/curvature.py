@@ -21,6 +21,7 @@ from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients, R
 from flowtilt.interpolants import Linear, broadcast_time
 from flowtilt.model import Context, FlowModel
 from flowtilt.rewards import Reward
+from flowtilt.words import check_word
 
 Curvature = Literal["linear", "concave", "convex", "neither"]
 
@@ -97,6 +98,7 @@ def measured_tier(found: Curvature, kind: str) -> Tier:
         found: the curvature.
         kind: ``utility``, to be raised, or ``divergence``, to be lowered.
     """
+    check_word(kind, ("utility", "divergence"), "the kind of a functional")
     if found == "linear":
         return "linear"
     return "convex" if found == ("concave" if kind == "utility" else "convex") else "general"

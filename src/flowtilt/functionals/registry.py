@@ -35,6 +35,7 @@ from flowtilt.loading import imported, message_of
 from flowtilt.model import FlowModel
 from flowtilt.rewards import Reward
 from flowtilt.sampling import OdeSettings
+from flowtilt.words import check_word
 
 Reader = Callable[[Any], Any]
 """Turns plain data into a value; raises ValueError with a text that follows ``must be``."""
@@ -367,7 +368,9 @@ def check_needs(
 
     Raises:
         UnmetNeed: naming the functional and what it lacks.
+        ValueError: for another word in ``takes``.
     """
+    check_word(takes, ("gradient", "value"), "what a solver takes")
     by_value = takes == "value"
     for part in functional.components:
         name = type(part).__name__

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, per_sample
 from flowtilt.functionals.smoothing import NO_SMOOTHED_VALUE, smoothed
-from flowtilt.metrics.tails import Side, lower_tail_mean, quantile, upper_tail_mean
+from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
 from flowtilt.model import Context, FlowModel
 from flowtilt.rewards import Reward, RewardError
 from flowtilt.sampling import OdeSettings, log_likelihood
+from flowtilt.words import Side, tail_side
 
 
 class InfeasibleBarrier(ValueError):
@@ -79,13 +80,17 @@ class Hinge(FirstVariation):
         reward: the reward.
         threshold: where the hinge bends, in units of the reward.
         mass: probability of the tail, in (0, 1].
-        side: the tail on which the hinge is not flat.
+        side: the tail on which the hinge is not flat; ``left`` and ``right`` are taken for ``lower`` and
+            ``upper``, all else is refused.
     """
 
     reward: Reward
     threshold: float
     mass: float
     side: Side
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "side", tail_side(self.side))
 
     def of_rewards(self, rewards: np.ndarray) -> np.ndarray:
         """The hinge as a function of reward values, any shape."""

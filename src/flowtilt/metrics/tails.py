@@ -7,12 +7,10 @@ the fraction of its weight that still fits. So the mean over the lower tail is
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from numpy.typing import ArrayLike
 
-Side = Literal["lower", "upper"]
+from flowtilt.words import Side, tail_side
 
 
 def _sorted_with_weights(values: ArrayLike, weights: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
@@ -57,6 +55,11 @@ def lower_tail_mean(values: ArrayLike, mass: float, weights: ArrayLike | None = 
 def upper_tail_mean(values: ArrayLike, mass: float, weights: ArrayLike | None = None) -> float:
     """Mean of the best share ``mass`` in (0, 1] of the values."""
     return -lower_tail_mean(-np.asarray(values, dtype=np.float64), mass, weights)
+
+
+def tail_mean(values: ArrayLike, mass: float, side: Side | str, weights: ArrayLike | None = None) -> float:
+    """Mean of the share ``mass`` in (0, 1] of one tail of the values."""
+    return (lower_tail_mean if tail_side(side) == "lower" else upper_tail_mean)(values, mass, weights)
 
 
 def dominance_violation(values: ArrayLike, reference: ArrayLike) -> float:

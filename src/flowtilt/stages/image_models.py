@@ -19,6 +19,7 @@ from flowtilt.image_experiment import ImageExperiment
 from flowtilt.provenance import commit, versions
 from flowtilt.stages.files import write_json
 from flowtilt.stages.states import resumption_of
+from flowtilt.words import check_word
 
 RECORD = "training.json"
 """File in the folder of a trained model: what made it, and how that went."""
@@ -86,6 +87,7 @@ def train_alignment(experiment: ImageExperiment, folder: Path, progress: Progres
 
 def updates_of(experiment: ImageExperiment, part: str) -> int:
     """Optimiser steps of the trainings of one of the two models."""
+    check_word(part, ("pipeline", "alignment"), "the part of a model")
     config = _embedded(experiment)
     if part == "alignment":
         return config.alignment.fit.updates

@@ -8,12 +8,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flowtilt.configuration import ConfigError, Count, Positive, Row, Section, merge, read_yaml, validated
-from flowtilt.sections import DataConfig
+from flowtilt.configuration import (
+    ConfigError,
+    Count,
+    Name,
+    NoRepeats,
+    Positive,
+    Row,
+    Section,
+    ToldApart,
+    merge,
+    read_yaml,
+    validated,
+)
+from flowtilt.sections import DataConfig, Tail
 
 Mass = Annotated[float, Field(gt=0, lt=1)]
-Side = Literal["lower", "upper"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 _FIELDS: dict[str, set[str]] = {
     "expected_reward": {"direction"},
@@ -65,7 +75,7 @@ class UtilityConfig(Section):
     """What the mean cost must stay below, the cost being half the squared distance from the origin; for
     ``log_barrier``."""
 
-    multiples: Annotated[tuple[Annotated[float, Field(ge=1)], ...], Field(min_length=1)] = (1.0,)
+    multiples: Annotated[tuple[Annotated[float, Field(ge=1)], ...], Field(min_length=1), NoRepeats] = (1.0,)
     """KL weights of the runs' steps over the smallest that is proven: 1 is the paper's choice, more is a
     smaller step."""
 
@@ -96,7 +106,7 @@ class MirrorDescentConfig(Section):
     kind: Literal["mirror_descent"]
     """Which study this is."""
 
-    name: str
+    name: Name
     """Name of the study: that of its file."""
 
     title: str
@@ -111,7 +121,7 @@ class MirrorDescentConfig(Section):
     data: DataConfig
     """The pretrained law; ``modes`` is not used here."""
 
-    problems: Annotated[dict[Name, UtilityConfig], Field(min_length=1)]
+    problems: Annotated[dict[Name, UtilityConfig], Field(min_length=1), ToldApart]
     """The problems by name."""
 
 
@@ -146,7 +156,7 @@ class TailConfig(Section):
     mass: Mass
     """Probability of the tail."""
 
-    tails: Annotated[tuple[Side, ...], Field(min_length=1)] = ("lower", "upper")
+    tails: Annotated[tuple[Tail, ...], Field(min_length=1), NoRepeats] = ("lower", "upper")
     """Which tails are solved, each at this mass."""
 
 
@@ -203,7 +213,7 @@ class ShiftConfig(Section):
     mass: Mass
     """Probability of the tail."""
 
-    deltas: Annotated[list[Positive], Field(min_length=1)]
+    deltas: Annotated[list[Positive], Field(min_length=1), NoRepeats]
     """Shifts of the coordinate's mean, in its standard deviations; the KL divergence is half the square."""
 
 
@@ -213,13 +223,13 @@ class ThresholdStudyConfig(Section):
     kind: Literal["threshold"]
     """Which study this is."""
 
-    name: str
+    name: Name
     """Name of the study: that of its file."""
 
     title: str
     """Title of its table."""
 
-    problems: Annotated[dict[Name, TailConfig], Field(min_length=1)]
+    problems: Annotated[dict[Name, TailConfig], Field(min_length=1), ToldApart]
     """Tail problems on known laws of rewards, by name."""
 
     batches: BatchConfig

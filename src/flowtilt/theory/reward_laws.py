@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
-from flowtilt.metrics.tails import Side
+from flowtilt.words import Side, tail_side
 
 REACH = 12.0  # standard deviations beyond which a Gaussian has no mass in float64
 GAUSS = np.polynomial.legendre.leggauss(160)  # nodes and weights for each smooth piece
@@ -90,7 +90,7 @@ class RewardLaw:
 
     def active(self, t: float, scale: float, side: Side) -> float:
         """``E[exp((r - t) / scale); r beyond t]``: r > t on the upper side, r < t on the lower."""
-        if side == "upper":
+        if tail_side(side) == "upper":
             inner, outer = max(t, self.low), self.high
             end = self.above(self.high) * np.exp((self.high - t) / scale) if t < self.high < np.inf else 0.0
             end += self.below(self.low) * np.exp((self.low - t) / scale) if t < self.low else 0.0
@@ -104,7 +104,7 @@ class RewardLaw:
 
     def idle(self, t: float, side: Side) -> float:
         """Mass on which the hinge at ``t`` is flat."""
-        return self.below(t) if side == "upper" else self.above(t)
+        return self.below(t) if tail_side(side) == "upper" else self.above(t)
 
     def quadrature(self, *splits: float) -> tuple[np.ndarray, np.ndarray]:
         """Nodes and weights for functions that are smooth between the given points.
@@ -174,6 +174,9 @@ class TailDual:
     alpha: float
     mass: float
     side: Side
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "side", tail_side(self.side))
 
     @property
     def scale(self) -> float:

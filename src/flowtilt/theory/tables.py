@@ -46,11 +46,15 @@ def write_theory_table(result: Mapping[str, Any], prefix: str | Path) -> None:
         prefix: of the files.
     """
     tables: dict[str, Rows] = result["tables"]
-    mirror = result["kind"] == "mirror_descent"
-    panels = (mirror_panels if mirror else threshold_panels)(result["title"], tables)
+    kinds = {
+        "mirror_descent": (mirror_panels, _MIRROR_NOTE),
+        "threshold": (threshold_panels, _THRESHOLD_NOTE),
+    }
+    panels_of, note = kinds[result["kind"]]
+    panels = panels_of(result["title"], tables)
     frame = pd.concat([pd.DataFrame(rows).assign(part=part) for part, rows in tables.items() if rows])
     frame = frame[["part", *(column for column in frame.columns if column != "part")]]
-    write_panels(prefix, frame, panels, _MIRROR_NOTE if mirror else _THRESHOLD_NOTE)
+    write_panels(prefix, frame, panels, note)
 
 
 def number(value: Any, digits: int = 4) -> str:

@@ -31,11 +31,11 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import logsumexp
 
-from flowtilt.metrics.tails import Side
 from flowtilt.seeding import seed_of
 from flowtilt.theory.config import BatchConfig, ShiftConfig, TailConfig, ThresholdStudyConfig
 from flowtilt.theory.reward_laws import RewardLaw, TailDual
 from flowtilt.thresholds import descend_threshold, dual_objective, threshold
+from flowtilt.words import Side
 
 Row = dict[str, float | int | str | None]
 SIDES: tuple[Side, Side] = ("lower", "upper")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowtilt.domains.images.schedule import DiscreteSchedule, Spacing
 from flowtilt.interpolants import Prediction, broadcast_time, convert
 from flowtilt.model import Context, FlowModel, Use
+from flowtilt.words import check_word
 
 Target = Literal["epsilon", "v_prediction", "sample"]
 """What a denoiser predicts, as schedulers of diffusers name it: noise, Salimans and Ho's v, or data."""
@@ -102,6 +103,9 @@ class LatentFlow(FlowModel):
         tuned: str = "",
     ) -> None:
         super().__init__()
+        check_word(target, Target, "the denoiser's target")
+        check_word(spacing, Spacing, "the spacing of timesteps")
+        check_word(precision, Precision, "the precision")
         if target == "epsilon" and schedule.levels[-1] == 0:
             raise ValueError(
                 "a schedule with a terminal signal-to-noise ratio of zero needs a denoiser that predicts "

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flowtilt.configuration import Count, NotNegative, Positive, Section
+from flowtilt.configuration import Count, Name, NoRepeats, NotNegative, Positive, Section
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -176,7 +176,7 @@ class HubConfig(Section):
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
     """Its commit: names of branches move."""
 
-    files: Annotated[list[str], Field(min_length=1)]
+    files: Annotated[list[str], Field(min_length=1), NoRepeats]
     """Patterns of the files that are wanted, such as ``unet/*.safetensors``."""
 
 
@@ -197,7 +197,7 @@ class SourceConfig(Section):
 class ImageModelConfig(Section):
     """A text-to-image model and the model that scores its pictures; a file of ``config/models``."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Name
     """Name of the model: that of its file."""
 
     pipeline: SourceConfig
@@ -249,7 +249,7 @@ class AdapterConfig(Section):
     alpha: Positive
     """Scale of an adapter, over its rank."""
 
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: Annotated[tuple[str, ...], NoRepeats] = ("to_q", "to_k", "to_v", "to_out.0")
     """Endings of the names of the layers that get one."""
 
 
@@ -364,7 +364,7 @@ class ImageMethodConfig(Section):
 class FactorConfig(Section):
     """A factor that pictures differ in, and how the scoring model tells its classes apart."""
 
-    classes: Annotated[list[str], Field(min_length=2)]
+    classes: Annotated[list[str], Field(min_length=2), NoRepeats]
     """Names of its classes."""
 
     template: str = "{}"
@@ -381,7 +381,7 @@ class ImageEvaluationConfig(Section):
     """Sets of pictures: what depends on how many there are, as scores of diversity do, is the mean over the
     sets, which has less noise than one set and is on the same scale."""
 
-    designs: list[str] = Field(default_factory=list)
+    designs: Annotated[list[str], NoRepeats] = Field(default_factory=list)
     """Classes that the scoring model tells pictures apart by, for how many of them are covered; in the drawn
     set, the designs."""
 

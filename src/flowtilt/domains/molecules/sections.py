@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flowtilt.configuration import Count, NotNegative, Positive, Section, Share
+from flowtilt.configuration import Count, Name, NotNegative, Positive, Section, Share
 
 Level = Annotated[float, Field(gt=0, lt=1)]
 
@@ -124,7 +124,7 @@ class MoleculePretrainConfig(Section):
 class MoleculeConfig(Section):
     """A flow on molecules: data, units, network and pretraining."""
 
-    name: str
+    name: Name
     """Name of the weights."""
 
     subset: SubsetConfig
@@ -152,7 +152,7 @@ class MoleculeModelConfig(Section):
     kind, with converted weights as ``checkpoint``: docs/molecules.md says how. The sections ``units``,
     ``network`` and ``pretrain`` are then not used."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Name
     """Name of the weights: one's own follow from it and a seed; FlowMol's are those of its model of this
     name, as ``qm9_gaussian``."""
 

@@ -18,7 +18,7 @@ from flowtilt.domains.planar.build import build_data, build_reward
 from flowtilt.domains.planar.grid import normalise
 from flowtilt.domains.planar.truth import build_grid
 from flowtilt.experiment import TailExperiment
-from flowtilt.metrics.tails import lower_tail_mean, upper_tail_mean
+from flowtilt.metrics.tails import tail_mean
 
 
 def calibrated_edge(experiment: TailExperiment) -> float:
@@ -29,13 +29,12 @@ def calibrated_edge(experiment: TailExperiment) -> float:
     """
     grid, reward = build_grid(experiment), build_reward(experiment)
     probabilities = np.exp(normalise(build_data(experiment).log_density(grid.points)))
-    mass = experiment.objective.mass
-    tail_mean = lower_tail_mean if experiment.objective.tail == "lower" else upper_tail_mean
+    mass, side = experiment.objective.mass, experiment.objective.tail
     target = experiment.reward.sign * experiment.calibration.target
 
     def excess(edge: float) -> float:
         moved = dataclasses.replace(reward, right_edge=edge)
-        return tail_mean(grid.rewards(moved), mass, probabilities) - target
+        return tail_mean(grid.rewards(moved), mass, side, probabilities) - target
 
     low, high = experiment.calibration.bracket
     if excess(low) * excess(high) > 0:

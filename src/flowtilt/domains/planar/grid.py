@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from flowtilt.functionals.base import FiniteLaw
-from flowtilt.metrics.tails import Side, quantile
+from flowtilt.metrics.tails import quantile
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import threshold
+from flowtilt.words import Side, tail_side
 
 Blur = Callable[[np.ndarray], np.ndarray]
 
@@ -115,7 +116,7 @@ def expected_reward_tilt(
 def hinge(rewards: np.ndarray, at: float, mass: float, side: Side) -> np.ndarray:
     """``(r - at)_+ / mass`` on the upper side, ``-(at - r)_+ / mass`` on the lower."""
     excess = rewards - at
-    return (np.maximum(excess, 0.0) if side == "upper" else np.minimum(excess, 0.0)) / mass
+    return (np.maximum(excess, 0.0) if tail_side(side) == "upper" else np.minimum(excess, 0.0)) / mass
 
 
 def tail_tilt(
@@ -157,7 +158,7 @@ def mirror_ascent(
     Each solves ``max_q <first variation at p_{k-1}, q> - step_weight KL(q || p_{k-1})``. Only the
     hinge is blurred: it alone can be finer than a network resolves.
     """
-    level = mass if side == "lower" else 1 - mass
+    level = mass if tail_side(side) == "lower" else 1 - mass
     iterates, current = [], log_p
     for _ in range(iterations):
         at = quantile(rewards, level, weights=np.exp(current))

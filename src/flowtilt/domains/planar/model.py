@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowtilt.interpolants import Interpolant, Prediction, broadcast_time, convert, rates
 from flowtilt.model import Context, FlowModel, PullBack
+from flowtilt.words import check_word
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "silu": F.silu}
@@ -52,6 +53,8 @@ class PlanarFlow(FlowModel):
         modes: int = 0,
     ) -> None:
         super().__init__()
+        check_word(activation, FUNCTIONS, "the activation")
+        check_word(prediction, Prediction, "a prediction")
         self.path = path
         self.prediction = prediction
         self.modes = modes

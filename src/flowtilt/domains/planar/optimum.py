@@ -11,8 +11,8 @@ from flowtilt.domains.planar.grid import log_sum_exp, tail_tilt
 from flowtilt.functionals.base import FiniteLaw, Functional, Objective
 from flowtilt.functionals.divergences import KL, Wasserstein1
 from flowtilt.functionals.utilities import SQ, CVaR, ExpectedReward
-from flowtilt.metrics.tails import Side
 from flowtilt.metrics.transport import ground_distances
+from flowtilt.words import Side
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from flowtilt.loading import message_of
 from flowtilt.model import FlowModel
 from flowtilt.sampling import OdeSettings
 from flowtilt.sections import TermConfig
+from flowtilt.words import check_word
 
 CHECKED_CELLS = 32
+_REGISTRIES = {"utility": UTILITIES, "divergence": DIVERGENCES}
 
 
 def build_objective(experiment: FunctionalExperiment, method: str, reference: FlowModel) -> Objective:
@@ -65,7 +67,8 @@ def build_term(kind: str, term: TermConfig, ingredients: Ingredients) -> Functio
     Raises:
         ValueError: naming the key and what is known.
     """
-    registry = UTILITIES if kind == "utility" else DIVERGENCES
+    check_word(kind, _REGISTRIES, "the kind of a term")
+    registry = _REGISTRIES[kind]
     if term.kind != "sum":
         return registry.build(term.kind, term.parameters, ingredients)
     parts, others = term.parameters.get("parts"), term.parameters.keys() - {"parts"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowtilt.experiment import TailExperiment
-from flowtilt.metrics.tails import lower_tail_mean, upper_tail_mean
+from flowtilt.metrics.tails import tail_mean
 
 if TYPE_CHECKING:
     from scipy.interpolate import RectBivariateSpline
@@ -102,8 +102,7 @@ def reward_metrics(
         kl: from the pretrained law, in nats.
     """
     problem, sign = experiment.objective, experiment.reward.sign
-    tail_mean = lower_tail_mean if problem.tail == "lower" else upper_tail_mean
-    tail = tail_mean(rewards, problem.mass, weights)
+    tail = tail_mean(rewards, problem.mass, problem.tail, weights)
     mean = float(np.average(rewards, weights=weights))
     divergence = 0.0 if kl is None else kl
     mean_objective, tail_objective = mean - problem.alpha * divergence, tail - problem.tail_alpha * divergence
