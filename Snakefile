@@ -19,6 +19,7 @@ include: "workflow/rules/paths.smk"
 
 onstart:
     check_cluster()
+    write_configs()
 
 
 wildcard_constraints:

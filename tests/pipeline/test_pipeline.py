@@ -53,6 +53,39 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}, sort_keys=False))
 
 
+# ------------------------------------------------------------------------ reading changes nothing
+
+
+READING = [("--dry-run", "--quiet", "all"), ("--lint",), ("--summary",), ("--list-rules",), ("--unlock",)]
+
+
+@pytest.mark.parametrize("arguments", READING, ids=" ".join)
+def test_reading_the_workflow_writes_nothing(project: Project, arguments: tuple[str, ...]) -> None:
+    before = {path for path in project.folder.rglob("*") if ".snakemake" not in path.parts}
+    run = project.snakemake(*SMOKE, *arguments)
+    assert run.returncode == 0, run.stdout
+    assert {path for path in project.folder.rglob("*") if ".snakemake" not in path.parts} == before
+
+
+def test_a_checkout_that_cannot_be_written_is_refused_in_a_sentence(project: Project) -> None:
+    """Snakemake itself must make its folder .snakemake there."""
+    mount = f"mount --bind {project.folder} {project.folder} && mount -o remount,bind,ro {project.folder}"
+    if subprocess.run(["unshare", "--mount", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("this user cannot mount a folder for reading only")
+    dry_run = f"cd {project.folder} && {sys.executable} -m snakemake --cores 1 --dry-run --quiet all"
+    run = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f"{mount} && {dry_run}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert f"{project.folder}/.snakemake: cannot be written" in run.stdout, run.stdout
+    assert "copy the project" in run.stdout
+    assert "Traceback" not in run.stdout
+
+
 # --------------------------------------------------------------------------- what rules declare
 
 

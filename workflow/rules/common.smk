@@ -192,6 +192,16 @@ def is_of(kind: type, name: str) -> bool:
     return all(isinstance(experiment, kind) for experiment in FILES[name].values())
 
 
+def check_folder() -> None:
+    """Refuse a folder in which Snakemake could not keep its records: it ends in a traceback, in dry runs too."""
+    records = Path(".snakemake")
+    if not os.access(records if records.exists() else Path(), os.W_OK):
+        raise WorkflowError(
+            f"{records.absolute()}: cannot be written, and Snakemake keeps its records there even of a dry run; "
+            "give yourself the right to, or copy the project to a folder that you can write to"
+        )
+
+
 def check_conda() -> None:
     """Refuse to deploy software by conda where there is none."""
     if {*workflow.deployment_settings.deployment_method} == {DeploymentMethod.CONDA} and not shutil.which(
@@ -222,6 +232,7 @@ def load_theories() -> dict[str, TheoryConfig]:
 
 
 try:
+    check_folder()
     check_conda()
     check_config("../schemas/config.schema.yaml")
     FILES = load_all()
@@ -251,22 +262,47 @@ RESOLVED = {name: dump(experiment) for name, experiment in EXPERIMENTS.items()}
 OVERRIDES = json.dumps(config["overrides"], sort_keys=True)
 
 
+# A file at its content's address: whoever else reads the workflow meanwhile cannot change what a job reads.
+CONFIG_FILES = {
+    name: Path(
+        config["results"], "configs", name, f"{hashlib.sha256(resolved.encode()).hexdigest()[:16]}.yaml"
+    )
+    for name, resolved in RESOLVED.items()
+}
+
+
 def write_configs() -> None:
-    """Write the resolved configurations that have changed, while the workflow is being read.
+    """Write the resolved configurations that are not there, as a run begins.
 
-    This is not left to a job. The jobs that read a configuration take it as ``ancient``, and go by
-    the digest of the sections that they use. Were it about to be made again, Snakemake would not ask
-    whether their digests have changed, and a change would need a second run to get through.
+    Jobs go by the digest of the sections that they use, and so do not have them as input.
     """
-    for name, resolved in RESOLVED.items():
-        path = Path(config["results"], "configs", f"{name}.yaml")
-        if not path.is_file() or path.read_text() != resolved:
+    for name, path in CONFIG_FILES.items():
+        if not path.is_file():
             with atomic_path(path) as temporary:
-                temporary.write_text(resolved)
+                temporary.write_text(RESOLVED[name])
 
 
-if workflow.is_main_process:  # and not that of one job on a cluster
-    write_configs()
+def check_configs() -> None:
+    """In a job on a cluster, which reads the workflow again: refuse another configuration than the run's."""
+    if missing := [str(path) for path in CONFIG_FILES.values() if not path.is_file()]:
+        raise WorkflowError(
+            f"there is no {missing[0]}: the configuration has changed since this run was started, or this "
+            "machine cannot see the folder that it was started in; start the run again"
+        )
+
+
+def config_file(wildcards, output) -> str:
+    """The configuration that a job reads. Since it takes ``output``, Snakemake compares no earlier value."""
+    return str(CONFIG_FILES[wildcards.experiment])
+
+
+def config_files_of(file: str):
+    """Those that a job on all experiments of a file reads."""
+    return lambda wildcards, output: [str(CONFIG_FILES[name]) for name in FILES[file]]
+
+
+if not workflow.is_main_process:
+    check_configs()
 
 
 # Resources

@@ -9,7 +9,6 @@ for name in PLANAR_FILES:
             f"measure_{name}"
         input:
             measured_runs(name),
-            configs=ancient([f"<results>/configs/{experiment}.yaml" for experiment in FILES[name]]),
         output:
             measured_files(name),
         log:
@@ -28,15 +27,15 @@ for name in PLANAR_FILES:
             gpu=config["gpu"],
         params:
             digest=[stage_digest(experiment, "measure") for experiment in FILES[name].values()],
+            configs=config_files_of(name),
             results=results_folder,
         shell:
-            "OMP_NUM_THREADS={threads} flowtilt measure {input.configs} --seed {wildcards.seed} "
+            "OMP_NUM_THREADS={threads} flowtilt measure {params.configs:q} --seed {wildcards.seed} "
             "--results {params.results} > {log} 2>&1"
 
 
 rule resolution:
     input:
-        configs=ancient(resolution_runs("<results>/configs/{experiment}.yaml")),
         samples=resolution_runs("<results>/runs/{experiment}/{method}/seed{seed}/samples.npz"),
         densities=resolution_runs("<results>/runs/{base}/pretrained/seed{seed}/density.npz"),
     output:
@@ -54,14 +53,14 @@ rule resolution:
         gpu=0,
     params:
         digest=[stage_digest(experiment, "exact") for experiment in FILES[config["resolution"]].values()],
+        configs=lambda wildcards, output: [CONFIG_FILES[name] for name in resolution_runs("{experiment}")],
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt resolution --config {input.configs} "
+        "OMP_NUM_THREADS={threads} flowtilt resolution --config {params.configs:q} "
         "--samples {input.samples} --density {input.densities} --output {output} > {log} 2>&1"
 
 
 rule exact:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         density=base_density,
         resolution="<results>/resolution.json",
     output:
@@ -85,9 +84,10 @@ rule exact:
         runtime=growing(15),
         gpu=0,
     params:
+        config=config_file,
         digest=digest("exact"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt exact {input.config} --density {input.density} "
+        "OMP_NUM_THREADS={threads} flowtilt exact {params.config:q} --density {input.density} "
         "--output {output.metrics} --laws {output.laws} --resolution {input.resolution} "
         "--resolved-output {output.resolved_metrics} --resolved-laws {output.resolved_laws} "
         "> {log} 2>&1"

@@ -3,7 +3,6 @@
 
 rule threshold:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         offline="<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
     output:
         "<results>/runs/{experiment}/{method}/seed{seed}/threshold.json",
@@ -24,16 +23,16 @@ rule threshold:
         runtime=growing(5),
         gpu=0,
     params:
+        config=config_file,
         digest=digest("threshold"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt threshold {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS={threads} flowtilt threshold {params.config:q} --method {wildcards.method} "
         "--offline {input.offline} --output {output} > {log} 2>&1"
 
 
 rule finetune:
     input:
         unpack(finetune_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
         pretrained=base_model,
     output:
         model="<results>/runs/{experiment}/{method}/seed{seed}/model.safetensors",
@@ -56,11 +55,12 @@ rule finetune:
         runtime=growing(10, 480),
         gpu=config["gpu"] * config["processes"],
     params:
+        config=config_file,
         digest=digest("finetune"),
         options=options("start", "threshold"),
         together=TOGETHER,
         each=threads_of_each,
     shell:
-        "OMP_NUM_THREADS={params.each} {params.together}flowtilt finetune {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS={params.each} {params.together}flowtilt finetune {params.config:q} --method {wildcards.method} "
         "--seed {wildcards.seed} --pretrained {input.pretrained} {params.options} "
         "--output {output.model} --history {output.history} > {log} 2>&1"

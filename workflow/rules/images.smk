@@ -9,8 +9,6 @@ localrules:
 
 
 rule fetch_checkpoint:
-    input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
     output:
         "<results>/runs/{experiment}/pretrained/fetched.json",
     log:
@@ -28,14 +26,13 @@ rule fetch_checkpoint:
         runtime=240,
         gpu=0,
     params:
+        config=config_file,
         digest=digest("fetch"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt fetch-checkpoint {input.config} --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt fetch-checkpoint {params.config:q} --output {output} > {log} 2>&1"
 
 
 rule images_pretrain:
-    input:
-        config=lambda wildcards: ancient(f"<results>/configs/{trained_for(wildcards.model)}.yaml"),
     output:
         directory("<results>/models/{model}/{part}/weights"),
     log:
@@ -54,16 +51,16 @@ rule images_pretrain:
         runtime=growing(300, 1440),
         gpu=config["gpu"],
     params:
+        config=lambda wildcards, output: CONFIG_FILES[trained_for(wildcards.model)],
         digest=lambda wildcards: stage_digest(EXPERIMENTS[trained_for(wildcards.model)], "pretrain"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-pretrain {input.config} --part {wildcards.part} "
+        "OMP_NUM_THREADS=1 flowtilt images-pretrain {params.config:q} --part {wildcards.part} "
         "--output {output} --gpu {resources.gpu} > {log} 2>&1"
 
 
 rule images_model:
     input:
         unpack(model_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
     output:
         "<results>/runs/{experiment}/pretrained/model.json",
     log:
@@ -83,15 +80,15 @@ rule images_model:
         runtime=growing(10, 60),
         gpu=0,
     params:
+        config=config_file,
         digest=digest("model"),
         options=options("pipeline", "alignment"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-model {input.config} {params.options} --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt images-model {params.config:q} {params.options} --output {output} > {log} 2>&1"
 
 
 rule images_offline:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         model="<results>/runs/{experiment}/pretrained/model.json",
     output:
         "<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
@@ -112,15 +109,15 @@ rule images_offline:
         runtime=growing(20, 240),
         gpu=config["gpu"],
     params:
+        config=config_file,
         digest=digest("offline"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-offline {input.config} --seed {wildcards.seed} "
+        "OMP_NUM_THREADS=1 flowtilt images-offline {params.config:q} --seed {wildcards.seed} "
         "--model {input.model} --output {output} --gpu {resources.gpu} > {log} 2>&1"
 
 
 rule images_threshold:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         offline="<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
     output:
         "<results>/runs/{experiment}/{method}/seed{seed}/threshold.json",
@@ -141,16 +138,16 @@ rule images_threshold:
         runtime=growing(5),
         gpu=0,
     params:
+        config=config_file,
         digest=digest("threshold"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-threshold {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS=1 flowtilt images-threshold {params.config:q} --method {wildcards.method} "
         "--offline {input.offline} --output {output} > {log} 2>&1"
 
 
 rule images_finetune:
     input:
         unpack(threshold_input),
-        config=ancient("<results>/configs/{experiment}.yaml"),
         model="<results>/runs/{experiment}/pretrained/model.json",
     output:
         weights="<results>/runs/{experiment}/{method}/seed{seed}/model.safetensors",
@@ -170,12 +167,13 @@ rule images_finetune:
         runtime=growing(60, 5760),
         gpu=config["gpu"] * config["processes"],
     params:
+        config=config_file,
         digest=digest("finetune"),
         options=options("threshold"),
         together=TOGETHER,
         gpu=config["gpu"],
     shell:
-        "OMP_NUM_THREADS=1 {params.together}flowtilt images-finetune {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS=1 {params.together}flowtilt images-finetune {params.config:q} --method {wildcards.method} "
         "--seed {wildcards.seed} --model {input.model} {params.options} "
         "--output {output.weights} --history {output.history} --gpu {params.gpu} > {log} 2>&1"
 
@@ -183,7 +181,6 @@ rule images_finetune:
 rule images_sample:
     input:
         unpack(sample_images_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
         model="<results>/runs/{experiment}/pretrained/model.json",
     output:
         directory("<results>/runs/{experiment}/{method}/seed{seed}/pictures"),
@@ -202,10 +199,11 @@ rule images_sample:
         runtime=growing(30, 480),
         gpu=config["gpu"],
     params:
+        config=config_file,
         digest=digest("sample"),
         options=options("weights"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-sample {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS=1 flowtilt images-sample {params.config:q} --method {wildcards.method} "
         "--seed {wildcards.seed} --model {input.model} {params.options} --output {output} "
         "--gpu {resources.gpu} > {log} 2>&1"
 
@@ -213,7 +211,6 @@ rule images_sample:
 rule images_evaluate:
     input:
         unpack(training_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
         model="<results>/runs/{experiment}/pretrained/model.json",
         pictures="<results>/runs/{experiment}/{method}/seed{seed}/pictures",
     output:
@@ -233,10 +230,11 @@ rule images_evaluate:
         runtime=growing(30, 240),
         gpu=config["gpu"],
     params:
+        config=config_file,
         digest=digest("evaluate"),
         options=options("history", "threshold"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-evaluate {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS=1 flowtilt images-evaluate {params.config:q} --method {wildcards.method} "
         "--model {input.model} --pictures {input.pictures} {params.options} "
         "--output {output.metrics} --scores {output.scores} --gpu {resources.gpu} > {log} 2>&1"
 

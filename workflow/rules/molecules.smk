@@ -34,7 +34,6 @@ rule molecules_data:
 rule molecules_pretrain:
     input:
         checkpoint_of,
-        config=ancient("<results>/configs/{experiment}.yaml"),
         molecules="<results>/data/qm9.npz",
     output:
         model="<results>/runs/{experiment}/pretrained/model.safetensors",
@@ -54,15 +53,15 @@ rule molecules_pretrain:
         runtime=growing(300, 1440),
         gpu=config["gpu"],
     params:
+        config=config_file,
         digest=digest("pretrain"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-pretrain {input.config} --molecules {input.molecules} "
+        "OMP_NUM_THREADS=1 flowtilt molecules-pretrain {params.config:q} --molecules {input.molecules} "
         "--output {output.model} --record {output.record} > {log} 2>&1"
 
 
 rule molecules_offline:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         model="<results>/runs/{experiment}/pretrained/model.safetensors",
     output:
         "<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
@@ -83,15 +82,15 @@ rule molecules_offline:
         runtime=growing(20, 120),
         gpu=config["gpu"],
     params:
+        config=config_file,
         digest=digest("offline"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-offline {input.config} --seed {wildcards.seed} "
+        "OMP_NUM_THREADS=1 flowtilt molecules-offline {params.config:q} --seed {wildcards.seed} "
         "--model {input.model} --output {output} --workers {threads} > {log} 2>&1"
 
 
 rule molecules_threshold:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         offline=lambda wildcards: f"{shared_folder(wildcards)}/seed{wildcards.seed}/offline.npz",
     output:
         "<results>/runs/{experiment}/{method}/seed{seed}/threshold.json",
@@ -112,16 +111,16 @@ rule molecules_threshold:
         runtime=growing(5),
         gpu=0,
     params:
+        config=config_file,
         digest=digest("threshold"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-threshold {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS=1 flowtilt molecules-threshold {params.config:q} --method {wildcards.method} "
         "--offline {input.offline} --output {output} > {log} 2>&1"
 
 
 rule molecules_finetune:
     input:
         unpack(threshold_input),
-        config=ancient("<results>/configs/{experiment}.yaml"),
         pretrained=lambda wildcards: f"{shared_folder(wildcards)}/model.safetensors",
     output:
         model="<results>/runs/{experiment}/{method}/seed{seed}/model.safetensors",
@@ -141,12 +140,13 @@ rule molecules_finetune:
         runtime=growing(60, 1440),
         gpu=config["gpu"] * config["processes"],
     params:
+        config=config_file,
         digest=digest("finetune"),
         options=options("threshold"),
         together=TOGETHER,
         each=threads_of_each,
     shell:
-        "OMP_NUM_THREADS=1 {params.together}flowtilt molecules-finetune {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS=1 {params.together}flowtilt molecules-finetune {params.config:q} --method {wildcards.method} "
         "--seed {wildcards.seed} --pretrained {input.pretrained} {params.options} "
         "--output {output.model} --history {output.history} --workers {params.each} > {log} 2>&1"
 
@@ -154,7 +154,6 @@ rule molecules_finetune:
 rule molecules_sample:
     input:
         unpack(sample_molecules_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
     output:
         "<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
     log:
@@ -172,17 +171,17 @@ rule molecules_sample:
         runtime=growing(30, 120),
         gpu=config["gpu"],
     params:
+        config=config_file,
         digest=digest("sample"),
         options=options("model", "molecules"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-sample {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS=1 flowtilt molecules-sample {params.config:q} --method {wildcards.method} "
         "--seed {wildcards.seed} {params.options} --output {output} > {log} 2>&1"
 
 
 rule molecules_evaluate:
     input:
         unpack(training_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
         samples="<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
         molecules="<results>/data/qm9.npz",
     output:
@@ -203,10 +202,11 @@ rule molecules_evaluate:
         runtime=growing(30, 720),
         gpu=0,
     params:
+        config=config_file,
         digest=digest("evaluate"),
         options=options("history", "threshold"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-evaluate {input.config} --method {wildcards.method} "
+        "OMP_NUM_THREADS=1 flowtilt molecules-evaluate {params.config:q} --method {wildcards.method} "
         "--samples {input.samples} --molecules {input.molecules} {params.options} "
         "--output {output.metrics} --sdf {output.sdf} --energies {output.energies} "
         "--workers {threads} > {log} 2>&1"

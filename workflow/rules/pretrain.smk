@@ -2,8 +2,6 @@
 
 
 rule pretrain:
-    input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
     output:
         model="<results>/runs/{experiment}/pretrained/seed{seed}/model.safetensors",
         history="<results>/runs/{experiment}/pretrained/seed{seed}/history.csv",
@@ -26,15 +24,15 @@ rule pretrain:
         runtime=growing(15, 120),
         gpu=config["gpu"],
     params:
+        config=config_file,
         digest=digest("pretrain"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt pretrain {input.config} --seed {wildcards.seed} "
+        "OMP_NUM_THREADS={threads} flowtilt pretrain {params.config:q} --seed {wildcards.seed} "
         "--output {output.model} --history {output.history} > {log} 2>&1"
 
 
 rule density:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         model="<results>/runs/{experiment}/pretrained/seed{seed}/model.safetensors",
     output:
         "<results>/runs/{experiment}/pretrained/seed{seed}/density.npz",
@@ -55,15 +53,15 @@ rule density:
         runtime=growing(10, 30),
         gpu=config["gpu"],
     params:
+        config=config_file,
         digest=digest("density"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt density {input.config} --model {input.model} "
+        "OMP_NUM_THREADS={threads} flowtilt density {params.config:q} --model {input.model} "
         "--output {output} > {log} 2>&1"
 
 
 rule offline:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         model=base_model,
     output:
         "<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
@@ -84,7 +82,8 @@ rule offline:
         runtime=growing(10, 30),
         gpu=config["gpu"],
     params:
+        config=config_file,
         digest=digest("offline"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt offline {input.config} --seed {wildcards.seed} "
+        "OMP_NUM_THREADS={threads} flowtilt offline {params.config:q} --seed {wildcards.seed} "
         "--model {input.model} --output {output} > {log} 2>&1"
