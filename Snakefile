@@ -18,15 +18,15 @@ include: "workflow/rules/paths.smk"
 
 
 onstart:
-    check_cluster()
+    begin()
 
 
 wildcard_constraints:
-    experiment=one_of(EXPERIMENTS),
-    method=one_of(METHODS),
-    name=one_of(FILES),
+    experiment=one_of(PLAN.experiments),
+    method=one_of(PLAN.methods),
+    name=one_of(PLAN.files),
     seed=r"\d+",
-    theory=one_of(THEORY),
+    theory=one_of(PLAN.theory),
 
 
 localrules:
@@ -51,12 +51,12 @@ include: "workflow/rules/report.smk"
 include: "workflow/rules/theory.smk"
 
 
-if MOLECULE_FILES:
+if PLAN.of_kind(domains.MOLECULES):
 
     include: "workflow/rules/molecules.smk"
 
 
-if IMAGES:
+if PLAN.of_kind(domains.IMAGES):
 
     include: "workflow/rules/images.smk"
 
@@ -64,45 +64,45 @@ if IMAGES:
 rule all:
     default_target: True
     input:
-        TABLES,
-        FIGURES,
-        RUNS,
-        PAGES,
+        PLAN.tables,
+        PLAN.figures,
+        PLAN.runs,
+        PLAN.pages,
         "<results>/provenance.json",
 
 
 rule tables:
     input:
-        TABLES,
-        RUNS,
+        PLAN.tables,
+        PLAN.runs,
 
 
 rule figures:
     input:
-        FIGURES,
-        RUNS,
+        PLAN.figures,
+        PLAN.runs,
 
 
 rule pretrained_models:
     input:
-        MODELS,
+        PLAN.pretrained_models,
 
 
 rule theories:
     input:
-        [file for file in TABLES + FIGURES + RUNS if "theory" in file],
+        PLAN.theories,
 
 
 # Each experiment alone: snakemake --cores all risk_averse_2d
-for name in config["experiments"]:
+for name in PLAN.config.experiments:
 
     rule:
         name:
             name
         input:
-            tables_of(name),
-            figures_of(name),
-            run_files(name),
+            PLAN.tables_of(name),
+            PLAN.figures_of(name),
+            PLAN.run_files(name),
 
 
 onerror:

@@ -23,10 +23,10 @@ from flowtilt.functionals.critic import CriticSettings
 from flowtilt.functionals.design import FEATURES
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, Key
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Entry
+from flowtilt.pipeline.config import OverridesConfig, WorkflowConfig
 from small import CONFIG
 
 ROOT = CONFIG.parent
-SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
 COMMITTED = (CONFIG / "README.md").read_text(encoding="utf-8")
 COLUMNS = "| key | type and range | default | meaning |"
 
@@ -44,7 +44,7 @@ def tables() -> Iterator[tuple[str, list[list[str]]]]:
 
 def test_the_committed_file_is_what_is_written(tmp_path: Path) -> None:
     output = tmp_path / "README.md"
-    assert main(["config-reference", "--schema", str(SCHEMA), "--output", str(output)]) == 0
+    assert main(["config-reference", "--output", str(output)]) == 0
     assert output.read_text(encoding="utf-8") == COMMITTED, "config/README.md is out of date: run `make docs`"
 
 
@@ -83,16 +83,16 @@ def test_every_key_of_an_experiment_is_in_the_reference(file: Path) -> None:
             assert field_texts(kind)[key] in COMMITTED.replace("\\|", "|"), f"{kind.__name__}.{key}"
 
 
-def test_keys_of_the_workflow_are_those_of_its_schema() -> None:
-    schema = yaml.safe_load(SCHEMA.read_text())
-    wanted = {
-        *schema["properties"],
-        *(f"overrides.{key}" for key in schema["properties"]["overrides"]["properties"]),
-    }
+def test_keys_of_the_workflow_are_those_that_it_takes() -> None:
     rows = dict(tables())["The workflow: `config.yaml`"]
-    assert {row[0].strip("`") for row in rows} == wanted
+    assert [row[0].strip("`") for row in rows if not row[0].startswith("`overrides.")] == [
+        *WorkflowConfig.model_fields
+    ]
+    assert {row[0].strip("`") for row in rows if row[0].startswith("`overrides.")} == {
+        f"overrides.{key}" for key in OverridesConfig.model_fields
+    }
     required = {row[0].strip("`") for row in rows if row[2] == "*required*"}
-    assert required == set(schema["required"])
+    assert required == {key for key, field in WorkflowConfig.model_fields.items() if field.is_required()}
 
 
 def test_every_link_has_its_heading() -> None:
@@ -178,19 +178,12 @@ def test_a_key_without_a_sentence_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     config_reference._all_sections.cache_clear()
     try:
         with pytest.raises(ValueError, match="key nameless of Undescribed has no description"):
-            reference(yaml.safe_load(SCHEMA.read_text()))
+            reference()
     finally:
         config_reference._all_sections.cache_clear()
 
 
-def test_a_schema_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "README.md"
-    assert main(["config-reference", "--schema", str(tmp_path / "none.yaml"), "--output", str(output)]) == 1
-    assert "none.yaml: no such file" in capsys.readouterr().err
-    assert not output.exists()
-
-
 def test_it_needs_no_torch(tmp_path: Path) -> None:
-    words = ["config-reference", "--schema", str(SCHEMA), "--output", str(tmp_path / "README.md")]
+    words = ["config-reference", "--output", str(tmp_path / "README.md")]
     code = f"import sys; from flowtilt.cli import main; main({words!r}); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

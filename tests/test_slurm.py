@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flowtilt.pipeline.doctor import examine
 from flowtilt.slurm import (
     Cluster,
     ClusterError,
@@ -14,9 +15,12 @@ from flowtilt.slurm import (
     check_submissions,
     read_minutes,
     read_partitions,
+    state_command,
     status_command,
 )
+from small import CONFIG
 
+SMOKE = CONFIG / "smoke.yaml"
 CPU = Partition("cpu", default=True, minutes=1440, gpus=False)
 LONG = Partition("long", default=False, minutes=None, gpus=False)
 GPU = Partition("gpu", default=False, minutes=2880, gpus=True)
@@ -115,3 +119,62 @@ def test_a_controller_that_does_not_answer_is_named(tmp_path: Path, monkeypatch:
     )
     with pytest.raises(ClusterError, match=r"does not answer: sinfo .*Unable to contact"):
         ask_cluster()
+
+
+# --------------------------------------------------------------------------------- the doctor
+
+
+LIMITS = "MinJobAge = 300 sec\nAccountingStorageType = accounting_storage/none"
+
+
+def set_up_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch, partitions: str) -> None:
+    monkeypatch.chdir(CONFIG.parent)
+    set_up_commands(
+        folder,
+        monkeypatch,
+        sbatch="exit 1",
+        sinfo=f"echo '{partitions}'",
+        scontrol=f"cat <<'END'\n{LIMITS}\nEND",
+    )
+
+
+def test_the_doctor_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up_cluster(tmp_path, monkeypatch, "cpu*|1-00:00:00|(null)")
+    said = "\n".join(examine([SMOKE], ""))
+    assert "SLURM: partitions cpu (1440 min); the state of jobs is asked of squeue" in said
+    assert "what is planned fits; the longest submission asks for at least 300 min" in said
+    assert state_command(20) == "squeue"
+
+
+@pytest.mark.parametrize(
+    ("partitions", "partition", "gpu", "words"),
+    [
+        ("cpu*|0:29:00|(null)", "", None, ("the group pretrain asks for 40 min", "cpu (29 min)")),
+        ("cpu*|4:00:00|(null)", "", None, ("molecules_pretrain asks for 300 min", "cpu (240 min)")),
+        ("cpu*|1-00:00:00|(null)", "", 1, ("pretrain asks for a GPU", "partition cpu")),
+        ("cpu*|1-00:00:00|(null)", "night", None, ("no partition night", "name one of cpu")),
+        ("cpu|1-00:00:00|(null)", "", None, ("no default one", "name one of cpu")),
+    ],
+)
+def test_the_doctor_refuses_what_the_cluster_cannot_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    partitions: str,
+    partition: str,
+    gpu: int | None,
+    words: tuple[str, ...],
+) -> None:
+    set_up_cluster(tmp_path, monkeypatch, partitions)
+    with pytest.raises(ClusterError) as error:
+        examine([SMOKE], partition, gpu)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_the_doctor_of_a_machine_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIG.parent)
+    set_up_commands(tmp_path, monkeypatch)
+    said = "\n".join(examine([], ""))
+    assert "conda: not found; run without --software-deployment-method conda" in said
+    assert "SLURM: not found" in said
+    assert state_command(20) is None

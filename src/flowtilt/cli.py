@@ -116,6 +116,16 @@ def _parser() -> argparse.ArgumentParser:
             stage.add_argument(option, type=kind, required=True, help=_HELP[option])
         return stage
 
+    stage = add("doctor", _doctor, "Say what this machine, or the cluster it submits to, can run of a plan.")
+    stage.add_argument(
+        "--configfile", type=Path, nargs="+", default=[], help="as for Snakemake: over config/config.yaml"
+    )
+    stage.add_argument("--partition", default=None, help="of SLURM (default: $SBATCH_PARTITION)")
+    stage.add_argument("--gpu", type=int, default=None, help="GPUs of a job, over the configuration's")
+
+    stage = add("check", _check, "Refuse functionals that no job of some experiments could use.")
+    stage.add_argument("config", type=Path, nargs="+", help="resolved files of experiments on functionals")
+
     stage = add("resolve", _resolve, "Validate a file and write one of its experiments, overrides merged in.")
     stage.add_argument("file", type=Path, help="a file of config/experiments")
     stage.add_argument("--name", help="the experiment or case; may be left out for an ordinary file")
@@ -221,12 +231,6 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--output-folder", type=Path, required=True, help="for pages of the same names")
 
     stage = add("config-reference", _config_reference, "Write the reference of all configuration keys.")
-    stage.add_argument(
-        "--schema",
-        type=Path,
-        default=Path("workflow/schemas/config.schema.yaml"),
-        help="schema of the workflow's configuration (default: %(default)s)",
-    )
     stage.add_argument("--output", type=Path, required=True, help="file to write (Markdown)")
     return parser
 
@@ -260,6 +264,22 @@ def _mapping(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("must be a JSON mapping")
     return value
+
+
+def _doctor(a: argparse.Namespace) -> None:
+    from flowtilt.pipeline.doctor import examine
+
+    partition = os.environ.get("SBATCH_PARTITION", "") if a.partition is None else a.partition
+    for line in examine(a.configfile, partition, a.gpu):
+        print(line)
+
+
+def _check(a: argparse.Namespace) -> None:
+    from flowtilt.experiment import load_resolved
+    from flowtilt.stages.checking import check_experiment
+
+    for file in a.config:
+        check_experiment(load_resolved(file))
 
 
 def _resolve(a: argparse.Namespace) -> None:
@@ -470,7 +490,7 @@ def _overview(a: argparse.Namespace) -> None:
 def _config_reference(a: argparse.Namespace) -> None:
     from flowtilt.config_reference import write_reference
 
-    write_reference(a.schema, a.output)
+    write_reference(a.output)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """``config/README.md``: every key of every configuration file, written from the schemas.
 
-A key's sentence is the string literal under its field in the section's class, or its description in the
-workflow's schema. Types, ranges and defaults come from the same places. The literals are read from the
-sources here, and not by pydantic as it makes the classes: that would add a tenth of a second to every job.
+A key's sentence is the string literal under its field in the section's class. Types, ranges and defaults come
+from the same places. The literals are read from the sources here, and not by pydantic as it makes the
+classes: that would add a tenth of a second to every job.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from flowtilt.configuration import ConfigError, Section, read_yaml
+from flowtilt.configuration import ConfigError, Section
 from flowtilt.experiment import FunctionalExperiment, Skip, Study, TailExperiment
 from flowtilt.files import write_text
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
 from flowtilt.image_experiment import ImageExperiment
 from flowtilt.molecule_experiment import MoleculeExperiment
+from flowtilt.pipeline.config import OverridesConfig, WorkflowConfig
 from flowtilt.theory.config import MirrorDescentConfig, ThresholdStudyConfig
 
 Schema = Mapping[str, Any]
@@ -107,7 +108,7 @@ The sentence of a key is the string literal under its field: in `src/flowtilt/se
 `src/flowtilt/experiment.py` and `src/flowtilt/molecule_experiment.py`, in `sections.py` of
 `src/flowtilt/domains/molecules`, in `src/flowtilt/theory/config.py`, and for parameters of functionals in
 `src/flowtilt/functionals/keys.py`. Keys of `config.yaml` are described in
-`workflow/schemas/config.schema.yaml`. After a change there:
+`src/flowtilt/pipeline/config.py`. After a change there:
 
 ```bash
 make docs
@@ -187,23 +188,18 @@ CHAPTERS = (
 )
 
 
-def write_reference(schema: Path, output: Path) -> None:
-    """Write the reference.
-
-    Args:
-        schema: of the workflow's configuration (JSON schema as YAML).
-        output: Markdown file to write.
+def write_reference(output: Path) -> None:
+    """Write the reference to a Markdown file.
 
     Raises:
         ConfigError: if a key has no description; the message names it.
     """
-    text = reference(read_yaml(schema))
-    write_text(output, text)
+    write_text(output, reference())
 
 
-def reference(schema: Schema) -> str:
-    """The whole document, from the schema of the workflow's configuration."""
-    parts = [INTRODUCTION, _workflow(schema)]
+def reference() -> str:
+    """The whole document."""
+    parts = [INTRODUCTION, _workflow()]
     headings = _headings()
     for chapter in CHAPTERS:
         described = _described(chapter.kind)
@@ -219,9 +215,16 @@ def reference(schema: Schema) -> str:
 # ----------------------------------------------------------------------------------- chapters
 
 
-def _workflow(schema: Schema) -> str:
-    """The chapter of ``config.yaml``, with the keys of mappings under their full names."""
-    rows = [_row(key, key in schema["required"], own, {}) for key, own in _flat(schema)]
+def _workflow() -> str:
+    """The chapter of ``config.yaml``, with the keys of ``overrides`` under their full names."""
+    rows = []
+    whole, below = _described(WorkflowConfig), _described(OverridesConfig)["properties"]
+    for key, own in whole["properties"].items():
+        # Its keys follow here, and not under a heading of their own.
+        flat = {**own, "$ref": None, "type": "object", "default": {}} if key == "overrides" else own
+        rows.append(_row(key, key in whole["required"], flat, {}))
+        if key == "overrides":
+            rows += [_row(f"overrides.{inner}", False, other, {}) for inner, other in below.items()]
     text = "What Snakemake reads: `config.yaml`, and the scales that override it."
     return "\n".join(
         [
@@ -233,14 +236,6 @@ def _workflow(schema: Schema) -> str:
             _keys(_described(Skip), {}),
         ]
     )
-
-
-def _flat(schema: Schema, prefix: str = "") -> Iterator[tuple[str, Schema]]:
-    """The keys of a JSON schema and those of its mappings, by their full names."""
-    for key, own in schema["properties"].items():
-        yield prefix + key, own
-        if "properties" in own:
-            yield from _flat(own, f"{prefix}{key}.")
 
 
 def _functionals(title: str, functionals: Mapping[str, FunctionalKeys]) -> str:
@@ -430,7 +425,7 @@ def _words(own: Schema, headings: Mapping[type[Section], str], plural: bool = Fa
     if "anyOf" in own or "oneOf" in own:
         options = [option for option in own.get("anyOf", own.get("oneOf")) if option != {"type": "null"}]
         return " or ".join(_words(option, headings, plural) for option in options)
-    if "$ref" in own:
+    if own.get("$ref"):
         return _link(_kinds()[own["$ref"]], headings)
     if "enum" in own or "const" in own:
         values = [f"`{value}`" for value in own.get("enum", [own.get("const")])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -252,7 +251,9 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
     return data
 
 
-def workflow_config(files: Sequence[str | Path], settings: Any) -> dict[str, Any]:
+def workflow_config(
+    files: Sequence[str | Path], settings: Any, found: Mapping[str, Any]
+) -> dict[str, Any]:
     """The workflow's configuration, read as all other files are; Snakemake has read it by other rules.
 
     Snakemake keeps the last of keys that stand twice. It reads YAML 1.1 from files, and nothing but text from
@@ -260,34 +261,27 @@ def workflow_config(files: Sequence[str | Path], settings: Any) -> dict[str, Any
 
     Args:
         files: those in use, as in Snakemake's ``workflow.configfiles``: those of the command line first.
-        settings: Snakemake's ``workflow.config_settings``: ``configfiles``, files of the command line, which
-            are merged in after those of the workflow; ``config_args``, ``key=value`` each, merged in last;
-            and ``replace_workflow_config``, whether they stand instead of the workflow's own files.
+        settings: how they were given, Snakemake's ``workflow.config_settings``: ``configfiles``, files of the
+            command line, which are merged in after those of the workflow; ``config_args``, ``key=value`` each,
+            merged in last; and ``replace_workflow_config``, whether they stand instead of the workflow's own
+            files. None where this Snakemake does not tell: then ``found`` is taken as it is.
+        found: the configuration as Snakemake has read it.
 
     Raises:
         ConfigError: naming the file, the key and the fix.
     """
-    given, own = list(files)[: len(settings.configfiles)], list(files)[len(settings.configfiles) :]
+    read = [read_yaml(Path(file)) for file in files]
+    if settings is None:
+        return dict(found)
+    given, own = read[: len(settings.configfiles)], read[len(settings.configfiles) :]
     replaced = settings.replace_workflow_config and (given or settings.config_args)
     merged: dict[str, Any] = {}
-    for file in given if replaced else [*own, *given]:
-        merged = merge(merged, read_yaml(Path(file)))
+    for data in given if replaced else [*own, *given]:
+        merged = merge(merged, data)
     for entry in settings.config_args or ():
         key, _, text = entry.partition("=")
         try:
             merged = merge(merged, {key: parse_yaml(text)})
         except YamlError as error:
             raise ConfigError(f"--config {key}: {error}") from None
-    for key in ("experiments", "theory"):
-        names = merged.get(key)
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            _check_names(names, f"{', '.join(os.path.relpath(file) for file in files)}: key {key}")
     return merged
-
-
-def _check_names(names: list[str], where: str) -> None:
-    try:
-        for name in tell_apart(names):
-            check_name(name)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -540,6 +541,11 @@ def _leave_out(methods: dict[str, Any], skip: Skip, path: Path) -> None:
 def load_resolved(path: str | Path) -> AnyExperiment:
     """An experiment from a file that :func:`dump` wrote, or from an ordinary experiment file."""
     path = Path(path)
+    if re.fullmatch(r"[0-9a-f]{16}", path.stem) and not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file: the configuration has changed since the run was started, or this machine "
+            "does not see the folder that it was started in; start the run again"
+        )
     data = read_yaml(path)
     if "study" in data:
         raise ConfigError(f"{path}: is a study; name one of its cases' resolved files instead")

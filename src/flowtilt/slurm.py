@@ -75,6 +75,18 @@ def ask_cluster() -> Cluster:
     )
 
 
+def state_command(first_look: int) -> str | None:
+    """The command that the profile asks for the state of jobs; None on a machine without SLURM.
+
+    Args:
+        first_look: as of :func:`status_command`.
+
+    Raises:
+        ClusterError: as by :func:`ask_cluster` and :func:`status_command`.
+    """
+    return status_command(ask_cluster(), None, first_look) if shutil.which("sbatch") else None
+
+
 def _answer(*command: str) -> str:
     try:
         run = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False)

@@ -221,10 +221,10 @@ def test_every_rules_job_runs_with_what_its_environment_holds(
 
 
 @pytest.mark.parametrize("arguments", [("--dry-run",), ("--conda-create-envs-only",)])
-def test_without_conda_the_fix_is_named(project: Project, arguments: tuple[str, ...]) -> None:
+def test_without_conda_snakemake_says_so(project: Project, arguments: tuple[str, ...]) -> None:
+    """What to do instead, `flowtilt doctor` says."""
     run = deploy(project, None, *arguments)
     assert run.returncode != 0
-    assert "no command conda was found" in run.stdout
-    assert "make env" in run.stdout
+    assert "Is conda installed and accessible?" in run.stdout
     assert "Traceback" not in run.stdout
     assert not (project.smoke / "configs").exists()

@@ -56,7 +56,7 @@ def test_a_change_reruns_what_reads_it(finished: Project) -> None:
     change = finished.folder / "change.yaml"
     change.write_text(yaml.safe_dump({"overrides": {"images": {"evaluation": {"pictures": 3}}}}))
     jobs = finished.planned(*SMOKE, change.name, "--", LEFT_TAIL, ENTROPY)
-    assert finished.planned(*SMOKE) == {}  # and restores the resolved configurations
+    assert finished.planned(*SMOKE) == {}
     assert {"images_sample", "images_evaluate"} <= jobs.keys()
     assert not {"images_finetune", "images_offline", "images_model"} & jobs.keys()
 
@@ -120,13 +120,3 @@ def test_retrain_trains_both_models_and_uses_them(project: Project) -> None:
         assert (trained / part / "weights" / "training.json").is_file()
     record = project.folder / "results" / "small" / "runs" / ENTROPY / "pretrained" / "model.json"
     assert json.loads(record.read_text())["pipeline"]["path"] == "results/small/models/small/pipeline/weights"
-
-
-def test_two_trainings_of_one_model_are_refused(project: Project) -> None:
-    file = project.folder / "config" / "two.yaml"
-    own = {"name": "bridges", "pipeline": {"path": "elsewhere"}, "alignment": {"path": "elsewhere"}}
-    file.write_text(yaml.safe_dump({"overrides": {"files": {ENTROPY: {"model": own}}}}))
-    run = project.snakemake("--dry-run", "--configfile", "config/two.yaml")
-    assert run.returncode != 0
-    assert "key model: differs" in run.stdout
-    assert "Traceback" not in run.stdout

@@ -149,6 +149,24 @@ def test_a_second_pipeline_in_the_folder_is_refused_and_harms_nothing(longer: Pr
         assert process.returncode == 0, output
 
 
+def test_reading_the_workflow_changes_no_run_that_is_under_way(longer: Project) -> None:
+    """Jobs that start after a dry run with another configuration still do what their own run planned."""
+    change = ("--config", "experiments=[risk_averse_2d]", "overrides={solver: {updates: 9}}")
+    target = f"{RUNS}/am/seed0/model.safetensors"
+    with started(longer, target) as process:
+        wait_for(states(longer, "pretrained"), process)
+        training = children_of(process.pid)[-1]
+        os.kill(training, signal.SIGSTOP)  # so that nothing else starts before the dry run has ended
+        jobs = longer.planned(*LONG, *change, "--nolock", "--", target)
+        assert jobs == {"pretrain": 1, "finetune": 1}
+        os.kill(training, signal.SIGCONT)
+        output, _ = process.communicate(timeout=WAIT)
+    assert process.returncode == 0, output
+    assert len(pd.read_csv((longer.folder / target).with_name("history.csv"))) == 80
+    assert longer.planned(*LONG, *ONE[:3], target) == {}
+    assert longer.planned(*LONG, *change, "--", target) == {"finetune": 1}
+
+
 def test_coarse_times_of_a_file_system_leave_nothing_to_do(finished: Project) -> None:
     """Times in steps of two seconds, as some file systems have them, give inputs and outputs the same one."""
     for path in [*finished.folder.rglob("*"), finished.folder]:

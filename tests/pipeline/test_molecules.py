@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 import yaml
@@ -45,33 +44,6 @@ def test_a_change_reruns_what_reads_it(finished: Project) -> None:
     change = finished.folder / "change.yaml"
     change.write_text(yaml.safe_dump({"overrides": {"molecules": {"evaluation": {"relaxed": 1}}}}))
     jobs = finished.planned(*SMOKE, change.name, "--", *MOLECULES)
-    assert finished.planned(*SMOKE) == {}  # and restores the resolved configurations
+    assert finished.planned(*SMOKE) == {}
     assert {"molecules_sample", "molecules_evaluate"} <= jobs.keys()
     assert not {"molecules_finetune", "molecules_offline", "molecules_data"} & jobs.keys()
-
-
-def refused(project: Project, name: str, **changes: Any) -> str:
-    """What Snakemake says of an experiment file with some keys changed."""
-    file = project.folder / "config" / "experiments" / f"{name}.yaml"
-    data = yaml.safe_load(file.read_text())
-    for path, value in changes.items():
-        *parents, key = path.split("__")
-        part = data
-        for parent in parents:
-            part = part[int(parent) if parent.isdigit() else parent]
-        part[key] = value
-    file.write_text(yaml.safe_dump(data))
-    run = project.snakemake("--dry-run", *MOLECULES)
-    assert run.returncode != 0
-    assert "Traceback" not in run.stdout
-    return run.stdout
-
-
-def test_a_case_that_would_change_what_it_shares_is_refused(project: Project) -> None:
-    said = refused(project, "molecules_tail_sweep", study__cases__1__set={"offline": {"samples": 7}})
-    assert "molecules_tail_sweep.yaml: key offline" in said
-
-
-def test_a_case_has_only_methods_of_its_base_that_are_solved_as_its_own(project: Project) -> None:
-    said = refused(project, "molecules_qm9", methods__tfft__updates=7)
-    assert "molecules_tail_sweep/rising: also: tfft is solved by another solver in molecules_qm9" in said

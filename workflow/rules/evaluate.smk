@@ -2,43 +2,42 @@
 
 
 # All runs of a file and a seed in one job: each takes less time than to start another.
-for name in PLANAR_FILES:
+for name in PLAN.files_of_kind(domains.PLANAR):
 
     rule:
         name:
             f"measure_{name}"
         input:
-            measured_runs(name),
-            configs=ancient([f"<results>/configs/{experiment}.yaml" for experiment in FILES[name]]),
+            PLAN.measured_runs(name),
         output:
-            measured_files(name),
+            PLAN.measured_files(name),
         log:
             f"<logs>/measure/{name}/seed{{seed}}.log",
         benchmark:
             f"<benchmarks>/measure/{name}/seed{{seed}}.tsv"
         priority: 20
         group:
-            short("measure")
+            PLAN.group("measure")
         conda:
             "../../envs/core.yaml"
         threads: 1
         resources:
-            mem_mb=growing(1500, 8000),
-            runtime=growing(15, 120),
-            gpu=config["gpu"],
+            mem_mb=memory("measure"),
+            runtime=minutes("measure"),
+            gpu=PLAN.gpus("measure"),
         params:
-            digest=[stage_digest(experiment, "measure") for experiment in FILES[name].values()],
-            results=results_folder,
+            digest=PLAN.digests("measure", name),
+            configs=ask_unseen(PLAN.config_files_of, name),
+            results=PLAN.config.results,
         shell:
-            "OMP_NUM_THREADS={threads} flowtilt measure {input.configs} --seed {wildcards.seed} "
-            "--results {params.results} > {log} 2>&1"
+            "OMP_NUM_THREADS={threads} flowtilt measure {params.configs:q} --seed {wildcards.seed:q} "
+            "--results {params.results:q} > {log:q} 2>&1"
 
 
 rule resolution:
     input:
-        configs=ancient(resolution_runs("<results>/configs/{experiment}.yaml")),
-        samples=resolution_runs("<results>/runs/{experiment}/{method}/seed{seed}/samples.npz"),
-        densities=resolution_runs("<results>/runs/{base}/pretrained/seed{seed}/density.npz"),
+        samples=PLAN.resolution_runs("<results>/runs/{experiment}/{method}/seed{seed}/samples.npz"),
+        densities=PLAN.resolution_runs("<results>/runs/{base}/pretrained/seed{seed}/density.npz"),
     output:
         "<results>/resolution.json",
     log:
@@ -49,20 +48,20 @@ rule resolution:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=30,
-        gpu=0,
+        mem_mb=memory("resolution"),
+        runtime=minutes("resolution"),
+        gpu=PLAN.gpus("resolution"),
     params:
-        digest=[stage_digest(experiment, "exact") for experiment in FILES[config["resolution"]].values()],
+        digest=PLAN.digests("exact", PLAN.config.resolution),
+        configs=ask_unseen(PLAN.resolution_configs),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt resolution --config {input.configs} "
-        "--samples {input.samples} --density {input.densities} --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt resolution --config {params.configs:q} "
+        "--samples {input.samples:q} --density {input.densities:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule exact:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
-        density=base_density,
+        density=ask(PLAN.base_density),
         resolution="<results>/resolution.json",
     output:
         metrics="<results>/runs/{experiment}/exact/seed{seed}/metrics.json",
@@ -74,20 +73,21 @@ rule exact:
     benchmark:
         "<benchmarks>/exact/{experiment}/exact/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(TAILS),
+        experiment=one_of(PLAN.of_kind(domains.TAIL)),
     group:
-        "exact"
+        PLAN.group("exact")
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=growing(1500),
-        runtime=growing(15),
-        gpu=0,
+        mem_mb=memory("exact"),
+        runtime=minutes("exact"),
+        gpu=PLAN.gpus("exact"),
     params:
-        digest=digest("exact"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "exact"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt exact {input.config} --density {input.density} "
-        "--output {output.metrics} --laws {output.laws} --resolution {input.resolution} "
-        "--resolved-output {output.resolved_metrics} --resolved-laws {output.resolved_laws} "
-        "> {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt exact {params.config:q} --density {input.density:q} "
+        "--output {output.metrics:q} --laws {output.laws:q} --resolution {input.resolution:q} "
+        "--resolved-output {output.resolved_metrics:q} --resolved-laws {output.resolved_laws:q} "
+        "> {log:q} 2>&1"

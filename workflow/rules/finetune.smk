@@ -3,7 +3,6 @@
 
 rule threshold:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         offline="<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
     output:
         "<results>/runs/{experiment}/{method}/seed{seed}/threshold.json",
@@ -12,29 +11,29 @@ rule threshold:
     benchmark:
         "<benchmarks>/threshold/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(PLANAR),
+        experiment=one_of(PLAN.of_kind(domains.PLANAR)),
     priority: 20
     group:
-        "pretrain"
+        PLAN.group("threshold")
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=growing(1000),
-        runtime=growing(5),
-        gpu=0,
+        mem_mb=memory("threshold"),
+        runtime=minutes("threshold"),
+        gpu=PLAN.gpus("threshold"),
     params:
-        digest=digest("threshold"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "threshold"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt threshold {input.config} --method {wildcards.method} "
-        "--offline {input.offline} --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt threshold {params.config:q} --method {wildcards.method:q} "
+        "--offline {input.offline:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule finetune:
     input:
-        unpack(finetune_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
-        pretrained=base_model,
+        unpack(ask(PLAN.finetune_inputs)),
+        pretrained=ask(PLAN.base_model),
     output:
         model="<results>/runs/{experiment}/{method}/seed{seed}/model.safetensors",
         history="<results>/runs/{experiment}/{method}/seed{seed}/history.csv",
@@ -43,24 +42,25 @@ rule finetune:
     benchmark:
         "<benchmarks>/finetune/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(PLANAR),
-        method=one_of(method for method in METHODS if method != "pretrained"),
+        experiment=one_of(PLAN.of_kind(domains.PLANAR)),
+        method=one_of(method for method in PLAN.methods if method != "pretrained"),
     priority: 10
     group:
-        short("finetune")
+        PLAN.group("finetune")
     conda:
         "../../envs/core.yaml"
-    threads: config["processes"]
+    threads: PLAN.config.processes
     resources:
-        mem_mb=growing(1500 * config["processes"], 8000 * config["processes"]),
-        runtime=growing(10, 480),
-        gpu=config["gpu"] * config["processes"],
+        mem_mb=memory("finetune"),
+        runtime=minutes("finetune"),
+        gpu=PLAN.gpus("finetune"),
     params:
-        digest=digest("finetune"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "finetune"),
         options=options("start", "threshold"),
-        together=TOGETHER,
-        each=threads_of_each,
+        together=PLAN.together,
+        each=lambda wildcards, threads: PLAN.threads_of_each(threads),
     shell:
-        "OMP_NUM_THREADS={params.each} {params.together}flowtilt finetune {input.config} --method {wildcards.method} "
-        "--seed {wildcards.seed} --pretrained {input.pretrained} {params.options} "
-        "--output {output.model} --history {output.history} > {log} 2>&1"
+        "OMP_NUM_THREADS={params.each} {params.together}flowtilt finetune {params.config:q} --method {wildcards.method:q} "
+        "--seed {wildcards.seed:q} --pretrained {input.pretrained:q} {params.options} "
+        "--output {output.model:q} --history {output.history:q} > {log:q} 2>&1"

@@ -9,8 +9,6 @@ localrules:
 
 
 rule fetch_checkpoint:
-    input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
     output:
         "<results>/runs/{experiment}/pretrained/fetched.json",
     log:
@@ -18,24 +16,23 @@ rule fetch_checkpoint:
     benchmark:
         "<benchmarks>/fetch_checkpoint/{experiment}.tsv"
     wildcard_constraints:
-        experiment=one_of(IMAGES),
+        experiment=one_of(PLAN.of_kind(domains.IMAGES)),
     priority: 30
     conda:
         "../../envs/images.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=240,
-        gpu=0,
+        mem_mb=memory("fetch_checkpoint"),
+        runtime=minutes("fetch_checkpoint"),
+        gpu=PLAN.gpus("fetch_checkpoint"),
     params:
-        digest=digest("fetch"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "fetch"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt fetch-checkpoint {input.config} --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt fetch-checkpoint {params.config:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule images_pretrain:
-    input:
-        config=lambda wildcards: ancient(f"<results>/configs/{trained_for(wildcards.model)}.yaml"),
     output:
         directory("<results>/models/{model}/{part}/weights"),
     log:
@@ -43,27 +40,27 @@ rule images_pretrain:
     benchmark:
         "<benchmarks>/images_pretrain/{model}/{part}.tsv"
     wildcard_constraints:
-        model=one_of(PICTURE_MODELS),
+        model=one_of(PLAN.image_models),
         part="pipeline|alignment",
     priority: 30
     conda:
         "../../envs/images.yaml"
     threads: 1
     resources:
-        mem_mb=growing(4000, 16000),
-        runtime=growing(300, 1440),
-        gpu=config["gpu"],
+        mem_mb=memory("images_pretrain"),
+        runtime=minutes("images_pretrain"),
+        gpu=PLAN.gpus("images_pretrain"),
     params:
-        digest=lambda wildcards: stage_digest(EXPERIMENTS[trained_for(wildcards.model)], "pretrain"),
+        config=ask_unseen(PLAN.model_config_file),
+        digest=ask(PLAN.model_digest),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-pretrain {input.config} --part {wildcards.part} "
-        "--output {output} --gpu {resources.gpu} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt images-pretrain {params.config:q} --part {wildcards.part:q} "
+        "--output {output:q} --gpu {resources.gpu} > {log:q} 2>&1"
 
 
 rule images_model:
     input:
-        unpack(model_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
+        unpack(ask(PLAN.image_model_inputs)),
     output:
         "<results>/runs/{experiment}/pretrained/model.json",
     log:
@@ -71,27 +68,27 @@ rule images_model:
     benchmark:
         "<benchmarks>/images_model/{experiment}.tsv"
     wildcard_constraints:
-        experiment=one_of(IMAGES),
+        experiment=one_of(PLAN.of_kind(domains.IMAGES)),
     priority: 30
     group:
-        short("images")
+        PLAN.group("images_model")
     conda:
         "../../envs/images.yaml"
     threads: 1
     resources:
-        mem_mb=growing(2000, 16000),
-        runtime=growing(10, 60),
-        gpu=0,
+        mem_mb=memory("images_model"),
+        runtime=minutes("images_model"),
+        gpu=PLAN.gpus("images_model"),
     params:
-        digest=digest("model"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "model"),
         options=options("pipeline", "alignment"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-model {input.config} {params.options} --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt images-model {params.config:q} {params.options} --output {output:q} > {log:q} 2>&1"
 
 
 rule images_offline:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         model="<results>/runs/{experiment}/pretrained/model.json",
     output:
         "<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
@@ -100,27 +97,27 @@ rule images_offline:
     benchmark:
         "<benchmarks>/images_offline/{experiment}/pretrained/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(IMAGES),
+        experiment=one_of(PLAN.of_kind(domains.IMAGES)),
     priority: 20
     group:
-        short("images")
+        PLAN.group("images_offline")
     conda:
         "../../envs/images.yaml"
     threads: 1
     resources:
-        mem_mb=growing(2000, 16000),
-        runtime=growing(20, 240),
-        gpu=config["gpu"],
+        mem_mb=memory("images_offline"),
+        runtime=minutes("images_offline"),
+        gpu=PLAN.gpus("images_offline"),
     params:
-        digest=digest("offline"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "offline"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-offline {input.config} --seed {wildcards.seed} "
-        "--model {input.model} --output {output} --gpu {resources.gpu} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt images-offline {params.config:q} --seed {wildcards.seed:q} "
+        "--model {input.model:q} --output {output:q} --gpu {resources.gpu} > {log:q} 2>&1"
 
 
 rule images_threshold:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         offline="<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
     output:
         "<results>/runs/{experiment}/{method}/seed{seed}/threshold.json",
@@ -129,28 +126,28 @@ rule images_threshold:
     benchmark:
         "<benchmarks>/images_threshold/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(IMAGES),
+        experiment=one_of(PLAN.of_kind(domains.IMAGES)),
     priority: 20
     group:
-        "images"
+        PLAN.group("images_threshold")
     conda:
         "../../envs/images.yaml"
     threads: 1
     resources:
-        mem_mb=growing(1000),
-        runtime=growing(5),
-        gpu=0,
+        mem_mb=memory("images_threshold"),
+        runtime=minutes("images_threshold"),
+        gpu=PLAN.gpus("images_threshold"),
     params:
-        digest=digest("threshold"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "threshold"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-threshold {input.config} --method {wildcards.method} "
-        "--offline {input.offline} --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt images-threshold {params.config:q} --method {wildcards.method:q} "
+        "--offline {input.offline:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule images_finetune:
     input:
-        unpack(threshold_input),
-        config=ancient("<results>/configs/{experiment}.yaml"),
+        unpack(ask(PLAN.threshold_input)),
         model="<results>/runs/{experiment}/pretrained/model.json",
     output:
         weights="<results>/runs/{experiment}/{method}/seed{seed}/model.safetensors",
@@ -160,30 +157,30 @@ rule images_finetune:
     benchmark:
         "<benchmarks>/images_finetune/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(IMAGES),
+        experiment=one_of(PLAN.of_kind(domains.IMAGES)),
     priority: 10
     conda:
         "../../envs/images.yaml"
-    threads: config["processes"]
+    threads: PLAN.config.processes
     resources:
-        mem_mb=growing(2000 * config["processes"], 48000 * config["processes"]),
-        runtime=growing(60, 5760),
-        gpu=config["gpu"] * config["processes"],
+        mem_mb=memory("images_finetune"),
+        runtime=minutes("images_finetune"),
+        gpu=PLAN.gpus("images_finetune"),
     params:
-        digest=digest("finetune"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "finetune"),
         options=options("threshold"),
-        together=TOGETHER,
-        gpu=config["gpu"],
+        together=PLAN.together,
+        gpu=PLAN.config.gpu,
     shell:
-        "OMP_NUM_THREADS=1 {params.together}flowtilt images-finetune {input.config} --method {wildcards.method} "
-        "--seed {wildcards.seed} --model {input.model} {params.options} "
-        "--output {output.weights} --history {output.history} --gpu {params.gpu} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 {params.together}flowtilt images-finetune {params.config:q} --method {wildcards.method:q} "
+        "--seed {wildcards.seed:q} --model {input.model:q} {params.options} "
+        "--output {output.weights:q} --history {output.history:q} --gpu {params.gpu:q} > {log:q} 2>&1"
 
 
 rule images_sample:
     input:
-        unpack(sample_images_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
+        unpack(ask(PLAN.images_sample_inputs)),
         model="<results>/runs/{experiment}/pretrained/model.json",
     output:
         directory("<results>/runs/{experiment}/{method}/seed{seed}/pictures"),
@@ -192,28 +189,28 @@ rule images_sample:
     benchmark:
         "<benchmarks>/images_sample/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(IMAGES),
+        experiment=one_of(PLAN.of_kind(domains.IMAGES)),
     priority: 10
     conda:
         "../../envs/images.yaml"
     threads: 1
     resources:
-        mem_mb=growing(2000, 16000),
-        runtime=growing(30, 480),
-        gpu=config["gpu"],
+        mem_mb=memory("images_sample"),
+        runtime=minutes("images_sample"),
+        gpu=PLAN.gpus("images_sample"),
     params:
-        digest=digest("sample"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "sample"),
         options=options("weights"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-sample {input.config} --method {wildcards.method} "
-        "--seed {wildcards.seed} --model {input.model} {params.options} --output {output} "
-        "--gpu {resources.gpu} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt images-sample {params.config:q} --method {wildcards.method:q} "
+        "--seed {wildcards.seed:q} --model {input.model:q} {params.options} --output {output:q} "
+        "--gpu {resources.gpu} > {log:q} 2>&1"
 
 
 rule images_evaluate:
     input:
-        unpack(training_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
+        unpack(ask(PLAN.training_inputs)),
         model="<results>/runs/{experiment}/pretrained/model.json",
         pictures="<results>/runs/{experiment}/{method}/seed{seed}/pictures",
     output:
@@ -224,29 +221,30 @@ rule images_evaluate:
     benchmark:
         "<benchmarks>/images_evaluate/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(IMAGES),
+        experiment=one_of(PLAN.of_kind(domains.IMAGES)),
     conda:
         "../../envs/images.yaml"
     threads: 1
     resources:
-        mem_mb=growing(2000, 16000),
-        runtime=growing(30, 240),
-        gpu=config["gpu"],
+        mem_mb=memory("images_evaluate"),
+        runtime=minutes("images_evaluate"),
+        gpu=PLAN.gpus("images_evaluate"),
     params:
-        digest=digest("evaluate"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "evaluate"),
         options=options("history", "threshold"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt images-evaluate {input.config} --method {wildcards.method} "
-        "--model {input.model} --pictures {input.pictures} {params.options} "
-        "--output {output.metrics} --scores {output.scores} --gpu {resources.gpu} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt images-evaluate {params.config:q} --method {wildcards.method:q} "
+        "--model {input.model:q} --pictures {input.pictures:q} {params.options} "
+        "--output {output.metrics:q} --scores {output.scores:q} --gpu {resources.gpu} > {log:q} 2>&1"
 
 
 rule images_figures:
     input:
-        file=lambda wildcards: experiment_file(wildcards.name),
-        model=lambda wildcards: model_file(wildcards.name),
+        file=ask(experiment_file),
+        model=ask(PLAN.image_model_file),
         reported="config/reported_results.csv",
-        runs=lambda wildcards: run_files(wildcards.name),
+        runs=ask(PLAN.run_files),
     output:
         pictures=report(
             "<results>/figures/{name}_pictures.png",
@@ -267,19 +265,19 @@ rule images_figures:
     benchmark:
         "<benchmarks>/images_figures/{name}.tsv"
     wildcard_constraints:
-        name=one_of(IMAGES),
+        name=one_of(PLAN.of_kind(domains.IMAGES)),
     conda:
         "../../envs/images.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=10,
-        gpu=0,
+        mem_mb=memory("images_figures"),
+        runtime=minutes("images_figures"),
+        gpu=PLAN.gpus("images_figures"),
     params:
-        overrides=OVERRIDES,
-        results=results_folder,
-        prefix=lambda wildcards, output: output.pictures.removesuffix("_pictures.png"),
+        overrides=PLAN.overrides,
+        results=PLAN.config.results,
+        prefix=prefix("_pictures.png"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt figures {input.file} --override {params.overrides:q} "
-        "--results {params.results} --reported {input.reported} --output-prefix {params.prefix} "
-        "> {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt figures {input.file:q} --override {params.overrides:q} "
+        "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
+        "> {log:q} 2>&1"

@@ -24,17 +24,16 @@ rule molecules_data:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=growing(3000),
-        runtime=growing(20),
-        gpu=0,
+        mem_mb=memory("molecules_data"),
+        runtime=minutes("molecules_data"),
+        gpu=PLAN.gpus("molecules_data"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-data --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt molecules-data --output {output:q} > {log:q} 2>&1"
 
 
 rule molecules_pretrain:
     input:
-        checkpoint_of,
-        config=ancient("<results>/configs/{experiment}.yaml"),
+        ask(PLAN.checkpoint_of),
         molecules="<results>/data/qm9.npz",
     output:
         model="<results>/runs/{experiment}/pretrained/model.safetensors",
@@ -44,25 +43,25 @@ rule molecules_pretrain:
     benchmark:
         "<benchmarks>/molecules_pretrain/{experiment}.tsv"
     wildcard_constraints:
-        experiment=one_of(MOLECULES),
+        experiment=one_of(PLAN.of_kind(domains.MOLECULES)),
     priority: 20
     conda:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=growing(3000, 16000),
-        runtime=growing(300, 1440),
-        gpu=config["gpu"],
+        mem_mb=memory("molecules_pretrain"),
+        runtime=minutes("molecules_pretrain"),
+        gpu=PLAN.gpus("molecules_pretrain"),
     params:
-        digest=digest("pretrain"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "pretrain"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-pretrain {input.config} --molecules {input.molecules} "
-        "--output {output.model} --record {output.record} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt molecules-pretrain {params.config:q} --molecules {input.molecules:q} "
+        "--output {output.model:q} --record {output.record:q} > {log:q} 2>&1"
 
 
 rule molecules_offline:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         model="<results>/runs/{experiment}/pretrained/model.safetensors",
     output:
         "<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
@@ -71,28 +70,28 @@ rule molecules_offline:
     benchmark:
         "<benchmarks>/molecules_offline/{experiment}/pretrained/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(MOLECULES),
+        experiment=one_of(PLAN.of_kind(domains.MOLECULES)),
     priority: 20
     group:
-        short("molecules")
+        PLAN.group("molecules_offline")
     conda:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=growing(2000, 16000),
-        runtime=growing(20, 120),
-        gpu=config["gpu"],
+        mem_mb=memory("molecules_offline"),
+        runtime=minutes("molecules_offline"),
+        gpu=PLAN.gpus("molecules_offline"),
     params:
-        digest=digest("offline"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "offline"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-offline {input.config} --seed {wildcards.seed} "
-        "--model {input.model} --output {output} --workers {threads} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt molecules-offline {params.config:q} --seed {wildcards.seed:q} "
+        "--model {input.model:q} --output {output:q} --workers {threads} > {log:q} 2>&1"
 
 
 rule molecules_threshold:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
-        offline=lambda wildcards: f"{shared_folder(wildcards)}/seed{wildcards.seed}/offline.npz",
+        offline=ask(PLAN.shared_offline),
     output:
         "<results>/runs/{experiment}/{method}/seed{seed}/threshold.json",
     log:
@@ -100,29 +99,29 @@ rule molecules_threshold:
     benchmark:
         "<benchmarks>/molecules_threshold/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(MOLECULES),
+        experiment=one_of(PLAN.of_kind(domains.MOLECULES)),
     priority: 20
     group:
-        "molecules"
+        PLAN.group("molecules_threshold")
     conda:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=growing(1000),
-        runtime=growing(5),
-        gpu=0,
+        mem_mb=memory("molecules_threshold"),
+        runtime=minutes("molecules_threshold"),
+        gpu=PLAN.gpus("molecules_threshold"),
     params:
-        digest=digest("threshold"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "threshold"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-threshold {input.config} --method {wildcards.method} "
-        "--offline {input.offline} --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt molecules-threshold {params.config:q} --method {wildcards.method:q} "
+        "--offline {input.offline:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule molecules_finetune:
     input:
-        unpack(threshold_input),
-        config=ancient("<results>/configs/{experiment}.yaml"),
-        pretrained=lambda wildcards: f"{shared_folder(wildcards)}/model.safetensors",
+        unpack(ask(PLAN.threshold_input)),
+        pretrained=ask(PLAN.shared_model),
     output:
         model="<results>/runs/{experiment}/{method}/seed{seed}/model.safetensors",
         history="<results>/runs/{experiment}/{method}/seed{seed}/history.csv",
@@ -131,30 +130,30 @@ rule molecules_finetune:
     benchmark:
         "<benchmarks>/molecules_finetune/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(MOLECULES),
+        experiment=one_of(PLAN.of_kind(domains.MOLECULES)),
     priority: 10
     conda:
         "../../envs/molecules.yaml"
-    threads: config["processes"]
+    threads: PLAN.config.processes
     resources:
-        mem_mb=growing(2000 * config["processes"], 16000 * config["processes"]),
-        runtime=growing(60, 1440),
-        gpu=config["gpu"] * config["processes"],
+        mem_mb=memory("molecules_finetune"),
+        runtime=minutes("molecules_finetune"),
+        gpu=PLAN.gpus("molecules_finetune"),
     params:
-        digest=digest("finetune"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "finetune"),
         options=options("threshold"),
-        together=TOGETHER,
-        each=threads_of_each,
+        together=PLAN.together,
+        each=lambda wildcards, threads: PLAN.threads_of_each(threads),
     shell:
-        "OMP_NUM_THREADS=1 {params.together}flowtilt molecules-finetune {input.config} --method {wildcards.method} "
-        "--seed {wildcards.seed} --pretrained {input.pretrained} {params.options} "
-        "--output {output.model} --history {output.history} --workers {params.each} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 {params.together}flowtilt molecules-finetune {params.config:q} --method {wildcards.method:q} "
+        "--seed {wildcards.seed:q} --pretrained {input.pretrained:q} {params.options} "
+        "--output {output.model:q} --history {output.history:q} --workers {params.each} > {log:q} 2>&1"
 
 
 rule molecules_sample:
     input:
-        unpack(sample_molecules_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
+        unpack(ask(PLAN.molecules_sample_inputs)),
     output:
         "<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
     log:
@@ -162,27 +161,27 @@ rule molecules_sample:
     benchmark:
         "<benchmarks>/molecules_sample/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(MOLECULES),
+        experiment=one_of(PLAN.of_kind(domains.MOLECULES)),
     priority: 10
     conda:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=growing(2000, 16000),
-        runtime=growing(30, 120),
-        gpu=config["gpu"],
+        mem_mb=memory("molecules_sample"),
+        runtime=minutes("molecules_sample"),
+        gpu=PLAN.gpus("molecules_sample"),
     params:
-        digest=digest("sample"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "sample"),
         options=options("model", "molecules"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-sample {input.config} --method {wildcards.method} "
-        "--seed {wildcards.seed} {params.options} --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt molecules-sample {params.config:q} --method {wildcards.method:q} "
+        "--seed {wildcards.seed:q} {params.options} --output {output:q} > {log:q} 2>&1"
 
 
 rule molecules_evaluate:
     input:
-        unpack(training_inputs),
-        config=ancient("<results>/configs/{experiment}.yaml"),
+        unpack(ask(PLAN.training_inputs)),
         samples="<results>/runs/{experiment}/{method}/seed{seed}/samples.npz",
         molecules="<results>/data/qm9.npz",
     output:
@@ -194,29 +193,30 @@ rule molecules_evaluate:
     benchmark:
         "<benchmarks>/molecules_evaluate/{experiment}/{method}/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(MOLECULES),
+        experiment=one_of(PLAN.of_kind(domains.MOLECULES)),
     conda:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=growing(2000, 8000),
-        runtime=growing(30, 720),
-        gpu=0,
+        mem_mb=memory("molecules_evaluate"),
+        runtime=minutes("molecules_evaluate"),
+        gpu=PLAN.gpus("molecules_evaluate"),
     params:
-        digest=digest("evaluate"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "evaluate"),
         options=options("history", "threshold"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt molecules-evaluate {input.config} --method {wildcards.method} "
-        "--samples {input.samples} --molecules {input.molecules} {params.options} "
-        "--output {output.metrics} --sdf {output.sdf} --energies {output.energies} "
-        "--workers {threads} > {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt molecules-evaluate {params.config:q} --method {wildcards.method:q} "
+        "--samples {input.samples:q} --molecules {input.molecules:q} {params.options} "
+        "--output {output.metrics:q} --sdf {output.sdf:q} --energies {output.energies:q} "
+        "--workers {threads} > {log:q} 2>&1"
 
 
 rule molecule_figures:
     input:
-        file=lambda wildcards: experiment_file(wildcards.name),
+        file=ask(experiment_file),
         reported="config/reported_results.csv",
-        runs=lambda wildcards: run_files(wildcards.name),
+        runs=ask(PLAN.run_files),
     output:
         energies=report(
             "<results>/figures/{name}_energies.png",
@@ -237,29 +237,29 @@ rule molecule_figures:
     benchmark:
         "<benchmarks>/molecule_figures/{name}.tsv"
     wildcard_constraints:
-        name=one_of(name for name in MOLECULE_FILES if name not in STUDIES),
+        name=one_of(name for name in PLAN.files_of_kind(domains.MOLECULES) if name not in PLAN.studies),
     conda:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=10,
-        gpu=0,
+        mem_mb=memory("molecule_figures"),
+        runtime=minutes("molecule_figures"),
+        gpu=PLAN.gpus("molecule_figures"),
     params:
-        overrides=OVERRIDES,
-        results=results_folder,
-        prefix=lambda wildcards, output: output.energies.removesuffix("_energies.png"),
+        overrides=PLAN.overrides,
+        results=PLAN.config.results,
+        prefix=prefix("_energies.png"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt figures {input.file} --override {params.overrides:q} "
-        "--results {params.results} --reported {input.reported} --output-prefix {params.prefix} "
-        "> {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt figures {input.file:q} --override {params.overrides:q} "
+        "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
+        "> {log:q} 2>&1"
 
 
 rule levels_figure:
     input:
-        file=lambda wildcards: experiment_file(wildcards.name),
+        file=ask(experiment_file),
         reported="config/reported_results.csv",
-        runs=lambda wildcards: read_by_table(wildcards.name),
+        runs=ask(PLAN.read_by_table),
     output:
         report(
             "<results>/figures/{name}.png",
@@ -273,19 +273,19 @@ rule levels_figure:
     benchmark:
         "<benchmarks>/levels_figure/{name}.tsv"
     wildcard_constraints:
-        name=one_of(name for name in MOLECULE_FILES if name in STUDIES),
+        name=one_of(name for name in PLAN.files_of_kind(domains.MOLECULES) if name in PLAN.studies),
     conda:
         "../../envs/molecules.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=10,
-        gpu=0,
+        mem_mb=memory("levels_figure"),
+        runtime=minutes("levels_figure"),
+        gpu=PLAN.gpus("levels_figure"),
     params:
-        overrides=OVERRIDES,
-        results=results_folder,
-        prefix=lambda wildcards, output: output[0].removesuffix(".png"),
+        overrides=PLAN.overrides,
+        results=PLAN.config.results,
+        prefix=prefix(".png"),
     shell:
-        "OMP_NUM_THREADS=1 flowtilt figures {input.file} --override {params.overrides:q} "
-        "--results {params.results} --reported {input.reported} --output-prefix {params.prefix} "
-        "> {log} 2>&1"
+        "OMP_NUM_THREADS=1 flowtilt figures {input.file:q} --override {params.overrides:q} "
+        "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
+        "> {log:q} 2>&1"

@@ -2,6 +2,6 @@
 
 
 pathvars:
-    results=config["results"],
+    results=PLAN.config.results,
     logs="<results>/logs",
     benchmarks="<results>/benchmarks",

@@ -2,8 +2,6 @@
 
 
 rule pretrain:
-    input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
     output:
         model="<results>/runs/{experiment}/pretrained/seed{seed}/model.safetensors",
         history="<results>/runs/{experiment}/pretrained/seed{seed}/history.csv",
@@ -12,29 +10,29 @@ rule pretrain:
     benchmark:
         "<benchmarks>/pretrain/{experiment}/pretrained/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(PLANAR),
+        experiment=one_of(PLAN.of_kind(domains.PLANAR)),
     # First what is longest and what everything waits for, but for the short jobs that have come within
     # reach: each look at the queue takes time with its length.
     priority: 10
     group:
-        short("pretrain")
+        PLAN.group("pretrain")
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=growing(1500, 8000),
-        runtime=growing(15, 120),
-        gpu=config["gpu"],
+        mem_mb=memory("pretrain"),
+        runtime=minutes("pretrain"),
+        gpu=PLAN.gpus("pretrain"),
     params:
-        digest=digest("pretrain"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "pretrain"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt pretrain {input.config} --seed {wildcards.seed} "
-        "--output {output.model} --history {output.history} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt pretrain {params.config:q} --seed {wildcards.seed:q} "
+        "--output {output.model:q} --history {output.history:q} > {log:q} 2>&1"
 
 
 rule density:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
         model="<results>/runs/{experiment}/pretrained/seed{seed}/model.safetensors",
     output:
         "<results>/runs/{experiment}/pretrained/seed{seed}/density.npz",
@@ -43,28 +41,28 @@ rule density:
     benchmark:
         "<benchmarks>/density/{experiment}/pretrained/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(PLANAR),
+        experiment=one_of(PLAN.of_kind(domains.PLANAR)),
     priority: 20
     group:
-        short("pretrain")
+        PLAN.group("density")
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=growing(1500, 8000),
-        runtime=growing(10, 30),
-        gpu=config["gpu"],
+        mem_mb=memory("density"),
+        runtime=minutes("density"),
+        gpu=PLAN.gpus("density"),
     params:
-        digest=digest("density"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "density"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt density {input.config} --model {input.model} "
-        "--output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt density {params.config:q} --model {input.model:q} "
+        "--output {output:q} > {log:q} 2>&1"
 
 
 rule offline:
     input:
-        config=ancient("<results>/configs/{experiment}.yaml"),
-        model=base_model,
+        model=ask(PLAN.base_model),
     output:
         "<results>/runs/{experiment}/pretrained/seed{seed}/offline.npz",
     log:
@@ -72,19 +70,20 @@ rule offline:
     benchmark:
         "<benchmarks>/offline/{experiment}/pretrained/seed{seed}.tsv"
     wildcard_constraints:
-        experiment=one_of(PLANAR),
+        experiment=one_of(PLAN.of_kind(domains.PLANAR)),
     priority: 20
     group:
-        short("pretrain")
+        PLAN.group("offline")
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=growing(1500, 8000),
-        runtime=growing(10, 30),
-        gpu=config["gpu"],
+        mem_mb=memory("offline"),
+        runtime=minutes("offline"),
+        gpu=PLAN.gpus("offline"),
     params:
-        digest=digest("offline"),
+        config=ask_unseen(PLAN.config_file),
+        digest=ask(PLAN.digest, "offline"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt offline {input.config} --seed {wildcards.seed} "
-        "--model {input.model} --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt offline {params.config:q} --seed {wildcards.seed:q} "
+        "--model {input.model:q} --output {output:q} > {log:q} 2>&1"

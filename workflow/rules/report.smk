@@ -3,9 +3,9 @@
 
 rule table:
     input:
-        file=lambda wildcards: experiment_file(wildcards.name),
+        file=ask(experiment_file),
         reported="config/reported_results.csv",
-        runs=lambda wildcards: read_by_table(wildcards.name),
+        runs=ask(PLAN.read_by_table),
     output:
         csv="<results>/tables/{name}.csv",
         md="<results>/tables/{name}.md",
@@ -18,23 +18,23 @@ rule table:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
-        gpu=0,
+        mem_mb=memory("table"),
+        runtime=minutes("table"),
+        gpu=PLAN.gpus("table"),
     params:
-        overrides=OVERRIDES,
-        results=results_folder,
-        prefix=lambda wildcards, output: output.csv.removesuffix(".csv"),
+        overrides=PLAN.overrides,
+        results=PLAN.config.results,
+        prefix=prefix(".csv"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt table {input.file} --override {params.overrides:q} "
-        "--results {params.results} --reported {input.reported} --output-prefix {params.prefix} "
-        "> {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt table {input.file:q} --override {params.overrides:q} "
+        "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
+        "> {log:q} 2>&1"
 
 
 rule compare:
     input:
-        files=[experiment_file(name) for name in config["experiments"]],
-        metrics=for_all(lambda name: run_files(name, "metrics.json")),
+        files=[experiment_file(name) for name in PLAN.config.experiments],
+        metrics=PLAN.for_all(lambda name: PLAN.run_files(name, "metrics.json")),
         reported="config/reported_results.csv",
     output:
         comparison="<results>/tables/comparison.csv",
@@ -47,24 +47,24 @@ rule compare:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
-        gpu=0,
+        mem_mb=memory("compare"),
+        runtime=minutes("compare"),
+        gpu=PLAN.gpus("compare"),
     params:
-        overrides=OVERRIDES,
-        results=results_folder,
+        overrides=PLAN.overrides,
+        results=PLAN.config.results,
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt compare {input.files} --override {params.overrides:q} "
-        "--results {params.results} --reported {input.reported} --output {output.comparison} "
-        "--by-seed {output.by_seed} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt compare {input.files:q} --override {params.overrides:q} "
+        "--results {params.results:q} --reported {input.reported:q} --output {output.comparison:q} "
+        "--by-seed {output.by_seed:q} > {log:q} 2>&1"
 
 
 # Nothing is run again for it: benchmarks come with the runs' files, and those that are not there leave
 # cells empty.
 rule costs:
     input:
-        RUNS,
-        files=[experiment_file(name) for name in config["experiments"]],
+        PLAN.runs,
+        files=[experiment_file(name) for name in PLAN.config.experiments],
     output:
         csv="<results>/tables/costs.csv",
         md="<results>/tables/costs.md",
@@ -77,23 +77,23 @@ rule costs:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
-        gpu=0,
+        mem_mb=memory("costs"),
+        runtime=minutes("costs"),
+        gpu=PLAN.gpus("costs"),
     params:
-        overrides=OVERRIDES,
-        results=results_folder,
-        prefix=lambda wildcards, output: output.csv.removesuffix(".csv"),
+        overrides=PLAN.overrides,
+        results=PLAN.config.results,
+        prefix=prefix(".csv"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt costs {input.files} --override {params.overrides:q} "
-        "--benchmarks {params.results}/benchmarks --output-prefix {params.prefix} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt costs {input.files:q} --override {params.overrides:q} "
+        "--benchmarks {params.results:q}/benchmarks --output-prefix {params.prefix:q} > {log:q} 2>&1"
 
 
 rule experiment_figures:
     input:
-        file=lambda wildcards: experiment_file(wildcards.name),
+        file=ask(experiment_file),
         reported="config/reported_results.csv",
-        runs=lambda wildcards: run_files(wildcards.name),
+        runs=ask(PLAN.run_files),
     output:
         landscape=report(
             "<results>/figures/{name}_landscape.png",
@@ -121,29 +121,29 @@ rule experiment_figures:
     benchmark:
         "<benchmarks>/experiment_figures/{name}.tsv"
     wildcard_constraints:
-        name=one_of(name for name in FILES if name not in STUDIES and is_of(TailExperiment, name)),
+        name=one_of(name for name in PLAN.files_of_kind(domains.TAIL) if name not in PLAN.studies),
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=10,
-        gpu=0,
+        mem_mb=memory("experiment_figures"),
+        runtime=minutes("experiment_figures"),
+        gpu=PLAN.gpus("experiment_figures"),
     params:
-        overrides=OVERRIDES,
-        results=results_folder,
-        prefix=lambda wildcards, output: output.landscape.removesuffix("_landscape.png"),
+        overrides=PLAN.overrides,
+        results=PLAN.config.results,
+        prefix=prefix("_landscape.png"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt figures {input.file} --override {params.overrides:q} "
-        "--results {params.results} --reported {input.reported} --output-prefix {params.prefix} "
-        "> {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
+        "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
+        "> {log:q} 2>&1"
 
 
 rule functional_figures:
     input:
-        file=lambda wildcards: experiment_file(wildcards.name),
+        file=ask(experiment_file),
         reported="config/reported_results.csv",
-        runs=lambda wildcards: run_files(wildcards.name),
+        runs=ask(PLAN.run_files),
     output:
         densities=report(
             "<results>/figures/{name}_densities.png",
@@ -164,29 +164,29 @@ rule functional_figures:
     benchmark:
         "<benchmarks>/functional_figures/{name}.tsv"
     wildcard_constraints:
-        name=one_of(name for name in FUNCTIONAL_FILES if name not in STUDIES),
+        name=one_of(name for name in PLAN.files_of_kind(domains.FUNCTIONAL) if name not in PLAN.studies),
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=10,
-        gpu=0,
+        mem_mb=memory("functional_figures"),
+        runtime=minutes("functional_figures"),
+        gpu=PLAN.gpus("functional_figures"),
     params:
-        overrides=OVERRIDES,
-        results=results_folder,
-        prefix=lambda wildcards, output: output.densities.removesuffix("_densities.png"),
+        overrides=PLAN.overrides,
+        results=PLAN.config.results,
+        prefix=prefix("_densities.png"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt figures {input.file} --override {params.overrides:q} "
-        "--results {params.results} --reported {input.reported} --output-prefix {params.prefix} "
-        "> {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
+        "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
+        "> {log:q} 2>&1"
 
 
 rule study_figure:
     input:
-        file=lambda wildcards: experiment_file(wildcards.name),
+        file=ask(experiment_file),
         reported="config/reported_results.csv",
-        runs=lambda wildcards: read_by_table(wildcards.name),
+        runs=ask(PLAN.read_by_table),
         resolution="<results>/resolution.json",
     output:
         report(
@@ -201,28 +201,28 @@ rule study_figure:
     benchmark:
         "<benchmarks>/study_figure/{name}.tsv"
     wildcard_constraints:
-        name=one_of(name for name in STUDIES if name not in MOLECULE_FILES),
+        name=one_of(name for name in PLAN.files_of_kind(domains.PLANAR) if name in PLAN.studies),
     conda:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=10,
-        gpu=0,
+        mem_mb=memory("study_figure"),
+        runtime=minutes("study_figure"),
+        gpu=PLAN.gpus("study_figure"),
     params:
-        overrides=OVERRIDES,
-        results=results_folder,
-        prefix=lambda wildcards, output: output[0].removesuffix(".png"),
+        overrides=PLAN.overrides,
+        results=PLAN.config.results,
+        prefix=prefix(".png"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt figures {input.file} --override {params.overrides:q} "
-        "--results {params.results} --reported {input.reported} --output-prefix {params.prefix} "
-        "> {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
+        "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
+        "> {log:q} 2>&1"
 
 
 rule provenance:
     input:
-        TABLES,
-        FIGURES,
+        PLAN.tables,
+        PLAN.figures,
     output:
         "<results>/provenance.json",
     log:
@@ -233,15 +233,15 @@ rule provenance:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=500,
-        runtime=5,
-        gpu=0,
+        mem_mb=memory("provenance"),
+        runtime=minutes("provenance"),
+        gpu=PLAN.gpus("provenance"),
     params:
-        hash=config_hash(),
-        results=results_folder,
+        hash=PLAN.config_hash(),
+        results=PLAN.config.results,
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt provenance --config-hash {params.hash} "
-        "--benchmarks {params.results}/benchmarks --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt provenance --config-hash {params.hash:q} "
+        "--benchmarks {params.results:q}/benchmarks --output {output:q} > {log:q} 2>&1"
 
 
 # Pages of what else is text, for the report: readable in it as they are, with nothing to load.
@@ -264,11 +264,11 @@ rule page:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=500,
-        runtime=5,
-        gpu=0,
+        mem_mb=memory("page"),
+        runtime=minutes("page"),
+        gpu=PLAN.gpus("page"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt page {input} --title {wildcards.name} --output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt page {input:q} --title {wildcards.name:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule overview:
@@ -303,10 +303,10 @@ rule overview:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=500,
-        runtime=5,
-        gpu=0,
+        mem_mb=memory("overview"),
+        runtime=minutes("overview"),
+        gpu=PLAN.gpus("overview"),
     params:
         folder=lambda wildcards, output: Path(output.costs).parent,
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt overview {input} --output-folder {params.folder} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt overview {input:q} --output-folder {params.folder:q} > {log:q} 2>&1"

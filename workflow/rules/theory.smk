@@ -14,14 +14,14 @@ rule theory:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=growing(1500),
-        runtime=growing(30),
-        gpu=0,
+        mem_mb=memory("theory"),
+        runtime=minutes("theory"),
+        gpu=PLAN.gpus("theory"),
     params:
-        overrides=theory_overrides,
+        overrides=ask(PLAN.theory_overrides),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt theory {input} --override {params.overrides:q} "
-        "--output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt theory {input:q} --override {params.overrides:q} "
+        "--output {output:q} > {log:q} 2>&1"
 
 
 rule theory_report:
@@ -46,14 +46,14 @@ rule theory_report:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=10,
-        gpu=0,
+        mem_mb=memory("theory_report"),
+        runtime=minutes("theory_report"),
+        gpu=PLAN.gpus("theory_report"),
     params:
-        prefix=lambda wildcards, output: output.csv.removesuffix(".csv"),
+        prefix=prefix(".csv"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt theory-report {input} --output-prefix {params.prefix} "
-        "--figure {output.figure} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt theory-report {input:q} --output-prefix {params.prefix:q} "
+        "--figure {output.figure:q} > {log:q} 2>&1"
 
 
 rule theory_page:
@@ -75,9 +75,9 @@ rule theory_page:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=500,
-        runtime=5,
-        gpu=0,
+        mem_mb=memory("theory_page"),
+        runtime=minutes("theory_page"),
+        gpu=PLAN.gpus("theory_page"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt page {input} --title 'Theory: {wildcards.theory}' "
-        "--output {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} flowtilt page {input:q} --title 'Theory: '{wildcards.theory:q} "
+        "--output {output:q} > {log:q} 2>&1"

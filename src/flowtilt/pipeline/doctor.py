@@ -1,0 +1,95 @@
+"""What this machine, or the SLURM cluster that it submits jobs to, can run of a configuration."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowtilt import slurm
+from flowtilt.configuration import merge, read_yaml
+from flowtilt.pipeline.checks import read_plan
+from flowtilt.pipeline.plan import IMAGES, MOLECULES, PLANAR, Plan
+from flowtilt.pipeline.resources import RULES
+
+CONFIG = Path("config/config.yaml")
+
+
+def examine(files: Sequence[Path], partition: str, gpu: int | None = None) -> list[str]:
+    """What there is, in lines.
+
+    Args:
+        files: configurations over ``config/config.yaml``, of which the last one wins, as in Snakemake.
+        partition: of SLURM; the cluster's default one if empty.
+        gpu: GPUs of a job, if they are not the configuration's.
+
+    Raises:
+        ConfigError: if the configuration cannot be used.
+        ClusterError: if the cluster cannot run what it plans; the message says what to change.
+    """
+    data: dict[str, Any] = read_yaml(CONFIG)
+    for file in files:
+        data = merge(data, read_yaml(file))
+    if gpu is not None:
+        data = {**data, "gpu": gpu}
+    where = ", ".join(str(path) for path in (*reversed(files), CONFIG))
+    return [*machine(), *cluster(read_plan(data, where), partition)]
+
+
+def machine() -> list[str]:
+    """This machine, in lines."""
+    conda = shutil.which("conda")
+    without = "not found; run without --software-deployment-method conda, in the environment of `make env`"
+    return [
+        f"Python {platform.python_version()}, {os.cpu_count()} cores",
+        f"NVIDIA's driver: {shutil.which('nvidia-smi') or 'not found'}",
+        f"conda: {conda or without}",
+    ]
+
+
+def cluster(plan: Plan, partition: str) -> list[str]:
+    """The SLURM cluster, in lines, if there is one.
+
+    Raises:
+        ClusterError: if it cannot run what is planned.
+    """
+    if shutil.which("sbatch") is None:
+        return ["SLURM: not found; jobs run where Snakemake does"]
+    found = slurm.ask_cluster()
+    jobs = submissions(plan, partition)
+    slurm.check_submissions(found, jobs)
+    partitions = ", ".join(
+        f"{each.name} ({each.minutes or 'any'} min{', GPUs' if each.gpus else ''})"
+        for each in found.partitions.values()
+    )
+    longest = max(int(str(resources["runtime"])) for _, resources in jobs)
+    command = slurm.status_command(found, None, 20)
+    return [
+        f"SLURM: partitions {partitions}; the state of jobs is asked of {command}",
+        f"SLURM: what is planned fits; the longest submission asks for at least {longest} min",
+    ]
+
+
+def submissions(plan: Plan, partition: str) -> list[tuple[str, dict[str, object]]]:
+    """Name and resources of a job of each rule, and of the shortest submission that jobs of a group share."""
+    where = {"slurm_partition": partition} if partition else {}
+    found: list[tuple[str, dict[str, object]]] = []
+    shared: dict[str, int] = {}
+    for name, rule in RULES.items():
+        if rule.local or not planned(plan, name):
+            continue
+        found.append((name, {"runtime": plan.minutes(name), "gpu": plan.gpus(name), **where}))
+        if group := plan.group(name):
+            shared[group] = shared.get(group, 0) + plan.minutes(name)
+    groups = [(f"the group {name}", {"runtime": time, **where}) for name, time in shared.items()]
+    return [*groups, *found]
+
+
+def planned(plan: Plan, rule: str) -> bool:
+    """Whether a configuration can have jobs of a rule."""
+    kinds = {"molecules_": MOLECULES, "images_": IMAGES}
+    kind = next((kind for prefix, kind in kinds.items() if rule.startswith(prefix)), PLANAR)
+    return bool(plan.theory if rule == "theory" else plan.of_kind(kind))

@@ -1,0 +1,46 @@
+"""What is done as a run begins, once it has the folder's lock, and before its first job."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from flowtilt.configuration import ConfigError
+from flowtilt.experiment import FunctionalExperiment
+from flowtilt.files import atomic_path
+from flowtilt.pipeline.plan import Plan
+
+
+def start(plan: Plan) -> None:
+    """Write what the jobs read, and refuse what no job could use.
+
+    Raises:
+        ConfigError: naming the file, the key and the fix.
+    """
+    write_configs(plan)
+    check_functionals(plan)
+
+
+def write_configs(plan: Plan) -> None:
+    """Write the resolved configurations that are not there yet; one that is there is never changed."""
+    for name, file in plan.config_files.items():
+        path = Path(file)
+        if not path.is_file():
+            with atomic_path(path) as temporary:
+                temporary.write_text(plan.resolved(name), encoding="utf-8")
+
+
+def check_functionals(plan: Plan) -> None:
+    """Refuse functionals that no job could use.
+
+    In a process of its own: torch would stay in this one, which every job is started from.
+    """
+    files = [plan.config_files[name] for name in plan.of_kind(FunctionalExperiment)]
+    if not files:
+        return
+    command = [sys.executable, "-c", "from flowtilt.cli import run; raise SystemExit(run())", "check", *files]
+    checked = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if checked.returncode != 0:
+        said = checked.stderr.strip().splitlines() or [f"flowtilt check ended with {checked.returncode}"]
+        raise ConfigError(said[-1].removeprefix("check: "))
