@@ -18,6 +18,7 @@ from flowtilt.control.base import Solution
 from flowtilt.functionals.base import FirstVariation, Functional, Law
 from flowtilt.model import FlowModel
 from flowtilt.parallel import processes
+from flowtilt.ranges import COUNT, POSITIVE, check
 from flowtilt.resuming import Resumption, Slot, weights_of
 from flowtilt.sampling import positions_of, sample_sde
 
@@ -49,6 +50,9 @@ class MirrorAscent:
     step_weight: float
     law_samples: int
     law_steps: int
+
+    def __post_init__(self) -> None:
+        check(self, step_weight=POSITIVE, law_samples=COUNT, law_steps=COUNT)
 
 
 @dataclass

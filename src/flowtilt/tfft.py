@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 
 from flowtilt.functionals.utilities import Hinge
 from flowtilt.metrics.tails import Side
+from flowtilt.ranges import POSITIVE, between, check
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import threshold
 
@@ -25,6 +26,9 @@ class TailProblem:
     side: Side
     mass: float
     alpha: float
+
+    def __post_init__(self) -> None:
+        check(self, "a tail problem's ", mass=between(0, 1), alpha=POSITIVE)
 
     def threshold(self, rewards: ArrayLike) -> float:
         """The exact dual threshold of an offline batch of pretrained rewards."""

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowtilt.metrics.tails import Side
+from flowtilt.ranges import NOT_NEGATIVE, at_least, check_value
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,8 @@ def descend_threshold(
     Returns:
         The threshold, and the number of updates taken.
     """
+    check_value("the updates of a descent", updates, at_least(0))
+    check_value("the tolerance of a descent", tolerance, NOT_NEGATIVE)
     batch = _prepare(rewards, alpha, mass, None)
     spread = float(np.ptp(batch.rewards))
     t, step, previous = float(batch.rewards.mean()), spread, 0.0

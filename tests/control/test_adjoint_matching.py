@@ -822,7 +822,7 @@ def test_an_unknown_estimator_is_refused():
 
 
 def test_a_batch_without_room_for_both_strata_is_refused():
-    with pytest.raises(ValueError, match="batch must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="batch must be a whole number of at least 2, got 1"):
         AdjointMatchingSettings(batch=1)
 
 

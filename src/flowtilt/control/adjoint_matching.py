@@ -38,9 +38,10 @@ from flowtilt.control.base import (
 from flowtilt.control.endpoints import EndpointGradient, Ends, Terminal
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context, FlowModel, evaluating
 from flowtilt.optimiser import Adam
 from flowtilt.parallel import Processes, processes
+from flowtilt.ranges import COUNT, POSITIVE, SHARE, at_least, check, check_value
 from flowtilt.resuming import Slot, TrainingState
 from flowtilt.sampling import memoryless_steps, positions_of, sample_sde
 
@@ -58,7 +59,7 @@ class AdjointMatchingSettings:
             thinned to the batch by drawing active and inactive endpoints separately and
             reweighting, which keeps the estimator unbiased when few endpoints carry a gradient.
             A tilt that is active everywhere needs no pool beyond its batch.
-        steps: time steps of the memoryless process.
+        steps: time steps of the memoryless process, at least 2: the last has no noise to regress with.
         learning_rate: of Adam, warmed up over ``warmup`` of the updates and annealed to zero by a cosine.
         warmup: share of the updates.
         ramp: share of the updates over which the tilt grows linearly to its full strength, so that
@@ -99,12 +100,9 @@ class AdjointMatchingSettings:
     micro_batch: int | None = None
 
     def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise ValueError(f"passes must be at least 1, got {self.passes}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
-        if self.batch < 2:
-            raise ValueError(f"batch must be at least 2, got {self.batch}")
+        check(self, updates=COUNT, batch=at_least(2), pool=COUNT, steps=at_least(2), passes=COUNT)
+        check(self, learning_rate=POSITIVE, gradient_clip=POSITIVE, control_clip=POSITIVE, micro_batch=COUNT)
+        check(self, warmup=SHARE, ramp=SHARE, last_share=SHARE, rest_share=SHARE)
         if self.pool < self.batch:
             raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
         if self.endpoint_gradient not in get_args(EndpointGradient):
@@ -577,7 +575,9 @@ def solve(
 ) -> Solution:
     """Fine-tune a copy of ``base`` to the law proportional to ``p_base exp(tilt / kl_weight)``.
 
-    Processes that were joined (:mod:`flowtilt.parallel`) share the trajectories of every update.
+    Processes that were joined (:mod:`flowtilt.parallel`) share the trajectories of every update. Both models
+    run in evaluation mode all the while, in the regression too: their difference is the control, and dropout
+    or the statistics of a batch would be taken for one. The solution has the base's own mode.
 
     Args:
         base: the model to tilt; left unchanged.
@@ -603,14 +603,30 @@ def solve(
         TrainingDiverged: if the loss or the trajectories stop being finite; the message names the update.
         CheckpointError: if the state to go on from belongs to another solve.
     """
-    if not kl_weight > 0:
-        raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
+    check_value("the KL weight of a solve", kl_weight, POSITIVE)
     base = copy.deepcopy(base).requires_grad_(False)
     model = copy.deepcopy(base)
     for parameter in model.tunable():
         parameter.requires_grad_(True)
     optimiser = Adam(model.tunable())
     state = TrainingState(model, optimiser, generator, (settings, kl_weight), slot)
+    with evaluating(base, model):
+        _train(base, model, state, tilt, kl_weight, settings, progress)
+    model.requires_grad_(False)
+    return Solution(model, state.history)
+
+
+def _train(
+    base: FlowModel,
+    model: FlowModel,
+    state: TrainingState,
+    tilt: FirstVariation | Schedule,
+    kl_weight: float,
+    settings: AdjointMatchingSettings,
+    progress: Progress | None,
+) -> None:
+    """All updates of a solve that are still to be done; see :func:`solve`."""
+    optimiser, generator = state.optimiser, state.generator
     steps = memoryless_steps(base, settings.steps)
     scale = loss_scale(base, steps)
     sharing = processes()
@@ -648,5 +664,3 @@ def solve(
             "seconds": state.seconds(),
         }
         state.add(row, progress, whole=(update + 1) % settings.passes == 0)
-    model.requires_grad_(False)
-    return Solution(model, state.history)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context, FlowModel, evaluated
 
 EndpointGradient = Literal["pathwise", "likelihood_ratio"]
 
@@ -38,6 +38,7 @@ class Terminal:
         return Terminal(self.end[index], None if self.before is None else self.before[index])
 
 
+@evaluated
 @torch.no_grad()
 def likelihood_ratio_gradient(
     model: FlowModel,

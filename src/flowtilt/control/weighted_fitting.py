@@ -34,8 +34,9 @@ from torch import Tensor
 from flowtilt.control.base import FORWARD, TRAINING, Progress, Solution, TrainingDiverged, annealed_rate
 from flowtilt.control.penalties import BankWeights, penalty_named, solve_weights
 from flowtilt.functionals.base import FirstVariation
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context, FlowModel, evaluating
 from flowtilt.optimiser import Adam
+from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, between, check, check_value
 from flowtilt.resuming import Slot, TrainingState
 from flowtilt.sampling import CHUNK, OdeSettings, sample_ode, sample_sde
 
@@ -83,8 +84,9 @@ class WeightedFittingSettings:
         penalty_named(self.penalty)
         if self.sampler not in ("ode", "sde"):
             raise ValueError(f"sampler must be 'ode' or 'sde', got {self.sampler!r}")
-        if not 0 < self.margin < 0.5:
-            raise ValueError(f"margin must lie in (0, 0.5), got {self.margin}")
+        check(self, bank=COUNT, steps=COUNT, updates=COUNT, batch=COUNT)
+        check(self, minimum_ess=NOT_NEGATIVE, warning_ess=NOT_NEGATIVE)
+        check(self, learning_rate=POSITIVE, gradient_clip=POSITIVE, warmup=SHARE, margin=between(0, 0.5))
         if not self.minimum_ess <= self.bank:
             raise ValueError(
                 f"a bank of {self.bank} cannot reach the minimum_ess of {self.minimum_ess:g}; "
@@ -111,6 +113,12 @@ class Bank:
     solution: BankWeights
     active: Tensor
     failed: int
+
+    @property
+    def active_share(self) -> float:
+        """Share of the active samples under the weights, from 0 to 1."""
+        q = self.solution.probabilities
+        return float(q[self.active.numpy(force=True)].sum() / q.sum())
 
 
 def draw_bank(
@@ -330,7 +338,9 @@ def solve(
 ) -> Solution:
     """Fit a copy of ``base`` to the law that maximises ``E[tilt] - kl_weight D(law || base)``.
 
-    Under the KL penalty that is the law proportional to ``p_base exp(tilt / kl_weight)``.
+    Under the KL penalty that is the law proportional to ``p_base exp(tilt / kl_weight)``. Both models run in
+    evaluation mode all the while, in the fit too: the base's residuals are a control variate of the model's,
+    and a dropout of their own would undo it. The solution has the base's own mode.
 
     Args:
         base: the model to tilt; left unchanged.
@@ -343,7 +353,8 @@ def solve(
 
     Returns:
         The fitted model; its history: ``loss`` and ``active_share`` (the native loss, and the share of
-        samples that carry a gradient of the tilt, both under the tilted law), ``gradient_norm``,
+        samples that carry a gradient of the tilt, both under the tilted law; the latter exactly, from the
+        weights of the bank), ``gradient_norm``,
         ``network_passes`` (states that have gone through the network since the start, the bank's
         included, a backward pass counted as two; what the tilt's own values take is not in it),
         ``seconds``; and as diagnostics the weights' ``effective_sample_size``,
@@ -357,8 +368,7 @@ def solve(
         TrainingDiverged: if the loss stops being finite; the message names the update.
         CheckpointError: if the state to go on from belongs to another solve.
     """
-    if not kl_weight > 0:
-        raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
+    check_value("the KL weight of a solve", kl_weight, POSITIVE)
     started = time.perf_counter()
     base = copy.deepcopy(base).requires_grad_(not base.quadratic_loss)  # else for the control variate
     model = copy.deepcopy(base).requires_grad_(True)
@@ -370,6 +380,36 @@ def solve(
     optimiser = Adam(model.parameters())
     state = TrainingState(model, optimiser, generator, (settings, kl_weight), slot, started=started)
     passes += len(state.history) * passes_of_update
+    with evaluating(base, model):
+        _fit(base, model, state, bank, plan, settings, (passes, passes_of_update), progress)
+    model.requires_grad_(False)
+    return Solution(model, state.history, _diagnostics(bank, plan))
+
+
+def _fit(
+    base: FlowModel,
+    model: FlowModel,
+    state: TrainingState,
+    bank: Bank,
+    plan: Plan,
+    settings: WeightedFittingSettings,
+    costs: tuple[int, int],
+    progress: Progress | None,
+) -> None:
+    """All updates of a fit that are still to be done; see :func:`solve`.
+
+    Args:
+        base: the model that was tilted.
+        model: its copy, to be fitted.
+        state: of the fit.
+        bank: of samples.
+        plan: of the draws from it.
+        settings: of the fit.
+        costs: network passes so far, and of each update.
+        progress: called with each update's row.
+    """
+    optimiser, generator = state.optimiser, state.generator
+    passes, passes_of_update = costs
     for update in range(len(state.history), settings.updates):
         batch = _draw_batch(model, bank, plan, settings, generator)
         loss, native = _losses(model, base, batch, plan)
@@ -388,11 +428,9 @@ def solve(
         row = {
             "update": update,
             "loss": native,
-            "active_share": float((plan.tilted * bank.active)[batch.index].mean()),
+            "active_share": bank.active_share,
             "gradient_norm": float(norm),
             "network_passes": passes,
             "seconds": state.seconds(),
         }
         state.add(row, progress)
-    model.requires_grad_(False)
-    return Solution(model, state.history, _diagnostics(bank, plan))

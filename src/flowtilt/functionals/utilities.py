@@ -16,7 +16,8 @@ from torch import Tensor
 from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, per_sample
 from flowtilt.functionals.smoothing import NO_SMOOTHED_VALUE, smoothed
 from flowtilt.metrics.tails import Side, lower_tail_mean, quantile, upper_tail_mean
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context, FlowModel, evaluating
+from flowtilt.ranges import FINITE, MASS, at_least, between, check
 from flowtilt.rewards import Reward, RewardError
 from flowtilt.sampling import OdeSettings, log_likelihood
 
@@ -86,6 +87,9 @@ class Hinge(FirstVariation):
     threshold: float
     mass: float
     side: Side
+
+    def __post_init__(self) -> None:
+        check(self, "a hinge's ", threshold=FINITE, mass=MASS)
 
     def of_rewards(self, rewards: np.ndarray) -> np.ndarray:
         """The hinge as a function of reward values, any shape."""
@@ -278,9 +282,10 @@ class NegativeLogDensity(FirstVariation):
     @torch.no_grad()
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         t = x.new_tensor(self.time)
-        if self.pairs:
-            return -smoothed(self.model.score, self.model, x, t, context, self.pairs)
-        return -self.model.score(x, t, context)
+        with evaluating(self.model):
+            if self.pairs:
+                return -smoothed(self.model.score, self.model, x, t, context, self.pairs)
+            return -self.model.score(x, t, context)
 
 
 @dataclass(frozen=True)
@@ -303,6 +308,9 @@ class Entropy(Functional):
     score_time: float = 0.99
     ode: OdeSettings = field(default_factory=OdeSettings)
     pairs: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, "an entropy's ", score_time=between(0, 1), pairs=at_least(0))
 
     def value(self, law: Law) -> float:
         return float(self.linearise(law).value(law.samples, law.context).double().mean())
@@ -430,7 +438,7 @@ class ModeLogRatio(FirstVariation):
         own = self.own_modes(context, x)
         posterior = torch.softmax(self._log_densities(x), 0)
         t = x.new_tensor(self.time)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.model):
             total = self.model.score(x, t, own)
             for k, share in enumerate(posterior):
                 total = total - per_sample(share, x) * self.model.score(x, t, torch.full_like(own, k))
@@ -485,8 +493,7 @@ class DiverseModes(Functional):
     ode: OdeSettings = field(default_factory=OdeSettings)
 
     def __post_init__(self) -> None:
-        if self.modes < 2:
-            raise ValueError(f"diverse modes need at least 2 modes, got {self.modes}")
+        check(self, "diverse modes' ", modes=at_least(2), score_time=between(0, 1))
 
     def value(self, law: Law) -> float:
         return float(self.linearise(law).value(law.samples, law.context).double().mean())
