@@ -27,7 +27,7 @@ class Range:
         kind = Integral if self.whole else Real
         if isinstance(value, bool) or not isinstance(value, kind):
             return False
-        return math.isfinite(value) and self.holds(value)  # type: ignore[arg-type]
+        return math.isfinite(value) and self.holds(value)
 
 
 def at_least(least: int) -> Range:

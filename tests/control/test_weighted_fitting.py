@@ -396,7 +396,9 @@ def test_a_solve_repeats_itself_leaves_the_base_alone_and_reports_every_update()
         assert bool((a != 0).any())
     assert seen == runs[0].history
     assert [row["update"] for row in seen] == [0, 1, 2]
-    expected = {"update", "loss", "active_share", "gradient_norm", "network_passes", "seconds"}
+    expected = {"update", "loss", "active_share", "failed_share", "gradient_norm", "network_passes"} | {
+        "seconds"
+    }
     assert set(seen[0]) == expected
     assert all(row["active_share"] == 1 for row in seen)
 

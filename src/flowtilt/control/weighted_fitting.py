@@ -43,6 +43,10 @@ from flowtilt.sampling import CHUNK, OdeSettings, sample_ode, sample_sde
 logger = logging.getLogger(__name__)
 
 
+LARGEST_RISE = 100.0
+"""Factor over the loss at the start, which is the base's and ought to fall, at which a fit is given up."""
+
+
 class UnusableBank(ArithmeticError):
     """The weights leave too few effective samples to fit a model to."""
 
@@ -162,7 +166,8 @@ def draw_bank(
         raise UnusableBank(f"the tilt has no value on any of the {settings.bank} samples of the bank")
     solution = solve_weights(value[order].numpy(force=True), kl_weight, penalty_named(settings.penalty))
     _check(solution, settings)
-    return Bank(samples[order], context, order, solution, torch.cat(active)[order], failed)
+    tilted = value[order[0]] < value[order[-1]]  # equal values have no gradient anywhere
+    return Bank(samples[order], context, order, solution, torch.cat(active)[order] & tilted, failed)
 
 
 def _check(solution: BankWeights, settings: WeightedFittingSettings) -> None:
@@ -353,8 +358,9 @@ def solve(
 
     Returns:
         The fitted model; its history: ``loss`` and ``active_share`` (the native loss, and the share of
-        samples that carry a gradient of the tilt, both under the tilted law; the latter exactly, from the
-        weights of the bank), ``gradient_norm``,
+        samples on which the tilt is active, both under the tilted law; the latter exactly, from the weights
+        of the bank, and 0 if all values are equal), ``failed_share`` (of the bank, samples without a value),
+        ``gradient_norm``,
         ``network_passes`` (states that have gone through the network since the start, the bank's
         included, a backward pass counted as two; what the tilt's own values take is not in it),
         ``seconds``; and as diagnostics the weights' ``effective_sample_size``,
@@ -365,7 +371,8 @@ def solve(
     Raises:
         ValueError: if ``kl_weight`` is not positive, or values are infinite.
         UnusableBank: if too few effective samples are left.
-        TrainingDiverged: if the loss stops being finite; the message names the update.
+        TrainingDiverged: if the loss stops being finite, or is far above that of the base; the message names
+            the update.
         CheckpointError: if the state to go on from belongs to another solve.
     """
     check_value("the KL weight of a solve", kl_weight, POSITIVE)
@@ -413,10 +420,11 @@ def _fit(
     for update in range(len(state.history), settings.updates):
         batch = _draw_batch(model, bank, plan, settings, generator)
         loss, native = _losses(model, base, batch, plan)
-        if not math.isfinite(native):
+        first = state.history[0]["loss"] if state.history else native
+        if not math.isfinite(native) or native > LARGEST_RISE * max(first, 1e-6):
             raise TrainingDiverged(
                 f"weighted fitting: the loss is {native} at update {update} of {settings.updates}; "
-                "lower learning_rate"
+                f"lower learning_rate (it began at {first:.4g})"
             )
         optimiser.clear_gradients()
         loss.backward()
@@ -429,6 +437,7 @@ def _fit(
             "update": update,
             "loss": native,
             "active_share": bank.active_share,
+            "failed_share": bank.failed / settings.bank,
             "gradient_norm": float(norm),
             "network_passes": passes,
             "seconds": state.seconds(),

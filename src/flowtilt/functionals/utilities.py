@@ -7,6 +7,7 @@ sign the paper prints the other way round: the log barrier's and that of diverse
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,40 +27,64 @@ class InfeasibleBarrier(ValueError):
     """A log barrier at a law whose expected cost is not below the bound."""
 
 
-def _values(reward: Reward, law: Law) -> np.ndarray:
-    """Rewards of the law's samples, float64; without those that failed, where a reward may fail.
+def _values_of(rewards: Sequence[Reward], law: Law) -> np.ndarray:
+    """Rewards of the law's samples, float64, (rewards, n); without the samples on which any of them failed.
 
     Raises:
-        RewardError: if all have failed.
+        RewardError: if none is left.
     """
-    values = reward(law.samples, law.context).double().numpy(force=True)
-    kept = values[~np.isnan(values)]
-    if not kept.size:
+    every = [reward(law.samples, law.context).double().numpy(force=True) for reward in rewards]
+    kept = np.asarray(~np.isnan(every).any(axis=0))
+    if not kept.any():
+        names = " or ".join(type(reward).__name__ for reward in rewards)
         raise RewardError(
-            f"reward {type(reward).__name__} failed on all {len(values)} samples of a law; a functional "
+            f"reward {names} failed on all {len(kept)} samples of a law; a functional "
             "needs at least one value: look at the model that draws them"
         )
-    return np.asarray(kept)
+    return np.array([values[kept] for values in every])
+
+
+def _values(reward: Reward, law: Law) -> np.ndarray:
+    """Values of one reward, (n,); see :func:`_values_of`."""
+    return np.asarray(_values_of([reward], law)[0])
 
 
 def _finite_values(reward: Reward, law: FiniteLaw) -> np.ndarray:
-    """Rewards at the points of a finite law, float64, (n,)."""
-    return reward(law.points).double().numpy(force=True)
+    """Rewards at the points of a finite law, float64, (n,).
+
+    Raises:
+        RewardError: if one failed: a point has its probability, and cannot be left out as a sample can.
+    """
+    values = reward(law.points).double().numpy(force=True)
+    if count := int(np.isnan(values).sum()):
+        raise RewardError(
+            f"reward {type(reward).__name__} failed on {count} of the {len(values)} points of a finite law, "
+            "which needs a value at each; leave these points out of the law"
+        )
+    return np.asarray(values)
+
+
+class _OfRewards(FirstVariation):
+    """A function of some rewards: active everywhere, but for samples on which one of them failed."""
+
+    def _rewards(self) -> list[Reward]:
+        return [value for value in vars(self).values() if isinstance(value, Reward)]
+
+    def failed(self, x: Tensor, context: Context = None) -> Tensor:
+        failed = super().failed(x, context)
+        for reward in self._rewards():
+            failed = failed | reward.failed(x, context)
+        return failed
+
+    def active(self, x: Tensor, context: Context = None) -> Tensor:
+        return ~self.failed(x, context)
 
 
 @dataclass(frozen=True)
-class RewardVariation(FirstVariation):
-    """The reward itself: first variation of the expected reward.
-
-    It is active everywhere, but for evaluations that failed.
-    """
+class RewardVariation(_OfRewards):
+    """The reward itself: first variation of the expected reward."""
 
     reward: Reward
-
-    def active(self, x: Tensor, context: Context = None) -> Tensor:
-        if self.reward.may_fail:
-            return ~self.reward(x, context).isnan()
-        return super().active(x, context)
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         return self.reward(x, context)
@@ -69,7 +94,7 @@ class RewardVariation(FirstVariation):
 
 
 @dataclass(frozen=True)
-class Hinge(FirstVariation):
+class Hinge(_OfRewards):
     """A reward cut at a threshold and divided by the mass of the tail.
 
     ``-(threshold - r)_+ / mass`` for the lower side and ``(r - threshold)_+ / mass`` for the
@@ -200,7 +225,7 @@ class SQ(_TailMean):
 
 
 @dataclass(frozen=True)
-class CentredRisk(FirstVariation):
+class CentredRisk(_OfRewards):
     """``r - risk (r^2 - 2 mean r)``: first variation of mean minus ``risk`` times variance.
 
     Attributes:
@@ -218,8 +243,10 @@ class CentredRisk(FirstVariation):
         return rewards - self.risk * (rewards - 2 * self.mean) * rewards
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
-        slope = 1 - 2 * self.risk * (self.reward(x, context) - self.mean)
-        return per_sample(slope, x) * self.reward.gradient(x, context)
+        rewards = self.reward(x, context)
+        # NaN times the gradient 0 of a failed evaluation would be NaN.
+        centred = torch.where(rewards.isnan(), 0.0, rewards - self.mean)
+        return per_sample(1 - 2 * self.risk * centred, x) * self.reward.gradient(x, context)
 
 
 @dataclass(frozen=True)
@@ -327,7 +354,7 @@ class Entropy(Functional):
 
 
 @dataclass(frozen=True)
-class BarrierVariation(FirstVariation):
+class BarrierVariation(_OfRewards):
     """``r - slope c``: a reward, and a cost that weighs the more the nearer its bound is.
 
     Attributes:
@@ -344,7 +371,9 @@ class BarrierVariation(FirstVariation):
         return self.reward(x, context) - self.slope * self.cost(x, context)
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
-        return self.reward.gradient(x, context) - self.slope * self.cost.gradient(x, context)
+        gradient = self.reward.gradient(x, context) - self.slope * self.cost.gradient(x, context)
+        # Where one of the two failed the other would pull alone.
+        return torch.where(per_sample(self.failed(x, context), x) > 0, 0.0, gradient)
 
 
 @dataclass(frozen=True)
@@ -387,11 +416,11 @@ class LogBarrier(Functional):
         return self.bound - expected_cost
 
     def value(self, law: Law) -> float:
-        slack = self._slack(float(_values(self.cost, law).mean()))
-        return float(_values(self.reward, law).mean()) + self.strength * math.log(slack)
+        reward, cost = (float(values.mean()) for values in _values_of([self.reward, self.cost], law))
+        return reward + self.strength * math.log(self._slack(cost))
 
     def linearise(self, law: Law) -> BarrierVariation:
-        slack = self._slack(float(_values(self.cost, law).mean()))
+        slack = self._slack(float(_values_of([self.reward, self.cost], law)[1].mean()))
         return BarrierVariation(self.reward, self.cost, self.strength / slack)
 
     def finite_value(self, law: FiniteLaw) -> float:
