@@ -17,9 +17,11 @@ from flowtilt.configuration import (
     no_repeats,
     read_yaml,
     tell_apart,
+    validated,
     workflow_config,
 )
 from flowtilt.experiment import load_file, load_resolved
+from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.sections import check_methods
 from flowtilt.theory.config import load_theory
 from flowtilt.yaml_files import dump_yaml
@@ -281,7 +283,7 @@ def test_every_reader_refuses_what_says_two_things(text: str, change: str, tmp_p
         load_resolved,
         load_theory,
         read_yaml,
-        lambda path: workflow_config([path], settings),
+        lambda path: workflow_config([path], settings, {}),
     )
     for read in readers:
         with pytest.raises(ConfigError) as caught:
@@ -354,14 +356,14 @@ def test_the_configuration_is_merged_as_snakemake_merges_it(tmp_path: Path) -> N
     two.write_text("overrides: {seeds: 2}\n")
     files = [one, two, own]  # as in workflow.configfiles
     expected = {"seeds": 2, "solver": {"pool": 8}, "objective": {"level": 0.8}}
-    assert workflow_config(files, settings([one, two])) == {"results": "res", "gpu": 1, "overrides": expected}
-    assert workflow_config(files, settings([one, two], replaced=True)) == {
+    assert workflow_config(files, settings([one, two]), {}) == {"results": "res", "gpu": 1, "overrides": expected}
+    assert workflow_config(files, settings([one, two], replaced=True), {}) == {
         "overrides": {"seeds": 2, "objective": {"level": 0.8}}
     }
     last = settings(
         [one, two], "overrides={seeds: 1, objective: {level: 7e-1}}", "results='010'", "theory=[]"
     )
-    assert workflow_config(files, last) == {
+    assert workflow_config(files, last, {}) == {
         "results": "010",
         "gpu": 1,
         "theory": [],
@@ -377,15 +379,25 @@ def test_the_configuration_is_merged_as_snakemake_merges_it(tmp_path: Path) -> N
         ("overrides={seeds: [1}", "--config overrides: not valid YAML"),
         ("experiments=[a, b, a]", "key experiments: 'a' occurs twice"),
         ("experiments=[a, A]", "key experiments: 'a' and 'A' are one file"),
-        ("theory=[a b]", "key theory: a name must be"),
+        ("theory=[a b]", "key theory.0: a name must be"),
     ],
 )
 def test_what_the_command_line_says_is_held_to_the_same(entry: str, said: str, tmp_path: Path) -> None:
     own = tmp_path / "config.yaml"
     own.write_text("experiments: [a]\n")
     with pytest.raises(ConfigError) as caught:
-        workflow_config([own], settings([], entry))
+        data = workflow_config([own], settings([], entry), {})
+        validated(WorkflowConfig, {"results": "r", "resolution": "a", **data}, own)
     assert said in str(caught.value)
+
+
+def test_a_snakemake_that_does_not_tell_how_files_were_given(tmp_path: Path) -> None:
+    own = tmp_path / "config.yaml"
+    own.write_text("gpu: 1\n")
+    assert workflow_config([own], None, {"gpu": 2}) == {"gpu": 2}
+    own.write_text("gpu: 1\ngpu: 1\n")
+    with pytest.raises(ConfigError, match="stands in line 1 and again"):
+        workflow_config([own], None, {"gpu": 1})
 
 
 def test_lists_and_names_are_returned_as_they_are() -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -7,17 +8,18 @@ from closed_forms import (
     CorrectedFlow,
     Mixture,
     MixtureFlow,
+    Perceptron,
     Quadratic,
     chain_law,
     generator,
     relative_error,
 )
 from flowtilt.control.adjoint_matching import AdjointMatchingSettings, solve
-from flowtilt.control.base import Solution
+from flowtilt.control.base import Solution, TrainingDiverged
 from flowtilt.fdc import MirrorAscent, ascend
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
-from flowtilt.functionals.utilities import Entropy, ExpectedReward
+from flowtilt.functionals.utilities import SQ, CVaR, Entropy, ExpectedReward
 
 START = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]])
 REWARD = Quadratic([1.0, 0.5])
@@ -146,3 +148,59 @@ def test_two_trained_steps_reach_the_law_of_two_exact_ones():
     # As for one solve by Adjoint Matching: mostly the discretisation, here of two half as strong.
     assert relative_error(mean, expected.mean) < 0.03
     assert relative_error(covariance, expected.covariance) < 0.03
+
+
+# --- Ascents that go down -----------------------------------------------------------------------
+
+
+def shifted(by):
+    """A solver that moves the law's mean along the first axis, whatever it is asked for."""
+
+    def solver(base, variation, kl_weight, random, slot=None):
+        law = Mixture(
+            base.law.weights, base.law.means + torch.tensor([by, 0.0]).double(), base.law.covariances
+        )
+        return Solution(MixtureFlow(base.path, law), [{"update": 0}])
+
+    return solver
+
+
+@pytest.mark.parametrize("utility", [ExpectedReward(REWARD), CVaR(REWARD, 0.1), SQ(REWARD, 0.9)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_ascent_whose_utility_falls_below_its_start_is_stopped(utility, count):
+    start = MixtureFlow(PATHS["linear"], START)
+    functional = Objective(utility, KL(start, 0.9), 0.5)
+    settings = MirrorAscent(step_weight=2.0, law_samples=400, law_steps=5)
+    message = rf"after iteration 1 of {count} the utility is .* at the start .*raise the KL weight of a step"
+    with pytest.raises(TrainingDiverged, match=message):
+        ascend(start, functional, range(count), settings, shifted(-3.0), generator)
+    # Up, or down by less than the error of the samples, it goes on.
+    for by in (3.0, -1e-3):
+        ascend(start, functional, range(count), settings, shifted(by), generator)
+
+
+def test_an_ascent_that_goes_on_may_give_way_by_what_a_nat_is_worth():
+    start = MixtureFlow(PATHS["linear"], START)
+    settings = MirrorAscent(step_weight=2.0, law_samples=400, law_steps=5)
+    ascend(start, objective(start, 0.5), range(3, 4), settings, shifted(-1.0), generator)
+    with pytest.raises(TrainingDiverged, match="after iteration 4 of 4"):
+        ascend(start, objective(start, 0.5), range(3, 4), settings, shifted(-5.0), generator)
+
+
+def test_a_solve_that_spends_a_hundred_nats_is_stopped_with_its_iteration():
+    """The largest step, a network, and a learning rate at which it runs away instead of rising."""
+    path = PATHS["linear"]
+    flow = CorrectedFlow(MixtureFlow(path, START), Perceptron(path))
+    choice = AdjointMatchingSettings(updates=60, batch=32, pool=64, steps=10, learning_rate=1.0, ramp=0.0)
+    functional = Objective(CVaR(REWARD, 0.1), KL(flow, 0.9), 0.1)
+    seen = []
+
+    def solver(base, variation, kl_weight, random, slot):
+        return solve(base, variation, kl_weight, choice, random, seen.append)
+
+    message = r"Flow Density Control, iteration \d of 3: Adjoint Matching: the model has moved .* nats .*"
+    with pytest.raises(
+        TrainingDiverged, match=message + r"more than 100, at update \d+ of 60; lower learning"
+    ):
+        ascend(flow, functional, range(3), MirrorAscent(0.1, 200, 10), solver, generator)
+    assert np.mean([row["control_energy"] for row in seen[-5:]]) <= 100

@@ -244,7 +244,8 @@ def test_constant_rewards(side):
     ("changes", "message"),
     [
         ({"rewards": []}, "at least one reward"),
-        ({"rewards": [1.0, float("nan"), float("inf")]}, "2 of 3 are not"),
+        ({"rewards": [1.0, float("nan"), float("inf")]}, "1 of 3 are not"),
+        ({"rewards": [float("nan")] * 2}, "at least one reward that has a value"),
         ({"alpha": 0.0}, "alpha must be positive"),
         ({"alpha": -1.0}, "alpha must be positive"),
         ({"alpha": float("nan")}, "alpha must be positive"),

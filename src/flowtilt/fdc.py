@@ -8,18 +8,27 @@ reward and the current model as the base, repeat.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from flowtilt.control.base import Solution
-from flowtilt.functionals.base import FirstVariation, Functional, Law
+from flowtilt.control.base import Solution, TrainingDiverged
+from flowtilt.functionals.base import FirstVariation, Functional, Law, Objective, WeightedVariation
 from flowtilt.model import FlowModel
 from flowtilt.parallel import processes
+from flowtilt.ranges import COUNT, POSITIVE, check
 from flowtilt.resuming import Resumption, Slot, weights_of
 from flowtilt.sampling import positions_of, sample_sde
+
+ERRORS = 4.0
+"""Standard errors beyond which a difference is not one of the samples: one in thirty thousand."""
+
+
+FEWEST = 30
+"""Samples below which a spread is not known well enough for that."""
 
 
 class Solver(Protocol):
@@ -49,6 +58,9 @@ class MirrorAscent:
     step_weight: float
     law_samples: int
     law_steps: int
+
+    def __post_init__(self) -> None:
+        check(self, step_weight=POSITIVE, law_samples=COUNT, law_steps=COUNT)
 
 
 @dataclass
@@ -81,27 +93,98 @@ def ascend(
         resumption: where the ascent and its solves keep their states, and go on from if they were stopped.
 
     Raises:
+        TrainingDiverged: if a solve diverges, or the utility falls below that of the start by more than the
+            error of their samples (see :func:`_check_rise`); the message names the iteration.
         CheckpointError: if a state to go on from belongs to another ascent.
     """
     slot = resumption.slot("ascent") if resumption is not None else None
     result = _taken_up(start, slot, settings)
     done = int(result.history[-1]["iteration"]) if result.history else iterations.start
+    first: Level | None = None
+    if done > iterations.start:
+        law = _law(start, settings, generator(iterations.start))
+        first = _level(objective, law, objective.linearise(law))
     for k in range(done, iterations.stop):
         random = generator(k)
-        model = result.model
-        count, sharing = settings.law_samples, processes()
-        context = model.draw_context(count, random)
-        own = sample_sde(model, count, settings.law_steps, random, context, sharing)[-1]
-        samples = sharing.gather(own, positions_of(count, sharing), count)
-        variation = objective.linearise(Law(model, samples, context))
+        law = _law(result.model, settings, random)
+        variation = objective.linearise(law)
+        level = _level(objective, law, variation)
+        if k == iterations.start:
+            first = level
+        _check_rise(first, level, k, iterations, settings)
         inner = resumption.slot(f"solve-{k + 1}") if resumption is not None else None
-        solution = solver(model, variation, settings.step_weight, random, inner)
+        try:
+            solution = solver(result.model, variation, settings.step_weight, random, inner)
+        except TrainingDiverged as error:
+            message = f"Flow Density Control, iteration {k + 1} of {iterations.stop}: {error}"
+            raise TrainingDiverged(message) from None
         result.model = solution.model
         result.history += [{"iteration": k + 1, **row} for row in solution.history]
         if slot is not None and inner is not None and (slot.resumption.due() or inner.path.is_file()):
             slot.save(weights_of(result.model), result.history, settings)
             inner.discard()
+    if done < iterations.stop and first is not None:
+        law = _law(result.model, settings, random)
+        _check_rise(
+            first, _level(objective, law, objective.linearise(law)), iterations.stop, iterations, settings
+        )
     return result
+
+
+def _law(model: FlowModel, settings: MirrorAscent, random: torch.Generator) -> Law:
+    """The law of a model with samples of the memoryless process, drawn by all processes."""
+    count, sharing = settings.law_samples, processes()
+    context = model.draw_context(count, random)
+    own = sample_sde(model, count, settings.law_steps, random, context, sharing)[-1]
+    return Law(model, sharing.gather(own, positions_of(count, sharing), count), context)
+
+
+class Level(NamedTuple):
+    """A utility at a law, and the standard error that it has from the law's samples."""
+
+    value: float
+    error: float
+
+
+def _level(objective: Functional, law: Law, variation: FirstVariation) -> Level | None:
+    """The utility of the objective; None where its values are dear, or the samples too few for an error.
+
+    The first variation is the influence of a sample: the error is its spread over the root of their number.
+    """
+    utility = objective
+    if isinstance(objective, Objective) and isinstance(variation, WeightedVariation):
+        utility, variation = objective.utility, variation.parts[0][1]
+    if variation.split()[1] is not None:
+        return None
+    influence = variation.value(law.samples, law.context).double()
+    influence = influence[~influence.isnan()]
+    if len(influence) < FEWEST:
+        return None
+    return Level(utility.value(law), float(influence.std()) / math.sqrt(len(influence)))
+
+
+def _check_rise(
+    first: Level | None, level: Level | None, done: int, iterations: range, settings: MirrorAscent
+) -> None:
+    """Refuse to go on from a law whose utility is below that of the start.
+
+    The objective of a law is at most its utility, since a divergence is not negative, and at the pretrained
+    law it is equal: an ascent from there whose utility is below has lowered its objective. From a law that
+    is on its way already, the utility may give way to the divergence: what a nat is worth in a step is left.
+
+    Raises:
+        TrainingDiverged: if it is, by more than four standard errors of the two.
+    """
+    if first is None or level is None:
+        return
+    slack = 0.0 if iterations.start == 0 else settings.step_weight
+    error = math.hypot(first.error, level.error)
+    if not level.value >= first.value - slack - ERRORS * error:
+        raise TrainingDiverged(
+            f"Flow Density Control: after iteration {done} of {iterations.stop} the utility is "
+            f"{level.value:.6g}, below {first.value:.6g} at the start (standard error {error:.2g}): the "
+            "solves lower what they are to raise; raise the KL weight of a step, or lower learning_rate"
+        )
 
 
 def _taken_up(start: FlowModel, slot: Slot | None, settings: MirrorAscent) -> Ascent:

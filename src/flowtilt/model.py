@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,39 @@ Use = Literal["sampling", "adjoint", "control"]
 
 PullBack = Callable[[Tensor], Tensor]
 """From a covector ``a`` at the velocity to ``(dv/dx)^T a``, both of the shape of the states."""
+
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a block: without dropout, and the statistics of batches as they are.
+
+    Each module of the models has its own mode back afterwards, also after an error.
+    """
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def evaluated(
+    function: Callable[Concatenate[FlowModel, P], Result],
+) -> Callable[Concatenate[FlowModel, P], Result]:
+    """A function that has the model, its first argument, in evaluation mode; see :func:`evaluating`."""
+
+    @wraps(function)
+    def wrapped(model: FlowModel, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        with evaluating(model):
+            return function(model, *args, **kwargs)
+
+    return wrapped
 
 
 class FlowModel(nn.Module, ABC):
@@ -42,7 +77,7 @@ class FlowModel(nn.Module, ABC):
 
     @abstractmethod
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
-        """Draw ``count`` states of the noise at time 0, shape (count, ...)."""
+        """Draw ``count`` states of the noise at time 0, shape (count, ...), in the type of the model."""
 
     @abstractmethod
     def velocity(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
@@ -55,6 +90,11 @@ class FlowModel(nn.Module, ABC):
         """
         start, times = self.path.start, time_grid(steps, self.time_power)
         return times if start == 0 else [start + (1 - start) * t for t in times]
+
+    def standard_normal(self, *shape: int, generator: torch.Generator) -> Tensor:
+        """Standard normal numbers in the type of the model's weights, and on their device."""
+        own = next(self.parameters(), torch.empty(0))  # the default's, without any
+        return torch.randn(*shape, generator=generator, dtype=own.dtype, device=own.device)
 
     def noise_like(self, x: Tensor, generator: torch.Generator, context: Context = None) -> Tensor:
         """Standard normal noise in the space where the model's states live, shaped as ``x``."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flowtilt.control.base import Progress, TrainingDiverged, annealed_rate
 from flowtilt.model import Context, FlowModel
 from flowtilt.optimiser import Adam
+from flowtilt.ranges import COUNT, FINITE, POSITIVE, SHARE, below, check
 from flowtilt.resuming import Slot, TrainingState
 
 DataSource = Callable[[int, torch.Generator], Tensor | tuple[Tensor, Context]]
@@ -50,6 +51,14 @@ class PretrainingSettings:
     bfloat16: bool = False
     compiled: bool = False
 
+    def __post_init__(self) -> None:
+        check(self, updates=COUNT, batch=COUNT, learning_rate=POSITIVE, gradient_clip=POSITIVE)
+        check(self, margin=below(0.5), warmup=SHARE, average=below(1))
+        if self.times is not None and not (self.times[0] in FINITE and self.times[1] in POSITIVE):
+            raise ValueError(
+                f"times must be a finite mean and a positive, finite standard deviation, got {self.times!r}"
+            )
+
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -65,6 +74,9 @@ class Watch(Generic[Module]):
 
     every: int
     look: Callable[[int, Module], None]
+
+    def __post_init__(self) -> None:
+        check(self, "a watch's ", every=COUNT)
 
 
 def fit_flow(

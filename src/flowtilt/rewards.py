@@ -38,19 +38,26 @@ class Reward(ABC):
         """Gradient of each sample's reward, of the shape of ``x``; zero for an evaluation that failed.
 
         Raises:
-            RewardError: if the values have another shape, or values or gradients are not all finite.
+            RewardError: if the values have another shape, values or gradients are not all finite, or the
+                values carry no gradient of ``x``. One that is zero is a gradient too.
         """
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             values = check_rewards(self.value(x, context), x, self)
-            if not values.requires_grad:  # constant in x
+            failed = values.isnan()
+            if bool(failed.all()):  # then there need be no graph either
                 return torch.zeros_like(x)
-            (gradient,) = torch.autograd.grad(values.sum(), x)
+            gradient = input_gradient(values, x, f"reward {type(self).__name__}")
         if self.may_fail:
-            failed = values.isnan().reshape(-1, *[1] * (x.ndim - 1))
-            gradient = gradient.masked_fill(failed, 0.0)
+            gradient = gradient.masked_fill(failed.reshape(-1, *[1] * (x.ndim - 1)), 0.0)
         _check_finite(gradient.flatten(1).isfinite().all(1), x, self, "has a gradient that is not finite")
         return gradient
+
+    def failed(self, x: Tensor, context: Context = None) -> Tensor:
+        """Samples whose evaluation failed, bool (batch,); nothing is evaluated where none can."""
+        if not self.may_fail:
+            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        return self(x, context).isnan()
 
     def __call__(self, x: Tensor, context: Context = None) -> Tensor:
         """Checked rewards without a graph, shape (batch,); NaN where an evaluation failed.
@@ -60,6 +67,30 @@ class Reward(ABC):
         """
         with torch.no_grad():
             return check_rewards(self.value(x, context), x, self)
+
+
+def input_gradient(values: Tensor, x: Tensor, of: str) -> Tensor:
+    """Gradient of each sample's value (batch,) at ``x``, by the graph that the values carry.
+
+    Args:
+        values: of the samples.
+        x: the samples, which require a gradient, (batch, ...).
+        of: what they are values of, for the message.
+
+    Raises:
+        RewardError: if there is no graph from ``x`` to the values: nothing would be trained, silently.
+    """
+    gradient = None
+    if values.requires_grad:
+        (gradient,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
+    if gradient is None:
+        raise RewardError(
+            f"{of} returned values ({values.dtype}) without a gradient with respect to the samples: they "
+            "were computed under torch.no_grad, detached, or made whole numbers; compute them from x by "
+            "differentiable operations or give a gradient of your own, or take a solver that needs values "
+            "alone: endpoint_gradient: likelihood_ratio, or kind: weighted_fitting"
+        )
+    return gradient
 
 
 def check_rewards(values: Tensor, x: Tensor, reward: Reward) -> Tensor:

@@ -1,6 +1,7 @@
 """Sampling from a flow: the probability-flow ODE, the memoryless SDE, and log-likelihoods.
 
-All samplers run on the model's grid of times from noise (0) to data (1).
+All samplers run on the model's grid of times from noise (0) to data (1), in the precision of the model, and
+with the model in evaluation mode, which they leave as they found it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from flowtilt.interpolants import Interpolant, MemorylessStep, add_scaled, memoryless_step
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context, FlowModel, evaluated
 from flowtilt.parallel import ALONE, Processes
+from flowtilt.ranges import COUNT, below, check, check_value
 
 Field = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,6 +49,7 @@ def positions_of(count: int, sharing: Processes = ALONE) -> Tensor:
     return torch.cat(own)
 
 
+@evaluated
 @torch.no_grad()
 def sample_sde(
     model: FlowModel,
@@ -69,6 +72,7 @@ def sample_sde(
         context: of the trajectories.
         sharing: processes that simulate a part each, :func:`positions_of`, which is then what is returned.
     """
+    check_value("a sampler's count", count, COUNT)
     coefficients = memoryless_steps(model, steps)
     parts, start = [], 0
     for size in _chunks(count):
@@ -107,6 +111,9 @@ class OdeSettings:
     steps: int = 50
     margin: float = 1e-4
 
+    def __post_init__(self) -> None:
+        check(self, "an ODE's ", steps=COUNT, margin=below(0.5))
+
 
 def _runge_kutta_step(field: Field, x: Tensor, t: float, h: float) -> Tensor:
     at = x.new_tensor
@@ -127,6 +134,7 @@ def _velocity_field(model: FlowModel, context: Context, x: Tensor, t: Tensor) ->
     return model.velocity(x, t, context)
 
 
+@evaluated
 @torch.no_grad()
 def sample_ode(
     model: FlowModel,
@@ -136,6 +144,7 @@ def sample_ode(
     settings: OdeSettings = OdeSettings(),
 ) -> Tensor:
     """Samples of the probability-flow ODE ``dx/dt = v(x, t)`` at time 1, shape (count, ...)."""
+    check_value("a sampler's count", count, COUNT)
     times = _open_ends(model.time_grid(settings.steps), settings.margin)
     parts, start = [], 0
     for size in _chunks(count):
@@ -174,6 +183,7 @@ def _prior_log_density(x: Tensor) -> Tensor:
     return -0.5 * (flat**2).sum(1) - constant
 
 
+@evaluated
 def sample_with_log_density(
     model: FlowModel,
     count: int,
@@ -192,6 +202,7 @@ def sample_with_log_density(
     return y[:, :-1].reshape(x.shape), y[:, -1]
 
 
+@evaluated
 def log_likelihood(
     model: FlowModel, x: Tensor, context: Context = None, settings: OdeSettings = OdeSettings()
 ) -> Tensor:

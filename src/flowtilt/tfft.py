@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from numpy.typing import ArrayLike
 
 from flowtilt.functionals.utilities import Hinge
+from flowtilt.ranges import POSITIVE, between, check
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import threshold
 from flowtilt.words import Side, tail_side
@@ -28,6 +29,7 @@ class TailProblem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "side", tail_side(self.side))
+        check(self, "a tail problem's ", mass=between(0, 1), alpha=POSITIVE)
 
     def threshold(self, rewards: ArrayLike) -> float:
         """The exact dual threshold of an offline batch of pretrained rewards."""

@@ -7,18 +7,23 @@ pretrained samples, weights ``w_i`` that sum to 1 and the mass ``m`` of the tail
 - lower tail: ``max_t  t + alpha log sum_i w_i exp(-(t - r_i)_+ / (alpha m))``, convex between
   neighbouring rewards, so that a maximiser is one of them.
 
-Everything is computed in the log domain: neither extreme ``alpha`` nor extreme mass overflows. This
-module stays clear of torch: a threshold takes less time than importing it.
+A reward that is NaN is that of an evaluation that failed: it is left out, as if it had not been drawn, and
+the log says how many were. Everything is computed in the log domain: neither extreme ``alpha`` nor extreme
+mass overflows. This module stays clear of torch: a threshold takes less time than importing it.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from flowtilt.ranges import NOT_NEGATIVE, at_least, check_value
 from flowtilt.words import Side, tail_side
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,8 @@ def _prepare(rewards: ArrayLike, alpha: float, mass: float, weights: ArrayLike |
     r = np.asarray(rewards, dtype=np.float64).ravel()
     if r.size == 0:
         raise ValueError("a threshold needs at least one reward")
-    if not np.isfinite(r).all():
-        raise ValueError(
-            f"thresholds need finite rewards; {int((~np.isfinite(r)).sum())} of {r.size} are not"
-        )
+    if np.isinf(r).any():
+        raise ValueError(f"thresholds need finite rewards; {int(np.isinf(r).sum())} of {r.size} are not")
     if not 0 < alpha < np.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}")
     if not 0 < mass < 1:
@@ -48,6 +51,11 @@ def _prepare(rewards: ArrayLike, alpha: float, mass: float, weights: ArrayLike |
         raise ValueError(f"got {r.size} rewards and {w.size} weights")
     if not (w >= 0).all() or not 0 < w.sum() < np.inf:
         raise ValueError("weights must not be negative, and their sum must be positive and finite")
+    if (failed := np.isnan(r)).any():
+        logger.warning("a threshold leaves out %d of %d rewards, which failed", failed.sum(), r.size)
+        r, w = r[~failed], w[~failed]
+        if not w.sum() > 0:
+            raise ValueError("a threshold needs at least one reward that has a value and weight")
     w = w / w.sum()
     kept = w > 0
     r, w = r[kept], w[kept]
@@ -98,7 +106,7 @@ def threshold(
         weights: of the samples, not negative; equal if not given.
 
     Raises:
-        ValueError: for parameters out of range, another side, or rewards that are not finite.
+        ValueError: for parameters out of range, another side, rewards that are infinite, or none that has a value.
     """
     side, batch = tail_side(side), _prepare(rewards, alpha, mass, weights)
     return _lower_threshold(batch) if side == "lower" else _upper_threshold(batch, mass)
@@ -163,6 +171,8 @@ def descend_threshold(
     Returns:
         The threshold, and the number of updates taken.
     """
+    check_value("the updates of a descent", updates, at_least(0))
+    check_value("the tolerance of a descent", tolerance, NOT_NEGATIVE)
     batch = _prepare(rewards, alpha, mass, None)
     spread = float(np.ptp(batch.rewards))
     t, step, previous = float(batch.rewards.mean()), spread, 0.0
@@ -186,6 +196,9 @@ def _upper_slope(batch: _SortedBatch, t: float, mass: float) -> float:
 
 
 def active_share(rewards: ArrayLike, at: float, side: Side) -> float:
-    """Share of samples on which the hinge at ``at`` has a gradient."""
+    """Share of samples on which the hinge at ``at`` has a gradient, of those whose reward has not failed."""
     r = np.asarray(rewards, dtype=np.float64)
+    r = r[~np.isnan(r)]
+    if not r.size:
+        raise ValueError("an active share needs at least one reward that has a value")
     return float(np.mean(r < at if tail_side(side) == "lower" else r > at))

@@ -654,8 +654,8 @@ def test_a_solve_repeats_itself_leaves_the_base_alone_and_reports_every_update()
         assert bool((a != 0).any())
     assert seen == runs[0].history
     assert [row["update"] for row in seen] == [0, 1, 2]
-    expected = {"update", "loss", "active_share", "control_energy", "gradient_norm", "clipped_share"}
-    assert set(seen[0]) == expected | {"network_passes", "seconds"}
+    expected = {"update", "loss", "active_share", "failed_share", "control_energy", "gradient_norm"}
+    assert set(seen[0]) == expected | {"clipped_share", "network_passes", "seconds"}
     # The first update still runs the base; velocities are compared at times in single precision.
     assert seen[0]["control_energy"] < 1e-12
     assert all(row["active_share"] == 1 for row in seen)
@@ -822,7 +822,7 @@ def test_an_unknown_estimator_is_refused():
 
 
 def test_a_batch_without_room_for_both_strata_is_refused():
-    with pytest.raises(ValueError, match="batch must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="batch must be a whole number of at least 2, got 1"):
         AdjointMatchingSettings(batch=1)
 
 

@@ -35,7 +35,7 @@ from flowtilt.control.weighted_fitting import (
     stratified_uniforms,
 )
 from flowtilt.functionals.base import FirstVariation
-from flowtilt.functionals.utilities import Hinge
+from flowtilt.functionals.utilities import Hinge, RewardVariation
 from flowtilt.model import FlowModel
 from flowtilt.rewards import Reward, RewardError
 from flowtilt.sampling import OdeSettings, sample_ode
@@ -396,7 +396,9 @@ def test_a_solve_repeats_itself_leaves_the_base_alone_and_reports_every_update()
         assert bool((a != 0).any())
     assert seen == runs[0].history
     assert [row["update"] for row in seen] == [0, 1, 2]
-    expected = {"update", "loss", "active_share", "gradient_norm", "network_passes", "seconds"}
+    expected = {"update", "loss", "active_share", "failed_share", "gradient_norm", "network_passes"} | {
+        "seconds"
+    }
     assert set(seen[0]) == expected
     assert all(row["active_share"] == 1 for row in seen)
 
@@ -506,6 +508,22 @@ def test_contexts_stay_with_their_samples():
     assert solution.history[0]["active_share"] == pytest.approx(expected, abs=0.03)
 
 
+def test_the_active_share_is_that_of_the_tilted_law_and_never_above_one():
+    """Of draws with importance weights it would be more than 1 in every other update."""
+    hinge = Hinge(LINEAR, 1.5, 0.5, "upper")
+    choice = settings(**(QUICK | {"bank": 500, "batch": 16, "updates": 40}))
+    for tilt in (hinge, RewardVariation(LINEAR)):
+        solution = solve(quick_flow(), tilt, 1.0, choice, generator(0))
+        bank = draw_bank(quick_flow(), tilt, 1.0, choice, generator(0))
+        expected = 1.0
+        if tilt is hinge:
+            expected = float(bank.solution.probabilities[(LINEAR(bank.samples) > 1.5).numpy()].sum())
+            assert 0 < expected < 1
+        shares = [row["active_share"] for row in solution.history]
+        assert shares == pytest.approx([expected] * 40)
+        assert max(shares) <= 1
+
+
 # --- Too few effective samples, and bad input ---------------------------------------------------
 
 
@@ -553,7 +571,7 @@ def test_a_kl_weight_that_is_not_positive_is_refused(weight):
     [
         ({"penalty": "chi2"}, "unknown penalty 'chi2'; there are kl"),
         ({"sampler": "heun"}, "sampler must be 'ode' or 'sde', got 'heun'"),
-        ({"margin": 0.5}, r"margin must lie in \(0, 0.5\), got 0.5"),
+        ({"margin": 0.5}, r"margin must be a number in \(0, 0.5\), got 0.5"),
         ({"bank": 40}, "a bank of 40 cannot reach the minimum_ess of 50; draw a larger bank"),
     ],
 )

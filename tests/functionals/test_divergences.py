@@ -128,6 +128,29 @@ def test_the_first_variation_of_renyi_against_exact_densities(order):
     torch.testing.assert_close(variation.gradient(at.detach()), slope, rtol=3e-3, atol=1e-3 * scale)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("order", [0.3, 0.9, 2.0, None])
+def test_points_without_mass_are_the_limit_of_little_mass(order):
+    """Points 1 and 3 have no mass under p, 3 none under the reference either; 0 has none there alone."""
+    p, q = np.array([0.2, 0.0, 0.8, 0.0]), np.array([0.1, 0.3, 0.6, 0.0])
+    functional = KL(None) if order is None else Renyi(None, order)
+
+    def law(p, q):
+        with np.errstate(divide="ignore"):
+            return FiniteLaw(torch.zeros(4, 1), np.log(p), np.log(q))
+
+    empty = law(p, q)
+    little = law((p + 1e-15) / (p + 1e-15).sum(), (q + 1e-15) / (q + 1e-15).sum())
+    assert functional.finite_value(empty) == pytest.approx(functional.finite_value(little), abs=1e-4)
+    found, limit = (functional.finite_variation(some) for some in (empty, little))
+    np.testing.assert_allclose(found[[0, 2, 3]], limit[[0, 2, 3]], rtol=1e-3, atol=1e-3)
+    if order is None or order < 1:  # infinite there, as the limit is, logarithmically for the KL
+        assert np.isneginf(found[1])
+        assert limit[1] < (-1e3 if order == 0.3 else -20)
+    else:
+        assert found[1] == pytest.approx(limit[1], abs=1e-9)
+
+
 def test_renyi_takes_the_first_samples_only():
     x = P.sample(50, generator(0))
     few = Renyi(FLOWS[1], 2.0, samples=20)
@@ -246,5 +269,5 @@ def test_a_reference_draw_follows_its_seed_and_passes_contexts_on():
     assert torch.equal(draw.of(STANDARD), draw.of(STANDARD))
     assert not torch.equal(draw.of(STANDARD), ReferenceDraw(20, 5, seed=1).of(STANDARD))
     assert draw.of(ModeFlow(PATHS["linear"], [P, Q])).shape == (20, 2)
-    with pytest.raises(ValueError, match="at least 1, got 0 and 5"):
+    with pytest.raises(ValueError, match="samples must be a whole number of at least 1, got 0"):
         ReferenceDraw(0, 5)

@@ -298,7 +298,7 @@ BAD = [
     (UTILITIES, "cvar", {"level": 1.5}, ["utility cvar", "tail level", "1.5", "known keys: level"]),
     (UTILITIES, "mean_variance", {"risk": float("nan")}, ["key risk", "nan"]),
     (UTILITIES, "diverse_modes", {"modes": 2.5}, ["key modes", "whole number", "2.5"]),
-    (UTILITIES, "diverse_modes", {"modes": 1}, ["at least 2 modes", "1"]),
+    (UTILITIES, "diverse_modes", {"modes": 1}, ["at least 2", "1"]),
     (UTILITIES, "log_barrier", {"bound": 1.0, "strength": -1}, ["strength", "-1"]),
     (UTILITIES, "optimal_design", {"criterion": "d"}, ["criterion", "'d'", "log_det, trace, eigenvalue"]),
     (UTILITIES, "optimal_design", {"criterion": "trace", "ridge": -1}, ["ridge", "-1"]),

@@ -324,5 +324,5 @@ def test_diverse_modes_of_a_finite_law_are_the_mutual_information():
 
 
 def test_fewer_than_two_modes_are_refused():
-    with pytest.raises(ValueError, match="at least 2 modes, got 1"):
+    with pytest.raises(ValueError, match="modes must be a whole number of at least 2, got 1"):
         DiverseModes(1)

@@ -28,8 +28,11 @@ from torch import Tensor
 
 from flowtilt.control.base import (
     FORWARD,
+    MOST_NATS,
     PULLBACK,
     TRAINING,
+    WINDOW,
+    NoValues,
     Progress,
     Solution,
     TrainingDiverged,
@@ -38,9 +41,10 @@ from flowtilt.control.base import (
 from flowtilt.control.endpoints import EndpointGradient, Ends, Terminal
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context, FlowModel, evaluating
 from flowtilt.optimiser import Adam
 from flowtilt.parallel import Processes, processes
+from flowtilt.ranges import COUNT, POSITIVE, SHARE, at_least, check, check_value
 from flowtilt.resuming import Slot, TrainingState
 from flowtilt.sampling import memoryless_steps, positions_of, sample_sde
 
@@ -58,7 +62,7 @@ class AdjointMatchingSettings:
             thinned to the batch by drawing active and inactive endpoints separately and
             reweighting, which keeps the estimator unbiased when few endpoints carry a gradient.
             A tilt that is active everywhere needs no pool beyond its batch.
-        steps: time steps of the memoryless process.
+        steps: time steps of the memoryless process, at least 2: the last has no noise to regress with.
         learning_rate: of Adam, warmed up over ``warmup`` of the updates and annealed to zero by a cosine.
         warmup: share of the updates.
         ramp: share of the updates over which the tilt grows linearly to its full strength, so that
@@ -99,12 +103,9 @@ class AdjointMatchingSettings:
     micro_batch: int | None = None
 
     def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise ValueError(f"passes must be at least 1, got {self.passes}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
-        if self.batch < 2:
-            raise ValueError(f"batch must be at least 2, got {self.batch}")
+        check(self, updates=COUNT, batch=at_least(2), pool=COUNT, steps=at_least(2), passes=COUNT)
+        check(self, learning_rate=POSITIVE, gradient_clip=POSITIVE, control_clip=POSITIVE, micro_batch=COUNT)
+        check(self, warmup=SHARE, ramp=SHARE, last_share=SHARE, rest_share=SHARE)
         if self.pool < self.batch:
             raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
         if self.endpoint_gradient not in get_args(EndpointGradient):
@@ -379,7 +380,8 @@ class _Batch:
         context: theirs.
         terminal: of their adjoints.
         weights: how much each counts, (own,).
-        active_share: of the pool, of all processes.
+        active_share: of the pool, of all processes: with a gradient that is not zero.
+        failed_share: of the pool, of all processes: without a value of the tilt.
         pool: how many were sampled, by all processes.
         mirrored: whether the pool's last two steps were taken again, for pairs.
     """
@@ -389,6 +391,7 @@ class _Batch:
     terminal: Terminal
     weights: Tensor
     active_share: float
+    failed_share: float
     pool: int
     mirrored: bool
 
@@ -415,6 +418,7 @@ def _draw_batch(
 
     Raises:
         TrainingDiverged: if trajectories are no longer finite.
+        NoValues: if the tilt has no value on any of them.
     """
     size = settings.pool if tilt.sparse else settings.batch
     context = model.draw_context(size, generator)
@@ -425,6 +429,9 @@ def _draw_batch(
     context = model.select_context(context, positions)
     active = tilt.active(pool[-1], context)
     ends = Ends.of(model, tilt, pool, active, steps, context, settings.endpoint_gradient)
+    failed = float(sharing.total(ends.failed.double().sum()))
+    if failed == size:
+        raise NoValues(f"the tilt has no value on any of the {size} trajectories")
     draw = stratified_draw(sharing.gather(ends.active, positions, size), settings.batch, generator)
     place = torch.full((size,), -1)
     place[positions] = torch.arange(len(positions))
@@ -432,15 +439,33 @@ def _draw_batch(
     index = place[draw.index][here]
     context = model.select_context(context, index)
     trajectories = pool[:, index]
+    terminal = ends.terminal(trajectories[-1], index, context, weight)
+    carrying = active & ends.active
     return _Batch(
         trajectories,
         context,
-        ends.terminal(trajectories[-1], index, context, weight),
+        terminal,
         draw.weights[here].to(trajectories),
-        float(sharing.total(active.double().sum())) / size,
+        _active_share(carrying, carrying[index] & terminal.moving, carrying[index], sharing, size),
+        failed / size,
         size,
         ends.ratio is not None,
     )
+
+
+def _active_share(carrying: Tensor, moving: Tensor, drawn: Tensor, sharing: Processes, size: int) -> float:
+    """Share of a pool with a gradient: that which may have one, times how much of it has, where it is known.
+
+    Args:
+        carrying: where the tilt is active, as far as its values tell, bool (pool,).
+        moving: of the batch, those of them whose gradient is not zero, bool (batch,).
+        drawn: of the batch, those of them, bool (batch,).
+        sharing: processes that have a part each.
+        size: of the pool of all.
+    """
+    counts = torch.stack([some.double().sum() for some in (carrying, moving, drawn)])
+    may, has, known = sharing.total(counts).tolist()
+    return may / size * (has / known if known else 1.0)
 
 
 @dataclass(frozen=True)
@@ -558,7 +583,7 @@ def _network_passes(
 def _diverged(what: str, update: int, settings: AdjointMatchingSettings) -> str:
     return (
         f"Adjoint Matching: {what} at update {update} of {settings.updates}; "
-        "lower learning_rate, or raise the KL weight"
+        "lower learning_rate, set control_clip, or raise the KL weight (of fdc, that of a step)"
     )
 
 
@@ -577,7 +602,9 @@ def solve(
 ) -> Solution:
     """Fine-tune a copy of ``base`` to the law proportional to ``p_base exp(tilt / kl_weight)``.
 
-    Processes that were joined (:mod:`flowtilt.parallel`) share the trajectories of every update.
+    Processes that were joined (:mod:`flowtilt.parallel`) share the trajectories of every update. Both models
+    run in evaluation mode all the while, in the regression too: their difference is the control, and dropout
+    or the statistics of a batch would be taken for one. The solution has the base's own mode.
 
     Args:
         base: the model to tilt; left unchanged.
@@ -591,26 +618,45 @@ def solve(
 
     Returns:
         The fine-tuned model and its history: ``loss``, ``active_share`` (of the pool, the
-        endpoints that carry a gradient), ``control_energy`` (the path-space KL divergence from
-        the base, in nats, estimated on the steps of the loss), ``gradient_norm``, ``clipped_share`` (of
-        the controls asked for in the loss, those that were shortened), ``network_passes``
-        (states that have gone through the network since the start, a backward pass to the input
-        counted as one and to the parameters as two; what the tilt's own gradient takes is not in it),
-        ``seconds``.
+        endpoints on which the tilt is active and has a gradient that is not zero), ``failed_share`` (those
+        without a value of a reward that may fail; they have no gradient), ``control_energy`` (the
+        path-space KL divergence from the base, in nats, estimated on the steps of the loss),
+        ``gradient_norm``, ``clipped_share`` (of the controls asked for in the loss, those that were
+        shortened), ``network_passes`` (states that have gone through the network since the start, a backward
+        pass to the input counted as one and to the parameters as two; what the tilt's own gradient takes is
+        not in it), ``seconds``.
 
     Raises:
         ValueError: if ``kl_weight`` is not positive.
-        TrainingDiverged: if the loss or the trajectories stop being finite; the message names the update.
+        TrainingDiverged: if the loss or the trajectories stop being finite, or the control energy is above
+            :data:`flowtilt.control.base.MOST_NATS`; the message names the update.
+        NoValues: if the tilt has no value on any trajectory of an update.
         CheckpointError: if the state to go on from belongs to another solve.
     """
-    if not kl_weight > 0:
-        raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
+    check_value("the KL weight of a solve", kl_weight, POSITIVE)
     base = copy.deepcopy(base).requires_grad_(False)
     model = copy.deepcopy(base)
     for parameter in model.tunable():
         parameter.requires_grad_(True)
     optimiser = Adam(model.tunable())
     state = TrainingState(model, optimiser, generator, (settings, kl_weight), slot)
+    with evaluating(base, model):
+        _train(base, model, state, tilt, kl_weight, settings, progress)
+    model.requires_grad_(False)
+    return Solution(model, state.history)
+
+
+def _train(
+    base: FlowModel,
+    model: FlowModel,
+    state: TrainingState,
+    tilt: FirstVariation | Schedule,
+    kl_weight: float,
+    settings: AdjointMatchingSettings,
+    progress: Progress | None,
+) -> None:
+    """All updates of a solve that are still to be done; see :func:`solve`."""
+    optimiser, generator = state.optimiser, state.generator
     steps = memoryless_steps(base, settings.steps)
     scale = loss_scale(base, steps)
     sharing = processes()
@@ -624,6 +670,11 @@ def solve(
                 batch = _draw_batch(model, own, settings, steps, -strength / kl_weight, generator, sharing)
             except TrainingDiverged as error:
                 raise TrainingDiverged(_diverged(str(error), update, settings)) from None
+            except NoValues as error:
+                raise NoValues(
+                    f"Adjoint Matching: {error} of update {update} of {settings.updates}; look at the model "
+                    "that draws them, or raise batch and pool"
+                ) from None
         chosen = _chosen_steps(settings, generator)
         if fresh:
             at = chosen if settings.passes == 1 else torch.arange(settings.steps)
@@ -641,12 +692,16 @@ def solve(
             "update": update,
             "loss": loss,
             "active_share": buffer.batch.active_share,
+            "failed_share": buffer.batch.failed_share,
             "control_energy": _control_energy(sharing.total(energies) / settings.batch, settings),
             "gradient_norm": float(norm),
             "clipped_share": buffer.clipped,
             "network_passes": passes,
             "seconds": state.seconds(),
         }
+        latest = [*state.history[1 - WINDOW :], row]
+        spent = sum(each["control_energy"] for each in latest) / len(latest)
+        if not spent <= MOST_NATS:
+            found = f"the model has moved {spent:.4g} nats from its base, more than {MOST_NATS:g},"
+            raise TrainingDiverged(_diverged(found, update, settings))
         state.add(row, progress, whole=(update + 1) % settings.passes == 0)
-    model.requires_grad_(False)
-    return Solution(model, state.history)

@@ -13,7 +13,22 @@ Progress = Callable[[dict[str, float]], None]
 
 
 class TrainingDiverged(ArithmeticError):
-    """A loss stopped being finite."""
+    """A training made things worse: its loss is not finite, or what it measures is beyond its bound."""
+
+
+MOST_NATS = 100.0
+"""Path-space KL divergence from its base, in nats, at which a solve is given up.
+
+A law that far away has nothing in common with its base that could be sampled: a density ratio of e^100. The
+solves of the shipped experiments spend less than 15.
+"""
+
+WINDOW = 5
+"""Updates over which what they spend is averaged: a single batch may hold one far trajectory."""
+
+
+class NoValues(ArithmeticError):
+    """A tilt has no value on any sample that a solver has drawn."""
 
 
 FORWARD, PULLBACK, TRAINING = 1, 2, 3

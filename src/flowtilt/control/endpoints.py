@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context, FlowModel, evaluated, evaluating
 from flowtilt.words import check_word
 
 EndpointGradient = Literal["pathwise", "likelihood_ratio"]
@@ -39,6 +39,7 @@ class Terminal:
         return Terminal(self.end[index], None if self.before is None else self.before[index])
 
 
+@evaluated
 @torch.no_grad()
 def likelihood_ratio_gradient(
     model: FlowModel,
@@ -64,8 +65,20 @@ def likelihood_ratio_gradient(
         context: the trajectories' context.
 
     Returns:
-        The estimates, (batch, ...): they stand at the states before the last.
+        The estimates, (batch, ...): they stand at the states before the last. Where the tilt has no value at
+        an end, or at its mirror image, the estimate is zero.
     """
+    return _by_pairs(model, tilt, trajectories, steps, context)[0]
+
+
+def _by_pairs(
+    model: FlowModel,
+    tilt: FirstVariation,
+    trajectories: Tensor,
+    steps: list[MemorylessStep],
+    context: Context,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`likelihood_ratio_gradient`; also which of the pairs lack a value, bool (batch,)."""
     times = model.time_grid(len(steps))
     before, state, end = trajectories[-3:]
     noisy, last = (step.like(end) for step in steps[-2:])
@@ -75,7 +88,9 @@ def likelihood_ratio_gradient(
     mirrored = mean - shift
     v = model.velocity(mirrored, mirrored.new_tensor(times[-2]), context)
     difference = tilt.value(end, context) - tilt.value(last.state * mirrored + last.velocity * v, context)
-    return difference.view(-1, *(1,) * (end.ndim - 1)) * shift / (2 * noisy.noise**2)
+    failed = difference.isnan()
+    difference = difference.masked_fill(failed, 0)
+    return difference.view(-1, *(1,) * (end.ndim - 1)) * shift / (2 * noisy.noise**2), failed
 
 
 @dataclass(frozen=True)
@@ -86,11 +101,13 @@ class Ends:
         active: which trajectories carry one, bool (pool,).
         ratio: estimates from values at the states before the last, (pool, ...), if there are any.
         rest: the part of the tilt whose own gradient is still to be taken, if there is one.
+        failed: trajectories on which the tilt, or one of a pair, has no value, bool (pool,).
     """
 
     active: Tensor
     ratio: Tensor | None
     rest: FirstVariation | None
+    failed: Tensor
 
     @classmethod
     def of(
@@ -108,11 +125,13 @@ class Ends:
         ``active``, bool (pool,), says on which of the last states the tilt itself has a gradient.
         """
         check_word(estimator, EndpointGradient, "endpoint_gradient")
+        failed = tilt.failed(pool[-1], context)
         by_value, rest = (None, tilt) if estimator == "pathwise" else tilt.split()
         if by_value is None:
-            return cls(active, None, rest)
-        ratio = likelihood_ratio_gradient(model, by_value, pool, steps, context)
-        return cls(ratio.flatten(1).any(1), ratio, rest)
+            return cls(active, None, rest, failed)
+        with torch.no_grad(), evaluating(model):
+            ratio, lacking = _by_pairs(model, by_value, pool, steps, context)
+        return cls(ratio.flatten(1).any(1), ratio, rest, failed | lacking)
 
     def terminal(self, end: Tensor, index: Tensor, context: Context, weight: float) -> Terminal:
         """Terminal values of those at ``index`` in the pool, ``weight`` times the gradients.

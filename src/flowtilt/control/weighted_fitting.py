@@ -34,12 +34,17 @@ from torch import Tensor
 from flowtilt.control.base import FORWARD, TRAINING, Progress, Solution, TrainingDiverged, annealed_rate
 from flowtilt.control.penalties import BankWeights, penalty_named, solve_weights
 from flowtilt.functionals.base import FirstVariation
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context, FlowModel, evaluating
 from flowtilt.optimiser import Adam
+from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, between, check, check_value
 from flowtilt.resuming import Slot, TrainingState
 from flowtilt.sampling import CHUNK, OdeSettings, sample_ode, sample_sde
 
 logger = logging.getLogger(__name__)
+
+
+LARGEST_RISE = 100.0
+"""Factor over the loss at the start, which is the base's and ought to fall, at which a fit is given up."""
 
 
 class UnusableBank(ArithmeticError):
@@ -83,8 +88,9 @@ class WeightedFittingSettings:
         penalty_named(self.penalty)
         if self.sampler not in ("ode", "sde"):
             raise ValueError(f"sampler must be 'ode' or 'sde', got {self.sampler!r}")
-        if not 0 < self.margin < 0.5:
-            raise ValueError(f"margin must lie in (0, 0.5), got {self.margin}")
+        check(self, bank=COUNT, steps=COUNT, updates=COUNT, batch=COUNT)
+        check(self, minimum_ess=NOT_NEGATIVE, warning_ess=NOT_NEGATIVE)
+        check(self, learning_rate=POSITIVE, gradient_clip=POSITIVE, warmup=SHARE, margin=between(0, 0.5))
         if not self.minimum_ess <= self.bank:
             raise ValueError(
                 f"a bank of {self.bank} cannot reach the minimum_ess of {self.minimum_ess:g}; "
@@ -111,6 +117,12 @@ class Bank:
     solution: BankWeights
     active: Tensor
     failed: int
+
+    @property
+    def active_share(self) -> float:
+        """Share of the active samples under the weights, from 0 to 1."""
+        q = self.solution.probabilities
+        return float(q[self.active.numpy(force=True)].sum() / q.sum())
 
 
 def draw_bank(
@@ -154,7 +166,8 @@ def draw_bank(
         raise UnusableBank(f"the tilt has no value on any of the {settings.bank} samples of the bank")
     solution = solve_weights(value[order].numpy(force=True), kl_weight, penalty_named(settings.penalty))
     _check(solution, settings)
-    return Bank(samples[order], context, order, solution, torch.cat(active)[order], failed)
+    tilted = value[order[0]] < value[order[-1]]  # equal values have no gradient anywhere
+    return Bank(samples[order], context, order, solution, torch.cat(active)[order] & tilted, failed)
 
 
 def _check(solution: BankWeights, settings: WeightedFittingSettings) -> None:
@@ -330,7 +343,9 @@ def solve(
 ) -> Solution:
     """Fit a copy of ``base`` to the law that maximises ``E[tilt] - kl_weight D(law || base)``.
 
-    Under the KL penalty that is the law proportional to ``p_base exp(tilt / kl_weight)``.
+    Under the KL penalty that is the law proportional to ``p_base exp(tilt / kl_weight)``. Both models run in
+    evaluation mode all the while, in the fit too: the base's residuals are a control variate of the model's,
+    and a dropout of their own would undo it. The solution has the base's own mode.
 
     Args:
         base: the model to tilt; left unchanged.
@@ -343,7 +358,9 @@ def solve(
 
     Returns:
         The fitted model; its history: ``loss`` and ``active_share`` (the native loss, and the share of
-        samples that carry a gradient of the tilt, both under the tilted law), ``gradient_norm``,
+        samples on which the tilt is active, both under the tilted law; the latter exactly, from the weights
+        of the bank, and 0 if all values are equal), ``failed_share`` (of the bank, samples without a value),
+        ``gradient_norm``,
         ``network_passes`` (states that have gone through the network since the start, the bank's
         included, a backward pass counted as two; what the tilt's own values take is not in it),
         ``seconds``; and as diagnostics the weights' ``effective_sample_size``,
@@ -354,11 +371,11 @@ def solve(
     Raises:
         ValueError: if ``kl_weight`` is not positive, or values are infinite.
         UnusableBank: if too few effective samples are left.
-        TrainingDiverged: if the loss stops being finite; the message names the update.
+        TrainingDiverged: if the loss stops being finite, or is far above that of the base; the message names
+            the update.
         CheckpointError: if the state to go on from belongs to another solve.
     """
-    if not kl_weight > 0:
-        raise ValueError(f"the KL weight of a solve must be positive, got {kl_weight}")
+    check_value("the KL weight of a solve", kl_weight, POSITIVE)
     started = time.perf_counter()
     base = copy.deepcopy(base).requires_grad_(not base.quadratic_loss)  # else for the control variate
     model = copy.deepcopy(base).requires_grad_(True)
@@ -370,13 +387,44 @@ def solve(
     optimiser = Adam(model.parameters())
     state = TrainingState(model, optimiser, generator, (settings, kl_weight), slot, started=started)
     passes += len(state.history) * passes_of_update
+    with evaluating(base, model):
+        _fit(base, model, state, bank, plan, settings, (passes, passes_of_update), progress)
+    model.requires_grad_(False)
+    return Solution(model, state.history, _diagnostics(bank, plan))
+
+
+def _fit(
+    base: FlowModel,
+    model: FlowModel,
+    state: TrainingState,
+    bank: Bank,
+    plan: Plan,
+    settings: WeightedFittingSettings,
+    costs: tuple[int, int],
+    progress: Progress | None,
+) -> None:
+    """All updates of a fit that are still to be done; see :func:`solve`.
+
+    Args:
+        base: the model that was tilted.
+        model: its copy, to be fitted.
+        state: of the fit.
+        bank: of samples.
+        plan: of the draws from it.
+        settings: of the fit.
+        costs: network passes so far, and of each update.
+        progress: called with each update's row.
+    """
+    optimiser, generator = state.optimiser, state.generator
+    passes, passes_of_update = costs
     for update in range(len(state.history), settings.updates):
         batch = _draw_batch(model, bank, plan, settings, generator)
         loss, native = _losses(model, base, batch, plan)
-        if not math.isfinite(native):
+        first = state.history[0]["loss"] if state.history else native
+        if not math.isfinite(native) or native > LARGEST_RISE * max(first, 1e-6):
             raise TrainingDiverged(
                 f"weighted fitting: the loss is {native} at update {update} of {settings.updates}; "
-                "lower learning_rate"
+                f"lower learning_rate (it began at {first:.4g})"
             )
         optimiser.clear_gradients()
         loss.backward()
@@ -388,11 +436,10 @@ def solve(
         row = {
             "update": update,
             "loss": native,
-            "active_share": float((plan.tilted * bank.active)[batch.index].mean()),
+            "active_share": bank.active_share,
+            "failed_share": bank.failed / settings.bank,
             "gradient_norm": float(norm),
             "network_passes": passes,
             "seconds": state.seconds(),
         }
         state.add(row, progress)
-    model.requires_grad_(False)
-    return Solution(model, state.history, _diagnostics(bank, plan))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.model import Context, FlowModel
-from flowtilt.rewards import Reward
+from flowtilt.rewards import Reward, input_gradient
 
 Tier = Literal["linear", "convex", "general"]
 """FDC's hierarchy (De Santi et al. 2025, table 1): linear, convex and general problems."""
@@ -82,11 +82,14 @@ def per_sample(factors: Tensor, x: Tensor) -> Tensor:
 
 
 def gradient_of(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Gradient of each sample's ``value`` (batch,) at ``x`` (batch, ...), by automatic differentiation."""
+    """Gradient of each sample's ``value`` (batch,) at ``x`` (batch, ...), by automatic differentiation.
+
+    Raises:
+        RewardError: if the values carry none, as those of a reward that is called instead of its ``value``.
+    """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(value(x).sum(), x)
-    return gradient
+        return input_gradient(value(x), x, "a first variation")
 
 
 class FirstVariation(ABC):
@@ -111,6 +114,13 @@ class FirstVariation(ABC):
     def active(self, x: Tensor, context: Context = None) -> Tensor:
         """Samples that carry a gradient, bool (batch,). A hinge is active on one side only."""
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
+
+    def failed(self, x: Tensor, context: Context = None) -> Tensor:
+        """Samples without a value, of a reward that may fail, bool (batch,): NaN by :meth:`value`.
+
+        Solvers leave them out and count them.
+        """
+        return torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     @property
     def sparse(self) -> bool:
@@ -186,6 +196,13 @@ class WeightedVariation(FirstVariation):
 
     def active(self, x: Tensor, context: Context = None) -> Tensor:
         return self.parts[0][1].active(x, context)
+
+    def failed(self, x: Tensor, context: Context = None) -> Tensor:
+        failed = super().failed(x, context)
+        for weight, part in self.parts:
+            if weight != 0:
+                failed = failed | part.failed(x, context)
+        return failed
 
     @property
     def sparse(self) -> bool:

@@ -21,6 +21,7 @@ from flowtilt.functionals.base import FirstVariation, gradient_of
 from flowtilt.metrics.transport import check_metric
 from flowtilt.model import Context
 from flowtilt.optimiser import Adam
+from flowtilt.ranges import COUNT, POSITIVE, check
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,8 @@ class CriticSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"a critic's {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "penalty"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"a critic's {name} must be positive and finite, got {getattr(self, name)}")
+        check(self, "a critic's ", updates=COUNT, batch=COUNT, width=COUNT)
+        check(self, "a critic's ", learning_rate=POSITIVE, penalty=POSITIVE)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from flowtilt.functionals.critic import CriticPotential, CriticSettings, train_c
 from flowtilt.functionals.kernels import Kernel, kernel_by_name, kernel_matrix, kernel_means
 from flowtilt.functionals.smoothing import NO_SMOOTHED_VALUE, smoothed
 from flowtilt.metrics.transport import Transport, check_metric, ground_distances, kantorovich
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context, FlowModel, evaluating
+from flowtilt.ranges import COUNT, at_least, between, check
 from flowtilt.sampling import OdeSettings, log_likelihood, sample_sde
 
 
@@ -50,7 +51,7 @@ class ScoreDifference(FirstVariation):
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         if self.model is self.reference:  # as in the first step of an ascent: two equal scores cost passes
             return torch.zeros_like(x)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.model, self.reference):
             t = x.new_tensor(self.time)
             if self.pairs:
                 return smoothed(self._difference, self.model, x, t, context, self.pairs)
@@ -61,6 +62,12 @@ class ScoreDifference(FirstVariation):
         own = self.model.context_for("control", context)
         difference = self.model.velocity(x, t, own) - self.reference.velocity(x, t, own)
         return difference / self.model.path.eta(t)
+
+
+def _log_ratios(law: FiniteLaw) -> np.ndarray:
+    """``log p - log reference`` at every point, (n,); 0 where neither has mass."""
+    neither = np.isneginf(law.log_p) & np.isneginf(law.log_reference)
+    return np.where(neither, 0.0, law.log_p) - np.where(neither, 0.0, law.log_reference)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,9 @@ class KL(Functional):
     ode: OdeSettings = field(default_factory=OdeSettings)
     pairs: int = 0
 
+    def __post_init__(self) -> None:
+        check(self, "a KL divergence's ", score_time=between(0, 1), pairs=at_least(0))
+
     def value(self, law: Law) -> float:
         return float(self.linearise(law).value(law.samples, law.context).double().mean())
 
@@ -91,10 +101,10 @@ class KL(Functional):
 
     def finite_value(self, law: FiniteLaw) -> float:
         held = law.p > 0
-        return float(law.p[held] @ (law.log_p - law.log_reference)[held])
+        return float(law.p[held] @ _log_ratios(law)[held])
 
     def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        return law.log_p - law.log_reference
+        return _log_ratios(law)
 
 
 @dataclass(frozen=True)
@@ -153,8 +163,7 @@ class Renyi(Functional):
                 f"the order of a Renyi divergence must be positive and not 1, got {self.order}; "
                 "its limit at 1 is the KL divergence"
             )
-        if self.samples < 1:
-            raise ValueError(f"a Renyi divergence needs at least one sample, got samples={self.samples}")
+        check(self, "a Renyi divergence's ", samples=COUNT, score_time=between(0, 1))
 
     def _log_normaliser(self, law: Law) -> float:
         kept = min(self.samples, len(law.samples))
@@ -172,9 +181,9 @@ class Renyi(Functional):
 
     def _finite_terms(self, law: FiniteLaw) -> tuple[np.ndarray, float]:
         """Exponents ``(b - 1) log(p / reference)`` and the log of their mean's exponential."""
-        exponents = (self.order - 1) * (law.log_p - law.log_reference)
+        exponents = (self.order - 1) * _log_ratios(law)
         held = law.p > 0
-        return exponents, float(np.logaddexp.reduce((law.log_p + exponents)[held]))
+        return exponents, float(np.logaddexp.reduce(law.log_p[held] + exponents[held]))
 
     def finite_value(self, law: FiniteLaw) -> float:
         return self._finite_terms(law)[1] / (self.order - 1)
@@ -202,10 +211,7 @@ class ReferenceDraw:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.steps < 1:
-            raise ValueError(
-                f"a reference draw needs samples and steps of at least 1, got {self.samples} and {self.steps}"
-            )
+        check(self, "a reference draw's ", samples=COUNT, steps=COUNT)
 
     def of(self, model: FlowModel) -> Tensor:
         """Samples of the model, (samples, ...)."""

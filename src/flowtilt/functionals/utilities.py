@@ -7,6 +7,7 @@ sign the paper prints the other way round: the log barrier's and that of diverse
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, per_sample
 from flowtilt.functionals.smoothing import NO_SMOOTHED_VALUE, smoothed
 from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context, FlowModel, evaluating
+from flowtilt.ranges import FINITE, MASS, at_least, between, check
 from flowtilt.rewards import Reward, RewardError
 from flowtilt.sampling import OdeSettings, log_likelihood
 from flowtilt.words import Side, tail_side
@@ -26,40 +28,64 @@ class InfeasibleBarrier(ValueError):
     """A log barrier at a law whose expected cost is not below the bound."""
 
 
-def _values(reward: Reward, law: Law) -> np.ndarray:
-    """Rewards of the law's samples, float64; without those that failed, where a reward may fail.
+def _values_of(rewards: Sequence[Reward], law: Law) -> np.ndarray:
+    """Rewards of the law's samples, float64, (rewards, n); without the samples on which any of them failed.
 
     Raises:
-        RewardError: if all have failed.
+        RewardError: if none is left.
     """
-    values = reward(law.samples, law.context).double().numpy(force=True)
-    kept = values[~np.isnan(values)]
-    if not kept.size:
+    every = [reward(law.samples, law.context).double().numpy(force=True) for reward in rewards]
+    kept = np.asarray(~np.isnan(every).any(axis=0))
+    if not kept.any():
+        names = " or ".join(type(reward).__name__ for reward in rewards)
         raise RewardError(
-            f"reward {type(reward).__name__} failed on all {len(values)} samples of a law; a functional "
+            f"reward {names} failed on all {len(kept)} samples of a law; a functional "
             "needs at least one value: look at the model that draws them"
         )
-    return np.asarray(kept)
+    return np.array([values[kept] for values in every])
+
+
+def _values(reward: Reward, law: Law) -> np.ndarray:
+    """Values of one reward, (n,); see :func:`_values_of`."""
+    return np.asarray(_values_of([reward], law)[0])
 
 
 def _finite_values(reward: Reward, law: FiniteLaw) -> np.ndarray:
-    """Rewards at the points of a finite law, float64, (n,)."""
-    return reward(law.points).double().numpy(force=True)
+    """Rewards at the points of a finite law, float64, (n,).
+
+    Raises:
+        RewardError: if one failed: a point has its probability, and cannot be left out as a sample can.
+    """
+    values = reward(law.points).double().numpy(force=True)
+    if count := int(np.isnan(values).sum()):
+        raise RewardError(
+            f"reward {type(reward).__name__} failed on {count} of the {len(values)} points of a finite law, "
+            "which needs a value at each; leave these points out of the law"
+        )
+    return np.asarray(values)
+
+
+class _OfRewards(FirstVariation):
+    """A function of some rewards: active everywhere, but for samples on which one of them failed."""
+
+    def _rewards(self) -> list[Reward]:
+        return [value for value in vars(self).values() if isinstance(value, Reward)]
+
+    def failed(self, x: Tensor, context: Context = None) -> Tensor:
+        failed = super().failed(x, context)
+        for reward in self._rewards():
+            failed = failed | reward.failed(x, context)
+        return failed
+
+    def active(self, x: Tensor, context: Context = None) -> Tensor:
+        return ~self.failed(x, context)
 
 
 @dataclass(frozen=True)
-class RewardVariation(FirstVariation):
-    """The reward itself: first variation of the expected reward.
-
-    It is active everywhere, but for evaluations that failed.
-    """
+class RewardVariation(_OfRewards):
+    """The reward itself: first variation of the expected reward."""
 
     reward: Reward
-
-    def active(self, x: Tensor, context: Context = None) -> Tensor:
-        if self.reward.may_fail:
-            return ~self.reward(x, context).isnan()
-        return super().active(x, context)
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         return self.reward(x, context)
@@ -69,7 +95,7 @@ class RewardVariation(FirstVariation):
 
 
 @dataclass(frozen=True)
-class Hinge(FirstVariation):
+class Hinge(_OfRewards):
     """A reward cut at a threshold and divided by the mass of the tail.
 
     ``-(threshold - r)_+ / mass`` for the lower side and ``(r - threshold)_+ / mass`` for the
@@ -91,6 +117,7 @@ class Hinge(FirstVariation):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "side", tail_side(self.side))
+        check(self, "a hinge's ", threshold=FINITE, mass=MASS)
 
     def of_rewards(self, rewards: np.ndarray) -> np.ndarray:
         """The hinge as a function of reward values, any shape."""
@@ -201,7 +228,7 @@ class SQ(_TailMean):
 
 
 @dataclass(frozen=True)
-class CentredRisk(FirstVariation):
+class CentredRisk(_OfRewards):
     """``r - risk (r^2 - 2 mean r)``: first variation of mean minus ``risk`` times variance.
 
     Attributes:
@@ -219,8 +246,10 @@ class CentredRisk(FirstVariation):
         return rewards - self.risk * (rewards - 2 * self.mean) * rewards
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
-        slope = 1 - 2 * self.risk * (self.reward(x, context) - self.mean)
-        return per_sample(slope, x) * self.reward.gradient(x, context)
+        rewards = self.reward(x, context)
+        # NaN times the gradient 0 of a failed evaluation would be NaN.
+        centred = torch.where(rewards.isnan(), 0.0, rewards - self.mean)
+        return per_sample(1 - 2 * self.risk * centred, x) * self.reward.gradient(x, context)
 
 
 @dataclass(frozen=True)
@@ -283,9 +312,10 @@ class NegativeLogDensity(FirstVariation):
     @torch.no_grad()
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         t = x.new_tensor(self.time)
-        if self.pairs:
-            return -smoothed(self.model.score, self.model, x, t, context, self.pairs)
-        return -self.model.score(x, t, context)
+        with evaluating(self.model):
+            if self.pairs:
+                return -smoothed(self.model.score, self.model, x, t, context, self.pairs)
+            return -self.model.score(x, t, context)
 
 
 @dataclass(frozen=True)
@@ -309,6 +339,9 @@ class Entropy(Functional):
     ode: OdeSettings = field(default_factory=OdeSettings)
     pairs: int = 0
 
+    def __post_init__(self) -> None:
+        check(self, "an entropy's ", score_time=between(0, 1), pairs=at_least(0))
+
     def value(self, law: Law) -> float:
         return float(self.linearise(law).value(law.samples, law.context).double().mean())
 
@@ -324,7 +357,7 @@ class Entropy(Functional):
 
 
 @dataclass(frozen=True)
-class BarrierVariation(FirstVariation):
+class BarrierVariation(_OfRewards):
     """``r - slope c``: a reward, and a cost that weighs the more the nearer its bound is.
 
     Attributes:
@@ -341,7 +374,9 @@ class BarrierVariation(FirstVariation):
         return self.reward(x, context) - self.slope * self.cost(x, context)
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
-        return self.reward.gradient(x, context) - self.slope * self.cost.gradient(x, context)
+        gradient = self.reward.gradient(x, context) - self.slope * self.cost.gradient(x, context)
+        # Where one of the two failed the other would pull alone.
+        return torch.where(per_sample(self.failed(x, context), x) > 0, 0.0, gradient)
 
 
 @dataclass(frozen=True)
@@ -384,11 +419,11 @@ class LogBarrier(Functional):
         return self.bound - expected_cost
 
     def value(self, law: Law) -> float:
-        slack = self._slack(float(_values(self.cost, law).mean()))
-        return float(_values(self.reward, law).mean()) + self.strength * math.log(slack)
+        reward, cost = (float(values.mean()) for values in _values_of([self.reward, self.cost], law))
+        return reward + self.strength * math.log(self._slack(cost))
 
     def linearise(self, law: Law) -> BarrierVariation:
-        slack = self._slack(float(_values(self.cost, law).mean()))
+        slack = self._slack(float(_values_of([self.reward, self.cost], law)[1].mean()))
         return BarrierVariation(self.reward, self.cost, self.strength / slack)
 
     def finite_value(self, law: FiniteLaw) -> float:
@@ -435,7 +470,7 @@ class ModeLogRatio(FirstVariation):
         own = self.own_modes(context, x)
         posterior = torch.softmax(self._log_densities(x), 0)
         t = x.new_tensor(self.time)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.model):
             total = self.model.score(x, t, own)
             for k, share in enumerate(posterior):
                 total = total - per_sample(share, x) * self.model.score(x, t, torch.full_like(own, k))
@@ -490,8 +525,7 @@ class DiverseModes(Functional):
     ode: OdeSettings = field(default_factory=OdeSettings)
 
     def __post_init__(self) -> None:
-        if self.modes < 2:
-            raise ValueError(f"diverse modes need at least 2 modes, got {self.modes}")
+        check(self, "diverse modes' ", modes=at_least(2), score_time=between(0, 1))
 
     def value(self, law: Law) -> float:
         return float(self.linearise(law).value(law.samples, law.context).double().mean())

@@ -167,7 +167,7 @@ class LatentFlow(FlowModel):
     # ------------------------------------------------------------------------------- the flow
 
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
-        return torch.randn(count, *self.shape, generator=generator)
+        return self.standard_normal(count, *self.shape, generator=generator)
 
     def predict(self, x: Tensor, t: Tensor, context: Prompted) -> Tensor:
         """The denoiser's prediction, guided, of the shape of ``x``."""

@@ -236,7 +236,7 @@ class FlowMolFlow(FlowModel):
         return self.layout.join([centred(coordinates, masks[0]), *rest])
 
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
-        noise = torch.randn(count, sum(self.layout.sizes), generator=generator)
+        noise = self.standard_normal(count, sum(self.layout.sizes), generator=generator)
         return self._in_subspace(noise, self._masks(context))
 
     def noise_like(self, x: Tensor, generator: torch.Generator, context: Context = None) -> Tensor:

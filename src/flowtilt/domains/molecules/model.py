@@ -82,7 +82,7 @@ class MoleculeFlow(FlowModel):
 
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
         mask = mask_of(context)
-        return _in_subspace(torch.randn(count, mask.shape[1], WIDTH, generator=generator), mask)
+        return _in_subspace(self.standard_normal(count, mask.shape[1], WIDTH, generator=generator), mask)
 
     def noise_like(self, x: Tensor, generator: torch.Generator, context: Context = None) -> Tensor:
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

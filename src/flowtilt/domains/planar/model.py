@@ -67,7 +67,7 @@ class PlanarFlow(FlowModel):
         self.network = nn.Sequential(*layers, nn.Linear(sizes[-1], 2))
 
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
-        return torch.randn(count, 2, generator=generator)
+        return self.standard_normal(count, 2, generator=generator)
 
     def draw_context(self, count: int, generator: torch.Generator) -> Context:
         """Modes of new samples, all equally likely; None, without a draw, if the flow has none."""
