@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -403,3 +405,23 @@ def test_too_few_pictures_are_refused(left_tail: Folder, caplog: pytest.LogCaptu
     outputs = {"output": left_tail.file("few.json"), "scores": left_tail.file("few.npz")}
     assert left_tail.run("evaluate", method="tfft", **files, **outputs) == 1
     assert "11 pictures, not 12" in caplog.text
+
+
+def test_messages_come_once_and_the_advice_last(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    """Although open_clip gives the root logger a handler once it loads a model."""
+    folder = Folder(tmp_path, LEFT_TAIL, models, prompts=["a bridge", "a bridge and " * 40])
+    assert folder.model() == 0
+    files = {"model": "model.json", "output": "tuned.safetensors", "history": "tuned.csv"}
+    words = ["images-finetune", folder.config, "--method", "tfft", "--seed", "0"]
+    for name, file in files.items():
+        words += [f"--{name}", folder.file(file)]
+    command = [sys.executable, "-c", "from flowtilt.cli import run; raise SystemExit(run())"]
+    done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    advice = "images-finetune: method 'tfft' needs --threshold, the file of the threshold stage"
+    assert done.returncode == 1
+    assert lines[-1] == advice
+    assert "Traceback" not in done.stderr
+    assert sum(advice in line for line in lines) == 1
+    assert sum("what comes after is not seen" in line for line in lines) == 1
+    assert sum("the model sees 28 of them" in line for line in lines) == 1

@@ -28,6 +28,9 @@ def run() -> int:
 
     The interpreter's last act is to look for garbage among all objects, torch's million among them.
     """
+    # Libraries give the root logger a handler as they load: it would say every message a second time,
+    # and the traceback after the advice. (Programs that call main keep theirs.)
+    log.propagate = False
     code = main()
     gc.freeze()
     return code
@@ -37,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage; returns 0, or 1 after an error that the user can mend."""
     arguments = _parser().parse_args(argv)
     gc.disable()  # importing torch makes a million objects that stay
-    _start_logging(arguments.log)
     try:
+        _start_logging(arguments.log)
         arguments.handler(arguments)
         if "flowtilt.parallel" in sys.modules:  # which imports torch, and many stages do not
             sys.modules["flowtilt.parallel"].leave_processes()
@@ -46,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("interrupted; outputs that were not finished were not written")
         return 130
     except (ValueError, RuntimeError, ArithmeticError, OSError, MemoryError) as error:
-        log.error("%s: %s%s", arguments.stage, error, _advice(error))
         log.debug("traceback", exc_info=True)
+        log.error("%s: %s%s", arguments.stage, error, _advice(error))
         return 1
     log.info("%s: done", arguments.stage)
     return 0
