@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flowtilt.files import atomic_path
@@ -37,8 +37,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write what training changes of a model by :func:`save_tensors`."""
-    save_tensors(tensors_of(model), path)
+    """Write what training changes of a model, with the header that it asks for, by :func:`save_tensors`."""
+    header = model.header() if isinstance(model, FlowModel) else {}
+    save_tensors(tensors_of(model), path, header or None)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -56,9 +57,18 @@ def load_weights(model: Module, path: Path) -> Module:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; run the stage that writes it first")
     try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error}); {remake}") from None
+    if isinstance(model, FlowModel):
+        try:
+            model.check_header(header)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: made for another network: {error}; make the configuration match, or {remake}"
+            ) from None
     own = tensors_of(model)
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
