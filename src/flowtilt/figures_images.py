@@ -78,7 +78,7 @@ def read_picture(folder: Path, prompt: int, number: int) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"))
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, of damaged files
         raise ResultsError(
             f"{path}: cannot be read ({error}); make it with `snakemake --cores all --force {folder}`"
         ) from None
