@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +227,25 @@ def test_the_log_file_holds_the_traceback(folder: Folder) -> None:
     log = folder.file("run.log")
     assert folder.finetune("am", log=log) == 1
     assert "Traceback" in log.read_text()
+
+
+def test_handlers_of_the_root_logger_repeat_nothing(tmp_path: Path) -> None:
+    """As libraries set them up: each message once, and the advice is the last line, also in the log file."""
+    code = "import logging; logging.basicConfig(level=logging.DEBUG)"
+    code += "; from flowtilt.cli import run; raise SystemExit(run())"
+    words = ["page", tmp_path / "no.csv", "--output", tmp_path / "no.html", "--log", tmp_path / "log"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("page: ")
+    assert len(done.stderr.splitlines()) == 1
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" in log
+    assert log.splitlines()[-1].endswith(done.stderr.strip())
+
+
+def test_a_log_file_that_cannot_be_written_is_an_error_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["page", "no.csv", "--output", "no.html", "--log", str(tmp_path / "file" / "log")]) == 1
+    assert str(tmp_path / "file") in caplog.text

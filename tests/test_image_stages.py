@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,25 @@ def test_a_second_set_leaves_the_first_as_it_is(tmp_path: Path, models: tuple[Pa
     assert (drawn[1][:CHUNK] == drawn[0]).all()
 
 
+def test_the_order_of_pictures_is_that_of_their_numbers(tmp_path: Path) -> None:
+    """Names of more than 1,000 prompts or 10,000 pictures of one are not in this order as text."""
+    from PIL import Image
+
+    from flowtilt.domains.images.files import picture_name
+    from flowtilt.stages.image_metrics import set_of
+    from flowtilt.stages.image_sampling import read_pictures
+
+    places = [(999, 0), (1000, 1), (1000, 0), (2, 10_000), (2, 9_999), (10_001, 0), (101, 3)]
+    for i, place in enumerate(places):
+        Image.new("RGB", (1, 1), (i, 0, 0)).save(tmp_path / picture_name(*place))
+    pictures, prompts = read_pictures(tmp_path)
+    ordered = sorted(places)
+    assert prompts.tolist() == [prompt for prompt, _ in ordered]
+    assert pictures[:, 0, 0, 0].tolist() == [places.index(place) for place in ordered]
+    assert set_of(prompts, 1).tolist() == [0, 1, 0, 0, 0, 1, 0]
+    assert set_of(np.array([7, 3, 7, 7, 3, 12, 7]), 2).tolist() == [0, 0, 0, 1, 0, 0, 1]
+
+
 def test_a_step_of_exploration_weighs_one_plus_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
     """By which entropy and divergence together are smooth; a step of half the size weighs twice as much."""
     from flowtilt.fdc import Ascent
@@ -265,7 +286,9 @@ def test_a_step_of_exploration_weighs_one_plus_alpha(monkeypatch: pytest.MonkeyP
     assert weights == [(1.0, 2.0), (3.0, 8.0)]
 
 
-def test_only_adapters_are_tuned_if_there_are_any(tmp_path: Path, models: tuple[Path, Path]) -> None:
+def test_only_adapters_are_tuned_if_there_are_any(
+    tmp_path: Path, models: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = Folder(tmp_path, ENTROPY, models, adapter={"rank": 2, "alpha": 2.0})
     assert folder.model() == 0
     assert folder.finetune("am") == 0
@@ -274,6 +297,13 @@ def test_only_adapters_are_tuned_if_there_are_any(tmp_path: Path, models: tuple[
     assert all("lora_" in name for name in tensors)
     assert any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)
     assert folder.sample("am", weights=folder.file("am.safetensors")) == 0
+    folder.use(tiny(ENTROPY, retrain=False, model=_sources(models), adapter={"rank": 2, "alpha": 4.0}))
+    assert folder.sample("am", weights=folder.file("am.safetensors")) == 1
+    assert "am.safetensors: made for another network: its adapter has the alpha 2.0, and" in caplog.text
+
+
+def _sources(models: tuple[Path, Path]) -> dict[str, Any]:
+    return {part: {"path": str(p)} for part, p in zip(("pipeline", "alignment"), models, strict=True)}
 
 
 def test_an_interrupted_fine_tuning_goes_on_exactly(
@@ -341,7 +371,7 @@ def test_a_changed_file_of_the_model_is_refused(
     tmp_path: Path, models: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = Folder(tmp_path, ENTROPY, models)
-    sources = {part: {"path": str(p)} for part, p in zip(("pipeline", "alignment"), models, strict=True)}
+    sources = _sources(models)
     sources["pipeline"]["sha256"] = {"unet/diffusion_pytorch_model.safetensors": "0" * 64}
     folder.use(tiny(ENTROPY, retrain=False, model=sources))
     assert folder.model() == 1
@@ -403,3 +433,23 @@ def test_too_few_pictures_are_refused(left_tail: Folder, caplog: pytest.LogCaptu
     outputs = {"output": left_tail.file("few.json"), "scores": left_tail.file("few.npz")}
     assert left_tail.run("evaluate", method="tfft", **files, **outputs) == 1
     assert "11 pictures, not 12" in caplog.text
+
+
+def test_messages_come_once_and_the_advice_last(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    """Although open_clip gives the root logger a handler once it loads a model."""
+    folder = Folder(tmp_path, LEFT_TAIL, models, prompts=["a bridge", "a bridge and " * 40])
+    assert folder.model() == 0
+    files = {"model": "model.json", "output": "tuned.safetensors", "history": "tuned.csv"}
+    words = ["images-finetune", folder.config, "--method", "tfft", "--seed", "0"]
+    for name, file in files.items():
+        words += [f"--{name}", folder.file(file)]
+    command = [sys.executable, "-c", "from flowtilt.cli import run; raise SystemExit(run())"]
+    done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    advice = "images-finetune: method 'tfft' needs --threshold, the file of the threshold stage"
+    assert done.returncode == 1
+    assert lines[-1] == advice
+    assert "Traceback" not in done.stderr
+    assert sum(advice in line for line in lines) == 1
+    assert sum("what comes after is not seen" in line for line in lines) == 1
+    assert sum("the model sees 28 of them" in line for line in lines) == 1

@@ -10,7 +10,7 @@ from typing import TypeVar
 import safetensors
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flowtilt.files import atomic_path
@@ -43,8 +43,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write what training changes of a model by :func:`save_tensors`."""
-    save_tensors(tensors_of(model), path)
+    """Write what training changes of a model, with the header that it asks for, by :func:`save_tensors`."""
+    header = model.header() if isinstance(model, FlowModel) else {}
+    save_tensors(tensors_of(model), path, header or None)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -65,6 +66,8 @@ def read_tensors(path: Path, remake: str = REMAKE) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; run the stage that writes it first")
     try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error}); {remake}") from None
@@ -118,6 +121,15 @@ def load_weights(model: Module, path: Path) -> Module:
             another type or that are not finite.
     """
     tensors = read_tensors(path)
+    if isinstance(model, FlowModel):
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+        try:
+            model.check_header(header)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: made for another network: {error}; make the configuration match, or {REMAKE}"
+            ) from None
     own = tensors_of(model)
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -33,6 +33,9 @@ def run() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and not stream.isatty():  # a log, which others read as UTF-8
             stream.reconfigure(encoding="utf-8")
+    # Libraries give the root logger a handler as they load: it would say every message a second time,
+    # and the traceback after the advice. (Programs that call main keep theirs.)
+    log.propagate = False
     code = main()
     gc.freeze()
     return code
@@ -42,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage; returns 0, or 1 after an error that the user can mend."""
     arguments = _parser().parse_args(argv)
     gc.disable()  # importing torch makes a million objects that stay
-    _start_logging(arguments.log)
     try:
+        _start_logging(arguments.log)
         arguments.handler(arguments)
         if "flowtilt.parallel" in sys.modules:  # which imports torch, and many stages do not
             sys.modules["flowtilt.parallel"].leave_processes()
@@ -52,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         message = message_of(error, ValueError, RuntimeError, ArithmeticError, OSError, MemoryError)
-        log.error("%s: %s%s", arguments.stage, message, _advice(error))
         log.debug("traceback", exc_info=True)
+        log.error("%s: %s%s", arguments.stage, message, _advice(error))
         return 1
     log.info("%s: done", arguments.stage)
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -164,6 +164,17 @@ class FlowModel(nn.Module, ABC):
     def weights(self) -> dict[str, Tensor]:
         """What a fine-tuning changes, by name: the tensors themselves, which a checkpoint holds."""
         return self.state_dict()
+
+    def header(self) -> dict[str, str]:
+        """What a checkpoint must say beside its weights for them to mean what they do; mostly nothing."""
+        return {}
+
+    def check_header(self, header: Mapping[str, str]) -> None:
+        """Refuse weights of a file whose header does not fit the model.
+
+        Raises:
+            ValueError: saying what does not fit.
+        """
 
     def data_of(self, x: Tensor, context: Context = None) -> Tensor:
         """The data that endpoints of the flow stand for, of the shape of ``x``.

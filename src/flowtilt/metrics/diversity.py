@@ -30,13 +30,16 @@ def vendi(features: ArrayLike) -> float:
     rows = np.asarray(features, dtype=np.float64)
     if rows.ndim != 2 or len(rows) < 2:
         raise ValueError(f"a Vendi score needs features (n, d) of at least 2 samples, got shape {rows.shape}")
-    bad = ~np.isfinite(rows).all(1) | ~rows.any(1)
+    largest = np.abs(rows).max(1, initial=0.0)
+    bad = ~np.isfinite(largest) | (largest == 0)
     if bad.any():
         raise ValueError(
             f"a Vendi score needs finite features that are not all zero; {int(bad.sum())} of {len(rows)} "
             f"samples have others, the first at position {int(bad.argmax())}"
         )
-    return float(score_dual(rows))
+    # The package takes lengths below 2e-15 for zero, and squares of others overflow.
+    scale = np.where((largest > 1e-6) & (largest < 1e6), 1.0, largest)
+    return float(score_dual(rows / scale[:, None]))
 
 
 def shares(labels: ArrayLike, classes: int) -> np.ndarray:
@@ -61,7 +64,12 @@ def designs_covered(labels: ArrayLike, classes: int, least: int = 1) -> int:
         labels: see :func:`shares`.
         classes: see :func:`shares`.
         least: samples from which a class counts; more than one where the classifier makes mistakes.
+
+    Raises:
+        ValueError: see :func:`shares`; or for ``least`` below one, which counts classes without samples.
     """
+    if least < 1:
+        raise ValueError(f"a class is covered by at least one sample, got least={least}")
     return int((_counts(labels, classes) >= least).sum())
 
 
@@ -73,6 +81,9 @@ def effective_classes(labels: ArrayLike, classes: int) -> float:
     Args:
         labels: see :func:`shares`.
         classes: see :func:`shares`.
+
+    Raises:
+        ValueError: see :func:`shares`.
     """
     taken = shares(labels, classes)
     taken = taken[taken > 0]
@@ -86,12 +97,13 @@ def combinations_covered(labels: ArrayLike) -> int:
         labels: classes of the samples by each factor, (n, factors).
 
     Raises:
-        ValueError: if there is no sample, or no factor.
+        ValueError: if there is no sample, or no factor, or the labels are not integers.
     """
     values = np.asarray(labels)
-    if values.ndim != 2 or not values.size:
+    if values.ndim != 2 or not values.size or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(
-            f"combinations are counted of classes (n, factors), at least one; got shape {values.shape}"
+            "combinations are counted of classes (n, factors), integers and at least one; got "
+            f"{values.dtype} of shape {values.shape}"
         )
     return len(np.unique(values, axis=0))
 

@@ -14,6 +14,9 @@ def likelihood_entropy(log_density: ArrayLike) -> float:
 
     Args:
         log_density: in nats, (n,).
+
+    Raises:
+        ValueError: if there is none, or one is not finite.
     """
     values = np.asarray(log_density, dtype=np.float64)
     if values.size == 0:
@@ -39,9 +42,15 @@ def histogram_entropy(samples: ArrayLike, extent: float, bins: int) -> float:
         bins: cells along a side.
 
     Raises:
-        ValueError: if no sample lies on the square.
+        ValueError: if no sample lies on the square, one is not finite or not planar, or there is no cell.
     """
     points = np.asarray(samples, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(f"a histogram of the plane needs samples (n, 2), got shape {points.shape}")
+    if bad := int((~np.isfinite(points).all(1)).sum()):
+        raise ValueError(f"a histogram needs finite samples; {bad} of {len(points)} are not")
+    if not 0 < extent < np.inf or bins < 1:
+        raise ValueError(f"a histogram needs a square and cells, got extent {extent} and bins {bins}")
     edges = np.linspace(-extent, extent, bins + 1)
     counts = np.histogram2d(points[:, 0], points[:, 1], bins=[edges, edges])[0]
     inside = counts.sum()

@@ -22,7 +22,8 @@ def _sorted_with_weights(values: ArrayLike, weights: ArrayLike | None) -> tuple[
     w = np.full(v.size, 1.0) if weights is None else np.asarray(weights, dtype=np.float64).ravel()
     if w.shape != v.shape:
         raise ValueError(f"got {v.size} values and {w.size} weights")
-    total = w.sum()
+    with np.errstate(over="ignore"):
+        total = w.sum()
     if not (w >= 0).all() or not 0 < total < np.inf:
         raise ValueError("weights must not be negative, and their sum must be positive and finite")
     order = np.argsort(v, kind="stable")
@@ -36,6 +37,9 @@ def quantile(values: ArrayLike, level: float, weights: ArrayLike | None = None) 
         values: any shape.
         level: in (0, 1].
         weights: not negative, of the shape of ``values``; equal if not given.
+
+    Raises:
+        ValueError: for a level outside of (0, 1], values that are none or not finite, or such weights.
     """
     _check_mass(level)
     v, w = _sorted_with_weights(values, weights)
@@ -68,10 +72,15 @@ def dominance_violation(values: ArrayLike, reference: ArrayLike) -> float:
     The largest amount by which the share of ``values`` at or below any threshold exceeds that of
     ``reference``: zero if every quantile is at least as high. For N and M samples of one law it is
     of the order ``sqrt(1 / N + 1 / M)`` (the one-sided Kolmogorov-Smirnov statistic).
+
+    Raises:
+        ValueError: if either side has no value, or one that is not finite.
     """
     a, b = (np.sort(np.asarray(v, dtype=np.float64).ravel()) for v in (values, reference))
     if not (a.size and b.size):
         raise ValueError("dominance needs at least one value on either side")
+    if bad := int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum()):
+        raise ValueError(f"dominance needs finite values; {bad} are not")
     below_a = np.arange(1, a.size + 1) / a.size
     below_b = np.searchsorted(b, a, side="right") / b.size
     return float(max(0.0, (below_a - below_b).max()))

@@ -83,12 +83,12 @@ def ground_distances(x: ArrayLike, y: ArrayLike, weights: Sequence[float] | None
         weights: of the coordinates, all 1 if not given.
 
     Raises:
-        TransportError: for samples that are none, not finite or too many.
+        TransportError: for samples that are none, not finite, too many or too far apart.
         ValueError: for weights that are not positive, or not one for each coordinate.
     """
     from scipy.spatial.distance import cdist  # takes a while, and few of the jobs that come by here need it
 
-    a, b = (_flat(np.asarray(v, dtype=np.float64)) for v in (x, y))
+    a, b = (_flat(np.atleast_1d(np.asarray(v, dtype=np.float64))) for v in (x, y))
     if not (len(a) and len(b)):
         raise TransportError("optimal transport needs at least one sample on either side")
     if len(a) * len(b) > LARGEST_PROBLEM:
@@ -98,8 +98,14 @@ def ground_distances(x: ArrayLike, y: ArrayLike, weights: Sequence[float] | None
         )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise TransportError("optimal transport needs finite samples")
+    if a.shape[1] != b.shape[1]:
+        raise TransportError(f"samples of {a.shape[1]} and of {b.shape[1]} coordinates have no distances")
     roots = np.sqrt(check_metric([1.0] * a.shape[1] if weights is None else weights, a.shape[1]))
-    return cdist(a * roots, b * roots)
+    with np.errstate(over="ignore"):
+        found = cdist(a * roots, b * roots)
+    if not np.isfinite(found).all():
+        raise TransportError("samples are too far apart for optimal transport: distances overflow")
+    return found
 
 
 def _flat(x: np.ndarray) -> np.ndarray:
@@ -144,8 +150,19 @@ def kantorovich(cost: np.ndarray, p: np.ndarray, q: np.ndarray) -> Transport:
         q: probabilities, (m,).
 
     Raises:
-        TransportError: if the solver does not finish.
+        TransportError: if costs are not finite, these are not probabilities, or the solver does not finish.
     """
+    if cost.shape != (len(p), len(q)) or not np.isfinite(cost).all():
+        raise TransportError(
+            f"optimal transport needs finite costs of each pair, ({len(p)}, {len(q)}); got {cost.shape} and "
+            f"{int((~np.isfinite(cost)).sum())} that are not finite"
+        )
+    for law in (p, q):
+        if not (abs(law.sum() - 1) < 1e-6 and (law >= -1e-15).all()):
+            raise TransportError(
+                "optimal transport is of probabilities, which sum to one and are not negative; got a sum of "
+                f"{law.sum()} and a smallest one of {law.min(initial=np.inf)}"
+            )
     rows, columns = p > 1e-15, q > 1e-15
     from_p, to_q = p[rows] / p[rows].sum(), q[columns] / q[columns].sum()
     between = np.ascontiguousarray(cost[np.ix_(rows, columns)])

@@ -147,12 +147,14 @@ def set_of(prompt: np.ndarray, pictures: int) -> np.ndarray:
     """The set that each picture is of, (n,): the first ``pictures`` of every prompt, the next, and so on.
 
     Args:
-        prompt: positions of the pictures' prompts, those of a prompt beside each other, (n,).
+        prompt: positions of the pictures' prompts, in any order, (n,).
         pictures: of each prompt in a set.
     """
-    starts = np.searchsorted(prompt, prompt)
-    found: np.ndarray = (np.arange(len(prompt)) - starts) // pictures
-    return found
+    number = np.empty(len(prompt), dtype=np.int64)
+    for one in np.unique(prompt):
+        own = prompt == one
+        number[own] = np.arange(own.sum())
+    return number // pictures
 
 
 def _diversity(features: np.ndarray, prompt: np.ndarray, sets: np.ndarray) -> Metrics:

@@ -138,18 +138,26 @@ def read_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         StageError: if there is none, or one cannot be read.
     """
-    files = sorted(file for file in folder.glob("*.png") if _NAME.fullmatch(file.name))
-    if not files:
+    places = {
+        (int(match[1]), int(match[2])): file
+        for file in folder.glob("*.png")
+        if (match := _NAME.fullmatch(file.name))
+    }
+    if not places:
         raise StageError(f"{folder}: no pictures; make them by the stage images-sample")
-    pictures = []
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                pictures.append(np.asarray(picture.convert("RGB")))
-        except Exception as error:  # Pillow raises SyntaxError too, and what zlib and struct raise
-            raise StageError(f"{file}: cannot be read ({error}); delete the folder and run again") from None
-    prompts = [int(match[1]) for file in files if (match := _NAME.fullmatch(file.name))]
-    return np.stack(pictures), np.array(prompts)
+    order = sorted(places)  # by number: as text the thousandth prompt comes before the 101st
+    pictures = [_read(places[place]) for place in order]
+    if len({picture.shape for picture in pictures}) > 1:
+        raise StageError(f"{folder}: pictures of several sizes; delete the folder and run again")
+    return np.stack(pictures), np.array([prompt for prompt, _ in order])
+
+
+def _read(file: Path) -> np.ndarray:
+    try:
+        with Image.open(file) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except Exception as error:  # Pillow raises SyntaxError too, and what zlib and struct raise
+        raise StageError(f"{file}: cannot be read ({error}); delete the folder and run again") from None
 
 
 def as_pictures(pictures: np.ndarray) -> Tensor:

@@ -155,7 +155,7 @@ def evaluate(
     valid = np.array([structure.invalid is None for structure in structures])
     gains = np.array([one.gain if one.converged else math.nan for one in relaxed])
     write_arrays(energies, reward=rewards, valid=valid, relaxed=gains)
-    held = [i for i, molecule in enumerate(own) if (np.abs(molecule.coordinates) < sdfs.LARGEST).all()]
+    held = [i for i, molecule in enumerate(own) if sdfs.holds(molecule)]
     properties = [sdfs.describe(points[i], structures[i]) | {"sample": str(i)} for i in held]
     sdfs.write_sdf(sdf, [own[i] for i in held], [structures[i] for i in held], properties)
 

@@ -340,10 +340,10 @@ def test_what_is_tuned_is_the_adapters_alone(folder):
     attended = [
         n for n, _ in flow.denoiser.named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))
     ]
-    expected = {f"{n}.lora_{side}.default.weight" for n in attended for side in "AB"}
     assert len(attended) == 32  # four attentions, each to itself and to the prompt, with four layers
-    assert flow.weights().keys() == expected
+    assert flow.weights().keys() == {f"unet.{n}.lora_{side}.weight" for n in attended for side in "AB"}
     tunable = {id(p) for p in flow.tunable()}
+    expected = {f"{n}.lora_{side}.default.weight" for n in attended for side in "AB"}
     assert {n for n, p in flow.denoiser.named_parameters() if id(p) in tunable} == expected
     assert {min(p.shape) for p in flow.tunable()} == {2}
     whole = load_text_to_image(folder, PROMPTS).flow
@@ -364,6 +364,56 @@ def test_what_was_tuned_is_saved_and_loaded(folder, tmp_path, adapter):
     kind = None if adapter is not None else ADAPTER
     with pytest.raises(CheckpointError, match=r"tuned.safetensors: made for another network"):
         load_weights(load_text_to_image(folder, PROMPTS, adapter=kind).flow, tmp_path / "tuned.safetensors")
+
+
+ALL_LAYERS = AdapterConfig(rank=3, alpha=1.5, targets=["to_q", "to_out.0", "conv1", "proj_in", "linear_2"])
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, ALL_LAYERS], ids=["attention", "all layers"])
+def test_diffusers_loads_our_adapters(folder, tmp_path, adapter):
+    """Into a pipeline of its own, and into a denoiser, with the scale: the velocities are ours."""
+    flow = shaken(load_text_to_image(folder, PROMPTS, adapter=adapter).flow)
+    save_weights(flow, tmp_path / "tuned.safetensors")
+    ours = velocities(flow)
+    plain = load_text_to_image(folder, PROMPTS).flow
+    before = velocities(plain)
+    assert (ours - before).abs().max() > 0.1
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path, weight_name="tuned.safetensors")
+    plain.denoiser.load_lora_adapter(tmp_path, weight_name="tuned.safetensors", prefix="unet")
+    torch.testing.assert_close(velocities(plain), ours, rtol=1e-5, atol=1e-5)
+    plain.denoiser = pipeline.unet
+    torch.testing.assert_close(velocities(plain), ours, rtol=1e-5, atol=1e-5)
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(velocities(plain), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 2.0}, r"the alpha 4\.0, and the configuration's key adapter\.alpha is 2\.0"),
+        ({"rank": 3}, r"the rank 2, and the configuration's key adapter\.rank is 3"),
+        ({"targets": ["to_q"]}, r"the targets .*'to_v'.*, and the configuration's key adapter\.targets"),
+    ],
+)
+def test_an_adapter_of_other_settings_is_refused(folder, tmp_path, changes, message):
+    save_weights(load_text_to_image(folder, PROMPTS, adapter=ADAPTER).flow, tmp_path / "tuned.safetensors")
+    other = load_text_to_image(folder, PROMPTS, adapter=ADAPTER.model_copy(update=changes)).flow
+    with pytest.raises(CheckpointError, match=rf"tuned\.safetensors: .*{message}"):
+        load_weights(other, tmp_path / "tuned.safetensors")
+    same = ADAPTER.model_copy(update={"targets": ADAPTER.targets[::-1]})
+    load_weights(load_text_to_image(folder, PROMPTS, adapter=same).flow, tmp_path / "tuned.safetensors")
+
+
+def test_an_adapter_without_its_settings_is_refused(folder, tmp_path):
+    """As files were written once, which had peft's inner names and no scale."""
+    flow = load_text_to_image(folder, PROMPTS, adapter=ADAPTER).flow
+    old = {n: t.clone() for n, t in flow.denoiser.state_dict().items() if "lora_" in n}
+    save_file(old, tmp_path / "old.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"old\.safetensors: .*does not say the rank, scale and targets"
+    ):
+        load_weights(flow, tmp_path / "old.safetensors")
 
 
 def test_targets_that_no_layer_has_are_refused(folder):
@@ -604,8 +654,10 @@ def test_adjoint_matching_goes_through_a_loaded_model(folder, guidance, passes, 
     assert row["network_passes"] == passes
     after = solution.model.denoiser.state_dict()
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
-    assert moved <= loaded.flow.weights().keys()
-    assert len(moved) > len(loaded.flow.weights()) / 3
+    tunable = {id(p) for p in loaded.flow.tunable()}
+    tuned = {name for name, p in loaded.flow.denoiser.named_parameters() if id(p) in tunable}
+    assert moved <= tuned
+    assert len(moved) > len(tuned) / 3
     for name, tensor in loaded.flow.denoiser.state_dict().items():
         assert torch.equal(tensor, before[name])
 

@@ -43,8 +43,13 @@ def fit(pictures: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
 
     Returns:
         Of shape (n, 3, size, size), differentiable.
+
+    Raises:
+        ValueError: for pictures without pixels, or no size.
     """
     short = min(pictures.shape[-2:])
+    if short < 1 or size < 1:
+        raise ValueError(f"pictures {tuple(pictures.shape)} cannot be made to fit {size} pixels")
     if short != size:
         height, width = (size * side // short for side in pictures.shape[-2:])
         for scaled in ((pictures.shape[-2], width), (height, width)):
@@ -94,11 +99,13 @@ class AlignmentModel(nn.Module):
         Args:
             pictures: in [-1, 1], (n, 3, height, width); another size than the model's is made to :func:`fit`.
 
+        A picture with a pixel that is not finite has features NaN.
+
         Raises:
             ValueError: for another shape, or for pictures that are not square where the model does not
                 scale the shorter side to its own.
         """
-        if pictures.ndim != 4 or pictures.shape[1] != 3:
+        if pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.numel():
             raise ValueError(f"expected pictures (n, 3, height, width), got {tuple(pictures.shape)}")
         height, width = pictures.shape[-2:]
         if height != width and self.resize_mode != "shortest":
@@ -113,14 +120,20 @@ class AlignmentModel(nn.Module):
         features: Tensor = self.network.encode_image(  # type: ignore[operator]
             ((fitting + 1) / 2 - self.mean) / self.std, normalize=True
         )
-        return features
+        # An infinite pixel would become a bright one where pictures are made to fit.
+        return features.masked_fill(~finite(pictures)[:, None], torch.nan)
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit features of texts, shape (n, embedding), without a graph.
 
         A prompt of more tokens than the model takes is cut off by its tokenizer, which the log says.
+
+        Raises:
+            ValueError: if there is no text.
         """
+        if not prompts:
+            raise ValueError("features of texts need at least one text")
         self._warn_of_long(prompts)
         tokens = self.tokenizer(list(prompts)).to(self.mean.device)
         parts = [
@@ -158,13 +171,26 @@ class AlignmentModel(nn.Module):
 
     @torch.no_grad()
     def scores_of(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        """:meth:`scores` of pictures whose unit features (n, embedding) are known."""
+        """:meth:`scores` of pictures whose unit features (n, embedding) are known; NaN where they are not."""
         if len(prompts) != len(features):
             raise ValueError(f"each picture needs its prompt; got {len(features)} and {len(prompts)} prompts")
         distinct = list(dict.fromkeys(prompts))
         place = {prompt: i for i, prompt in enumerate(distinct)}
         texts = self.text_features(distinct)[[place[prompt] for prompt in prompts]]
-        return (features * texts).sum(1)
+        return similarity(features, texts)
+
+
+def finite(pictures: Tensor) -> Tensor:
+    """Which pictures, or features, have finite numbers only, bool (n,)."""
+    return pictures.flatten(1).isfinite().all(1)
+
+
+def similarity(features: Tensor, texts: Tensor) -> Tensor:
+    """Cosine similarities of unit features with those of the texts beside them, (n,).
+
+    NaN for features without a direction, which a network without signal gives: a zero would be a score.
+    """
+    return (features * texts).sum(1).masked_fill(~features.any(1) | ~texts.any(1), torch.nan)
 
 
 @torch.no_grad()
@@ -188,7 +214,14 @@ def classify(pictures: Tensor, model: AlignmentModel, names: Sequence[str], temp
 
 @torch.no_grad()
 def classify_features(features: Tensor, model: AlignmentModel, names: Sequence[str], template: str) -> Tensor:
-    """:func:`classify` for pictures whose unit features (n, embedding) are known."""
+    """:func:`classify` for pictures whose unit features (n, embedding) are known.
+
+    Raises:
+        ValueError: see :func:`classify`; or for features that are not finite or all zero.
+    """
+    bad = ~finite(features) | ~features.any(1)
+    if bool(bad.any()):
+        raise ValueError(f"{int(bad.sum())} of {len(bad)} pictures have features of no class: NaN or zero")
     if not names:
         raise ValueError("pictures cannot be classified without names of classes")
     if "{}" not in template:

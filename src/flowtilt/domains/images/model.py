@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,12 @@ Target = Literal["epsilon", "v_prediction", "sample"]
 """What a denoiser predicts, as schedulers of diffusers name it: noise, Salimans and Ho's v, or data."""
 
 Precision = Literal["float32", "bfloat16", "float16"]
+
+ADAPTER_HEADER = "lora_adapter_metadata"
+"""Key of a safetensors file's header under which diffusers looks for the settings of its adapters."""
+
+_KEYS = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
+"""Settings of an adapter as peft names them, and as the section ``adapter`` does."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,8 @@ class LatentFlow(FlowModel):
         precision: of the denoiser's matrix products, by autocast.
         chunk: most latents that go through the denoiser together where no gradient is kept, each of them
             twice under guidance; None for all.
-        tuned: what the names of the denoiser's weights contain that a fine-tuning changes; empty for all.
+        adapter: settings of the denoiser's low-rank adapters by peft's names ``r``, ``lora_alpha`` and
+            ``target_modules``: a fine-tuning changes these adapters alone. None for a denoiser without.
 
     Raises:
         ValueError: if the schedule ends in pure noise and the denoiser predicts noise: there it says nothing
@@ -100,7 +109,7 @@ class LatentFlow(FlowModel):
         guidance: Guidance = Guidance(),
         precision: Precision = "float32",
         chunk: int | None = None,
-        tuned: str = "",
+        adapter: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_word(target, Target, "the denoiser's target")
@@ -115,17 +124,49 @@ class LatentFlow(FlowModel):
         self.path: DiscreteSchedule = schedule
         self.shape, self.target, self.guidance = shape, target, guidance
         self.spacing, self.offset = spacing, offset
-        self.precision, self.chunk, self.tuned = precision, chunk, tuned
+        self.precision, self.chunk, self.adapter = precision, chunk, adapter
         self.prompts: Prompted | None = None
 
     def time_grid(self, steps: int) -> list[float]:
         return self.path.grid(steps, self.spacing, self.offset)
 
     def tunable(self) -> list[nn.Parameter]:
-        return [p for name, p in self.denoiser.named_parameters() if self.tuned in name]
+        named = self.denoiser.named_parameters()
+        return [p for name, p in named if self.adapter is None or "lora_" in name]
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: t for name, t in self.denoiser.state_dict().items() if self.tuned in name}
+        """The denoiser's, or those of its adapters by the names that diffusers' pipelines give them."""
+        if self.adapter is None:
+            return self.denoiser.state_dict()
+        from peft import get_peft_model_state_dict
+
+        found = get_peft_model_state_dict(self.denoiser, save_embedding_layers=False)
+        return {f"unet.{name}": tensor for name, tensor in found.items()}
+
+    def header(self) -> dict[str, str]:
+        """An adapter's settings as diffusers writes them: without the scale, its weights say nothing.
+
+        No more than one entry: safetensors writes several in random order.
+        """
+        if self.adapter is None:
+            return {}
+        return {ADAPTER_HEADER: json.dumps({f"unet.{k}": v for k, v in self.adapter.items()}, sort_keys=True)}
+
+    def check_header(self, header: Mapping[str, str]) -> None:
+        written = header.get(ADAPTER_HEADER)
+        if self.adapter is None:
+            if written is not None:
+                raise ValueError("it holds an adapter, and the configuration has no section adapter")
+            return
+        if written is None:
+            raise ValueError("it does not say the rank, scale and targets of an adapter, the section adapter")
+        found = json.loads(written)
+        for name, key in _KEYS.items():
+            if found.get(f"unet.{name}") != self.adapter[name]:
+                raise ValueError(
+                    f"its adapter has the {key} {found.get(f'unet.{name}')}, and the configuration's key "
+                    f"adapter.{key} is {self.adapter[name]}"
+                )
 
     # ------------------------------------------------------------------------------ contexts
 

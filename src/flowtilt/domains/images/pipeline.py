@@ -84,8 +84,7 @@ def load_text_to_image(
     autoencoder = _loaded(AutoencoderKL, folder, "vae")
     table, empty = embeddings(folder, prompts)
     _check_fit(folder, denoiser.config, autoencoder.config, empty.shape[-1])
-    if adapter is not None:
-        _add_adapter(denoiser, adapter)
+    added = None if adapter is None else _add_adapter(denoiser, adapter)
     if compute.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         autoencoder.enable_gradient_checkpointing()
@@ -103,7 +102,7 @@ def load_text_to_image(
             Guidance(**guidance.model_dump()),
             compute.precision,
             compute.chunk,
-            tuned="lora_" if adapter is not None else "",
+            added,
         )
     except ValueError as error:
         raise ConfigError(f"{folder}: {error} (key schedule.zero_terminal_snr)") from None
@@ -277,19 +276,15 @@ def embeddings(folder: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     return found[:-1], found[-1]
 
 
-def _add_adapter(denoiser: UNet2DConditionModel, config: AdapterConfig) -> None:
-    """Low-rank adapters (Hu et al. 2022), which do nothing before they are trained."""
+def _add_adapter(denoiser: UNet2DConditionModel, config: AdapterConfig) -> dict[str, Any]:
+    """Low-rank adapters (Hu et al. 2022), which do nothing before they are trained; their settings."""
     from peft import LoraConfig
 
-    settings = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=list(config.targets),
-        init_lora_weights="gaussian",
-    )
+    settings = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": sorted(set(config.targets))}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("adapter", config.rank))
         try:
-            denoiser.add_adapter(settings)
+            denoiser.add_adapter(LoraConfig(**settings, init_lora_weights="gaussian"))
         except ValueError as error:
             raise ConfigError(f"key adapter.targets: {error}") from None
+    return settings

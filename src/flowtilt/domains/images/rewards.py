@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowtilt.checkpoints import CheckpointError, check_loaded, read_tensors
 from flowtilt.configuration import ConfigError
-from flowtilt.domains.images.alignment import CHUNK, AlignmentModel, fit
+from flowtilt.domains.images.alignment import CHUNK, AlignmentModel, finite, fit, similarity
 from flowtilt.domains.images.model import Prompted
 from flowtilt.files import one_line
 from flowtilt.model import Context
@@ -31,7 +31,8 @@ Decode = Callable[[Tensor], Tensor]
 class PictureReward(Reward):
     """A reward of a decoded picture with the prompt of its sample, whose context is :class:`Prompted`.
 
-    A latent that is not finite has the value NaN, even where the decoder makes a picture of it.
+    A latent that is not finite has the value NaN, even where the decoder makes a picture of it, and so has
+    one whose picture is not finite.
 
     Args:
         decode: latents to pictures.
@@ -52,8 +53,9 @@ class PictureReward(Reward):
             ValueError: if the context does not say which of the prompts each sample has.
         """
         prompt = self._positions(len(x), context)
-        values = self.score(self.decode(x), prompt)
-        return values.masked_fill(~x.flatten(1).isfinite().all(1), torch.nan)
+        pictures = self.decode(x)
+        values = self.score(pictures, prompt)
+        return values.masked_fill(~(finite(x) & finite(pictures)), torch.nan)
 
     def _positions(self, count: int, context: Context) -> Tensor:
         name = type(self).__name__
@@ -86,7 +88,7 @@ class ClipReward(PictureReward):
         self.texts = model.text_features(self.prompts)
 
     def score(self, pictures: Tensor, prompt: Tensor) -> Tensor:
-        return (self.model.picture_features(pictures) * self.texts[prompt]).sum(1)
+        return similarity(self.model.picture_features(pictures), self.texts[prompt])
 
 
 class ImageReward(PictureReward):

@@ -63,7 +63,14 @@ def _shares(values: Sequence[int]) -> dict[int, float]:
 
 
 def total_variation(first: Mapping[int, float], second: Mapping[int, float]) -> float:
-    """Total variation distance of two distributions, in [0, 1]."""
+    """Total variation distance of two distributions, in [0, 1].
+
+    Raises:
+        ValueError: if one is none: empty, negative, or not summing to one.
+    """
+    for shares in (first, second):
+        if not (abs(sum(shares.values()) - 1) < 1e-6 and min(shares.values()) >= 0):
+            raise ValueError("a total variation distance needs shares that sum to one")
     return 0.5 * sum(abs(first.get(k, 0.0) - second.get(k, 0.0)) for k in first.keys() | second.keys())
 
 
@@ -104,6 +111,8 @@ def assess(
     converged = np.isfinite(rewards)
     if any(bool(ok) is (failure is not None) for ok, failure in zip(converged, failures, strict=True)):
         raise ValueError("a molecule must have either a finite reward or a failure")
+    if any(ok and not len(molecule.numbers) for ok, molecule in zip(converged, molecules, strict=True)):
+        raise ValueError("a molecule without atoms has a reward; it must have a failure")
     valid = np.array([structure.invalid is None for structure in structures])
     smiles = [s.smiles for s in structures if s.smiles is not None]
     per_atom = [
@@ -138,8 +147,10 @@ def _tails(name: str, rewards: np.ndarray) -> dict[str, float]:
 def _counts(
     name: str, found: Sequence[StrEnum | None], reasons: type[Failure] | type[Invalid]
 ) -> dict[str, float]:
+    """Of every reason, but of unknown elements where there are some: models draw none, users' files may."""
     counts = Counter(found)
-    return {f"{name}_{reason.name.lower()}": float(counts[reason]) for reason in reasons}
+    told = [reason for reason in reasons if reason.name != "ELEMENT" or counts[reason]]
+    return {f"{name}_{reason.name.lower()}": float(counts[reason]) for reason in told}
 
 
 def drift(molecules: Sequence[Molecule], reference: Composition) -> dict[str, float]:

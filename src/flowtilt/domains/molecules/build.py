@@ -17,7 +17,7 @@ from flowtilt.domains.molecules.model import MoleculeFlow
 from flowtilt.domains.molecules.network import NetworkSettings
 from flowtilt.domains.molecules.sections import MoleculeConfig, XTBConfig
 from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, Units, unpack
-from flowtilt.domains.molecules.workers import shared_pool
+from flowtilt.domains.molecules.workers import Lost, WorkerError, shared_pool
 from flowtilt.domains.molecules.xtb import Molecule, XTBSettings, atomic_energy
 from flowtilt.model import Context, FlowModel
 from flowtilt.pretraining import PretrainingSettings, Watch, fit_flow
@@ -74,8 +74,11 @@ def separated_atoms(shares: TypeShares, workers: int | None = None) -> StateEner
 
     Raises:
         MissingExtra: if tblite is not installed.
+        WorkerError: if an atom's energy cannot be had.
     """
     found = shared_pool(workers).map(atomic_energy, ATOMIC_NUMBERS, ATOM_SECONDS)
+    if lost := [one.detail for one in found if isinstance(one, Lost)]:
+        raise WorkerError(f"the energy of an atom is not there: the worker {lost[0]}")
     energies = torch.tensor(found, dtype=torch.float64)
     energies = energies - energies.mean()
 

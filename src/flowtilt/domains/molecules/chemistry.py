@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from flowtilt.domains.molecules.workers import Lost, WorkerPool, shared_pool
-from flowtilt.domains.molecules.xtb import Molecule
+from flowtilt.domains.molecules.xtb import HEAVIEST, Molecule
 
 if TYPE_CHECKING:
     from rdkit.Chem import Atom, Mol
@@ -29,6 +29,7 @@ class Invalid(StrEnum):
     """Why a geometry is not a valid molecule; the value is for people, the name the key of counts."""
 
     NO_ATOMS = "no atoms"
+    ELEMENT = "what is no element"
     NOT_FINITE = "coordinates that are not finite"
     FRAGMENTS = "more than one fragment"
     BOND_ORDERS = "no bond orders that give every atom a possible valence and the molecule no charge"
@@ -126,6 +127,8 @@ def perceive_one(task: tuple[Molecule, PerceptionSettings]) -> Structure:
     molecule, settings = task
     if len(molecule.numbers) == 0:
         return Structure(None, invalid=Invalid.NO_ATOMS)
+    if not elements(molecule):
+        return Structure(None, invalid=Invalid.ELEMENT)
     if not np.isfinite(molecule.coordinates).all():
         return Structure(None, invalid=Invalid.NOT_FINITE)
     refusals = []
@@ -134,7 +137,14 @@ def perceive_one(task: tuple[Molecule, PerceptionSettings]) -> Structure:
             return _structure(molecule, factor, settings)
         except _Refused as refused:
             refusals.append(refused)
+        except (ValueError, RuntimeError) as error:  # RDKit's own, of whatever else it cannot have
+            refusals.append(_Refused(Invalid.SANITISATION, str(error)))
     return Structure(None, invalid=refusals[0].invalid, detail=refusals[0].detail)
+
+
+def elements(molecule: Molecule) -> bool:
+    """Whether its numbers are all those of elements."""
+    return bool(((molecule.numbers >= 1) & (molecule.numbers <= HEAVIEST)).all())
 
 
 def _structure(molecule: Molecule, factor: float, settings: PerceptionSettings) -> Structure:
@@ -216,12 +226,12 @@ def _pair(positive: Atom, negative: Atom) -> bool:
 
 
 def canonical(smiles: str) -> str | None:
-    """Canonical SMILES without stereochemistry, or None if it cannot be read, in this process."""
+    """Canonical SMILES without stereochemistry, or None if it is not one of any atom, in this process."""
     from rdkit import Chem, rdBase
 
     with rdBase.BlockLogs():
         mol = Chem.MolFromSmiles(smiles)
-        return None if mol is None else Chem.MolToSmiles(mol, isomericSmiles=False)
+        return Chem.MolToSmiles(mol, isomericSmiles=False) if mol is not None and mol.GetNumAtoms() else None
 
 
 def _canonical_all(smiles: Sequence[str]) -> list[str | None]:

@@ -81,6 +81,8 @@ class Molecules:
             raise ValueError(f"arrays do not belong together: shapes {shapes}, expected {wanted}")
         if not np.isfinite(self.coordinates).all() or (atoms and self.types.max() >= len(ELEMENTS)):
             raise ValueError("coordinates must be finite, and types positions in the list of elements")
+        if size and (self.counts.min() < 1 or self.split.max() >= len(SPLITS)):
+            raise ValueError("every molecule must have an atom, and be of one of the splits")
 
     def select(self, chosen: np.ndarray) -> Molecules:
         """The molecules where ``chosen`` (bools, (molecules,)) is true."""
@@ -109,6 +111,8 @@ class Molecules:
 
     def as_molecules(self) -> list[Molecule]:
         """One by one, as energies and structures take them."""
+        if not len(self):
+            return []
         ends = np.cumsum(self.counts)[:-1]
         numbers = np.array(ATOMIC_NUMBERS, dtype=np.int32)[self.types]
         return [
@@ -207,6 +211,8 @@ def read_records(path: Path) -> Iterator[Record]:
                 numbers = coordinates.replace("[", "").replace("]", "").split(",")
                 positions = np.array(numbers, dtype=np.float64).reshape(len(symbols), 3)
                 number = int(index)
+                if not np.isfinite(positions).all():
+                    raise ValueError("coordinates that are not finite")
             except (KeyError, ValueError, AttributeError) as error:
                 raise DataError(f"{where}: not a molecule of {PACKAGE} ({error!r}); {again}") from None
             yield Record(number, smiles, _types(symbols, where), positions)
@@ -223,7 +229,13 @@ def _types(symbols: list[str], where: str) -> np.ndarray:
 
 
 def gather(records: list[Record]) -> Molecules:
-    """Records as one set, each with its split."""
+    """Records as one set, each with its split.
+
+    Raises:
+        DataError: if there is none.
+    """
+    if not records:
+        raise DataError(f"no molecules; package {PACKAGE} may be damaged: reinstall it")
     return Molecules(
         index=np.array([r.index for r in records], dtype=np.int32),
         smiles=np.array([r.smiles for r in records]),
@@ -254,6 +266,8 @@ class MoleculeSource:
     def __init__(self, molecules: Molecules, units: Units, window: float = 1.0) -> None:
         if not 0 < window <= 1:
             raise ValueError(f"window must be in (0, 1], got {window}")
+        if not len(molecules):
+            raise DataError("no molecules to draw from; widen the keys smallest and largest")
         largest = int(molecules.counts.max())
         mask = torch.arange(largest) < torch.as_tensor(molecules.counts.astype(np.int64))[:, None]
         types = torch.zeros(mask.shape, dtype=torch.long)
@@ -276,6 +290,12 @@ class MoleculeSource:
 
 
 def size_histogram(counts: np.ndarray) -> dict[int, float]:
-    """Shares of the numbers of atoms that occur."""
+    """Shares of the numbers of atoms that occur.
+
+    Raises:
+        ValueError: if there is no molecule.
+    """
     total = len(counts)
+    if not total:
+        raise ValueError("the shares of sizes need at least one molecule")
     return {size: number / total for size, number in sorted(Counter(counts.tolist()).items())}

@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from flowtilt.domains.molecules.workers import Lost, WorkerPool, shared_pool
 from flowtilt.domains.molecules.xtb import (
-    VALENCE_ELECTRONS,
+    HEAVIEST,
     Failure,
     Molecule,
     Point,
@@ -66,8 +66,10 @@ def molecules_of(coordinates: np.ndarray, numbers: np.ndarray) -> list[Molecule]
         coordinates: ångström, (batch, atoms, 3).
         numbers: atomic numbers, (batch, atoms); zero where there is no atom.
 
+    A molecule of an element that is not supported is one too: it has no energy, which is counted.
+
     Raises:
-        ValueError: if the shapes do not belong together, or an element is not supported.
+        ValueError: if the shapes do not belong together, or what is no atomic number is among them.
     """
     numbers, x = np.asarray(numbers), np.asarray(coordinates, dtype=np.float64)
     if numbers.ndim != 2 or x.shape != (*numbers.shape, 3):
@@ -75,9 +77,9 @@ def molecules_of(coordinates: np.ndarray, numbers: np.ndarray) -> list[Molecule]
             f"expected atomic numbers (batch, atoms) and coordinates (batch, atoms, 3), "
             f"got {numbers.shape} and {x.shape}"
         )
-    unknown = sorted(set(np.unique(numbers).tolist()) - {0, *VALENCE_ELECTRONS})
-    if unknown:
-        raise ValueError(f"elements {unknown} are not supported, only {sorted(VALENCE_ELECTRONS)}, and 0")
+    odd = [z for z in np.unique(numbers).tolist() if z not in range(HEAVIEST + 1)]
+    if odd:
+        raise ValueError(f"{odd} are not atomic numbers, which go from 1 to {HEAVIEST}, and 0 for padding")
     return [Molecule(z[z > 0].astype(np.int32), r[z > 0]) for z, r in zip(numbers, x, strict=True)]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flowtilt.domains.molecules.chemistry import Structure, without_bonds
+from flowtilt.domains.molecules.chemistry import Structure, elements, without_bonds
 from flowtilt.domains.molecules.workers import MissingExtra, missing_extra
 from flowtilt.domains.molecules.xtb import METHOD, Molecule, Point
 from flowtilt.files import atomic_path, read_text
@@ -58,7 +58,7 @@ def write_sdf(
 
     Args:
         path: of the file.
-        molecules: of finite coordinates within 9999 ångström.
+        molecules: of elements at finite coordinates within 9999 ångström; see :func:`holds`.
         structures: of each molecule; one that is not valid is written without bonds.
         properties: of each molecule, for instance of :func:`describe`; numbers are written in full.
 
@@ -72,16 +72,30 @@ def write_sdf(
         for index, (molecule, structure, own) in enumerate(
             zip(molecules, structures, properties, strict=True)
         ):
-            if not (np.abs(molecule.coordinates) < LARGEST).all():
+            if not holds(molecule):
                 raise SdfError(
                     f"{path}: molecule {index} has coordinates that are not finite or exceed {LARGEST} "
-                    "ångström, which an SDF cannot hold; leave it out"
+                    "ångström, or atoms of no element, which an SDF cannot hold; leave it out"
+                )
+            if not _fits(structure, len(molecule.numbers)):
+                raise SdfError(
+                    f"{path}: the structure of molecule {index} is that of another; mend the order"
                 )
             mol = _bonded(molecule, structure)
             mol.SetProp("_Name", str(index))
             for name, value in own.items():
                 mol.SetProp(name, value if isinstance(value, str) else repr(float(value)))
             writer.write(mol)
+
+
+def holds(molecule: Molecule) -> bool:
+    """Whether an SDF can hold a molecule: its elements, and coordinates that fit the format's columns."""
+    return elements(molecule) and bool((np.abs(molecule.coordinates) < LARGEST).all())
+
+
+def _fits(structure: Structure, atoms: int) -> bool:
+    ends = [end for first, second, _ in structure.bonds for end in (first, second)]
+    return len(structure.charges) in (0, atoms) and all(0 <= end < atoms for end in ends)
 
 
 def _bonded(molecule: Molecule, structure: Structure) -> Mol:

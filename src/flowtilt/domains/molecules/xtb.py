@@ -22,6 +22,9 @@ METHOD = "GFN1-xTB"
 VALENCE_ELECTRONS = {1: 1, 6: 4, 7: 5, 8: 6, 9: 7}
 """By atomic number, as the method counts them; its keys are the elements that are supported, QM9's."""
 
+HEAVIEST = 118
+"""Atomic number of the last element that is known."""
+
 COVALENT_RADII = {1: 0.31, 6: 0.76, 7: 0.71, 8: 0.66, 9: 0.57}
 """Ångström, by atomic number (Cordero et al. 2008)."""
 
@@ -30,6 +33,7 @@ class Failure(StrEnum):
     """Why a molecule has no energy; the value is the sentence for people, the name the key of counts."""
 
     NO_ATOMS = "no atoms"
+    ELEMENT = "element that is not supported"
     NOT_FINITE = "coordinates that are not finite"
     TOO_CLOSE = "atoms too close"
     ELECTRONS = "charge or spin that the method cannot treat"
@@ -106,13 +110,13 @@ def single_point(task: tuple[Molecule, XTBSettings]) -> Point:
 
     Raises:
         ImportError: if tblite is not installed.
-        KeyError: if an element is not supported.
     """
     molecule, settings = task
+    if problem := _unfit(molecule, settings):
+        return failed(len(molecule.numbers), problem)
     unpaired = unpaired_electrons(molecule.numbers, settings)
-    problem = _unfit(molecule, settings) or (Failure.ELECTRONS if unpaired is None else None)
-    if problem or unpaired is None:
-        return failed(len(molecule.numbers), problem or Failure.ELECTRONS)
+    if unpaired is None:
+        return failed(len(molecule.numbers), Failure.ELECTRONS)
     point = solve(molecule, settings.charge, unpaired, settings.max_iterations)
     if point.failure:
         return point
@@ -126,7 +130,11 @@ def single_point(task: tuple[Molecule, XTBSettings]) -> Point:
 
 
 def unpaired_electrons(numbers: np.ndarray, settings: XTBSettings) -> int | None:
-    """Unpaired electrons of a molecule, or None if charge and spin do not fit its electrons."""
+    """Unpaired electrons of a molecule, or None if charge and spin do not fit its electrons.
+
+    This and the functions below raise a ValueError for an element that is not supported.
+    """
+    check_elements(numbers)
     electrons = sum(VALENCE_ELECTRONS[int(z)] for z in numbers) - settings.charge
     unpaired = electrons % 2 if settings.unpaired is None else settings.unpaired
     fits = electrons >= max(1, unpaired) and (electrons - unpaired) % 2 == 0
@@ -138,14 +146,35 @@ def _unfit(molecule: Molecule, settings: XTBSettings) -> Failure | None:
     numbers, x = molecule
     if len(numbers) == 0:
         return Failure.NO_ATOMS
+    if not supported(numbers):
+        return Failure.ELEMENT
     if not np.isfinite(x).all():
         return Failure.NOT_FINITE
     return Failure.TOO_CLOSE if closest(molecule) < settings.closeness else None
 
 
+def supported(numbers: np.ndarray) -> bool:
+    """Whether all elements are among those of :data:`VALENCE_ELECTRONS`."""
+    return all(int(z) in VALENCE_ELECTRONS for z in numbers)
+
+
+def check_elements(numbers: np.ndarray) -> None:
+    """Refuse elements that are not supported.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not supported(numbers):
+        unknown = sorted({int(z) for z in numbers} - VALENCE_ELECTRONS.keys())
+        raise ValueError(f"elements {unknown} are not supported, only {sorted(VALENCE_ELECTRONS)}")
+
+
 def closest(molecule: Molecule) -> float:
     """Smallest distance of two atoms over the sum of their covalent radii; infinite for one atom."""
     numbers, x = molecule
+    check_elements(numbers)
+    if not np.isfinite(x).all():
+        raise ValueError("distances need finite coordinates")
     radii = np.array([COVALENT_RADII[int(z)] for z in numbers])
     first, second = np.triu_indices(len(numbers), k=1)
     distances = np.linalg.norm(x[first] - x[second], axis=1)
@@ -154,6 +183,7 @@ def closest(molecule: Molecule) -> float:
 
 def possible_energies(numbers: np.ndarray, settings: XTBSettings) -> tuple[float, float]:
     """Bounds in hartree on the energy of a molecule, from its atoms; see :class:`XTBSettings`."""
+    check_elements(numbers)
     atoms = sum(atomic_energy(int(z)) for z in numbers)
     low, high = (len(numbers) * bound for bound in settings.binding)
     return atoms + low - abs(settings.charge), atoms + high + abs(settings.charge)
@@ -162,6 +192,7 @@ def possible_energies(numbers: np.ndarray, settings: XTBSettings) -> tuple[float
 @functools.cache
 def atomic_energy(number: int) -> float:
     """Energy in hartree of a single neutral atom with as few unpaired electrons as possible."""
+    check_elements(np.array([number]))
     atom = Molecule(np.array([number]), np.zeros((1, 3)))
     return solve(atom, 0, VALENCE_ELECTRONS[number] % 2, 250).energy
 
