@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flowtilt.domains.planar.rows import GriddedDensity
 from flowtilt.experiment import Experiment
 from flowtilt.files import atomic_path, folder_of
 
@@ -100,6 +101,16 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
         raise StageError(
             f"{path}: not a complete file of this stage ({error}); delete it and run again"
         ) from None
+
+
+def write_density(density: GriddedDensity, path: Path) -> None:
+    """Write the gridded log-density that divergences are measured from."""
+    write_arrays(path, axis=density.axis, log_density=density.log_density, floored=density.floored)
+
+
+def read_density(path: Path) -> GriddedDensity:
+    """The gridded log-density of a pretrained model from a file of :func:`write_density`."""
+    return GriddedDensity(*read_arrays(path, "axis", "log_density", "floored"))
 
 
 def read_history(path: Path, column: str) -> np.ndarray:
