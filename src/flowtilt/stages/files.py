@@ -105,7 +105,9 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
 
 def write_density(density: GriddedDensity, path: Path) -> None:
     """Write the gridded log-density that divergences are measured from."""
-    write_arrays(path, axis=density.axis, log_density=density.log_density, floored=density.floored)
+    nowhere = np.zeros(density.log_density.shape, dtype=bool)
+    floored = nowhere if density.floored is None else density.floored
+    write_arrays(path, axis=density.axis, log_density=density.log_density, floored=floored)
 
 
 def read_density(path: Path) -> GriddedDensity:

@@ -14,8 +14,8 @@ import torch
 from flowtilt.domains.planar.build import build_data
 from flowtilt.domains.planar.data import GaussianMixture
 from flowtilt.domains.planar.laws import GridProblem, grid_problem, network_grid_metrics
-from flowtilt.domains.planar.rows import GriddedDensity, sample_divergence
-from flowtilt.domains.planar.truth import FLOOR, floored
+from flowtilt.domains.planar.rows import FLOOR, GriddedDensity, sample_divergence
+from flowtilt.domains.planar.truth import floored
 from flowtilt.experiment import FunctionalExperiment
 from small import tiny
 

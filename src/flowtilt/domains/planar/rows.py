@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float | None]
 
+FLOOR = 2.0
+"""Nats that the pretrained log-density may be below that of the data's law before the latter takes its place.
+
+See :func:`flowtilt.domains.planar.truth.floored`.
+"""
+
 
 @dataclass(frozen=True)
 class GriddedDensity:

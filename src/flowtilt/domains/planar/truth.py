@@ -22,7 +22,7 @@ from flowtilt.domains.planar.grid import (
     no_blur,
     normalise,
 )
-from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
+from flowtilt.domains.planar.rows import FLOOR, GriddedDensity, Metrics, reward_metrics, zone_masses
 from flowtilt.experiment import Experiment, TailExperiment
 from flowtilt.model import FlowModel
 from flowtilt.sampling import OdeSettings, log_likelihood
@@ -50,10 +50,6 @@ def gridded_density(model: FlowModel, experiment: Experiment) -> GriddedDensity:
     if modes := experiment.data.mode_count:
         return GriddedDensity(axis, np.stack([given(mode) for mode in range(modes)]))
     return GriddedDensity(axis, given(None))
-
-
-FLOOR = 2.0
-"""Nats by which the pretrained density may lie below that of the data's law; see :func:`floored`."""
 
 
 def floored(density: GriddedDensity, data: GaussianMixture | ModeMixtures) -> GriddedDensity:
