@@ -15,6 +15,7 @@ from flowtilt.cli import main
 from flowtilt.configuration import ConfigError
 from flowtilt.domains.planar.landscapes import Slope
 from flowtilt.experiment import Experiment, dump
+from flowtilt.stages.files import read_density
 from small import tiny
 
 SMALL = {"grid": {"cells": 16}}
@@ -178,6 +179,8 @@ def test_the_network_row_of_the_pretrained_model_is_its_own_grid_row(tmp_path: P
     solved = folder.rows()
     row = solved["pretrained"]
     assert row["functional"] == solved["pretrained_exact"]["functional"]
+    # A network of twenty updates is off by more than the floor's depth.
+    assert row["kl"] == 0 < row["floored_mass"] == solved["pretrained_exact"]["floored_mass"] < 1
     assert {"entropy", "entropy_likelihood", "coverage", "outside"} <= row.keys()
     entropies = [solved[f"fdc_alpha_{a}_exact"]["entropy_likelihood"] for a in (0.5, 0.25, 0.1, 0.05, "0.0")]
     assert entropies == sorted(entropies)
@@ -209,7 +212,7 @@ def test_runs_on_tails_are_measured_together_too(tmp_path: Path) -> None:
     folder.config.write_text(dump(folder.experiment.model_copy(update={"methods": tuned})))
     assert folder.run("measure", seed=0, results=tmp_path) == 0
     (row,) = json.loads(folder.file("am", "metrics.json").read_text())["rows"].values()
-    assert {"worst_1pct_cost", "kl", "active_share", "dominance_violation"} <= row.keys()
+    assert {"worst_1pct_cost", "kl", "floored_mass", "active_share", "dominance_violation"} <= row.keys()
 
 
 def test_methods_of_one_step_share_their_noise(tmp_path: Path) -> None:
@@ -244,7 +247,12 @@ def test_modes_in_a_row(tmp_path: Path, solver: str) -> None:
     left, right = (samples["x"][samples["mode"] == k, 0].mean() for k in (0, 1))
     assert left < -0.5 < 0.5 < right
     # The samples' own log-densities, given their modes, against the gridded ones: as coarse as the grid.
-    assert abs(rows["pretrained"]["kl"]) < 0.1
+    gridded = read_density(folder.base / "density.npz")
+    own = samples["log_density"]
+    known = ~gridded.floored_at(samples["x"][: len(own)], samples["mode"][: len(own)])
+    away = own - gridded.at(samples["x"][: len(own)], samples["mode"][: len(own)])
+    assert abs(away[known].mean()) < 0.1
+    assert rows["pretrained"]["kl"] == 0
     assert rows["pretrained"]["functional"] == rows["pretrained_exact"]["functional"]
     assert {"functional", "grid_mass", "mean_reward", "kl", "active_share"} <= rows["fdc"].keys()
     laws = np.load(folder.file("fdc", "laws.npz"))

@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from flowtilt.measurements import (
     LONG_COLUMNS,
     Method,
     ResultsError,
+    Runs,
     collect,
     entries,
     row_name,
@@ -456,6 +458,74 @@ def test_failure_leaves_the_earlier_table(results: Path) -> None:
     with pytest.raises(ResultsError):
         write_experiment_table(results, made_up_runs(), results / "t", read_reported(REPORTED))
     assert {p.name: p.read_bytes() for p in results.glob("t.*")} == before
+
+
+def functional_runs(results: Path, changes: dict[str, float]) -> Runs:
+    """An experiment on functionals, two seeds, whose networks change G by 8, but those named on seed 1."""
+    runs = made_up_runs("entropy_2d", "reward", mass=1.0, layers=("network", "exact", "optimum"), title="")
+    runs = replace(runs, tail_metric="functional", solved_apart=False)
+
+    def value(method: str, layer: str, seed: int) -> dict[str, float | None]:
+        metrics = functional_metrics(method, layer, seed)
+        if layer == "network" and seed == 1 and method in changes:
+            metrics["functional"] = 1.0 + changes[method]
+        return metrics
+
+    write_metrics(results, runs, value)
+    return runs
+
+
+def test_a_network_that_lowers_its_own_objective_is_named(tmp_path: Path) -> None:
+    """Under the gap that is closed on average, a seed on which G falls would not be seen."""
+    runs = functional_runs(tmp_path, {"fdc": -0.5, "tfft": 0.5})
+    write_experiment_table(tmp_path, runs, tmp_path / "t", read_reported(REPORTED))
+    text = (tmp_path / "t.md").read_text()
+    assert "- fdc lowers its own G on 1 of 2 seeds: it changes by 3.8 ± 6.0 from that" in text
+    assert "- G rises over that of the pretrained law on every seed under am, tfft." in text
+
+
+def test_on_a_tail_the_objective_is_compared_with_the_pretrained_one(results: Path) -> None:
+    """Costs: the made-up am has a mean of 144.5 where 131 is that of the pretrained model; G is 10 less."""
+    write_experiment_table(results, made_up_runs(), results / "t", read_reported(REPORTED))
+    text = (results / "t.md").read_text()
+    assert "- am lowers its own G on 2 of 2 seeds" in text
+    assert "every seed under fdc, tfft." in text
+
+
+def test_studies_name_what_lowers_its_own_objective(tmp_path: Path) -> None:
+    study = width_study(tmp_path, {0.1: 300.0, 0.2: 100.0})
+    with_base = replace(study, cases=tuple(replace(c, methods=METHODS[:2]) for c in study.cases))
+    for runs, tail in zip(with_base.cases, (300.0, 100.0), strict=True):
+        tails = {row_name(m, layer): 262.0 for m in ("pretrained", "am") for layer in LAYERS}
+        write_metrics(tmp_path, runs, plain_metrics(runs, tails | {"am": tail}))
+    write_study_table(tmp_path, with_base, tmp_path / "t")
+    text = (tmp_path / "t.md").read_text()
+    assert text.count("lowers its own G") == 1
+    assert f"- {with_base.cases[0].name.split('/')[-1]}: am lowers its own G on 2 of 2 seeds" in text
+
+
+def test_headline_without_a_mean_shows_the_objective_and_its_divergence(tmp_path: Path) -> None:
+    """Where there is no reward, what is reported is not what was maximised."""
+    runs = functional_runs(tmp_path, {})
+    long = collect(tmp_path, runs)
+    long = long[long["metric"] != "mean_reward"]
+    own = [("entropy_2d", m.name, "entropy", s, 8.0 + s) for m in runs.methods for s in runs.seeds]
+    long = pd.concat([long, pd.DataFrame(own, columns=list(LONG_COLUMNS))], ignore_index=True)
+    reported = reported_frame(("fdc", "entropy_2d", "fdc", "entropy", 7.0)).assign(unit="nats")
+    path = tmp_path / "comparison.csv"
+    comparison(long, reported).to_csv(path, index=False)
+    lines = headline(path).splitlines()
+    header = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert header[-5:] == [
+        "G",
+        "exact G",
+        "optimum G",
+        "KL from pretrained (nats)",
+        "exact KL from pretrained (nats)",
+    ]
+    fdc = [cell.strip() for cell in lines[6].strip("|").split("|")]
+    assert fdc[0] == "fdc"
+    assert fdc[-5:] == ["8.50 ± 0.71", "10.00 ± 0.71", "10.50 ± 0.71", "0.5000 ± 0", "0.5000 ± 0"]
 
 
 def test_headline_shows_ours_beside_theirs(long: pd.DataFrame, tmp_path: Path) -> None:

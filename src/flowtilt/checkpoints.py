@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -103,7 +102,7 @@ def check_loaded(network: nn.Module, files: Iterable[Path], remake: str) -> None
     whole = {n.rpartition(".")[2] for n, buffer in network.named_buffers() if not buffer.is_floating_point()}
     path = Path()
     for path in files:
-        with safetensors.safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 kind = file.get_slice(name).get_dtype()
                 if kind not in FLOATING and name.rpartition(".")[2] not in whole:

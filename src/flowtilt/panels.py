@@ -38,6 +38,7 @@ _DESCRIPTIONS = {
     "entropy_likelihood": Description("entropy by likelihood", "nats", "higher"),
     "coverage": Description("mass about the small component", "share", "higher"),
     "outside": Description("off the histogram", "share"),
+    "floored_mass": Description("on the floor", "share"),
     "grid_mass": Description("mass on the grid", "share"),
     "gap": Description("gap to exact", "reward", "lower"),
     "relative_gap": Description("gap to exact", "%", "lower"),

@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 
 from flowtilt import hierarchy, image_tables, molecule_tables, solver_study
+from flowtilt.claims import own_objective
+from flowtilt.domains.planar.rows import FLOOR
 from flowtilt.experiment import AnyExperiment, Experiment, load_file, planar_experiment, read_study
 from flowtilt.files import atomic_path, write_text
 from flowtilt.image_experiment import ImageExperiment
@@ -149,16 +151,27 @@ def _lines(frame: pd.DataFrame, columns: Sequence[str]) -> list[tuple[Any, ...]]
 
 # ------------------------------------------------------------------------------- tables
 
+_FLOOR_NOTE = (
+    "The reference of divergences is the pretrained network's own density, and e^-"
+    f"{FLOOR:g} of that of the data's law where it is lower: where it saw no data a network says "
+    "anything, hundreds of nats below the law."
+)
+_FLOORED_NOTE = (
+    f"{_FLOOR_NOTE} The mass on the floor is a row's own where the floor or the grid's border stands for the "
+    "network; there the divergence is known from below alone."
+)
 ROW_NOTE = (
     "Rows: each method's network; the same steps solved exactly on a grid (exact); and solved there "
     "with the tilt's exponent blurred as a network blurs it (finite resolution). G is what a method "
     "maximises: the tail mean of the reward (am: its mean) less the KL weight times the KL divergence "
-    "from the pretrained model. The gap is the exact row's G less the row's own, on the same seed."
+    "from the pretrained model. The gap is the exact row's G less the row's own, on the same seed. "
+    f"{_FLOORED_NOTE}"
 )
 FUNCTIONAL_ROW_NOTE = (
     "Rows: each method's network; the same steps solved exactly on a grid (exact); and the largest G of "
     "any law on that grid (optimum). G is what a method maximises, for networks by their own density on "
-    "the same grid. The gap closed is the share of the way from the pretrained law to the optimum."
+    "the same grid, and so is the KL divergence. The gap closed is the share of the way from the pretrained "
+    f"law to the optimum. {_FLOORED_NOTE}"
 )
 _VERDICTS = (
     "Verdicts are by code: match (within 10 % of the reported value or two sd), same "
@@ -181,7 +194,8 @@ def experiment_panels(long: pd.DataFrame, runs: Runs, reported: pd.DataFrame) ->
     summary = entries(summarise(with_gaps(long)))
     beside = reported_columns(long, reported)
     known = list(dict.fromkeys(e.metric for e in summary))
-    first = [runs.tail_metric, "gap_closed", *beside, runs.mean_metric, "kl", "objective", "gap"]
+    first = [runs.tail_metric, "gap_closed", *beside, runs.mean_metric, "kl", "floored_mass"]
+    first += ["objective", "gap"]
     first = [metric for metric in dict.fromkeys(first) if metric in known]
     rest = [metric for metric in known if metric not in first and metric != "relative_gap"]
     caption = f"{runs.title or runs.name}: {over_seeds(len(runs.seeds))}"
@@ -329,7 +343,8 @@ def write_experiment_table(
 ) -> None:
     """:func:`write_table` for one ordinary experiment."""
     long = collect_runs(results, [runs])
-    note = f"{ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE} {_VERDICTS}"
+    said = _listed(own_objective(long, runs))
+    note = f"{said}{ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE} {_VERDICTS}"
     write_panels(prefix, table_frame(long, reported), experiment_panels(long, runs, reported), note)
 
 
@@ -375,19 +390,37 @@ def write_levels_table(
 
 def write_study_table(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:
     """:func:`write_table` for a study; the text says what was found."""
-    points = study_points(collect_runs(results, study.cases), study)
+    long = collect_runs(results, study.cases)
+    points = study_points(long, study)
     frame = pd.DataFrame(points, columns=list(Point._fields)).astype({"axis": float})
-    said = "\n".join(f"- {line}" for line in findings(points, study))
-    write_panels(prefix, frame, study_panels(points, study), f"{said}\n\n{ROW_NOTE}".lstrip())
+    said = _listed([*findings(points, study), *_lowered(long, study.cases)])
+    write_panels(prefix, frame, study_panels(points, study), f"{said}{ROW_NOTE}")
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    """Sentences as a list above a note; nothing if there are none."""
+    return "".join(f"- {sentence}\n" for sentence in sentences) + ("\n" if sentences else "")
+
+
+def _lowered(long: pd.DataFrame, cases: Iterable[Runs]) -> list[str]:
+    """One sentence for each network of a study that lowers its own objective on some seed."""
+    return [
+        f"{runs.name.split('/')[-1]}: {sentence}"
+        for runs in cases
+        for sentence in own_objective(long, runs)
+        if "lowers" in sentence
+    ]
 
 
 def write_hierarchy_table(
     results: str | Path, title: str, cases: Sequence[Experiment], prefix: str | Path
 ) -> None:
     """:func:`write_table` for a study whose cases are functionals."""
-    lines = hierarchy.reached(collect_runs(results, [runs_of(case) for case in cases]), cases)
+    long = collect_runs(results, [runs_of(case) for case in cases])
+    lines = hierarchy.reached(long, cases)
+    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{hierarchy.NOTE} {_FLOOR_NOTE}"
     frame = pd.DataFrame(lines, columns=list(hierarchy.Reached._fields))
-    write_panels(prefix, frame, [hierarchy.hierarchy_panel(lines, title)], hierarchy.NOTE)
+    write_panels(prefix, frame, [hierarchy.hierarchy_panel(lines, title)], note)
 
 
 def write_solvers_table(
@@ -396,8 +429,9 @@ def write_solvers_table(
     """:func:`write_table` for a study that compares control solvers; histories are read as well."""
     long = collect_runs(results, [runs_of(case) for case in cases])
     points = solver_study.solver_points(solver_study.solver_runs(results, long, cases))
+    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{solver_study.NOTE} {_FLOOR_NOTE}"
     frame = pd.DataFrame(points, columns=list(solver_study.SolverPoint._fields))
-    write_panels(prefix, frame, [solver_study.solvers_panel(points, title)], solver_study.NOTE)
+    write_panels(prefix, frame, [solver_study.solvers_panel(points, title)], note)
 
 
 def write_panels(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:
@@ -434,6 +468,13 @@ def headline(comparison_csv: str | Path) -> str:
     return markdown([_headline_panel(table, *key) for key in keys]) + "\n"
 
 
+_OBJECTIVE = (
+    *(("functional", layer) for layer in ("network", "exact", "optimum")),
+    *(("kl", layer) for layer in ("network", "exact")),
+)
+"""Metrics and layers that stand beside reported values where there is no reward: what was maximised."""
+
+
 def _headline_panel(table: pd.DataFrame, source: str, experiment: str, metric: str) -> Panel:
     table = table[table["experiment"] == experiment]
     summary = {(e.row, e.metric): e for e in entries(table)}
@@ -442,13 +483,15 @@ def _headline_panel(table: pd.DataFrame, source: str, experiment: str, metric: s
     beside = {m: [f"{float(r):g}", v] for m, r, v in _lines(theirs, ("method", "reported", "verdict"))}
     words = describe(metric)
     mean = f"mean_{words.unit}"
+    more = [(mean, "network")] if any(m.startswith("mean_") for _, m in summary) else _OBJECTIVE
     header = ["method", words.header, f"reported ({source})", "verdict", "exact", "at finite resolution"]
+    header += [f"{'' if at == 'network' else at + ' '}{describe(what).header}" for what, at in more]
     lines = []
     for method in dict.fromkeys(split_row(row)[0] for row, _ in summary):
         network, exact, resolved = (cells.get((row_name(method, layer), metric), "") for layer in LAYERS)
-        row = [method, network, *beside.get(method, ["", ""]), exact, resolved, cells.get((method, mean), "")]
-        lines.append(row)
+        others = [cells.get((row_name(method, at), what), "") for what, at in more]
+        lines.append([method, network, *beside.get(method, ["", ""]), exact, resolved, *others])
     seeds = over_seeds(max((e.seeds for e in summary.values()), default=1))
     better = f"; {words.better} is better" if words.better else ""
     caption = f"{experiment}, {words.words}: {seeds}{better}"
-    return Panel(caption, [*header, describe(mean).header], lines).without_empty_columns()
+    return Panel(caption, header, lines).without_empty_columns()

@@ -8,10 +8,17 @@ import numpy as np
 
 from flowtilt import thresholds
 from flowtilt.configuration import ConfigError
-from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
+from flowtilt.domains.planar.rows import Metrics, reward_metrics, sample_divergence, zone_masses
 from flowtilt.experiment import Experiment, method_of, tail_experiment
 from flowtilt.metrics.tails import dominance_violation
-from flowtilt.stages.files import read_arrays, read_history, read_threshold, write_json, write_rows
+from flowtilt.stages.files import (
+    read_arrays,
+    read_density,
+    read_history,
+    read_threshold,
+    write_json,
+    write_rows,
+)
 
 
 def threshold(experiment: Experiment, method: str, batch: Path, output: Path) -> None:
@@ -55,12 +62,10 @@ def evaluate(
     """
     experiment = tail_experiment(experiment)
     x, rewards, bumps, log_density = read_arrays(samples, "x", "reward", "bumps", "log_density")
-    axis, log_pretrained = read_arrays(density_file, "axis", "log_density")
-    gridded = GriddedDensity(axis, log_pretrained)
     kind = method_of(experiment, method).kind
-    ratio = log_density.astype(np.float64) - gridded.at(x[: len(log_density)])
-    kl = 0.0 if kind == "pretrained" else float(ratio.mean())
-    row = reward_metrics(experiment, kind, rewards, None, kl)
+    found = sample_divergence(log_density, read_density(density_file), x[: len(log_density)])
+    row = reward_metrics(experiment, kind, rewards, None, 0.0 if kind == "pretrained" else found["kl"])
+    row["floored_mass"] = found["floored_mass"]
     row |= zone_masses(experiment, x[:, 0], bumps, np.full(len(x), 1 / len(x)))
     if history is not None:
         row |= activity(read_history(history, "active_share"))

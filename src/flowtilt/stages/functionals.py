@@ -16,7 +16,7 @@ from flowtilt.domains.planar.laws import (
     sample_metrics,
     solved_rows,
 )
-from flowtilt.domains.planar.rows import GriddedDensity, Metrics
+from flowtilt.domains.planar.rows import Metrics
 from flowtilt.domains.planar.truth import gridded_density
 from flowtilt.experiment import FunctionalExperiment
 from flowtilt.measurements import row_name
@@ -25,6 +25,7 @@ from flowtilt.stages.evaluation import activity
 from flowtilt.stages.files import (
     RunFiles,
     read_arrays,
+    read_density,
     read_history,
     read_threshold,
     write_arrays,
@@ -41,13 +42,13 @@ def measure_run(experiment: FunctionalExperiment, method: str, seed: int, run: R
     """
     kind = experiment.methods[method].kind
     sample(experiment, method, seed, run.model, run.samples)
-    density = GriddedDensity(*read_arrays(run.density, "axis", "log_density"))
+    density = read_density(run.density)
     problem = grid_problem(experiment, method, density)
     own = density
     if kind != "pretrained":
         own = gridded_density(load_weights(build_model(experiment), run.model), experiment)
     row = network_grid_metrics(problem, own)
-    row |= _sample_row(experiment, method, seed, run.samples, density, run.reference)
+    row |= _sample_row(experiment, method, seed, run.samples, run.reference)
     if run.history is not None:
         row |= activity(read_history(run.history, "active_share"))
     if run.threshold is not None:
@@ -63,7 +64,6 @@ def _sample_row(
     method: str,
     seed: int,
     samples: Path,
-    density: GriddedDensity,
     reference: Path | None,
 ) -> Metrics:
     """Metrics of a run's samples, and by critics of their distance from the pretrained model's."""
@@ -71,9 +71,9 @@ def _sample_row(
     cloud = Cloud.of_samples(*read_arrays(samples, *names))
     rewards = None if experiment.reward is None else read_arrays(samples, "reward")[0]
     if reference is None or experiment.evaluation.transport is None:
-        return sample_metrics(experiment, cloud, rewards, None, density)
+        return sample_metrics(experiment, cloud, rewards, None)
     others = Cloud.of_samples(*read_arrays(reference, *names))
     critics = critic_metrics(
         experiment, cloud, others, seed_of(experiment.name, method, "critic", seed) % 2**31
     )
-    return sample_metrics(experiment, cloud, rewards, others, density) | critics
+    return sample_metrics(experiment, cloud, rewards, others) | critics

@@ -17,12 +17,20 @@ from flowtilt.domains.planar.truth import (
     TailGrid,
     coarsen,
     exact_rows,
-    gridded_density,
+    reference_density,
     resolution_mismatch,
 )
 from flowtilt.experiment import Experiment, TailExperiment, tail_experiment
 from flowtilt.files import read_json
-from flowtilt.stages.files import StageError, read_arrays, write_arrays, write_json, write_rows
+from flowtilt.stages.files import (
+    StageError,
+    read_arrays,
+    read_density,
+    write_arrays,
+    write_density,
+    write_json,
+    write_rows,
+)
 
 LAW_CELLS = 240
 HISTOGRAM_BINS = 120
@@ -31,9 +39,8 @@ RESOLUTION_CANDIDATES = tuple(round(0.05 * k, 2) for k in range(17))
 
 
 def density(experiment: Experiment, model: Path, output: Path) -> None:
-    """Grid the log-density of a pretrained model."""
-    gridded = gridded_density(load_weights(build_model(experiment), model), experiment)
-    write_arrays(output, axis=gridded.axis, log_density=gridded.log_density)
+    """Grid the log-density of a pretrained model, above a floor: what divergences are measured from."""
+    write_density(reference_density(load_weights(build_model(experiment), model), experiment), output)
 
 
 class Layer(NamedTuple):
@@ -46,7 +53,7 @@ class Layer(NamedTuple):
 
 def exact(experiment: Experiment, density_file: Path, *layers: Layer) -> None:
     """Solve every method on the grid, in each layer exactly or at the measured resolution."""
-    density = GriddedDensity(*read_arrays(density_file, "axis", "log_density"))
+    density = read_density(density_file)
     problem = TailGrid(tail_experiment(experiment), density)
     histogram = RewardHistogram.of(problem)
     for layer in layers:
@@ -116,7 +123,7 @@ def measure_resolution(runs: Iterable[tuple[Experiment, Path, Path]], output: Pa
     by_experiment: dict[str, tuple[TailExperiment, list[tuple[GriddedDensity, np.ndarray]]]] = {}
     for experiment, samples, density_file in runs:
         (x,) = read_arrays(samples, "x")
-        gridded = GriddedDensity(*read_arrays(density_file, "axis", "log_density"))
+        gridded = read_density(density_file)
         by_experiment.setdefault(experiment.name, (tail_experiment(experiment), []))[1].append((gridded, x))
     mismatches = np.concatenate(
         [resolution_mismatch(*entry, RESOLUTION_CANDIDATES) for entry in by_experiment.values()]

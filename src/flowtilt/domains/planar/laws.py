@@ -96,12 +96,14 @@ class GridProblem:
     Attributes:
         objective: what it maximises.
         grid: of the laws.
-        start: the pretrained law.
+        start: the pretrained law, whose density has a floor.
+        floored: where that is active, booleans at the points of the law, (n,).
     """
 
     objective: Objective
     grid: Grid
     start: FiniteLaw
+    floored: np.ndarray
 
     def law(self, log_p: np.ndarray) -> FiniteLaw:
         """A law from log probabilities of the cells, (cells^2,), or of the cells in every mode."""
@@ -123,20 +125,35 @@ def grid_problem(experiment: FunctionalExperiment, method: str, density: Gridded
     """A method's problem for a gridded pretrained density."""
     grid = Grid(experiment.grid.extent, experiment.grid.cells)
     objective = build_objective(experiment, method, build_model(experiment))
-    return GridProblem(objective, grid, finite_law(grid, density.on(grid.axis)))
+    start = finite_law(grid, density.on(grid.axis))
+    floored = density.floored_at(start.points.numpy(force=True), start.modes)
+    return GridProblem(objective, grid, start, floored)
+
+
+def law_metrics(problem: GridProblem, log_p: np.ndarray) -> Metrics:
+    """The objective at a law on the grid, its KL divergence from the pretrained law, and the mass on a floor.
+
+    ``floored_mass`` is the law's own mass where the pretrained density is a floor (see
+    :func:`flowtilt.domains.planar.truth.floored`): there divergences are known from below alone.
+    """
+    held = np.exp(log_p) > 0
+    return {
+        "functional": problem.objective.finite_value(problem.law(log_p)),
+        "kl": kl_divergence(log_p[held], problem.start.log_p[held]),
+        "floored_mass": float(np.exp(log_p)[problem.floored].sum()),
+    }
 
 
 def grid_metrics(experiment: FunctionalExperiment, problem: GridProblem, log_p: np.ndarray) -> Metrics:
     """Metrics of a law on the grid."""
     cloud, reference = problem.cloud(log_p), problem.cloud(problem.start.log_p)
-    metrics: Metrics = {"functional": problem.objective.finite_value(problem.law(log_p))}
+    metrics = law_metrics(problem, log_p)
     reward = build_slope(experiment)
     if reward is not None:
         metrics["mean_reward"] = float(cloud.weights @ reward(problem.start.points).numpy())
-    held = cloud.weights > 0
-    metrics["kl"] = kl_divergence(log_p[held], problem.start.log_p[held])
     metrics |= transport_metrics(experiment, cloud, reference)
     if experiment.evaluation.entropy is not None:
+        held = cloud.weights > 0
         metrics["entropy_likelihood"] = -float(cloud.weights[held] @ cloud.log_density[held])
         metrics["coverage"] = coverage(experiment, cloud)
     return metrics
@@ -147,7 +164,6 @@ def sample_metrics(
     cloud: Cloud,
     rewards: np.ndarray | None,
     reference: Cloud | None,
-    density: GriddedDensity,
 ) -> Metrics:
     """Metrics of a run's samples, by the same names as those of the grid.
 
@@ -156,14 +172,10 @@ def sample_metrics(
         cloud: the samples.
         rewards: of the samples, if the experiment has a reward.
         reference: samples of the pretrained model, if distances are wanted.
-        density: of the pretrained model.
     """
     metrics: Metrics = {}
     if rewards is not None:
         metrics["mean_reward"] = float(rewards.mean(dtype=np.float64))
-    dense = cloud.first(len(cloud.log_density))
-    ratio = cloud.log_density.astype(np.float64) - density.at(dense.points, dense.modes)
-    metrics["kl"] = float(ratio.mean())
     transport, entropy = experiment.evaluation.transport, experiment.evaluation.entropy
     if transport is not None and reference is not None:
         count = transport.samples
@@ -232,19 +244,16 @@ def _starts(experiment: FunctionalExperiment, problem: GridProblem) -> list[Fini
 
 
 def network_grid_metrics(problem: GridProblem, density: GriddedDensity) -> Metrics:
-    """A fine-tuned network's objective on the grid of the optimum, by its own log-density.
+    """A network's objective and divergence on the grid of the optimum, by its own log-density there.
 
     ``grid_mass`` is how much of its probability lies on the grid: 1 less what is off it, and less or
     more what the coarse log-density misses.
     """
     log_density = density.on(problem.grid.axis)
-    law = problem.law(finite_law(problem.grid, log_density).log_p)
+    metrics = law_metrics(problem, finite_law(problem.grid, log_density).log_p)
     cells = problem.grid.cells**2
     mass = float(np.exp(log_density).reshape(-1, cells).sum(axis=1).mean() * problem.grid.spacing**2)
-    return {
-        "functional": problem.objective.finite_value(law),
-        "grid_mass": mass,
-    }
+    return metrics | {"grid_mass": mass}
 
 
 def critic_metrics(experiment: FunctionalExperiment, cloud: Cloud, reference: Cloud, seed: int) -> Metrics:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float | None]
 
+FLOOR = 2.0
+"""Nats that the pretrained log-density may be below that of the data's law before the latter takes its place.
+
+See :func:`flowtilt.domains.planar.truth.floored`.
+"""
+
 
 @dataclass(frozen=True)
 class GriddedDensity:
@@ -29,10 +35,12 @@ class GriddedDensity:
     Attributes:
         axis: coordinates along either side, rising, (n,).
         log_density: in nats at the points, first axis x, (n, n); or given each mode, (modes, n, n).
+        floored: where it is a floor and not the model's own, booleans of the same shape; None for nowhere.
     """
 
     axis: np.ndarray
     log_density: np.ndarray
+    floored: np.ndarray | None = None
 
     def at(self, points: np.ndarray, modes: np.ndarray | None = None) -> np.ndarray:
         """Log-density at points (n, 2), (n,); points off the grid take the value at its border.
@@ -46,6 +54,18 @@ class GriddedDensity:
             return each[modes, np.arange(len(points))]
         clipped = np.clip(points, self.axis[0], self.axis[-1])
         return self._spline.ev(clipped[:, 0], clipped[:, 1])
+
+    def floored_at(self, points: np.ndarray, modes: np.ndarray | None = None) -> np.ndarray:
+        """Whether the value at points (n, 2) is not the model's own: a floor, or the border's, (n,).
+
+        By the nearest point of the grid; the arguments are those of :meth:`at`.
+        """
+        off = np.abs(points).max(axis=1) > self.axis[-1]
+        if self.floored is None:
+            return off
+        nearest = np.rint((points - self.axis[0]) / (self.axis[1] - self.axis[0])).astype(int)
+        x, y = np.clip(nearest, 0, len(self.axis) - 1).T
+        return off | (self.floored[x, y] if modes is None else self.floored[modes, x, y])
 
     def on(self, axis: np.ndarray) -> np.ndarray:
         """Log-density at all points of a square grid with this axis inside the own one.
@@ -67,6 +87,24 @@ class GriddedDensity:
         )
 
         return RectBivariateSpline(self.axis, self.axis, self.log_density)
+
+
+def sample_divergence(
+    log_density: np.ndarray, reference: GriddedDensity, points: np.ndarray, modes: np.ndarray | None = None
+) -> Metrics:
+    """KL divergence of a law from a reference by the law's samples, and how much of it rests on a floor.
+
+    ``floored_mass`` is the share of samples at which the reference is not the pretrained network's own
+    density: there the divergence is known from below alone.
+
+    Args:
+        log_density: of the law at its samples, in nats, (n,).
+        reference: see :func:`flowtilt.domains.planar.truth.reference_density`.
+        points: the samples, (n, 2).
+        modes: of the samples, integers (n,), if densities are given the mode.
+    """
+    ratio = log_density.astype(np.float64) - reference.at(points, modes)
+    return {"kl": float(ratio.mean()), "floored_mass": float(reference.floored_at(points, modes).mean())}
 
 
 def zone_masses(experiment: TailExperiment, x: np.ndarray, bumps: np.ndarray, weights: np.ndarray) -> Metrics:

@@ -9,7 +9,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from flowtilt.domains.planar.build import build_reward
+from flowtilt.domains.planar.build import build_data, build_reward
+from flowtilt.domains.planar.data import GaussianMixture, ModeMixtures
 from flowtilt.domains.planar.grid import (
     Blur,
     Grid,
@@ -21,7 +22,7 @@ from flowtilt.domains.planar.grid import (
     no_blur,
     normalise,
 )
-from flowtilt.domains.planar.rows import GriddedDensity, Metrics, reward_metrics, zone_masses
+from flowtilt.domains.planar.rows import FLOOR, GriddedDensity, Metrics, reward_metrics, zone_masses
 from flowtilt.experiment import Experiment, TailExperiment
 from flowtilt.model import FlowModel
 from flowtilt.sampling import OdeSettings, log_likelihood
@@ -49,6 +50,24 @@ def gridded_density(model: FlowModel, experiment: Experiment) -> GriddedDensity:
     if modes := experiment.data.mode_count:
         return GriddedDensity(axis, np.stack([given(mode) for mode in range(modes)]))
     return GriddedDensity(axis, given(None))
+
+
+def floored(density: GriddedDensity, data: GaussianMixture | ModeMixtures) -> GriddedDensity:
+    """A pretrained density that is nowhere below the data's law by more than :data:`FLOOR` nats.
+
+    Where it saw no data a network's log-density is whatever its extrapolation gives, thousands of nats
+    below the law that it was trained on, and as certain to the solver of the ODE as any other value. A
+    divergence from it would be carried by the few samples there. Where there are data, networks are off by
+    less than the floor's depth, so that it is not active there.
+    """
+    points = np.stack(np.meshgrid(density.axis, density.axis, indexing="ij"), axis=-1)
+    floor = data.log_density(points) - FLOOR
+    return GriddedDensity(density.axis, np.maximum(density.log_density, floor), density.log_density < floor)
+
+
+def reference_density(model: FlowModel, experiment: Experiment) -> GriddedDensity:
+    """What divergences are measured from: a pretrained model's :func:`gridded_density`, :func:`floored`."""
+    return floored(gridded_density(model, experiment), build_data(experiment))
 
 
 @dataclass(frozen=True)
@@ -83,6 +102,11 @@ class TailGrid:
     def bumps(self) -> np.ndarray:
         """The bumps' profile at the cell centres, (cells^2,)."""
         return build_reward(self.experiment).bumps(self.grid.flat_points).numpy()
+
+    @cached_property
+    def floored(self) -> np.ndarray:
+        """Where the pretrained density is a floor, booleans at the cell centres, (cells^2,)."""
+        return self.density.floored_at(self.grid.flat_points.numpy())
 
     @cached_property
     def threshold(self) -> float:
@@ -150,6 +174,7 @@ def exact_rows(problem: TailGrid, resolution: float | None = None) -> ExactRows:
         kl = kl_divergence(log_q, problem.log_p)
         kind = experiment.methods[name].kind
         metrics[row] = reward_metrics(experiment, kind, problem.rewards.ravel(), law.ravel(), kl)
+        metrics[row]["floored_mass"] = float(law.ravel()[problem.floored].sum())
         metrics[row] |= zone_masses(experiment, x, problem.bumps, law.ravel())
         laws[row] = law
     return ExactRows(metrics, laws)
