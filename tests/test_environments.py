@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from environments import FILES, ROOT, Package, make_environment, packages_of, required, rules
+from environments import FILES, MOLECULES, ROOT, Package, make_environment, packages_of, required, rules
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = {
@@ -64,6 +64,12 @@ def bound(bounds: SpecifierSet, *operators: str) -> list[str]:
 
 
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+INSTALLED = [
+    pytest.param(file, marks=pytest.mark.skipif(not MOLECULES, reason="the extra 'molecules' is not installed"))
+    if file.stem == "molecules"
+    else file
+    for file in FILES
+]
 every_package = pytest.mark.parametrize(
     ("file", "package"),
     [(file, package) for file in FILES for package in packages_of(file)],
@@ -155,7 +161,7 @@ def test_the_package_itself_is_installed_after_deployment(file: Path) -> None:
 # --------------------------------------------------------------- what stages import, for real
 
 
-@pytest.fixture(scope="module", params=FILES, ids=lambda file: file.stem)
+@pytest.fixture(scope="module", params=INSTALLED, ids=[file.stem for file in FILES])
 def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment that holds what its file lists and the package, and nothing else."""
     prefix = tmp_path_factory.mktemp("environments") / request.param.stem
@@ -249,7 +255,7 @@ def imports(file: Path) -> Iterator[tuple[str, str]]:
 distributions_of_modules = cache(packages_distributions)
 
 
-@every_file
+@pytest.mark.parametrize("file", INSTALLED, ids=[file.stem for file in FILES])
 def test_all_that_the_sources_import_is_listed(file: Path) -> None:
     listed = {package.on_pypi for package in packages_of(file)}
     provided = distributions_of_modules()
