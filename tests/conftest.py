@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,11 +32,17 @@ TESTS = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put every test into its tier, and into the group whose tests one process runs one after another.
 
-    Tests that run Snakemake are slow unless they are marked as fast. A group is a file, so that what its
-    tests share is made once; but all fast tests that read the smoke run are one group, which is started
-    first, since the others fill the time that it takes.
+    Tests that run Snakemake are slow unless they are marked as fast, and of a long grid all cases but the
+    first ones. A group is a file, so that what its tests share is made once; but all fast tests that read the
+    smoke run are one group, which is started first, since the others fill the time that it takes.
     """
+    cases: Counter[str] = Counter()
     for item in items:
+        if marker := item.get_closest_marker("slow_after"):
+            test = item.nodeid.partition("[")[0]
+            cases[test] += 1
+            if cases[test] > marker.args[0]:
+                item.add_marker("slow")
         file = item.path.relative_to(TESTS).with_suffix("")
         if file.parts[0] == "pipeline":
             item.add_marker("pipeline")

@@ -65,7 +65,9 @@ def bound(bounds: SpecifierSet, *operators: str) -> list[str]:
 
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 INSTALLED = [
-    pytest.param(file, marks=pytest.mark.skipif(not MOLECULES, reason="the extra 'molecules' is not installed"))
+    pytest.param(
+        file, marks=pytest.mark.skipif(not MOLECULES, reason="the extra 'molecules' is not installed")
+    )
     if file.stem == "molecules"
     else file
     for file in FILES
@@ -218,6 +220,7 @@ def test_every_stage_of_a_rule_has_its_handler() -> None:
     assert all(list(modules_of(stage)) for stage in stages)
 
 
+@pytest.mark.slow
 def test_every_stage_can_be_imported_where_its_rules_run(environment: Path) -> None:
     stages = {stage for stage, name in rules().values() if name == environment.name}
     modules = sorted({module for stage in stages for module in modules_of(stage)})
@@ -264,6 +267,7 @@ def test_all_that_the_sources_import_is_listed(file: Path) -> None:
             assert {canonicalize_name(own) for own in provided[module]} & listed, f"{source}: {module}"
 
 
+@pytest.mark.slow
 def test_all_that_the_sources_import_is_there(environment: Path) -> None:
     sources = sources_of(environment.name)
     modules = {".".join(file.relative_to(ROOT / "src").with_suffix("").parts) for file in sources}
@@ -274,6 +278,7 @@ def test_all_that_the_sources_import_is_there(environment: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["pytest", "snakemake", "hypothesis"])
+@pytest.mark.slow
 def test_an_environment_holds_nothing_else(environment: Path, missing: str) -> None:
     done = run(environment, f"import {missing}")
     assert done.returncode == 1
@@ -281,6 +286,7 @@ def test_an_environment_holds_nothing_else(environment: Path, missing: str) -> N
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.slow
 def test_what_is_of_one_domain_is_in_its_environment_alone(environment: Path, domain: str) -> None:
     code = "from importlib.metadata import distributions; print(*(one.name for one in distributions()))"
     done = run(environment, code)
