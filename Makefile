@@ -21,7 +21,7 @@ SNAKEMAKE := $(BIN)/snakemake --workflow-profile workflow/profiles/default --cor
 # The order of tests/conftest.py: what takes longest begins first.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder
 
-.PHONY: help env results report quick lint test test-all unlock benchmark docs clean distclean
+.PHONY: help env results report quick lint style types fast test test-all unlock benchmark docs clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,16 +43,24 @@ quick: $(STAMP) ## run every stage at smoke size, a first look in a few minutes
 	@$(COMPILE)
 	$(SNAKEMAKE) --configfile config/smoke.yaml
 
-lint: $(STAMP) ## linters and types
+lint: style types ## linters and types
+
+style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/snakemake --lint
 	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
 
-test: lint ## linters, types, and the fast tests with one smoke run of the pipeline: minutes
-	@$(COMPILE)
+types: $(STAMP)
+	$(BIN)/mypy
+
+fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
+
+# mypy reads torch for a minute, on one core: the tests begin meanwhile.
+test: style ## linters, types, and the fast tests with one smoke run of the pipeline: minutes
+	@$(COMPILE)
+	@$(MAKE) --no-print-directory --jobs=2 types fast
 
 test-all: $(STAMP) ## what `make test` leaves out: interruptions, SLURM, browser, environments, full grids
 	@$(COMPILE)

@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("xdist_group") is None:
             group = "smoke" if reads_smoke(item) else file.as_posix()
             item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: not reads_smoke(item))
+    items.sort(key=lambda item: (not reads_smoke(item), item.get_closest_marker("pipeline") is None))
 
 
 def reads_smoke(item: pytest.Item) -> bool:
