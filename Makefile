@@ -9,21 +9,26 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { command -v "$$python"; break; }; done)
 VENV ?= .venv
+EXTRAS ?= workflow,dev,molecules,parallel,images
 CORES ?= all
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 # Where Python is told to write no bytecode, each of hundreds of jobs would compile the package again.
 COMPILE := $(BIN)/python -m compileall -q src
 SNAKEMAKE := $(BIN)/snakemake --workflow-profile workflow/profiles/default --cores $(CORES)
+# The order of tests/conftest.py: what takes longest begins first.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder
 
-.PHONY: help env results report quick test unlock benchmark docs clean distclean
+.PHONY: help env results report quick lint style types fast test test-all unlock benchmark docs clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables: PYTHON (interpreter for the environment), VENV (its folder, $(VENV)), CORES ($(CORES))."
+	@echo "Variables: PYTHON (interpreter for the environment), VENV (its folder, $(VENV)), EXTRAS (of the package," \
+		"$(EXTRAS)), CORES ($(CORES)), WORKERS (processes that run tests, $(WORKERS))."
 
 env: $(STAMP) ## make the environment in .venv, with the pinned versions
 
@@ -38,13 +43,28 @@ quick: $(STAMP) ## run every stage at smoke size, a first look in a few minutes
 	@$(COMPILE)
 	$(SNAKEMAKE) --configfile config/smoke.yaml
 
-test: $(STAMP) ## lint, type check, unit tests and the smoke pipeline
+lint: style types ## linters and types
+
+style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/snakemake --lint
 	$(BIN)/snakefmt --check Snakefile workflow
-	$(BIN)/python -m pytest
+	$(BIN)/snakemake --lint
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
+
+# mypy reads torch for a minute, on one core: the tests begin meanwhile.
+test: style ## linters, types, and the fast tests with one smoke run of the pipeline: minutes
+	@$(COMPILE)
+	@$(MAKE) --no-print-directory --jobs=2 types fast
+
+test-all: $(STAMP) ## what `make test` leaves out: interruptions, SLURM, browser, environments, full grids
+	@$(COMPILE)
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow
 
 unlock: $(STAMP) ## after Snakemake was killed: take away the lock that it has left
 	$(SNAKEMAKE) --unlock
@@ -75,5 +95,5 @@ $(STAMP): pyproject.toml envs/constraints.txt
 		"its module venv or ensurepip is missing. On Debian and Ubuntu: apt-get install python3-venv" >&2; \
 		exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e '.[workflow,dev,molecules,parallel,images]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@

@@ -12,6 +12,7 @@ import sys
 import venv
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -21,6 +22,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "envs").glob("*.yaml"))
+
+MOLECULES = find_spec("tblite") is not None
+"""Whether the extra ``molecules`` is installed; there are no wheels of tblite for macOS."""
 
 ON_PYPI = {
     "matplotlib-base": "matplotlib",

@@ -60,6 +60,7 @@ def test_fake_devices_do_not_mix(gpu: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("name", ["planar", "molecules"])
+@pytest.mark.slow_after(1)
 def test_a_flow_lives_and_is_sampled_on_the_default_device(gpu: torch.Generator, name: str) -> None:
     flow, context = flows()[name]
     assert all(on_gpu(parameter) for parameter in flow.parameters())
@@ -73,6 +74,7 @@ def test_a_flow_lives_and_is_sampled_on_the_default_device(gpu: torch.Generator,
 
 
 @pytest.mark.parametrize("name", ["planar", "molecules"])
+@pytest.mark.slow_after(1)
 def test_adjoints_and_their_loss_live_there_too(gpu: torch.Generator, name: str) -> None:
     flow, context = flows()[name]
     steps = memoryless_steps(flow, STEPS)

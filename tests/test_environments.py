@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from environments import FILES, ROOT, Package, make_environment, packages_of, required, rules
+from environments import FILES, MOLECULES, ROOT, Package, make_environment, packages_of, required, rules
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = {
@@ -64,6 +64,14 @@ def bound(bounds: SpecifierSet, *operators: str) -> list[str]:
 
 
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+INSTALLED = [
+    pytest.param(
+        file, marks=pytest.mark.skipif(not MOLECULES, reason="the extra 'molecules' is not installed")
+    )
+    if file.stem == "molecules"
+    else file
+    for file in FILES
+]
 every_package = pytest.mark.parametrize(
     ("file", "package"),
     [(file, package) for file in FILES for package in packages_of(file)],
@@ -157,7 +165,7 @@ def test_the_package_itself_is_installed_after_deployment(file: Path) -> None:
 # --------------------------------------------------------------- what stages import, for real
 
 
-@pytest.fixture(scope="module", params=FILES, ids=lambda file: file.stem)
+@pytest.fixture(scope="module", params=INSTALLED, ids=[file.stem for file in FILES])
 def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment that holds what its file lists and the package, and nothing else."""
     prefix = tmp_path_factory.mktemp("environments") / request.param.stem
@@ -214,6 +222,7 @@ def test_every_stage_of_a_rule_has_its_handler() -> None:
     assert all(list(modules_of(stage)) for stage in stages)
 
 
+@pytest.mark.slow
 def test_every_stage_can_be_imported_where_its_rules_run(environment: Path) -> None:
     stages = {stage for stage, name in rules().values() if name == environment.name}
     modules = sorted({module for stage in stages for module in modules_of(stage)})
@@ -251,7 +260,7 @@ def imports(file: Path) -> Iterator[tuple[str, str]]:
 distributions_of_modules = cache(packages_distributions)
 
 
-@every_file
+@pytest.mark.parametrize("file", INSTALLED, ids=[file.stem for file in FILES])
 def test_all_that_the_sources_import_is_listed(file: Path) -> None:
     listed = {package.on_pypi for package in packages_of(file)}
     provided = distributions_of_modules()
@@ -260,6 +269,7 @@ def test_all_that_the_sources_import_is_listed(file: Path) -> None:
             assert {canonicalize_name(own) for own in provided[module]} & listed, f"{source}: {module}"
 
 
+@pytest.mark.slow
 def test_all_that_the_sources_import_is_there(environment: Path) -> None:
     sources = sources_of(environment.name)
     modules = {".".join(file.relative_to(ROOT / "src").with_suffix("").parts) for file in sources}
@@ -270,6 +280,7 @@ def test_all_that_the_sources_import_is_there(environment: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["pytest", "snakemake", "hypothesis"])
+@pytest.mark.slow
 def test_an_environment_holds_nothing_else(environment: Path, missing: str) -> None:
     done = run(environment, f"import {missing}")
     assert done.returncode == 1
@@ -277,6 +288,7 @@ def test_an_environment_holds_nothing_else(environment: Path, missing: str) -> N
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.slow
 def test_what_is_of_one_domain_is_in_its_environment_alone(environment: Path, domain: str) -> None:
     code = "from importlib.metadata import distributions; print(*(one.name for one in distributions()))"
     done = run(environment, code)

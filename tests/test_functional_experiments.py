@@ -81,7 +81,9 @@ class Folder:
         return rows
 
 
-@pytest.mark.parametrize("solver", ["adjoint_matching", "weighted_fitting"])
+@pytest.mark.parametrize(
+    "solver", [pytest.param("adjoint_matching", marks=pytest.mark.slow), "weighted_fitting"]
+)
 def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
     critic = {"updates": 20}
     fdc = {"iterations": 2, "objective": {"divergence": {"kind": "wasserstein1", "critic": critic}}}

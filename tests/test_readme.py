@@ -56,7 +56,8 @@ def test_the_worked_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert row["worst_1pct_cost"] > row["mean_cost"]
 
 
-def test_every_linked_file_exists() -> None:
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_every_linked_file_exists(page: str) -> None:
     root = Path(__file__).parents[1]
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+    for target in re.findall(r"\]\(([^):#]+)[^):]*\)", (root / page).read_text()):
         assert (root / target).exists(), target

@@ -9,9 +9,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from environments import MOLECULES
+
 ROOT = Path(__file__).resolve().parents[1]
 PROFILE = ("--workflow-profile", "workflow/profiles/default")
 SMOKE = ("--configfile", "config/smoke.yaml")
+PARTS = ("Snakefile", "config", "envs", "resources", "workflow")
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,13 @@ class Project:
 
     @classmethod
     def copied_to(cls, folder: Path) -> Project:
-        for part in ("config", "envs", "workflow", "resources"):
-            if (ROOT / part).is_dir():
-                shutil.copytree(ROOT / part, folder / part)
-        shutil.copy(ROOT / "Snakefile", folder)
+        folder.mkdir(parents=True)
+        for part in PARTS:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, folder / part)
+        if not MOLECULES:
+            config = folder / "config" / "config.yaml"
+            config.write_text(re.sub(r"^ +- molecules_\w+\n", "", config.read_text(), flags=re.MULTILINE))
         return cls(folder)
 
     @property

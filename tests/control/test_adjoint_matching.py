@@ -240,6 +240,7 @@ def test_the_adjoint_by_the_posterior_mean_is_the_mean_of_the_lean_one_where_the
 
 
 @paths
+@pytest.mark.slow_after(1)
 def test_the_lean_adjoint_has_order_one(path):
     """Along a curve through a mixture's flow, against ``da/dt = -(grad b)^T a``, ``b = 2 v - kappa x``."""
     flow, start, end = MixtureFlow(path, MIXTURE), tensor([1.0, -0.5]), tensor([0.3, 0.8])
@@ -299,6 +300,7 @@ def test_the_scales_of_the_loss_tend_to_those_of_the_continuous_problem(path):
 @paths
 @rewards
 @pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.slow_after(2)
 def test_what_adjoint_matching_converges_to_has_order_one(path, reward, power):
     """Mean and covariance of the fixed point of the regression against those of the continuous problem."""
     limit = memoryless_limit(path, GAUSSIAN, reward, KL_WEIGHT)
@@ -445,6 +447,7 @@ schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULE
 @schedules
 @rewards
 @pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.slow_after(1)
 def test_with_columns_apart_what_adjoint_matching_converges_to_is_the_tilted_law_to_order_one(
     schedule, reward, power
 ):
@@ -466,6 +469,7 @@ def test_with_columns_apart_what_adjoint_matching_converges_to_is_the_tilted_law
 @pytest.mark.parametrize(
     ("reward", "steps", "batch"), [(LINEAR, 40, 128), (QUADRATIC, 80, 256)], ids=["linear", "quadratic"]
 )
+@pytest.mark.slow_after(1)
 def test_a_gaussian_with_columns_apart_is_tilted_to_the_closed_form(schedule, reward, steps, batch):
     """``N(m + S c / alpha, S)`` for a linear reward; most of the 4 % is the discretisation."""
     flow = CorrectedFlow(ColumnwiseFlow(schedule, GAUSSIAN), AffineTable(schedule, steps))
@@ -481,6 +485,7 @@ def test_a_gaussian_with_columns_apart_is_tilted_to_the_closed_form(schedule, re
 
 
 @schedules
+@pytest.mark.slow_after(1)
 def test_with_columns_apart_the_control_energy_is_the_divergence_from_the_base(schedule):
     flow = CorrectedFlow(ColumnwiseFlow(schedule, GAUSSIAN), AffineTable(schedule, 40))
     choice = settings(rest_share=1.0, updates=100)
@@ -533,6 +538,7 @@ estimators = pytest.mark.parametrize("estimator", ["pathwise", "likelihood_ratio
 @pytest.mark.parametrize(
     ("reward", "steps", "batch"), [(LINEAR, 40, 128), (QUADRATIC, 80, 256)], ids=["linear", "quadratic"]
 )
+@pytest.mark.slow_after(2)
 def test_a_gaussian_is_tilted_to_the_closed_form(path, reward, steps, batch, estimator, adjoint):
     """Mean and covariance within 3 %. The trained law is propagated exactly: no sampling error in it."""
     flow = CorrectedFlow(MixtureFlow(path, GAUSSIAN), AffineTable(path, steps))
@@ -574,6 +580,7 @@ def posterior_share(x, law):
 
 @paths
 @estimators
+@pytest.mark.slow_after(1)
 def test_the_weights_of_a_mixture_are_tilted_to_the_closed_form(path, estimator):
     reward, steps = Quadratic([0.6, 0.3]), 60
     exact = MIXTURE.tilted(reward, 1.0)

@@ -17,8 +17,6 @@ import pytest
 from environments import FILES, StandInConda, make_environment, rules
 from workflow_copy import PROFILE, ROOT, SMOKE, Project
 
-pytestmark = pytest.mark.pipeline
-
 DEPLOY = ("--software-deployment-method", "conda")
 
 

@@ -16,8 +16,6 @@ pytest.importorskip("open_clip", reason="the extra 'images' is not installed")
 
 from small_pictures import EMBEDDED, write_models
 
-pytestmark = pytest.mark.pipeline
-
 LEFT_TAIL, ENTROPY = "text_to_image_left_tail", "text_to_image_entropy"
 
 # Of CompVis/stable-diffusion-v1-4: a scheduler that is not DDIM, with its noise levels.
@@ -36,6 +34,7 @@ SCHEDULER = {
 }
 
 
+@pytest.mark.fast
 def test_all_files_of_a_run_are_there(finished: Project) -> None:
     runs = finished.smoke / "runs" / LEFT_TAIL
     made = {path.name for path in (runs / "tfft" / "seed0").iterdir()}

@@ -19,8 +19,6 @@ import pytest
 from flowtilt.resuming import SECONDS
 from workflow_copy import PROFILE, SMOKE, Project
 
-pytestmark = pytest.mark.pipeline
-
 # One experiment with everything that stands before its rows in the comparison.
 TARGETS = ("risk_averse_2d", "results/smoke/tables/comparison.csv")
 ONE = ("--config", "experiments=[risk_averse_2d]", "--", *TARGETS)

@@ -11,11 +11,10 @@ from workflow_copy import SMOKE, Project
 
 pytest.importorskip("tblite", reason="the extra 'molecules' is not installed")
 
-pytestmark = pytest.mark.pipeline
-
 MOLECULES = ("molecules_qm9", "molecules_tail_sweep")
 
 
+@pytest.mark.fast
 def test_all_files_of_a_run_are_there(finished: Project) -> None:
     runs = finished.smoke / "runs"
     made = {path.name for path in (runs / "molecules_qm9" / "tfft_0.9" / "seed0").iterdir()}
@@ -31,6 +30,7 @@ def test_all_files_of_a_run_are_there(finished: Project) -> None:
         assert row["molecules"] == overrides["molecules"]["evaluation"]["samples"]
 
 
+@pytest.mark.fast
 def test_tables_and_figures_are_there(finished: Project) -> None:
     for name in ("molecules_qm9_energies", "molecules_qm9_molecules", "molecules_tail_sweep"):
         assert (finished.smoke / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

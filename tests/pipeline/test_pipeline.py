@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from environments import MOLECULES
 from workflow_copy import PROFILE, ROOT, SMOKE, Project
-
-pytestmark = pytest.mark.pipeline
 
 TARGETS = {"all", "tables", "figures", "pretrained_models", "theories"}
 RUN = "runs/risk_averse_2d/tfft/seed0"
@@ -26,6 +25,8 @@ def rule_texts() -> dict[str, str]:
     """The text of every rule that runs something; of one made for several files, without their names."""
     found = {}
     for file in sorted((ROOT / "workflow" / "rules").glob("*.smk")):
+        if file.stem == "molecules" and not MOLECULES:
+            continue
         for text in re.split(r"^(?=rule |for name in )", file.read_text(), flags=re.MULTILINE)[1:]:
             name = re.match(r"rule (\w+):", text) or re.search(r'f"(\w+)_{name}"', text)
             assert name is not None, text
@@ -92,6 +93,7 @@ def test_a_checkout_that_cannot_be_written_is_refused_in_a_sentence(project: Pro
 # --------------------------------------------------------------------------- what rules declare
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("rule", rule_texts())
 def test_rule_declares_what_a_scheduler_needs(rule: str) -> None:
     text = rule_texts()[rule]
@@ -114,6 +116,7 @@ OTHERWISE = {"fetch_checkpoint", "images_pretrain"}
 """Rules of models that are not shipped; test_images.py runs them."""
 
 
+@pytest.mark.fast
 def test_every_rule_ran(finished: Project) -> None:
     rules = kinds(finished.snakemake("--list-rules").stdout.split()) & {*rule_texts(), *TARGETS}
     assert rules == {*rule_texts(), *TARGETS}
@@ -121,6 +124,7 @@ def test_every_rule_ran(finished: Project) -> None:
     assert ran == rules - TARGETS - OTHERWISE
 
 
+@pytest.mark.fast
 def test_every_declared_output_exists(finished: Project) -> None:
     summary = finished.snakemake(*SMOKE, "--summary").stdout
     outputs = [line.split("\t")[0] for line in summary.splitlines() if line.startswith("results/")]
@@ -129,6 +133,7 @@ def test_every_declared_output_exists(finished: Project) -> None:
         assert (finished.folder / output).stat().st_size > 0, output
 
 
+@pytest.mark.fast
 def test_second_run_has_nothing_to_do(finished: Project) -> None:
     before = times(finished.smoke)
     run = finished.snakemake(*SMOKE)
@@ -137,6 +142,7 @@ def test_second_run_has_nothing_to_do(finished: Project) -> None:
     assert times(finished.smoke) == before
 
 
+@pytest.mark.fast
 def test_deleted_intermediate_reruns_only_what_depends_on_it(finished: Project) -> None:
     before = times(finished.smoke)
     metrics = (finished.smoke / RUN / "metrics.json").read_bytes()
@@ -179,6 +185,7 @@ def test_one_core_gives_the_values_of_two(finished: Project, project: Project) -
         assert file.read_bytes() == (finished.smoke / file.relative_to(project.smoke)).read_bytes(), file
 
 
+@pytest.mark.fast
 def test_metrics_have_one_row_a_method_and_no_nan(finished: Project) -> None:
     files = list((finished.smoke / "runs").rglob("metrics.json"))
     assert files

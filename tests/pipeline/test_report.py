@@ -12,8 +12,6 @@ import pytest
 
 from workflow_copy import SMOKE, Project
 
-pytestmark = pytest.mark.pipeline
-
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTH, HEIGHT = 1366, 768  # of a laptop's screen
 

@@ -10,9 +10,8 @@ import pytest
 
 from workflow_copy import ROOT, Project
 
-pytestmark = pytest.mark.pipeline
 
-
+@pytest.mark.fast
 def test_the_committed_picture_is_up_to_date(project: Project, tmp_path: Path) -> None:
     dot = subprocess.run(
         [sys.executable, "-m", "snakemake", "--quiet", "all", "--rulegraph"],

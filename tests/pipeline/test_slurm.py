@@ -17,8 +17,6 @@ import yaml
 
 from workflow_copy import ROOT, SMOKE, Project
 
-pytestmark = pytest.mark.pipeline
-
 SCRIPT = ROOT / "workflow" / "scripts" / "local-slurm.sh"
 # Two cores are what the smallest machine has; looks at the queue that suit jobs of seconds.
 PROFILE = ("--workflow-profile", "workflow/profiles/slurm", "--cores", "2")

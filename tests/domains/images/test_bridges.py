@@ -222,6 +222,7 @@ def balanced() -> tuple[list[Bridge], np.ndarray]:
     return bridges, np.stack([picture(bridge, rng) for bridge in bridges]) / 255
 
 
+@pytest.mark.slow
 def test_a_linear_classifier_of_edges_tells_designs_apart(
     balanced: tuple[list[Bridge], np.ndarray],
 ) -> None:

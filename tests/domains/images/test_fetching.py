@@ -295,6 +295,7 @@ fetch(tests.experiment(folder), folder / "fetched.json")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_fetch_leaves_no_part_of_a_file_and_the_next_goes_on(hub, tmp_path):
     """The process is as a user's: the hub's address and the cache are in its environment."""
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}

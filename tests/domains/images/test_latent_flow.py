@@ -612,6 +612,7 @@ schedules = pytest.mark.parametrize(
 
 @schedules
 @pytest.mark.parametrize("reward", [None, LINEAR, QUADRATIC], ids=["pretrained", "linear", "quadratic"])
+@pytest.mark.slow_after(2)
 def test_the_law_of_the_steps_has_order_one(known, target, reward):
     """DDIM's steps with eta = 1 leave Gaussian data too little variance: 18 % at 25 steps, 3 % at 200."""
     flow = Flat(gaussian_flow(known, target), 0)
@@ -698,6 +699,7 @@ def check_samples(model, steps, laws, count=5_000):
     ],
     ids=["noise", "noise, 50 steps", "v, no signal", "data, guided"],
 )
+@pytest.mark.slow_after(1)
 def test_a_linear_reward_moves_the_mean_of_every_prompt(known, target, steps, guidance):
     """The lean adjoint is the same for all states: the regression has no noise, and finds its fixed point."""
     flow = gaussian_flow(known, target, steps, guidance=guidance)
@@ -720,6 +722,7 @@ def test_a_linear_reward_moves_the_mean_of_every_prompt(known, target, steps, gu
     [(TRAILING, "epsilon", 0), (NO_SIGNAL, "v_prediction", 1)],
     ids=["noise", "v, no signal"],
 )
+@pytest.mark.slow
 def test_a_quadratic_reward_moves_mean_and_covariance(known, target, seed):
     steps, laws = 20, []
     flow = gaussian_flow(known, target, steps, affine=True)

@@ -178,6 +178,7 @@ def sampled(loaded: TextToImage) -> Tensor:
         ("of v", {"zero_terminal_snr": True}, {"rescale_betas_zero_snr": True}),
     ],
 )
+@pytest.mark.slow_after(2)
 def test_samples_are_those_of_diffusers(folders, pipeline, name, changes, scheduler):
     """To 1e-4 of the latents' size: rounding in float32 of all steps, with thrice that of a difference.
 
@@ -644,6 +645,7 @@ def solved(loaded: TextToImage, settings: AdjointMatchingSettings) -> Solution:
     [({"sampling": 3}, 2 * 20 + 36 + 60), ({"sampling": 3, "adjoint": 2, "control": 2}, 2 * (20 + 36 + 60))],
     ids=["sampling", "everywhere"],
 )
+@pytest.mark.slow_after(1)
 def test_adjoint_matching_goes_through_a_loaded_model(folder, guidance, passes, adapter):
     loaded = load_text_to_image(folder, PROMPTS, GuidanceConfig.model_validate(guidance), adapter=adapter)
     before = {name: tensor.clone() for name, tensor in loaded.flow.denoiser.state_dict().items()}
@@ -678,6 +680,7 @@ def in_double(loaded: TextToImage) -> TextToImage:
 
 
 @pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["whole", "adapter"])
+@pytest.mark.slow_after(1)
 def test_micro_batches_change_nothing(folder, double, adapter):
     """In two updates on the same trajectories, with gradients of all together and of one after another."""
     guidance = GuidanceConfig(sampling=3, adjoint=3, control=3)
