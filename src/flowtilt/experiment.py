@@ -16,6 +16,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, overload
 
@@ -464,6 +465,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     if not isinstance(of_files, Mapping) or not all(isinstance(v, Mapping) for v in of_files.values()):
         raise ConfigError(f"{path}: key files: must map names of experiment files to their keys and values")
 
+    @cache  # many cases derive from one file
     def read(file: Path) -> dict[str, Any]:
         return merge(read_yaml(file), of_files.get(file.stem, {}))
 
