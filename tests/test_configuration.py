@@ -356,7 +356,11 @@ def test_the_configuration_is_merged_as_snakemake_merges_it(tmp_path: Path) -> N
     two.write_text("overrides: {seeds: 2}\n")
     files = [one, two, own]  # as in workflow.configfiles
     expected = {"seeds": 2, "solver": {"pool": 8}, "objective": {"level": 0.8}}
-    assert workflow_config(files, settings([one, two]), {}) == {"results": "res", "gpu": 1, "overrides": expected}
+    assert workflow_config(files, settings([one, two]), {}) == {
+        "results": "res",
+        "gpu": 1,
+        "overrides": expected,
+    }
     assert workflow_config(files, settings([one, two], replaced=True), {}) == {
         "overrides": {"seeds": 2, "objective": {"level": 0.8}}
     }
@@ -385,9 +389,13 @@ def test_the_configuration_is_merged_as_snakemake_merges_it(tmp_path: Path) -> N
 def test_what_the_command_line_says_is_held_to_the_same(entry: str, said: str, tmp_path: Path) -> None:
     own = tmp_path / "config.yaml"
     own.write_text("experiments: [a]\n")
-    with pytest.raises(ConfigError) as caught:
+
+    def read() -> None:
         data = workflow_config([own], settings([], entry), {})
         validated(WorkflowConfig, {"results": "r", "resolution": "a", **data}, own)
+
+    with pytest.raises(ConfigError) as caught:
+        read()
     assert said in str(caught.value)
 
 

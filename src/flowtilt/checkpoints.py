@@ -65,8 +65,6 @@ def read_tensors(path: Path, remake: str = REMAKE) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; run the stage that writes it first")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error}); {remake}") from None

@@ -10,6 +10,7 @@ import errno
 import gc
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper

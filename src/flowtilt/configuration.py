@@ -251,9 +251,7 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
     return data
 
 
-def workflow_config(
-    files: Sequence[str | Path], settings: Any, found: Mapping[str, Any]
-) -> dict[str, Any]:
+def workflow_config(files: Sequence[str | Path], settings: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """The workflow's configuration, read as all other files are; Snakemake has read it by other rules.
 
     Snakemake keeps the last of keys that stand twice. It reads YAML 1.1 from files, and nothing but text from
@@ -262,9 +260,9 @@ def workflow_config(
     Args:
         files: those in use, as in Snakemake's ``workflow.configfiles``: those of the command line first.
         settings: how they were given, Snakemake's ``workflow.config_settings``: ``configfiles``, files of the
-            command line, which are merged in after those of the workflow; ``config_args``, ``key=value`` each,
-            merged in last; and ``replace_workflow_config``, whether they stand instead of the workflow's own
-            files. None where this Snakemake does not tell: then ``found`` is taken as it is.
+            command line, which are merged in after those of the workflow; ``config_args``, ``key=value``
+            each, merged in last; and ``replace_workflow_config``, whether they stand instead of the workflow's
+            own files. None where this Snakemake does not tell: then ``found`` is taken as it is.
         found: the configuration as Snakemake has read it.
 
     Raises:

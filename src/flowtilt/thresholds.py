@@ -106,7 +106,8 @@ def threshold(
         weights: of the samples, not negative; equal if not given.
 
     Raises:
-        ValueError: for parameters out of range, another side, rewards that are infinite, or none that has a value.
+        ValueError: for parameters out of range, another side, rewards that are infinite, or none that has a
+            value.
     """
     side, batch = tail_side(side), _prepare(rewards, alpha, mass, weights)
     return _lower_threshold(batch) if side == "lower" else _upper_threshold(batch, mass)

@@ -62,6 +62,6 @@ def make_smoke_run(cache: Path, kept: Path, failed: Path) -> None:
     project = Project.copied_to(cache / "running" / "project")
     run = project.snakemake(*SMOKE)
     if run.returncode != 0:
-        failed.write_text(f"the smoke run failed, it ended with:\n{run.stdout[-4000:]}")
+        failed.write_text(f"the smoke run failed, it ended with:\n{run.stdout[-4000:]}", encoding="utf-8")
     else:
         project.folder.rename(kept)

@@ -87,8 +87,8 @@ def test_it_imports_neither_the_numerics_nor_snakemake() -> None:
 
 def test_it_reads_every_committed_configuration(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    whole = yaml.safe_load(Path("config/config.yaml").read_text())
-    paper = yaml.safe_load(Path("config/paper.yaml").read_text())
+    whole = yaml.safe_load(Path("config/config.yaml").read_text(encoding="utf-8"))
+    paper = yaml.safe_load(Path("config/paper.yaml").read_text(encoding="utf-8"))
     plan = read_plan({**whole, **paper}, "config/paper.yaml")
     assert plan.config.experiments == whole["experiments"]
     assert {*plan.of_kind(PLANAR), *plan.of_kind(MOLECULES), *plan.of_kind(IMAGES)} == set(plan.experiments)
