@@ -261,8 +261,8 @@ def workflow_config(files: Sequence[str | Path], settings: Any, found: Mapping[s
         files: those in use, as in Snakemake's ``workflow.configfiles``: those of the command line first.
         settings: how they were given, Snakemake's ``workflow.config_settings``: ``configfiles``, files of the
             command line, which are merged in after those of the workflow; ``config_args``, ``key=value``
-            each, merged in last; and ``replace_workflow_config``, whether they stand instead of the workflow's
-            own files. None where this Snakemake does not tell: then ``found`` is taken as it is.
+            each, merged in last; and ``replace_workflow_config``, whether they stand instead of the
+            workflow's own files. None where this Snakemake does not tell: then ``found`` is taken as it is.
         found: the configuration as Snakemake has read it.
 
     Raises:
