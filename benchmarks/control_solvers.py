@@ -28,9 +28,9 @@ from flowtilt.control import adjoint_matching, weighted_fitting
 from flowtilt.control.base import Solution
 from flowtilt.domains.planar.build import build_data, build_path
 from flowtilt.domains.planar.model import PlanarFlow
-from flowtilt.experiment import Experiment, load_file
 from flowtilt.functionals.utilities import RewardVariation
 from flowtilt.model import Context
+from flowtilt.pipeline.experiment import Experiment, load_file
 from flowtilt.pretraining import PretrainingSettings, fit_flow
 from flowtilt.rewards import Reward
 from flowtilt.sampling import OdeSettings, log_likelihood, sample_ode, sample_with_log_density

@@ -24,9 +24,9 @@ from flowtilt.control.endpoints import Terminal
 from flowtilt.devices import seeded
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.energies import XTBReward
-from flowtilt.experiment import load_file, molecule_experiment
+from flowtilt.domains.molecules.sampling import load_base
+from flowtilt.pipeline.experiment import load_file, molecule_experiment
 from flowtilt.sampling import memoryless_steps, sample_sde
-from flowtilt.stages.molecule_sampling import load_base
 
 FILE = Path(__file__).parents[1] / "config" / "experiments" / "molecules_qm9.yaml"
 

@@ -18,11 +18,11 @@ from flowtilt.domains.planar.grid import (
     tail_tilt,
 )
 from flowtilt.domains.planar.truth import coarsen
-from flowtilt.experiment import Experiment
 from flowtilt.functionals.utilities import Side
-from flowtilt.measurements import Method, Runs, row_name, run_folder, runs_of
 from flowtilt.metrics.tails import upper_tail_mean
-from flowtilt.stages.files import write_history
+from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.files import write_history
+from flowtilt.pipeline.report.measurements import Method, Runs, row_name, run_folder, runs_of
 
 METHODS = (
     Method("pretrained", "pretrained"),

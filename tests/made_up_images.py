@@ -13,14 +13,14 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from flowtilt.configuration import merge, read_yaml
 from flowtilt.domains.images import bridges
+from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
 from flowtilt.domains.images.files import picture_name
-from flowtilt.experiment import image_experiment, load_file
 from flowtilt.files import folder_of
-from flowtilt.image_experiment import ImageExperiment, tail_metric
 from flowtilt.metrics.tails import lower_tail_mean
-from flowtilt.stages.files import Metrics, write_arrays, write_history, write_rows
+from flowtilt.pipeline.configuration import merge, read_yaml
+from flowtilt.pipeline.experiment import image_experiment, load_file
+from flowtilt.pipeline.files import Metrics, write_arrays, write_history, write_rows
 from small import CONFIG
 
 ENTROPY, LEFT_TAIL = "text_to_image_entropy", "text_to_image_left_tail"

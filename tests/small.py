@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowtilt.configuration import merge
-from flowtilt.experiment import Experiment, load_file
+from flowtilt.pipeline.configuration import merge
+from flowtilt.pipeline.experiment import Experiment, load_file
 
 CONFIG = Path(__file__).parents[1] / "config"
 TINY: dict[str, Any] = {

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from flowtilt.checkpoints import save_weights
-from flowtilt.configuration import merge
 from flowtilt.domains.molecules import data
 from flowtilt.domains.molecules.build import build_model
-from flowtilt.experiment import load_file, molecule_experiment
-from flowtilt.molecule_experiment import MoleculeExperiment
+from flowtilt.domains.molecules.experiment import MoleculeExperiment
+from flowtilt.pipeline.configuration import merge
+from flowtilt.pipeline.experiment import load_file, molecule_experiment
 from small import CONFIG
 
 # In units of one ångström most molecules of an untrained network have an energy, and some do not.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowtilt.configuration import merge
-from flowtilt.experiment import load_file
-from flowtilt.image_experiment import ImageExperiment
+from flowtilt.domains.images.experiment import ImageExperiment
+from flowtilt.pipeline.configuration import merge
+from flowtilt.pipeline.experiment import load_file
 from small import CONFIG
 
 EMBEDDED: dict[str, Any] = {

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_functional_experiments import Folder
 
-from flowtilt.configuration import ConfigError, merge
 from flowtilt.domains.planar.problems import check_problems
-from flowtilt.experiment import Experiment, FunctionalExperiment, load_file
 from flowtilt.functionals.checks import check_entry
 from flowtilt.functionals.curvature import example_problem, tier_table
 from flowtilt.functionals.divergences import Renyi
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Entry, Registry
+from flowtilt.pipeline.configuration import ConfigError, merge
+from flowtilt.pipeline.experiment import Experiment, FunctionalExperiment, load_file
 from small import CONFIG, TINY
-from test_functional_experiments import Folder
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adding-a-functional.md").read_text()
 *MODULE, REGISTRATION = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

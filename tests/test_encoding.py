@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowtilt.configuration import ConfigError, read_yaml
 from flowtilt.files import read_text, write_text
+from flowtilt.pipeline.configuration import ConfigError, read_yaml
 from small_pictures import CONFIG
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def test_a_stage_reads_writes_and_logs_utf8_in_any_locale(tmp_path: Path) -> Non
     file, output, log = experiment_with("Für π", tmp_path), tmp_path / "out.yaml", tmp_path / "stage.log"
     code = "import locale; assert locale.getpreferredencoding(False) in ('ANSI_X3.4-1968', 'US-ASCII')"
     assert in_ascii("-c", code).returncode == 0
-    command = ("-c", "import sys; from flowtilt.cli import run; sys.exit(run())")
+    command = ("-c", "import sys; from flowtilt.pipeline.cli import run; sys.exit(run())")
     done = in_ascii(*command, "resolve", str(file), "--output", str(output), "--log", str(log))
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(output.read_bytes())["title"] == "Für π"

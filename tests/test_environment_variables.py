@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flowtilt.cli import main, prepare_torch
 from flowtilt.parallel import join_processes
+from flowtilt.pipeline.cli import main, prepare_torch
 from flowtilt.resuming import SECONDS, Resumption
 
 ROOT = Path(__file__).parents[1]

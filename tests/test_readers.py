@@ -16,16 +16,22 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flowtilt import costs, figures_images, measurements, pages, tables
 from flowtilt.checkpoints import CheckpointError, load_weights
-from flowtilt.configuration import ConfigError, read_yaml
 from flowtilt.domains.images import alignment, pipeline, rewards
+from flowtilt.domains.images import figures as figures_images
+from flowtilt.domains.images import models as image_models
+from flowtilt.domains.images import sampling as image_sampling
 from flowtilt.domains.molecules import data, flowmol_weights, sdf
-from flowtilt.measurements import ResultsError
-from flowtilt.provenance import write_provenance
+from flowtilt.domains.molecules import pretraining as molecule_pretraining
+from flowtilt.domains.planar import solving as truth
+from flowtilt.pipeline import files
+from flowtilt.pipeline.configuration import ConfigError, read_yaml
+from flowtilt.pipeline.files import StageError
+from flowtilt.pipeline.report import costs, measurements, pages, tables
+from flowtilt.pipeline.report.measurements import ResultsError
+from flowtilt.pipeline.report.provenance import write_provenance
+from flowtilt.pipeline.theory import stage as theory
 from flowtilt.resuming import Resumption
-from flowtilt.stages import files, image_models, image_sampling, molecule_pretraining, theory, truth
-from flowtilt.stages.files import StageError
 
 REFUSALS = (StageError, ResultsError, CheckpointError, ConfigError, data.DataError, sdf.SdfError)
 CURE = re.compile("delete|make (it|them|or )|run |restore|save |name |correct|convert|install|must hold")

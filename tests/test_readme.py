@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flowtilt.cli import main
-from flowtilt.experiment import load_file
+from flowtilt.pipeline.cli import main
+from flowtilt.pipeline.experiment import load_file
 from small import CONFIG, TINY
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from flowtilt.experiment import load_file
-from flowtilt.tables import headline
+from flowtilt.pipeline.experiment import load_file
+from flowtilt.pipeline.report.tables import headline
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "results" / "tables"

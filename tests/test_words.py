@@ -28,7 +28,7 @@ from flowtilt.functionals.registry import Ingredients, check_needs
 from flowtilt.functionals.utilities import Entropy, Hinge
 from flowtilt.interpolants import Linear, convert
 from flowtilt.metrics.tails import lower_tail_mean, tail_mean, upper_tail_mean
-from flowtilt.sections import TermConfig
+from flowtilt.pipeline.sections import TermConfig
 from flowtilt.tfft import TailProblem
 from flowtilt.theory.reward_laws import RewardLaw, TailDual
 from flowtilt.thresholds import active_share, dual_objective, threshold

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from flowtilt.configuration import ConfigError
+from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.seeding import seed_of
 
 

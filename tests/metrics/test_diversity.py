@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vendi_score.vendi import score_X
 
-from flowtilt.configuration import ConfigError
 from flowtilt.metrics.diversity import (
     combinations_covered,
     designs_covered,
@@ -19,6 +18,7 @@ from flowtilt.metrics.diversity import (
     shares,
     vendi,
 )
+from flowtilt.pipeline.configuration import ConfigError
 
 
 def eigenvalue_entropy(features: np.ndarray) -> float:

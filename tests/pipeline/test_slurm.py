@@ -1,340 +1,180 @@
-"""The pipeline through the profile `slurm`, on a real cluster of this one machine; and what it refuses."""
+"""What is asked of a cluster before anything is submitted, on answers of clusters of several kinds."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import site
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from workflow_copy import ROOT, SMOKE, Project
+from flowtilt.pipeline.doctor import examine
+from flowtilt.pipeline.slurm import (
+    Cluster,
+    ClusterError,
+    Partition,
+    ask_cluster,
+    check_submissions,
+    read_minutes,
+    read_partitions,
+    state_command,
+    status_command,
+)
+from small import CONFIG
 
-SCRIPT = ROOT / "workflow" / "scripts" / "local-slurm.sh"
-# Two cores are what the smallest machine has; looks at the queue that suit jobs of seconds.
-PROFILE = ("--workflow-profile", "workflow/profiles/slurm", "--cores", "2")
-QUICK = ("--slurm-init-seconds-before-status-checks", "2", "--latency-wait", "10")
-
-
-def local_slurm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(SCRIPT), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[bool]:
-    """A cluster of this machine alone: the one that runs already, or one that is started for these tests.
-
-    Gives whether it was started for them.
-    """
-    pytest.importorskip("snakemake_executor_plugin_slurm", reason="the extra 'workflow' is not installed")
-    if missing := [name for name in ("sbatch", "slurmctld", "munged") if not found(name)]:
-        pytest.skip(f"SLURM is not installed, {missing[0]} is missing: apt-get install slurm-wlm munge")
-    if local_slurm("status").returncode == 0:
-        yield False
-        return
-    if os.geteuid() != 0:
-        pytest.skip(
-            "only root can start a cluster of this machine: sudo workflow/scripts/local-slurm.sh start"
-        )
-    if Path("/etc/slurm/slurm.conf").exists():
-        pytest.skip("this machine belongs to another cluster, whose nodes may not see the tests' folders")
-    started = local_slurm("start")
-    assert started.returncode == 0, started.stdout
-    yield True
-    stopped = local_slurm("stop")
-    assert stopped.returncode == 0, stopped.stdout
-    assert not Path("/etc/slurm/slurm.conf").exists()
+SMOKE = CONFIG / "smoke.yaml"
+CPU = Partition("cpu", default=True, minutes=1440, gpus=False)
+LONG = Partition("long", default=False, minutes=None, gpus=False)
+GPU = Partition("gpu", default=False, minutes=2880, gpus=True)
 
 
-def found(program: str) -> bool:
-    return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is not None
-
-
-def submitted(
-    project: Project, *arguments: str, seconds: float = 300, **environment: str
-) -> tuple[int, str, dict[str, list[str]]]:
-    """Run Snakemake with the profile, and watch the queue meanwhile.
-
-    Returns:
-        Snakemake's exit status and both its streams; and by the comment of each job that was in the queue,
-        lines ``state|minimal memory|cores|time limit|generic resources`` in which it was seen.
-    """
-    log = project.folder / "snakemake.log"
-    seen: dict[str, list[str]] = {}
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "snakemake", *PROFILE, *QUICK, *arguments],
-            cwd=project.folder,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-        )
-        until = time.monotonic() + seconds
-        while process.poll() is None:
-            if time.monotonic() > until:
-                process.kill()
-                pytest.fail(
-                    f"Snakemake still waits after {seconds} s:\n{log.read_text()[-4000:]}", pytrace=False
-                )
-            time.sleep(0.5)
-            watch(log, seen)
-    return process.returncode, log.read_text(), seen
-
-
-def watch(log: Path, seen: dict[str, list[str]]) -> None:
-    """Add what the queue now says about the jobs of a run."""
-    run = re.search(r"SLURM run ID: (\S+)", log.read_text(encoding="utf-8"))
-    if run is None:
-        return
-    columns = ",".join(
-        f"{name}:|" for name in ("Comment", "State", "MinMemory", "NumCPUs", "TimeLimit", "tres-per-job")
-    )
-    command = ["squeue", "--noheader", "--name", run[1], f"--Format={columns}"]
-    listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    for line in listed.splitlines():
-        comment, rest = line.rstrip("|").split("|", 1)
-        if rest not in seen.setdefault(comment, []):
-            seen[comment].append(rest)
-
-
-def edit(path: Path, **overrides: object) -> None:
-    """Add overrides of experiments to a configuration file."""
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config["overrides"].update(overrides)
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------- the script
-
-
-def test_the_script_needs_root_and_says_so() -> None:
-    run = subprocess.run(
-        ["bash", "-s", "start"],
-        input=SCRIPT.read_text(),
-        user="nobody" if os.geteuid() == 0 else None,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert run.returncode == 1
-    assert "run it as root" in run.stderr
-
-
-def test_the_script_says_what_it_changes() -> None:
-    said = local_slurm("--help").stdout
-    for word in ("/etc/slurm/slurm.conf", "/var/lib/flowtilt-slurm", "slurmctld", "munged", "root"):
-        assert word in said
-    assert local_slurm("begin").returncode == 2
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can write to /etc/slurm")
-@pytest.mark.skipif(shutil.which("sbatch") is None, reason="SLURM is not installed")
-@pytest.mark.skipif(Path("/etc/slurm/slurm.conf").exists(), reason="this machine has a cluster")
-def test_the_script_leaves_another_clusters_configuration_alone() -> None:
-    conf = Path("/etc/slurm/slurm.conf")
-    conf.write_text("ClusterName=another\n", encoding="utf-8")
-    try:
-        for command, status in (("start", 1), ("stop", 0), ("status", 3)):
-            run = local_slurm(command)
-            assert run.returncode == status, run.stdout
-            assert conf.read_text(encoding="utf-8") == "ClusterName=another\n"
-        assert "was not written by this script" in local_slurm("start").stdout
-        assert not Path("/var/lib/flowtilt-slurm").exists()
-    finally:
-        conf.unlink()
-
-
-# ------------------------------------------------------------------------------- on the cluster
-
-
-def test_tables_equal_those_of_a_local_run(cluster: bool, project: Project, tmp_path: Path) -> None:
-    # One experiment, with everything that stands before its rows in the comparison.
-    one = ("--config", "experiments=[risk_averse_2d]")
-    target = (*SMOKE, *one, "--", "risk_averse_2d", "results/smoke/tables/comparison.csv")
-    status, output, seen = submitted(project, *target)
-    assert status == 0, output
-    for rules in ("pretrain", "finetune", "measure_risk_averse_2d", "exact"):
-        states = [line for comment, lines in seen.items() if rules in comment for line in lines]
-        assert any(line.startswith("RUNNING") for line in states), (rules, seen)
-    shared = output.count("has been submitted")
-    assert 0 < shared < output.count("Finished jobid") / 2  # so that submissions hold several jobs each
-
-    local = Project.copied_to(tmp_path / "local")
-    run = local.snakemake(*target)
-    assert run.returncode == 0, run.stdout
-    made = {path.relative_to(local.smoke) for path in local.smoke.glob("tables/*.*")}
-    assert {"risk_averse_2d.csv", "risk_averse_2d.md", "risk_averse_2d.tex", "comparison.csv"} <= {
-        path.name for path in made
-    }
-    made |= {path.relative_to(local.smoke) for path in local.smoke.glob("runs/*/*/*/metrics.json")}
-    assert len(made) > 8
-    for file in made:
-        assert (project.smoke / file).read_bytes() == (local.smoke / file).read_bytes(), file
-
-
-def test_a_failing_job_ends_the_run_with_its_message(cluster: bool, project: Project) -> None:
-    rate = 1e30
-    edit(
-        project.folder / "config" / "smoke.yaml",
-        pretrain={"updates": 60, "batch": 256, "learning_rate": rate},
-    )
-    target = "results/smoke/runs/risk_averse_2d/pretrained/seed0/offline.npz"
-    status, output, seen = submitted(project, *SMOKE, "--retries", "1", "--", target, seconds=180)
-    assert status != 0
-    assert "SLURM status is: 'FAILED'" in output
-    assert "the training loss is" in output
-    assert "lower learning_rate" in output
-    # What was asked for at the second attempt: twice as much.
-    asked = [line.split("|")[1:4] for lines in seen.values() for line in lines]
-    assert ["1500M", "1", "25:00"] in asked
-    assert ["3000M", "1", "50:00"] in asked
-    assert not list(project.smoke.rglob("*.npz"))
-
-
-def test_slurms_own_refusal_is_shown(cluster: bool, project: Project) -> None:
-    target = "results/smoke/theory/threshold.json"
-    more = ("--set-resources", "theory:mem_mb=100000000", "--retries", "0")
-    status, output, _ = submitted(project, *SMOKE, *more, "--", target, seconds=120)
-    assert status != 0
-    assert "sbatch failed" in output
-    assert "Memory specification can not be satisfied" in output or "is not available" in output
-
-
-def doctor(project: Project, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What the command says of the cluster and the smoke configuration."""
-    command = (sys.executable, "-c", "from flowtilt.cli import run; raise SystemExit(run())", "doctor")
-    return subprocess.run(
-        [*command, *SMOKE, *arguments],
-        cwd=project.folder,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def cluster(*partitions: Partition, accounts: bool = True, remembered: int = 300) -> Cluster:
+    return Cluster({partition.name: partition for partition in partitions}, accounts, remembered)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "words"),
+    ("limit", "minutes"),
+    [("infinite", None), ("30:00", 30), ("4:00:00", 240), ("1-00:00:00", 1440), ("7-12:30:00", 10830)],
+)
+def test_time_limits_are_read(limit: str, minutes: int | None) -> None:
+    assert read_minutes(limit) == minutes
+
+
+def test_partitions_are_read() -> None:
+    listed = [
+        "cpu*|1-00:00:00|(null)",
+        "gpu|2-00:00:00|gpu:a100:4(S:0-1)",
+        "gpu|2-00:00:00|(null)",
+        "long|infinite|bandwidth:10G",
+    ]
+    assert list(read_partitions("\n".join(listed)).values()) == [CPU, GPU, LONG]
+
+
+def test_submissions_that_fit_are_let_through() -> None:
+    submissions = [
+        ("a", {"runtime": 1440, "gpu": 0}),
+        ("b", {"slurm_partition": "long", "runtime": 100000}),
+        ("c", {"slurm_partition": "cpu,gpu", "gpu": 1, "runtime": 2000}),
+        ("d", {"slurm_partition": "elsewhere", "clusters": "other", "gpu": 1}),
+    ]
+    check_submissions(cluster(CPU, LONG, GPU), submissions)
+
+
+@pytest.mark.parametrize(
+    ("partitions", "resources", "words"),
     [
-        (("--gpu", "1"), {}, ("asks for a GPU", "partition local", "--config gpu=0")),
-        ((), {"SBATCH_PARTITION": "elsewhere"}, ("no partition elsewhere", "name one of local")),
-        (
-            ("--partition", "night"),
-            {"SBATCH_PARTITION": "local"},
-            ("no partition night", "name one of local"),
-        ),
+        ((LONG, GPU), {}, ("no default", "long, gpu", "SBATCH_PARTITION", "--default-resources")),
+        ((CPU, LONG), {"slurm_partition": "cpus"}, ("no partition cpus", "cpu, long")),
+        ((CPU, GPU), {"gpu": 1}, ("finetune asks for a GPU", "partition cpu", "--config gpu=0")),
+        ((CPU,), {"gres": "gpu:1"}, ("finetune asks for a GPU",)),
+        ((CPU, LONG), {"runtime": 1441}, ("finetune asks for 1441 min", "cpu (1440 min)", "runtime=MINUTES")),
     ],
 )
-def test_what_the_cluster_cannot_run_is_said(
-    cluster: bool,
-    project: Project,
-    arguments: tuple[str, ...],
-    environment: dict[str, str],
+def test_a_submission_that_cannot_run_is_refused(
+    partitions: tuple[Partition, ...], resources: dict[str, object], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(ClusterError) as error:
+        check_submissions(cluster(*partitions), [("finetune", resources)])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_the_state_of_jobs_is_asked_of_what_remembers_them() -> None:
+    assert status_command(cluster(CPU), "sacct", 20) == "sacct"
+    assert status_command(cluster(CPU), "squeue", 20) == "squeue"
+    assert status_command(cluster(CPU, accounts=False), "sacct", 20) == "squeue"
+    with pytest.raises(ClusterError, match=r"after 200 s \(MinJobAge\).* 240 s"):
+        status_command(cluster(CPU, accounts=False, remembered=200), "sacct", 20)
+    with pytest.raises(ClusterError, match="600 s"):
+        status_command(cluster(CPU, accounts=False), "squeue", 200)
+
+
+def set_up_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Commands of SLURM that answer as they are told."""
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin" if scripts else str(folder))
+
+
+def test_a_cluster_is_asked_for_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = "Configuration data\nAccountingStorageType   = accounting_storage/slurmdbd\nMinJobAge = 300 sec"
+    set_up_commands(
+        tmp_path,
+        monkeypatch,
+        sbatch="exit 1",
+        sinfo="echo 'cpu*|1-00:00:00|(null)'",
+        scontrol=f"cat <<'END'\n{config}\nEND",
+    )
+    assert ask_cluster() == cluster(CPU)
+
+
+def test_a_machine_without_slurm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up_commands(tmp_path, monkeypatch)
+    with pytest.raises(ClusterError, match=r"sbatch was not found.*login node"):
+        ask_cluster()
+
+
+def test_a_controller_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up_commands(
+        tmp_path, monkeypatch, sbatch="exit 1", sinfo="echo 'Unable to contact slurm controller' >&2; exit 1"
+    )
+    with pytest.raises(ClusterError, match=r"does not answer: sinfo .*Unable to contact"):
+        ask_cluster()
+
+
+# --------------------------------------------------------------------------------- the doctor
+
+
+LIMITS = "MinJobAge = 300 sec\nAccountingStorageType = accounting_storage/none"
+
+
+def set_up_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch, partitions: str) -> None:
+    monkeypatch.chdir(CONFIG.parent)
+    set_up_commands(
+        folder,
+        monkeypatch,
+        sbatch="exit 1",
+        sinfo=f"echo '{partitions}'",
+        scontrol=f"cat <<'END'\n{LIMITS}\nEND",
+    )
+
+
+def test_the_doctor_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up_cluster(tmp_path, monkeypatch, "cpu*|1-00:00:00|(null)")
+    said = "\n".join(examine([SMOKE], ""))
+    assert "SLURM: partitions cpu (1440 min); the state of jobs is asked of squeue" in said
+    assert "what is planned fits; the longest submission asks for at least 300 min" in said
+    assert state_command(20) == "squeue"
+
+
+@pytest.mark.parametrize(
+    ("partitions", "partition", "gpu", "words"),
+    [
+        ("cpu*|0:29:00|(null)", "", None, ("the group pretrain asks for 40 min", "cpu (29 min)")),
+        ("cpu*|4:00:00|(null)", "", None, ("molecules_pretrain asks for 300 min", "cpu (240 min)")),
+        ("cpu*|1-00:00:00|(null)", "", 1, ("pretrain asks for a GPU", "partition cpu")),
+        ("cpu*|1-00:00:00|(null)", "night", None, ("no partition night", "name one of cpu")),
+        ("cpu|1-00:00:00|(null)", "", None, ("no default one", "name one of cpu")),
+    ],
+)
+def test_the_doctor_refuses_what_the_cluster_cannot_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    partitions: str,
+    partition: str,
+    gpu: int | None,
     words: tuple[str, ...],
 ) -> None:
-    run = doctor(project, *arguments, **environment)
-    assert run.returncode == 1
-    assert "Traceback" not in run.stdout
+    set_up_cluster(tmp_path, monkeypatch, partitions)
+    with pytest.raises(ClusterError) as error:
+        examine([SMOKE], partition, gpu)
     for word in words:
-        assert word in run.stdout
+        assert word in str(error.value)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change a partition")
-def test_a_cluster_without_a_default_partition_needs_a_name(cluster: bool, project: Project) -> None:
-    target = "results/smoke/runs/risk_averse_2d/pretrained/seed0/model.safetensors"
-    change = ["scontrol", "update", "PartitionName=local"]
-    subprocess.run([*change, "Default=NO"], check=True, timeout=60)
-    try:
-        said = doctor(project).stdout
-        for word in ("no default one", "name one of local", "SBATCH_PARTITION"):
-            assert word in said
-        status, output, seen = submitted(project, *SMOKE, "--", target, SBATCH_PARTITION="local")
-        assert status == 0, output
-        assert len(seen) == 1
-    finally:
-        subprocess.run([*change, "Default=YES"], check=True, timeout=60)
-
-
-def test_gpus_are_asked_for_where_the_configuration_has_them(cluster: bool, project: Project) -> None:
-    if not cluster:
-        pytest.skip("the cluster that runs is not ours to start again with a GPU")
-    target = "results/smoke/runs/risk_averse_2d/tfft/seed0/threshold.json"
-    try:
-        for command in (("stop",), ("start", "--gpus", "1")):
-            run = local_slurm(*command)
-            assert run.returncode == 0, run.stdout
-        status, output, seen = submitted(project, *SMOKE, "--config", "gpu=1", "--", target)
-        assert status == 0, output
-        # Each job of a network has a submission of its own, and a GPU; the threshold has none.
-        asked = {comment: {line.split("|")[-1] for line in lines} for comment, lines in seen.items()}
-        assert len(asked) == 3
-        for comment, gpus in asked.items():
-            assert gpus == ({"N/A"} if "threshold" in comment else {"gres:gpu:1"}), asked
-    finally:
-        for command in ("stop", "start"):
-            local_slurm(command)
-
-
-# ------------------------------------------------------------------------------- without one
-
-
-def test_a_missing_plugin_is_named(project: Project, tmp_path: Path) -> None:
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    # Debian's Python names a folder that may not be there.
-    for folder in filter(Path.is_dir, map(Path, site.getsitepackages())):
-        for entry in folder.iterdir():
-            if "executor_plugin_slurm" not in entry.name and entry.suffix != ".pth":
-                (packages / entry.name).symlink_to(entry)
-    run = subprocess.run(
-        [sys.executable, "-S", "-m", "snakemake", *PROFILE, "--dry-run"],
-        cwd=project.folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode != 0
-    assert "snakemake-executor-plugin-slurm is not installed" in run.stdout
-    assert "pip install" in run.stdout
-
-
-def test_a_dry_run_at_the_papers_scale_prints_what_each_job_asks_for(project: Project) -> None:
-    run = project.snakemake("--dry-run", *PROFILE[:2], "--configfile", "config/paper.yaml")
-    assert run.returncode == 0, run.stdout
-    jobs = re.findall(
-        r"^ *(?:local)?rule (\w+):$.*?^ *resources: ([^\n]*)", run.stdout, re.MULTILINE | re.DOTALL
-    )
-    asked = {rule: dict(pair.split("=", 1) for pair in text.split(", ")) for rule, text in jobs}
-    planned = set(project.planned("--configfile", "config/paper.yaml"))
-    assert planned <= asked.keys()
-    for rule, resources in asked.items():
-        needs_gpu = rule in {
-            *("pretrain", "density", "offline", "finetune", "molecules_pretrain", "molecules_offline"),
-            *("molecules_finetune", "molecules_sample", "images_pretrain", "images_offline"),
-            *("images_finetune", "images_sample", "images_evaluate"),
-        }
-        if rule != "all":
-            assert resources["gpu"] == str(int(needs_gpu or rule.startswith("measure_"))), rule
-            assert int(resources["mem_mb"]) >= 500
-            assert int(resources["runtime"]) >= 5
-    assert int(asked["finetune"]["runtime"]) >= 240
+def test_the_doctor_of_a_machine_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIG.parent)
+    set_up_commands(tmp_path, monkeypatch)
+    said = "\n".join(examine([], ""))
+    assert "conda: not found; run without --software-deployment-method conda" in said
+    assert "SLURM: not found" in said
+    assert state_command(20) is None

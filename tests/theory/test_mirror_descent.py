@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flowtilt.theory.config import load_theory
-from flowtilt.theory.laws import excess, gaussian_mixture, kl_divergence, normalise, square_grid
-from flowtilt.theory.mirror_descent import (
+from flowtilt.pipeline.theory.config import load_theory
+from flowtilt.pipeline.theory.mirror_descent import (
     FIT_ABOVE,
     LOG_ERROR,
     Problem,
@@ -20,6 +19,7 @@ from flowtilt.theory.mirror_descent import (
     relative_curvature,
     study,
 )
+from flowtilt.theory.laws import excess, gaussian_mixture, kl_divergence, normalise, square_grid
 from flowtilt.theory.utilities import Entropy, ExpectedReward, KernelMatching, LogBarrier, OptimalDesign
 from small import CONFIG
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from flowtilt.cli import main
-from flowtilt.configuration import ConfigError
-from flowtilt.theory.config import load_theory
+from flowtilt.pipeline.cli import main
+from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.theory.config import load_theory
 from small import CONFIG
 
 SMOKE = yaml.safe_load((CONFIG / "smoke.yaml").read_text())["theory_overrides"]
@@ -63,7 +63,7 @@ def test_the_same_configuration_gives_the_same_bytes(name: str, tmp_path: Path) 
 
 
 def test_studies_start_without_torch() -> None:
-    code = "import sys, flowtilt.stages.theory; sys.exit('torch' in sys.modules)"
+    code = "import sys, flowtilt.pipeline.theory.stage; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flowtilt.theory.config import BatchConfig, ShiftConfig
-from flowtilt.theory.reward_laws import RewardLaw, TailDual
-from flowtilt.theory.thresholds import (
+from flowtilt.pipeline.theory.config import BatchConfig, ShiftConfig
+from flowtilt.pipeline.theory.thresholds import (
     ShiftBounds,
     _shift_row,
     batch_errors,
@@ -22,6 +21,7 @@ from flowtilt.theory.thresholds import (
     weighted_slope,
     worst_threshold,
 )
+from flowtilt.theory.reward_laws import RewardLaw, TailDual
 
 GAUSSIAN = RewardLaw((1.0,), (0.0,), (1.0,))
 CLIPPED = RewardLaw((1.0,), (0.0,), (1.0,), -4.0, 4.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 try:
-    from flowtilt.configuration import ConfigError, workflow_config
+    from flowtilt.pipeline.configuration import ConfigError, workflow_config
     from flowtilt.pipeline import plan as domains
     from flowtilt.pipeline.checks import check_folder, read_plan
     from flowtilt.pipeline.plan import experiment_file, theory_file

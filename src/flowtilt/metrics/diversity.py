@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowtilt.configuration import ConfigError
+from flowtilt.pipeline.configuration import ConfigError
 
 
 def vendi(features: ArrayLike) -> float:

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowtilt.configuration import ConfigError, validated
-from flowtilt.experiment import AnyExperiment, FunctionalExperiment, load_file
+from flowtilt.domains.images.experiment import ImageExperiment
+from flowtilt.domains.molecules.experiment import MoleculeExperiment
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
-from flowtilt.image_experiment import ImageExperiment
-from flowtilt.molecule_experiment import MoleculeExperiment
 from flowtilt.pipeline.config import WorkflowConfig
+from flowtilt.pipeline.configuration import ConfigError, validated
+from flowtilt.pipeline.experiment import AnyExperiment, FunctionalExperiment, load_file
 from flowtilt.pipeline.plan import Files, Plan, experiment_file, theory_file
 from flowtilt.pipeline.resources import RULES, TARGETS
-from flowtilt.sections import TermConfig
-from flowtilt.theory.config import TheoryConfig, load_theory
+from flowtilt.pipeline.sections import TermConfig
+from flowtilt.pipeline.theory.config import TheoryConfig, load_theory
 
 TABLES = ("comparison", "by_seed")
 """Names of tables that no experiment may have; those of the other tables are rules."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from flowtilt.configuration import Name, Section, ToldApart
+from flowtilt.pipeline.configuration import Name, Section, ToldApart
 
 
 def _folder(path: str) -> str:
@@ -42,7 +42,7 @@ class OverridesConfig(Section):
 
 
 class WorkflowConfig(Section):
-    """The workflow's configuration; the experiments' own files are checked by flowtilt.experiment."""
+    """The workflow's configuration; the experiments' own files are checked by flowtilt.pipeline.experiment."""
 
     results: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./][A-Za-z0-9_./-]*$"), AfterValidator(_folder)]
     """Folder that everything is written to; letters, digits and the signs _ . / - only, no - at its front."""

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowtilt import slurm
-from flowtilt.configuration import merge, read_yaml
+from flowtilt.pipeline import slurm
 from flowtilt.pipeline.checks import read_plan
+from flowtilt.pipeline.configuration import merge, read_yaml
 from flowtilt.pipeline.plan import IMAGES, MOLECULES, PLANAR, Plan
 from flowtilt.pipeline.resources import RULES
 

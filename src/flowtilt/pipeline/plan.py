@@ -16,7 +16,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from flowtilt.experiment import (
+from flowtilt.domains.images.experiment import ImageExperiment
+from flowtilt.domains.molecules.experiment import MoleculeExperiment
+from flowtilt.pipeline.config import WorkflowConfig
+from flowtilt.pipeline.experiment import (
     AnyExperiment,
     Experiment,
     FunctionalExperiment,
@@ -29,11 +32,8 @@ from flowtilt.experiment import (
     read_study,
     stage_digest,
 )
-from flowtilt.image_experiment import ImageExperiment
-from flowtilt.molecule_experiment import MoleculeExperiment
-from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.resources import RULES
-from flowtilt.theory.config import TheoryConfig
+from flowtilt.pipeline.theory.config import TheoryConfig
 
 Files = Mapping[str, Mapping[str, AnyExperiment]]
 """Experiments by name, by the name of their file."""

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flowtilt.configuration import ConfigError
-from flowtilt.experiment import FunctionalExperiment
 from flowtilt.files import atomic_path
+from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.experiment import FunctionalExperiment
 from flowtilt.pipeline.plan import Plan
 
 
@@ -39,7 +39,13 @@ def check_functionals(plan: Plan) -> None:
     files = [plan.config_files[name] for name in plan.of_kind(FunctionalExperiment)]
     if not files:
         return
-    command = [sys.executable, "-c", "from flowtilt.cli import run; raise SystemExit(run())", "check", *files]
+    command = [
+        sys.executable,
+        "-c",
+        "from flowtilt.pipeline.cli import run; raise SystemExit(run())",
+        "check",
+        *files,
+    ]
     checked = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if checked.returncode != 0:
         said = checked.stderr.strip().splitlines() or [f"flowtilt check ended with {checked.returncode}"]

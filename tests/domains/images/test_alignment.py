@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from flowtilt.checkpoints import CheckpointError
-from flowtilt.configuration import ConfigError
 from flowtilt.domains.images.alignment import AlignmentModel, classify, fit, load_alignment
 from flowtilt.domains.images.build import WEIGHTS_OF_CLIP, save_clip
 from flowtilt.domains.images.sections import EmbeddedConfig
+from flowtilt.pipeline.configuration import ConfigError
 
 FIT = {"updates": 1}
 CONFIG = EmbeddedConfig.model_validate(

@@ -21,10 +21,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from flowtilt.checkpoints import CheckpointError
-from flowtilt.configuration import ConfigError
+from flowtilt.domains.images.experiment import ImageExperiment
 from flowtilt.domains.images.fetching import LISTING, fetch
 from flowtilt.domains.images.sections import ImageModelConfig, ImageRewardConfig
-from flowtilt.image_experiment import ImageExperiment
+from flowtilt.pipeline.configuration import ConfigError
 
 pytest.importorskip("huggingface_hub", reason="the extra 'images' is not installed")
 

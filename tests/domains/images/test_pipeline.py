@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowtilt.checkpoints import CheckpointError, load_weights, save_weights
-from flowtilt.configuration import ConfigError, merge
 from flowtilt.control.adjoint_matching import AdjointMatchingSettings, solve
 from flowtilt.control.base import Solution
 from flowtilt.domains.images.build import build_autoencoder, build_pipeline, build_text_encoder
@@ -34,6 +33,7 @@ from flowtilt.domains.images.sections import (
 )
 from flowtilt.functionals.utilities import RewardVariation
 from flowtilt.model import Context
+from flowtilt.pipeline.configuration import ConfigError, merge
 from flowtilt.rewards import Reward
 from flowtilt.sampling import memoryless_steps, sample_sde
 

@@ -13,10 +13,10 @@ from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
 from flowtilt.checkpoints import CheckpointError
-from flowtilt.configuration import ConfigError
 from flowtilt.domains.images.alignment import AlignmentModel
 from flowtilt.domains.images.model import Prompted
 from flowtilt.domains.images.rewards import ClipReward, ImageReward
+from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.rewards import Reward, RewardError
 
 PROMPTS = ["a red bridge", "a stone arch over the sea", "night"]

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from flowtilt.checkpoints import load_weights
-from flowtilt.configuration import ConfigError, validated
 from flowtilt.domains.molecules import data
 from flowtilt.domains.molecules.build import (
     build_model,
@@ -19,6 +18,7 @@ from flowtilt.domains.molecules.build import (
 from flowtilt.domains.molecules.sections import MoleculeConfig
 from flowtilt.domains.molecules.states import Units, pack
 from flowtilt.domains.molecules.xtb import atomic_energy
+from flowtilt.pipeline.configuration import ConfigError, validated
 from flowtilt.resuming import Resumption
 from flowtilt.sampling import sample_sde
 

@@ -16,7 +16,7 @@ from flowtilt.domains.planar.data import GaussianMixture
 from flowtilt.domains.planar.laws import GridProblem, grid_problem, network_grid_metrics
 from flowtilt.domains.planar.rows import FLOOR, GriddedDensity, sample_divergence
 from flowtilt.domains.planar.truth import floored
-from flowtilt.experiment import FunctionalExperiment
+from flowtilt.pipeline.experiment import FunctionalExperiment
 from small import tiny
 
 EDGE, SPREAD = -3.4375, 1.5

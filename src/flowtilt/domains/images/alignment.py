@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flowtilt.checkpoints import CheckpointError, check_loaded
-from flowtilt.configuration import ConfigError
 from flowtilt.files import read_json
+from flowtilt.pipeline.configuration import ConfigError
 
 log = logging.getLogger(__name__)
 

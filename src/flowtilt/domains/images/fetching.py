@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowtilt.checkpoints import CheckpointError, sha256_of
-from flowtilt.configuration import ConfigError
 from flowtilt.domains.images.sections import HubConfig, SourceConfig
 from flowtilt.files import atomic_path, read_json, write_text
+from flowtilt.pipeline.configuration import ConfigError
 
 if TYPE_CHECKING:
-    from flowtilt.image_experiment import ImageExperiment
+    from flowtilt.domains.images.experiment import ImageExperiment
 
 log = logging.getLogger(__name__)
 

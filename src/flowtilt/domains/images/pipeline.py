@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from flowtilt.checkpoints import CheckpointError, check_loaded
-from flowtilt.configuration import ConfigError
 from flowtilt.domains.images.model import Guidance, LatentFlow, Target
 from flowtilt.domains.images.rewards import Decode
 from flowtilt.domains.images.schedule import DiscreteSchedule
@@ -27,6 +26,7 @@ from flowtilt.domains.images.sections import (
     ScheduleConfig,
 )
 from flowtilt.files import read_json
+from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.seeding import seed_of
 
 log = logging.getLogger(__name__)

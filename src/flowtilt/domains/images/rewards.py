@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from flowtilt.checkpoints import CheckpointError, check_loaded, read_tensors
-from flowtilt.configuration import ConfigError
 from flowtilt.domains.images.alignment import CHUNK, AlignmentModel, finite, fit, similarity
 from flowtilt.domains.images.model import Prompted
 from flowtilt.files import one_line
 from flowtilt.model import Context
+from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.rewards import Reward
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flowtilt.configuration import Count, Name, NoRepeats, NotNegative, Positive, Section
+from flowtilt.pipeline.configuration import Count, Name, NoRepeats, NotNegative, Positive, Section
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[tuple[Count, ...], Field(min_length=1)]

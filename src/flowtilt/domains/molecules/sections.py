@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flowtilt.configuration import Count, Name, NotNegative, Positive, Section, Share
+from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Section, Share
 
 Level = Annotated[float, Field(gt=0, lt=1)]
 

@@ -8,15 +8,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from flowtilt.configuration import ConfigError
 from flowtilt.domains.planar.data import GaussianMixture, ModeMixtures
 from flowtilt.domains.planar.landscapes import LANDSCAPES, SLOPES, Bowl, Slope, Zones
 from flowtilt.domains.planar.model import PlanarFlow
-from flowtilt.experiment import Experiment, FunctionalExperiment, TailExperiment, tail_experiment
 from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
 from flowtilt.loading import imported, message_of
+from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.experiment import Experiment, FunctionalExperiment, TailExperiment, tail_experiment
+from flowtilt.pipeline.sections import PathConfig
 from flowtilt.rewards import Reward
-from flowtilt.sections import PathConfig
 from flowtilt.seeding import seed_of
 
 Kind = TypeVar("Kind", bound=Reward)

@@ -13,12 +13,12 @@ import dataclasses
 import numpy as np
 from scipy.optimize import brentq
 
-from flowtilt.configuration import ConfigError
 from flowtilt.domains.planar.build import build_data, build_reward
 from flowtilt.domains.planar.grid import normalise
 from flowtilt.domains.planar.truth import build_grid
-from flowtilt.experiment import TailExperiment
 from flowtilt.metrics.tails import tail_mean
+from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.experiment import TailExperiment
 
 
 def calibrated_edge(experiment: TailExperiment) -> float:

@@ -14,11 +14,11 @@ from flowtilt.domains.planar.grid import Grid, finite_law, kl_divergence
 from flowtilt.domains.planar.optimum import mirror_iterates, optimum_of, tail_optimum, tilt
 from flowtilt.domains.planar.problems import build_objective
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics
-from flowtilt.experiment import FunctionalExperiment
 from flowtilt.functionals.base import FiniteLaw, Objective
 from flowtilt.functionals.critic import CriticSettings, train_critic
 from flowtilt.metrics.entropy import histogram_entropy, likelihood_entropy
 from flowtilt.metrics.transport import ground_distances, kantorovich
+from flowtilt.pipeline.experiment import FunctionalExperiment
 
 
 @dataclass(frozen=True)

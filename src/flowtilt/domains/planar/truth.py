@@ -23,10 +23,10 @@ from flowtilt.domains.planar.grid import (
     normalise,
 )
 from flowtilt.domains.planar.rows import FLOOR, GriddedDensity, Metrics, reward_metrics, zone_masses
-from flowtilt.experiment import Experiment, TailExperiment
 from flowtilt.model import FlowModel
+from flowtilt.pipeline.experiment import Experiment, TailExperiment
+from flowtilt.pipeline.sections import TailMethodConfig
 from flowtilt.sampling import OdeSettings, log_likelihood
-from flowtilt.sections import TailMethodConfig
 from flowtilt.thresholds import threshold
 
 

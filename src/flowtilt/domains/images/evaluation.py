@@ -1,0 +1,197 @@
+"""Stages of pictures that run no denoiser: thresholds, and the metrics of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowtilt import thresholds
+from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
+from flowtilt.metrics.diversity import combinations_covered, designs_covered, effective_classes, vendi
+from flowtilt.metrics.tails import lower_tail_mean
+from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.experiment import method_of
+from flowtilt.pipeline.files import (
+    Metrics,
+    StageError,
+    read_arrays,
+    read_history,
+    read_threshold,
+    write_arrays,
+    write_json,
+    write_rows,
+)
+
+if TYPE_CHECKING:  # a threshold takes less time than importing torch
+    from torch import Tensor
+
+    from flowtilt.rewards import Reward
+
+MASSES = (0.1, 0.2, 0.5)
+"""Of the left tails that every run reports, beside those of its experiment."""
+
+
+def threshold(experiment: ImageExperiment, method: str, batch: Path, output: Path) -> None:
+    """Solve TFFT's dual on the rewards of the offline batch."""
+    if method_of(experiment, method).kind != "tfft":
+        raise ConfigError(
+            f"experiment {experiment.name}: method {method!r} has no threshold; only tfft has one"
+        )
+    (rewards,) = read_arrays(batch, "reward")
+    tail = experiment.tail_of(method)
+    at = thresholds.threshold(rewards.astype(np.float64), tail.alpha, tail.mass, "lower")
+    write_json(
+        {
+            "threshold": at,
+            "offline_active_share": thresholds.active_share(rewards, at, "lower"),
+            "offline_samples": len(rewards),
+        },
+        output,
+    )
+
+
+def evaluate(
+    experiment: ImageExperiment,
+    method: str,
+    model: Path,
+    pictures: Path,
+    output: Path,
+    scores: Path,
+    history: Path | None = None,
+    threshold_file: Path | None = None,
+) -> None:
+    """Metrics of a run from its pictures as they are stored.
+
+    Args:
+        experiment: of the run.
+        method: of the run.
+        model: file of the stage images-model.
+        pictures: folder of the run's pictures.
+        output: JSON file of metrics to write.
+        scores: npz file to write, of ``prompt`` (n,), ``reward`` (n,), ``clip`` (n,), ``design`` (n,), -1
+            where no designs are told apart, and ``factors`` (n, factors), the classes by each other factor.
+        history: of the fine-tuning.
+        threshold_file: of tfft.
+    """
+    import torch
+
+    from flowtilt.domains.images.alignment import classify_features
+    from flowtilt.domains.images.sampling import as_pictures, load_scorer, read_pictures
+
+    found, prompt = read_pictures(pictures)
+    asked = experiment.evaluation
+    expected = asked.drawn * len(experiment.prompts)
+    if len(found) != expected:
+        raise StageError(f"{pictures}: {len(found)} pictures, not {expected}; delete it and run again")
+    scorer, drawn = load_scorer(experiment, model), as_pictures(found)
+    with torch.no_grad():
+        features = scorer.picture_features(drawn)
+    clip = scorer.scores_of(features, [experiment.prompts[i] for i in prompt])
+    rewards = _rewards(experiment, model, drawn, prompt, clip)
+    designs = np.full(len(found), -1)
+    if asked.designs:
+        designs = classify_features(features, scorer, asked.designs, asked.template).numpy(force=True)
+    factors = np.empty((len(found), len(asked.factors)), dtype=np.int64)
+    for k, factor in enumerate(asked.factors):
+        factors[:, k] = classify_features(features, scorer, factor.classes, factor.template).numpy(force=True)
+    sets = set_of(prompt, asked.pictures)
+    row: Metrics = {
+        "mean_reward": float(rewards.mean()),
+        **{tail_metric(mass): lower_tail_mean(rewards, mass) for mass in _masses(experiment)},
+        "clip": float(clip.double().mean()),
+        **_diversity(features.numpy(force=True).astype(np.float64), prompt, sets),
+        **_designs(designs, factors, sets, asked.designs),
+    }
+    if history is not None:
+        row |= _training(history)
+    if threshold_file is not None:
+        row |= read_threshold(threshold_file)
+    write_rows({method: row}, output)
+    write_arrays(
+        scores,
+        prompt=prompt,
+        reward=rewards,
+        clip=clip.numpy(force=True),
+        design=designs,
+        factors=factors,
+    )
+
+
+def _masses(experiment: ImageExperiment) -> list[float]:
+    own = {experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"}
+    return sorted({*MASSES, *own} | ({experiment.mass} if experiment.mass < 1 else set()))
+
+
+def _rewards(
+    experiment: ImageExperiment, model: Path, pictures: Tensor, prompt: np.ndarray, clip: Tensor
+) -> np.ndarray:
+    """Rewards of stored pictures, float64 (n,); those of CLIP are its scores."""
+    import torch
+
+    from flowtilt.domains.images.model import Prompted
+    from flowtilt.domains.images.sampling import CHUNK, load_reward
+
+    if experiment.reward.kind == "clip":
+        return clip.double().numpy(force=True)
+    reward: Reward = load_reward(experiment, model, lambda stored: stored)
+    nothing = torch.zeros(len(experiment.prompts), 1, 1)
+    positions = torch.as_tensor(prompt)
+    parts = torch.arange(len(pictures)).split(CHUNK)
+    values = [reward(pictures[part], Prompted(positions[part], nothing, nothing[0])) for part in parts]
+    return torch.cat(values).double().numpy(force=True)
+
+
+def set_of(prompt: np.ndarray, pictures: int) -> np.ndarray:
+    """The set that each picture is of, (n,): the first ``pictures`` of every prompt, the next, and so on.
+
+    Args:
+        prompt: positions of the pictures' prompts, in any order, (n,).
+        pictures: of each prompt in a set.
+    """
+    number = np.empty(len(prompt), dtype=np.int64)
+    for one in np.unique(prompt):
+        own = prompt == one
+        number[own] = np.arange(own.sum())
+    return number // pictures
+
+
+def _diversity(features: np.ndarray, prompt: np.ndarray, sets: np.ndarray) -> Metrics:
+    """Vendi scores, the means over sets: of all pictures of a set, and the mean of those of each prompt's."""
+    alone = [sets == s for s in np.unique(sets)]
+    each = [vendi(features[one & (prompt == p)]) for one in alone for p in np.unique(prompt)]
+    return {
+        "vendi": float(np.mean([vendi(features[one]) for one in alone])),
+        "vendi_of_a_prompt": float(np.mean(each)),
+    }
+
+
+def _designs(designs: np.ndarray, factors: np.ndarray, sets: np.ndarray, names: list[str]) -> Metrics:
+    """How many designs and combinations of factors a set has, the mean over sets, and the designs' shares."""
+    if not names:
+        return {}
+    alone = [sets == s for s in np.unique(sets)]
+    found: Metrics = {
+        "designs_covered": float(np.mean([designs_covered(designs[one], len(names)) for one in alone])),
+        "effective_designs": float(np.mean([effective_classes(designs[one], len(names)) for one in alone])),
+    }
+    if factors.shape[1]:
+        both = np.column_stack([designs, factors])
+        found["combinations_covered"] = float(np.mean([combinations_covered(both[one]) for one in alone]))
+    return found | {f"share_{name}": float((designs == k).mean()) for k, name in enumerate(names)}
+
+
+def _training(history: Path) -> Metrics:
+    """Of a fine-tuning's history: its active samples, and over the last fifth of the updates its distance.
+
+    ``path_kl`` is the path-space KL divergence from the base of the last solve, in nats.
+    """
+    active, energy = read_history(history, "active_share"), read_history(history, "control_energy")
+    last = slice(-max(1, len(active) // 5), None)
+    return {
+        "active_share": float(active.mean()),
+        "active_share_final": float(active[last].mean()),
+        "path_kl": float(energy[last].mean()),
+        "clipped_share": float(read_history(history, "clipped_share")[last].mean()),
+    }

@@ -1,0 +1,212 @@
+"""Stages that give a text-to-image model, trained or checked; in the end one file says where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from flowtilt.checkpoints import CheckpointError
+from flowtilt.control.base import Progress
+from flowtilt.domains.images.experiment import ImageExperiment
+from flowtilt.domains.images.fetching import check_source, contents_of
+from flowtilt.domains.images.sections import EmbeddedConfig
+from flowtilt.files import atomic_folder, read_json
+from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.files import write_json
+from flowtilt.pipeline.report.provenance import commit, versions
+from flowtilt.pipeline.states import resumption_of
+from flowtilt.words import check_word
+
+RECORD = "training.json"
+"""File in the folder of a trained model: what made it, and how that went."""
+
+LOSS_WINDOW = 100
+"""Updates whose mean loss is a line of the record."""
+
+HELD_OUT = 1000
+"""Pictures on which trained models are checked."""
+
+SEED = 0
+"""Of the embedded models, from which all seeds of fine-tuning start."""
+
+
+class Folders(NamedTuple):
+    """Where the parts of a model are.
+
+    Attributes:
+        pipeline: folder of diffusers' StableDiffusionPipeline.
+        alignment: folder of open_clip, or file of weights.
+    """
+
+    pipeline: Path
+    alignment: Path
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def train_pipeline(experiment: ImageExperiment, folder: Path, progress: Progress | None = None) -> None:
+    """Train the experiment's embedded text-to-image model, and write its folder.
+
+    Args:
+        experiment: whose model.
+        folder: to write; its parent keeps the state while the training runs.
+        progress: called with each update's row.
+    """
+    from flowtilt.domains.images import pretraining
+
+    config = _embedded(experiment)
+    resumption = resumption_of(experiment, "pretrain", SEED, folder, [])
+    with atomic_folder(folder) as temporary:
+        pipeline, histories = pretraining.train_pipeline(config, resumption, progress)
+        checks = pretraining.check_autoencoder(pipeline.vae, config, HELD_OUT)
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+            part.half()
+        pipeline.save_pretrained(temporary)
+        write_json(_record(experiment, temporary, histories, checks), temporary / RECORD)
+    resumption.remove()
+
+
+def train_alignment(experiment: ImageExperiment, folder: Path, progress: Progress | None = None) -> None:
+    """Train the experiment's embedded CLIP, and write its folder; see :func:`train_pipeline`."""
+    from flowtilt.domains.images import build, pretraining
+
+    config = _embedded(experiment)
+    resumption = resumption_of(experiment, "pretrain", SEED, folder, [])
+    with atomic_folder(folder) as temporary:
+        model, histories = pretraining.train_alignment(config, resumption, progress)
+        checks = pretraining.check_alignment(model, config, HELD_OUT)
+        build.save_clip(config, temporary, model.half())
+        write_json(_record(experiment, temporary, histories, checks), temporary / RECORD)
+    resumption.remove()
+
+
+def updates_of(experiment: ImageExperiment, part: str) -> int:
+    """Optimiser steps of the trainings of one of the two models."""
+    check_word(part, ("pipeline", "alignment"), "the part of a model")
+    config = _embedded(experiment)
+    if part == "alignment":
+        return config.alignment.fit.updates
+    refine = config.autoencoder.refine
+    decoder = 0 if refine is None else refine.updates
+    return config.autoencoder.fit.updates + decoder + config.denoiser.fit.updates
+
+
+def _embedded(experiment: ImageExperiment) -> EmbeddedConfig:
+    if experiment.model.embedded is None:
+        raise ConfigError(
+            f"experiment {experiment.name}: the model {experiment.model.name} has no section embedded, and "
+            "is not trained here"
+        )
+    return experiment.model.embedded
+
+
+def _record(
+    experiment: ImageExperiment,
+    folder: Path,
+    histories: Mapping[str, list[dict[str, float]]],
+    checks: Mapping[str, float],
+) -> dict[str, Any]:
+    """What made a model, and how it went."""
+    return {
+        "model": experiment.model.name,
+        "sha256": contents_of(folder),
+        "commit": commit(),
+        "command": "flowtilt images-pretrain, the rule images_pretrain, with retrain: true",
+        "seed": SEED,
+        "configuration": _embedded(experiment).model_dump(mode="json"),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "trainings": {name: _curve(history) for name, history in histories.items()},
+        "checks": {"pictures": HELD_OUT, **{name: round(value, 4) for name, value in checks.items()}},
+    }
+
+
+def _curve(history: list[dict[str, float]]) -> dict[str, Any]:
+    losses = np.array([row["loss"] for row in history])
+    window = min(LOSS_WINDOW, len(losses))
+    ends = range(window, len(losses) + 1, window)
+    return {
+        "wall_seconds": round(history[-1]["seconds"], 1),
+        "loss": [{"updates": e, "mean": round(float(losses[e - window : e].mean()), 5)} for e in ends],
+    }
+
+
+# ------------------------------------------------------------------------------------ checking
+
+
+def write_model(
+    experiment: ImageExperiment,
+    output: Path,
+    pipeline: Path | None = None,
+    alignment: Path | None = None,
+) -> None:
+    """Check the experiment's model, and write down where its parts are and what they hold.
+
+    Args:
+        experiment: whose model.
+        output: JSON file to write.
+        pipeline: folder of the pipeline that was trained, if it was.
+        alignment: folder of the CLIP that was trained, if it was.
+
+    Raises:
+        CheckpointError: if a part is missing, another file, or of another kind.
+        ConfigError: if its noise schedule has no memoryless form.
+    """
+    from flowtilt.domains.images.alignment import load_alignment
+    from flowtilt.domains.images.pipeline import load_text_to_image
+
+    model = experiment.model
+    if pipeline is None:
+        check_source(model.pipeline, f"model {model.name}: key pipeline")
+    if alignment is None:
+        check_source(model.alignment, f"model {model.name}: key alignment")
+    if experiment.reward.weights is not None:
+        check_source(experiment.reward.weights, "key reward.weights")
+    folders = Folders(pipeline or Path(model.pipeline.path), alignment or Path(model.alignment.path))
+    # Loaded once before any training: what is wrong is said now.
+    base = load_text_to_image(
+        folders.pipeline,
+        experiment.prompts,
+        experiment.guidance,
+        experiment.schedule,
+        experiment.compute,
+        experiment.adapter,
+    )
+    try:
+        base.flow.time_grid(experiment.solver.steps)
+    except ValueError as error:
+        raise ConfigError(
+            f"experiment {experiment.name}: keys solver.steps and schedule.spacing: {error}"
+        ) from None
+    load_alignment(*alignment_of(experiment, folders))
+    found = {
+        part: {"path": str(folder), "sha256": contents_of(folder)}
+        for part, folder in folders._asdict().items()
+    }
+    write_json({"model": model.name, **found}, output)
+
+
+def read_model(file: Path) -> Folders:
+    """Where the parts of a model are, from the file of :func:`write_model`.
+
+    Raises:
+        CheckpointError: if the file is missing or malformed.
+    """
+    try:
+        data = read_json(file)
+        return Folders(Path(data["pipeline"]["path"]), Path(data["alignment"]["path"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: not a file of the stage images-model ({type(error).__name__}); delete it and run again"
+        ) from None
+
+
+def alignment_of(experiment: ImageExperiment, folders: Folders) -> tuple[str, Path | None]:
+    """The arguments of :func:`flowtilt.domains.images.alignment.load_alignment`."""
+    architecture = experiment.model.architecture
+    return (str(folders.alignment), None) if architecture is None else (architecture, folders.alignment)

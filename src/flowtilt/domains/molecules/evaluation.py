@@ -1,0 +1,231 @@
+"""Stages of molecules that run no network: QM9 as arrays, thresholds, and the metrics of a run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowtilt import thresholds
+from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
+from flowtilt.metrics.tails import upper_tail_mean
+from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.experiment import method_of
+from flowtilt.pipeline.files import (
+    Metrics,
+    StageError,
+    columns_of,
+    read_arrays,
+    read_history,
+    read_threshold,
+    write_arrays,
+    write_json,
+    write_rows,
+)
+
+LEVELS = (0.5, 0.8, 0.9, 0.95, 0.998)
+"""Of the tails that every run reports, beside the levels of its experiment."""
+
+WIDEST = 0.5
+"""Mass of the tail from which a rising level starts."""
+
+
+def prepare(output: Path) -> None:
+    """Parse QM9 from the installed package."""
+    from flowtilt.domains.molecules import data
+
+    data.prepare(output)
+
+
+# -------------------------------------------------------------------------------- thresholds
+
+
+def threshold(experiment: MoleculeExperiment, method: str, batch: Path, output: Path) -> None:
+    """Solve TFFT's dual on the energies of the offline batch; those that failed are left out and counted.
+
+    For a method whose level rises, the file has its mass and threshold at every update too.
+    """
+    config = method_of(experiment, method)
+    if config.kind != "tfft":
+        raise ConfigError(
+            f"experiment {experiment.name}: method {method!r} has no threshold; only tfft has one"
+        )
+    (every,) = read_arrays(batch, "reward")
+    rewards = every[~np.isnan(every)].astype(np.float64)
+    if not rewards.size:
+        raise StageError(f"{batch}: no molecule of the batch has an energy; look at the pretrained model")
+    tail = experiment.tail_of(method)
+    at = thresholds.threshold(rewards, tail.alpha, tail.mass, "upper")
+    row: dict[str, Any] = {
+        "threshold": at,
+        "offline_active_share": thresholds.active_share(rewards, at, "upper"),
+        "offline_samples": len(rewards),
+        "offline_failed": len(every) - len(rewards),
+    }
+    if config.rise is not None:
+        masses = masses_of(tail.mass, config.rise, experiment.updates_of(method))
+        row["schedule"] = [
+            {
+                "mass": mass,
+                "threshold": thresholds.threshold(rewards, tail.alpha, mass, "upper"),
+            }
+            for mass in masses
+        ]
+    write_json(row, output)
+
+
+def masses_of(mass: float, rise: float, updates: int) -> list[float]:
+    """The mass of the tail at every update: from one half geometrically to ``mass``, and then that.
+
+    Args:
+        mass: at the end.
+        rise: share of the updates before it is reached.
+        updates: how many there are.
+    """
+    start = max(WIDEST, mass)
+    shares = (min(1.0, update / (rise * updates)) if rise > 0 else 1.0 for update in range(updates))
+    return [start * (mass / start) ** share for share in shares]
+
+
+# ----------------------------------------------------------------------------------- metrics
+
+
+def evaluate(
+    experiment: MoleculeExperiment,
+    method: str,
+    samples: Path,
+    molecules: Path,
+    output: Path,
+    sdf: Path,
+    energies: Path,
+    history: Path | None = None,
+    threshold_file: Path | None = None,
+    workers: int | None = None,
+) -> None:
+    """Metrics of a run from its molecules, the molecules themselves as SDF, and their energies as npz.
+
+    Args:
+        experiment: of the run.
+        method: of the run.
+        samples: molecules of the run.
+        molecules: file of QM9, for novelty and composition.
+        output: JSON file of metrics to write.
+        sdf: file to write all molecules to, in their order, but for those that no SDF can hold.
+        energies: npz file to write, of ``reward`` (molecules,), NaN for failures, ``valid`` (molecules,)
+            and ``relaxed``, what the first molecules gained by relaxation, in hartree.
+        history: of the fine-tuning.
+        threshold_file: of tfft.
+        workers: processes for energies and structures; by default one for each processor.
+    """
+    from flowtilt.domains.molecules import sdf as sdfs
+    from flowtilt.domains.molecules.assessment import assess, assess_relaxation, composition
+    from flowtilt.domains.molecules.chemistry import canonical_set, perceive
+    from flowtilt.domains.molecules.data import load
+    from flowtilt.domains.molecules.energies import molecules_of, single_points
+    from flowtilt.domains.molecules.relaxation import RelaxationSettings, relax
+    from flowtilt.domains.molecules.workers import WorkerPool
+    from flowtilt.domains.molecules.xtb import XTBSettings
+
+    own = molecules_of(*read_arrays(samples, "coordinates", "numbers"))
+    settings = XTBSettings(**experiment.reward.calculation)
+    subset = experiment.subset
+    train = load(molecules).of_size(subset.smallest, subset.largest).of_split("train")
+    with WorkerPool(workers) as pool:
+        points = single_points(own, settings, pool)
+        structures = perceive(own, pool=pool)
+        known = canonical_set(train.smiles.tolist(), pool)
+        relaxed = relax(own[: experiment.evaluation.relaxed], RelaxationSettings(xtb=settings), pool)
+    rewards = -np.array([point.energy for point in points])
+    assessed = assess(
+        own,
+        rewards,
+        [point.failure for point in points],
+        structures,
+        known,
+        composition(train.as_molecules()),
+    )
+    row: Metrics = named(assessed | assess_relaxation(relaxed)) | tails(experiment, rewards)
+    if history is not None:
+        row |= training(history)
+    if threshold_file is not None:
+        row |= read_threshold(threshold_file)
+    write_rows({method: row}, output)
+    valid = np.array([structure.invalid is None for structure in structures])
+    gains = np.array([one.gain if one.converged else math.nan for one in relaxed])
+    write_arrays(energies, reward=rewards, valid=valid, relaxed=gains)
+    held = [i for i, molecule in enumerate(own) if sdfs.holds(molecule)]
+    properties = [sdfs.describe(points[i], structures[i]) | {"sample": str(i)} for i in held]
+    sdfs.write_sdf(sdf, [own[i] for i in held], [structures[i] for i in held], properties)
+
+
+NAMES = {
+    "reward_mean": "mean_negative_energy",
+    "reward_best_10_percent": "top_10pct_negative_energy",
+    "reward_best_0.2_percent": "top_0.2pct_negative_energy",
+    "reward_molecules": "with_energy",
+    "valid_reward_mean": "valid_mean_negative_energy",
+    "valid_reward_best_10_percent": "valid_top_10pct_negative_energy",
+    "valid_reward_best_0.2_percent": "valid_top_0.2pct_negative_energy",
+    "valid_reward_molecules": "valid_with_energy",
+}
+"""What the tables and the papers' values call the metrics of an assessment."""
+
+SHARES = ("converged", "validity", "uniqueness", "uniqueness_of_1000", "novelty")
+"""Metrics of an assessment that become percentages."""
+
+
+def named(assessed: dict[str, float]) -> Metrics:
+    """Metrics under the names of the tables; what is undefined is None."""
+    found: Metrics = {}
+    for key, value in assessed.items():
+        name = f"{key}_pct" if key in SHARES else NAMES.get(key, key)
+        found[name] = (100 * value if key in SHARES else value) if math.isfinite(value) else None
+    return found
+
+
+def tails(experiment: MoleculeExperiment, rewards: np.ndarray) -> Metrics:
+    """Means of the best shares at all levels, over the molecules that have an energy."""
+    levels = {experiment.objective.level, *LEVELS}
+    levels |= {experiment.level_of(m) for m, c in experiment.methods.items() if c.kind in ("fdc", "tfft")}
+    kept = rewards[~np.isnan(rewards)]
+    return {
+        tail_metric(level): upper_tail_mean(kept, 1 - level) if kept.size else None
+        for level in sorted(levels)
+    }
+
+
+OF_SOLVERS = {
+    "path_kl": "control_energy",
+    "clipped_share": "clipped_share",
+    "effective_sample_size": "effective_sample_size",
+}
+"""Metrics of a fine-tuning that one control solver has, and their columns of its history."""
+
+
+def training(history: Path) -> Metrics:
+    """What a fine-tuning's history says: its active samples, its distance and its failures.
+
+    ``path_kl`` is the path-space KL divergence from the base of the last solve, in nats, over the last
+    fifth of the updates; ``clipped_share`` the share of controls that were shortened; and
+    ``effective_sample_size`` that of a weighted bank. ``inactive_updates`` is the share of updates that no
+    sample above the threshold reached.
+    """
+    active = read_history(history, "active_share")
+    evaluated, failed = read_history(history, "evaluated"), read_history(history, "failed")
+    last = slice(-max(1, len(active) // 5), None)
+    present = columns_of(history)
+    own = {
+        name: float(read_history(history, column)[last].mean())
+        for name, column in OF_SOLVERS.items()
+        if column in present
+    }
+    return {
+        "active_share": float(active.mean()),
+        "active_share_final": float(active[last].mean()),
+        "inactive_updates": float((active == 0).mean()),
+        **own,
+        "training_energies": float(evaluated.sum()),
+        "training_failed_share": float(failed.sum() / max(1.0, evaluated.sum())),
+    }

@@ -1,0 +1,206 @@
+"""An experiment on molecules: minus the GFN1-xTB energy as the reward, and the tail of its best share.
+
+The files have the key ``domain: molecules``; :mod:`flowtilt.pipeline.experiment` reads them. This module imports
+neither torch nor the numerics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from flowtilt.domains.molecules.sections import (
+    CheckpointConfig,
+    MoleculeConfig,
+    MoleculeEvaluationConfig,
+    MoleculeMethodConfig,
+    MoleculeModelConfig,
+    MoleculeNetworkConfig,
+    MoleculeObjective,
+    MoleculePretrainConfig,
+    SubsetConfig,
+    UnitsConfig,
+    XTBConfig,
+)
+from flowtilt.pipeline.configuration import CaseName, Name, Positive, Section, Seeds, ToldApart, changed
+from flowtilt.pipeline.sections import OfflineConfig, SolverConfig, TailSpec, check_methods
+
+_FLOW = ("subset", "units", "network")
+_SOLVED = (*_FLOW, "time_power")
+
+
+class MoleculeExperiment(Section):
+    """One experiment on molecules, or one case of a study of them."""
+
+    layers: ClassVar[tuple[str, ...]] = ("network",)
+    """Rows of each method in the tables: there is no grid to solve anything on."""
+
+    solved_apart: ClassVar[bool] = True
+    rules: ClassVar[str] = "molecules_"
+    """What the names of the workflow's rules for its stages begin with."""
+
+    stage_sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "pretrain": ("base", "model", *_FLOW, "pretrain", "checkpoint"),
+        "offline": ("base", "model", *_SOLVED, "reward", "offline", "solver"),
+        "threshold": ("objective", "solver"),
+        "finetune": ("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
+        "sample": ("base", "model", *_SOLVED, "evaluation"),
+        "evaluate": ("subset", "reward", "objective", "evaluation"),
+    }
+    """What each stage reads; see :func:`flowtilt.pipeline.experiment.stage_digest`."""
+
+    unit: ClassVar[str] = "negative_energy"
+
+    name: CaseName
+    """Name of the experiment: that of its file."""
+
+    domain: Literal["molecules"]
+    """Says that the experiment is on molecules."""
+
+    title: str
+    """Title of its table."""
+
+    base: Name
+    """Experiment whose pretrained model and offline batches this one uses; by default itself, and for a
+    case of a study the experiment that it derives from."""
+
+    seeds: Seeds
+    """Seeds of the runs; a number n stands for 0 to n - 1."""
+
+    model: MoleculeModelConfig
+    """The base model."""
+
+    subset: SubsetConfig
+    """Which molecules of QM9."""
+
+    units: UnitsConfig = UnitsConfig()
+    """What one unit of a state stands for."""
+
+    network: MoleculeNetworkConfig = MoleculeNetworkConfig()
+    """Sizes of the network."""
+
+    pretrain: MoleculePretrainConfig
+    """How it is pretrained, if it is trained anew."""
+
+    time_power: Positive = 1.0
+    """Power p of the times 1 - (1 - u)^p of equally spaced u that samplers and solvers step along: above
+    1, steps are denser towards the data."""
+
+    checkpoint: CheckpointConfig
+    """The shipped weights."""
+
+    reward: XTBConfig = XTBConfig()
+    """How energies are computed, and which are believed."""
+
+    objective: MoleculeObjective
+    """The tail that is raised, and what is paid for it."""
+
+    offline: OfflineConfig
+    """Sizes of batches."""
+
+    solver: SolverConfig
+    """The control solver of all methods."""
+
+    methods: Annotated[Mapping[Name, MoleculeMethodConfig], Field(min_length=1), ToldApart]
+    """The methods by name, each a row of the table."""
+
+    also: Mapping[str, MoleculeMethodConfig] = {}
+    """Methods of the base that belong to this case too: they have its solver, and are not run again. Set by
+    the case's ``also``."""
+
+    evaluation: MoleculeEvaluationConfig
+    """How runs are measured."""
+
+    axis_value: float | None = None
+    """Where a case stands on its study's axis; set by the case's ``value``."""
+
+    @model_validator(mode="after")
+    def _solvers_fit(self) -> MoleculeExperiment:
+        check_methods(self.methods, self.layers)
+        for name, method in self.methods.items():
+            solver = self._solver(name)
+            if solver.kind == "weighted_fitting" and (method.kind == "fdc" or method.rise is not None):
+                raise ValueError(
+                    f"methods.{name}.solver.kind: weighted_fitting solves one problem by values; fdc has "
+                    "scores and no values of its divergence on molecules, and rise a problem for every "
+                    "update; use adjoint_matching"
+                )
+            if solver.endpoint_gradient != "pathwise" and method.tuned:
+                raise ValueError(
+                    f"methods.{name}.solver.endpoint_gradient: must be pathwise; likelihood_ratio takes "
+                    "values, which may fail"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _flowmol_fits(self) -> MoleculeExperiment:
+        if self.model.kind == "flowmol" and self.checkpoint.retrain:
+            raise ValueError(
+                "checkpoint.retrain: weights of FlowMol are not trained here; set it to false, and "
+                "checkpoint.path to weights that docs/molecules.md says how to convert"
+            )
+        if self.model.kind == "flowmol" and self.time_power < 2:
+            raise ValueError(
+                f"time_power: must be at least 2 where model.kind is flowmol, got {self.time_power}; the "
+                "paths of its types are not smooth at the data, where the ODE needs small steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _also_fits(self) -> MoleculeExperiment:
+        if twice := self.also.keys() & self.methods.keys():
+            raise ValueError(f"also: {min(twice)} is a method of the case's own; rename one of them")
+        return self
+
+    def _solver(self, method: str) -> SolverConfig:
+        return changed(self.solver, self.methods[method].solver, f"methods.{method}.solver")
+
+    @property
+    def flow(self) -> MoleculeConfig:
+        """The configuration of the pretrained flow."""
+        return MoleculeConfig(
+            name=self.model.name,
+            subset=self.subset,
+            units=self.units,
+            network=self.network,
+            pretrain=self.pretrain,
+            time_power=self.time_power,
+        )
+
+    def solver_of(self, method: str) -> SolverConfig:
+        """The control solver of a method: the experiment's with the method's changes."""
+        return self._solver(method)
+
+    def updates_of(self, method: str) -> int:
+        """Optimiser steps in each solve of a method."""
+        return self.methods[method].updates or self.solver_of(method).updates
+
+    def level_of(self, method: str) -> float:
+        """The level b of a method's tail, its best share being 1 - b; of those of the base as well."""
+        return {**self.also, **self.methods}[method].level or self.objective.level
+
+    def tail_of(self, method: str) -> TailSpec:
+        """Side, mass and KL weight of a method's tail problem."""
+        mass = 1 - self.level_of(method)
+        return TailSpec("upper", mass, self.objective.alpha)
+
+    @property
+    def mass(self) -> float:
+        """Share of the law that the table is led by."""
+        return 1 - self.objective.level
+
+    @property
+    def main_metric(self) -> str:
+        """Mean over that share: the name of the metric that the tables lead with."""
+        return tail_metric(self.objective.level)
+
+    @property
+    def mean_metric(self) -> str:
+        return f"mean_{self.unit}"
+
+
+def tail_metric(level: float) -> str:
+    """Name of the mean over the best share of minus the energies: ``top_0.2pct_negative_energy``."""
+    return f"top_{100 * (1 - level):.6g}pct_{MoleculeExperiment.unit}"

@@ -1,0 +1,127 @@
+"""The base model on molecules, and the stage that draws the molecules of a run.
+
+Randomness follows from the names of experiment, method and seed alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtilt.checkpoints import load_weights
+from flowtilt.devices import generator_of
+from flowtilt.domains.molecules import build
+from flowtilt.domains.molecules.data import Molecules
+from flowtilt.domains.molecules.energies import Decoder, TypeShares
+from flowtilt.domains.molecules.experiment import MoleculeExperiment
+from flowtilt.model import FlowModel
+from flowtilt.pipeline.experiment import method_of
+from flowtilt.pipeline.files import StageError, write_arrays
+from flowtilt.sampling import OdeSettings, sample_ode
+
+CHUNK = 64
+"""Molecules that are sampled together, of nearly one size."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, how its states become molecules, and what their types are before that."""
+
+    flow: FlowModel
+    decode: Decoder
+    types: TypeShares
+
+
+def load_base(experiment: MoleculeExperiment, weights: Path) -> Base:
+    """The configured model with some weights.
+
+    Raises:
+        CheckpointError: if they are not there, or of another network.
+        FlowMolError: if they are to be FlowMol's, and cannot be used.
+    """
+    if experiment.model.kind == "flowmol":
+        from flowtilt.domains.molecules.flowmol_weights import load_flowmol
+
+        return Base(*load_flowmol(experiment.model.name, weights, experiment.time_power))
+    flow = load_weights(build.build_model(experiment.flow), weights)
+    units = build.build_units(experiment.flow)
+    return Base(flow, build.decoder(units), build.type_shares(units))
+
+
+def sample(
+    experiment: MoleculeExperiment,
+    method: str,
+    seed: int,
+    output: Path,
+    model: Path | None = None,
+    molecules: Path | None = None,
+) -> None:
+    """Draw the molecules of a run by the probability-flow ODE, or from the training data.
+
+    Models of one seed start from the same noise, so that differences between methods are not those of
+    their draws. Written are coordinates in ångström (molecules, atoms, 3) and atomic numbers (molecules,
+    atoms), zero where there is no atom.
+
+    Args:
+        experiment: of the run.
+        method: of the run.
+        seed: of the run.
+        output: npz file to write.
+        model: weights of the run, for all methods but those of kind ``data``.
+        molecules: file of QM9, for methods of kind ``data``.
+    """
+    count = experiment.evaluation.samples
+    generator = generator_of(experiment.base, "sample", seed)
+    if method_of(experiment, method).kind == "data":
+        if molecules is None:
+            raise StageError(f"method {method!r} needs --molecules, the file of the training data")
+        coordinates, numbers = _drawn(build.subset_of(experiment.flow, molecules), count, generator)
+    else:
+        if model is None:
+            raise StageError(f"method {method!r} needs --model, the weights to sample")
+        base = load_base(experiment, model)
+        settings = OdeSettings(steps=experiment.evaluation.ode_steps)
+        coordinates, numbers = generated(base, count, settings, generator)
+    write_arrays(
+        output,
+        coordinates=coordinates.numpy(force=True).astype(np.float32),
+        numbers=numbers.numpy(force=True).astype(np.uint8),
+    )
+
+
+def generated(
+    base: Base, count: int, settings: OdeSettings, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Molecules of a flow, drawn in batches of nearly one size, which saves padding.
+
+    Args:
+        base: the model.
+        count: of molecules.
+        settings: of the probability-flow ODE.
+        generator: of the sizes and of the noise.
+
+    Returns:
+        coordinates in ångström (count, atoms, 3) and atomic numbers (count, atoms), zero where there is
+        no atom.
+    """
+    context = base.flow.draw_context(count, generator)
+    order = torch.argsort(context.sum(1), stable=True)
+    coordinates, numbers = torch.zeros(*context.shape, 3), torch.zeros(context.shape, dtype=torch.long)
+    for index in order.split(CHUNK):
+        mask = base.flow.select_context(context, index)
+        atoms = int(mask.sum(1).max())
+        mask = mask[:, :atoms]
+        x = sample_ode(base.flow, len(index), generator, mask, settings)
+        coordinates[index, :atoms], numbers[index, :atoms] = base.decode(x, mask)
+    return coordinates, numbers
+
+
+def _drawn(molecules: Molecules, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Molecules of the training split, with replacement."""
+    train = molecules.of_split("train").as_molecules()
+    chosen = torch.randint(len(train), (count,), generator=generator)
+    return build.padded([train[i] for i in chosen.tolist()])

@@ -1,0 +1,282 @@
+"""What the tables of molecules show: groups of metrics, what holds of what should, and levels of the tail."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
+from flowtilt.pipeline.report.claims import raises
+from flowtilt.pipeline.report.measurements import (
+    Method,
+    Runs,
+    by_row,
+    collect,
+    read_history,
+    run_folder,
+    runs_of,
+)
+from flowtilt.pipeline.report.panels import Panel, describe, over_seeds, pretty
+
+NOTE = (
+    "Energies are GFN1-xTB total energies at the generated geometries, in hartree; a molecule without an "
+    "energy is left out of means and tails, and counted. The row data is of draws of the training data. "
+    "Models of one seed start from the same noise. Valid: bonds perceived from the geometry, one fragment, "
+    "neutral, no radicals, sanitised by RDKit. Relaxation energy: what a geometry loses by optimisation."
+)
+
+
+def groups(experiment: MoleculeExperiment, caption: str) -> dict[str, list[str]]:
+    """The metrics of each table of an experiment, by the table's caption."""
+    levels = sorted(
+        {experiment.level_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"}, reverse=True
+    )
+    main, mean = experiment.main_metric, experiment.mean_metric
+    tails = dict.fromkeys([main, mean, *(tail_metric(level) for level in levels), "validity_pct"])
+    return {
+        caption: list(tails),
+        "Molecules": [
+            *(f"valid_{metric}" for metric in (main, mean)),
+            *("uniqueness_pct", "uniqueness_of_1000_pct", "novelty_pct", "converged_pct"),
+            "relaxation_energy_mean",
+            *("relaxation_energy_median", "energy_per_atom", "heavy_atoms", "atomic_number"),
+            *("elements_total_variation", "sizes_total_variation"),
+        ],
+        "Fine-tuning": [
+            *("threshold", "offline_active_share", "active_share", "active_share_final"),
+            *("inactive_updates", "path_kl", "clipped_share", "effective_sample_size"),
+            *("training_energies", "training_failed_share"),
+        ],
+    }
+
+
+# ------------------------------------------------------------------------------- what holds
+
+
+def findings(long: pd.DataFrame, experiment: MoleculeExperiment, reported: pd.DataFrame) -> list[str]:
+    """Sentences on what the methods should do, by differences of paired seeds, and on reported means.
+
+    FDC and TFFT are compared with am by the same solver.
+    """
+    kinds = {name: config.kind for name, config in experiment.methods.items()}
+    pretrained, data = (
+        next((n for n, k in kinds.items() if k == kind), None) for kind in ("pretrained", "data")
+    )
+    mean, main = experiment.mean_metric, experiment.main_metric
+    asked: list[tuple[str, str, str]] = []
+    for method, kind in kinds.items():
+        if kind in ("data", "pretrained"):
+            continue
+        own = main if kind == "fdc" else mean if kind == "am" else tail_metric(experiment.level_of(method))
+        am = _am_beside(experiment, method)
+        others = [pretrained, None if kind == "am" else am]
+        asked += [(method, other, own) for other in others if other is not None]
+    said = [raises(long, *comparison) for comparison in asked]
+    if data is not None:
+        said += _cannot_be(long, experiment, data, reported)
+    return said
+
+
+def _am_beside(experiment: MoleculeExperiment, method: str) -> str | None:
+    """The am that is solved as another method is."""
+
+    def way(name: str) -> tuple[str, str]:
+        solver = experiment.solver_of(name)
+        return solver.kind, solver.adjoint
+
+    kinds = ((name, config.kind) for name, config in experiment.methods.items())
+    return next((name for name, kind in kinds if kind == "am" and way(name) == way(method)), None)
+
+
+FAR = 5.0
+"""Hartree between a reported mean of a pretrained model and the data's, from which a sentence says so."""
+
+
+def _cannot_be(
+    long: pd.DataFrame, experiment: MoleculeExperiment, data: str, reported: pd.DataFrame
+) -> list[str]:
+    """Reported means of the pretrained model that are far from the data's."""
+    metric = experiment.mean_metric
+    own = float(np.mean([v for (_, row, _), v in by_row(long, metric).items() if row == data]))
+    theirs = reported[
+        (reported["experiment"] == experiment.name)
+        & (reported["metric"] == metric)
+        & (reported["method"] == "pretrained")
+    ]
+    return [
+        f"{source} reports a {describe(metric).words} of {value:g} hartree for the pretrained model, where "
+        f"the data have {own:.1f}: a disagreement of definitions that is not resolved, and not tuned towards."
+        for source, value in zip(theirs["source"], theirs["value"], strict=True)
+        if abs(value - own) > FAR
+    ]
+
+
+# ------------------------------------------------------------------------- levels of the tail
+
+
+class LevelLine(NamedTuple):
+    """One level of the tail in one case, means over seeds.
+
+    Attributes:
+        case: label of the case; ``reference`` for what every level is compared with.
+        method: as in the paths of its runs.
+        level: of the tail.
+        tail: mean of the best share ``1 - level``, in hartree.
+        tail_sd: over seeds.
+        gain: of it over the pretrained model, on the same seeds.
+        best: mean of the best share of the objective's own level.
+        mean: of all molecules with an energy.
+        validity: in percent.
+        active: mean share of active samples in the pool.
+        inactive: share of updates without any.
+        seconds: of the training, by its history.
+        passes: network passes of the training, counted and not timed (see ``flowtilt.control.base``).
+        energies: computed in training.
+        seeds: how many.
+    """
+
+    case: str
+    method: str
+    level: float
+    tail: float
+    tail_sd: float
+    gain: float
+    best: float
+    mean: float
+    validity: float
+    active: float
+    inactive: float
+    seconds: float
+    passes: float
+    energies: float
+    seeds: int
+
+
+REFERENCES = ("pretrained", "am")
+"""Methods of the experiment that cases derive from which every level is compared with."""
+
+
+def parent_runs(case: MoleculeExperiment, methods: Mapping[str, str]) -> Runs:
+    """Runs of the experiment that a case derives from: its methods by name, and their kinds."""
+    chosen = tuple(Method(name, kind) for name, kind in methods.items())
+    return replace(runs_of(case), name=case.base, methods=chosen)
+
+
+def levels(results: str | Path, cases: Sequence[MoleculeExperiment]) -> list[LevelLine]:
+    """A line for each level and case, and for the pretrained model and am at every level.
+
+    Raises:
+        ResultsError: if a run is missing or malformed.
+    """
+    parent = parent_runs(cases[0], {name: name for name in REFERENCES})
+    frame = collect(results, parent)
+    known = sorted({case.level_of(m) for case in cases for m in (*case.also, *case.methods)})
+    lines = []
+    for level in known:
+        for method in REFERENCES:
+            lines.append(_line(results, frame, frame, cases[0], parent, "reference", method, level))
+    for case in cases:
+        label = case.name.partition("/")[2]
+        shared = parent_runs(case, {name: method.kind for name, method in case.also.items()})
+        for runs in (runs_of(case), shared) if case.also else (runs_of(case),):
+            own = collect(results, runs)
+            lines += [
+                _line(results, own, frame, case, runs, label, method.name, case.level_of(method.name))
+                for method in runs.methods
+            ]
+    return sorted(lines, key=lambda line: line.level)
+
+
+def _line(
+    results: str | Path,
+    frame: pd.DataFrame,
+    reference: pd.DataFrame,
+    case: MoleculeExperiment,
+    runs: Runs,
+    label: str,
+    method: str,
+    level: float,
+) -> LevelLine:
+    def values(metric: str, of: pd.DataFrame = frame, row: str = method) -> np.ndarray:
+        found = by_row(of, metric)
+        return np.array([v for (_, r, s), v in sorted(found.items()) if r == row and s in runs.seeds])
+
+    def mean(metric: str) -> float:
+        found = values(metric)
+        return float(found.mean()) if found.size else math.nan
+
+    tail = values(tail_metric(level))
+    gain = tail - values(tail_metric(level), reference, "pretrained")
+    return LevelLine(
+        case=label,
+        method=method,
+        level=level,
+        tail=float(tail.mean()),
+        tail_sd=float(tail.std(ddof=1)) if len(tail) > 1 else math.nan,
+        gain=float(gain.mean()),
+        best=mean(case.main_metric),
+        mean=mean(case.mean_metric),
+        validity=mean("validity_pct"),
+        active=mean("active_share"),
+        inactive=mean("inactive_updates"),
+        seconds=_last(results, runs, method, "seconds"),
+        passes=_last(results, runs, method, "network_passes"),
+        energies=mean("training_energies"),
+        seeds=len(runs.seeds),
+    )
+
+
+def _last(results: str | Path, runs: Runs, method: str, column: str) -> float:
+    """Mean over seeds of a column's last value in the trainings' histories; NaN for the pretrained model."""
+    if method == "pretrained":
+        return math.nan
+    last = []
+    for seed in runs.seeds:
+        path = run_folder(results, runs, method, "network", seed) / "history.csv"
+        last.append(float(read_history(path, [column])[column].iloc[-1]))
+    return float(np.mean(last))
+
+
+def levels_panel(lines: Sequence[LevelLine], title: str) -> Panel:
+    """The levels as text: one line a level and case."""
+    header = ["level", "case", "mean of its tail (hartree)", "over pretrained", "top-0.2 % mean", "mean"]
+    header += ["valid (%)", "active samples", "updates without", "training (s)"]
+    header += ["thousand network passes", "energies"]
+    cells = [
+        [
+            f"{line.level:g}",
+            line.case if line.case != "reference" else line.method,
+            pretty(line.tail, line.tail_sd),
+            _cell(line.gain) if line.method != "pretrained" else "",
+            *map(_cell, (line.best, line.mean, line.validity, line.active, line.inactive, line.seconds)),
+            *(
+                f"{value:.0f}" if math.isfinite(value) else ""
+                for value in (line.passes / 1000, line.energies)
+            ),
+        ]
+        for line in lines
+    ]
+    return Panel(f"{title}: {over_seeds(max(line.seeds for line in lines))}", header, cells)
+
+
+def _cell(value: float) -> str:
+    return pretty(value) if math.isfinite(value) else ""
+
+
+LEVELS_NOTE = (
+    "Cases: plain trains on all that it samples, and so does rising, at a level that rises from 0.5; pool "
+    "and large_pool sample more trajectories than they train on, draw from tail and body apart, and "
+    "reweight, which leaves the estimator unbiased; fitted is weighted fitting. Pretrained and am, by "
+    "Adjoint Matching, are the same runs at every level. Active samples: the share of sampled molecules "
+    "above the threshold, over all updates, and for weighted fitting that under the tilted law; a line "
+    "without any has not tested the method. Training is without threshold and offline batch: seconds on a "
+    "machine that may have had other work; states that went through the network, a backward pass to the "
+    "input counted as one and to the parameters as two, which are counted and not timed; and energies beside "
+    "them."
+)

@@ -1,0 +1,216 @@
+"""Control solvers beside each other: how near each comes to a known optimum, and what that cost.
+
+Gaps are from the metrics of the runs, costs from their histories: seconds differ from one time to the
+next, and metrics do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.report.measurements import (
+    by_row,
+    read_history,
+    row_name,
+    run_folder,
+    runs_of,
+    with_gaps,
+)
+from flowtilt.pipeline.report.panels import Panel, over_seeds, pretty
+
+
+class SolverRun(NamedTuple):
+    """One method of one case on one seed.
+
+    Attributes:
+        case: its label.
+        method: its name.
+        kind: ``am``, ``tfft`` or ``fdc``.
+        solver: kind of the control solver.
+        solves: how many the run has.
+        updates: optimiser steps of each.
+        seed: of the run.
+        gap: how far G is below the optimum, in percent of the optimum's size.
+        closed: share of the way from the pretrained law to the optimum, in percent.
+        network_passes: of all solves.
+        seconds: of all solves.
+        effective_sample_size: the smallest of the solves' banks; NaN without a bank.
+        relative_gap: the largest primal-dual gap of the solves' weights, without sign; NaN without a bank.
+    """
+
+    case: str
+    method: str
+    kind: str
+    solver: str
+    solves: int
+    updates: int
+    seed: int
+    gap: float
+    closed: float
+    network_passes: float
+    seconds: float
+    effective_sample_size: float
+    relative_gap: float
+
+
+class SolverPoint(NamedTuple):
+    """One method of one case over its seeds: means, and standard deviations that are NaN for one seed."""
+
+    case: str
+    method: str
+    kind: str
+    solver: str
+    solves: int
+    updates: int
+    gap: float
+    gap_sd: float
+    closed: float
+    closed_sd: float
+    network_passes: float
+    seconds: float
+    seconds_sd: float
+    effective_sample_size: float
+    relative_gap: float
+    seeds: int
+
+
+class Costs(NamedTuple):
+    """What the solves of one run took, and what the weights of their banks were worth."""
+
+    network_passes: float
+    seconds: float
+    effective_sample_size: float
+    relative_gap: float
+
+
+def costs_of(history: Path) -> Costs:
+    """Costs of a run from its history: counts within a solve are cumulative, those of solves add up.
+
+    Solves of a run that this one continues are in that run's history, and not counted here.
+
+    Raises:
+        ResultsError: if the file is missing or malformed.
+    """
+    table = read_history(history, ("network_passes", "seconds"))
+    solve = table["iteration"] if "iteration" in table else pd.Series(0, index=table.index)
+    totals = table.groupby(solve)[["network_passes", "seconds"]].max().sum()
+
+    return Costs(
+        float(totals["network_passes"]),
+        float(totals["seconds"]),
+        float(table["effective_sample_size"].min()) if "effective_sample_size" in table else math.nan,
+        # Rounding may leave a gap of either sign.
+        float(table["relative_gap"].abs().max()) if "relative_gap" in table else math.nan,
+    )
+
+
+def solver_runs(results: str | Path, long: pd.DataFrame, cases: Sequence[Experiment]) -> list[SolverRun]:
+    """Every run of the cases, in their order, by method and seed.
+
+    Args:
+        results: root of the results, for the histories.
+        long: metrics of all cases; see :func:`flowtilt.pipeline.report.measurements.collect_runs`.
+        cases: of the study.
+
+    Raises:
+        ResultsError: if a history is missing or malformed.
+    """
+    reached, closed = by_row(long, "functional"), by_row(with_gaps(long), "gap_closed")
+    runs = []
+    for case in cases:
+        folders = runs_of(case)
+        for name, method in case.methods.items():
+            if method.kind == "pretrained":
+                continue
+            for seed in case.seeds:
+                optimum = reached[case.name, row_name(name, "optimum"), seed]
+                missed = optimum - reached[case.name, name, seed]
+                history = run_folder(results, folders, name, "network", seed) / "history.csv"
+                run = SolverRun(
+                    case=case.name.split("/")[-1],
+                    method=name,
+                    kind=method.kind,
+                    solver=case.solver_of(name).kind,
+                    solves=method.iterations or 1,
+                    updates=case.updates_of(name),
+                    seed=seed,
+                    gap=100 * missed / abs(optimum) if optimum else math.nan,
+                    closed=closed[case.name, name, seed],
+                    **costs_of(history)._asdict(),
+                )
+                runs.append(run)
+    return runs
+
+
+def solver_points(runs: Sequence[SolverRun]) -> list[SolverPoint]:
+    """Means over seeds; but the smallest effective sample size, and the largest primal-dual gap."""
+    groups: dict[tuple[str, str], list[SolverRun]] = {}
+    for run in runs:
+        groups.setdefault((run.case, run.method), []).append(run)
+    points = []
+    for group in groups.values():
+        first = group[0]
+        points.append(
+            SolverPoint(
+                *(first.case, first.method, first.kind, first.solver, first.solves, first.updates),
+                *_spread([run.gap for run in group]),
+                *_spread([run.closed for run in group]),
+                float(np.mean([run.network_passes for run in group])),
+                *_spread([run.seconds for run in group]),
+                min(run.effective_sample_size for run in group),
+                max(run.relative_gap for run in group),
+                len(group),
+            )
+        )
+    return points
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), sd
+
+
+NOTE = (
+    "Gap: how far G is below the largest of any law on the grid, in percent of that one's size; gap "
+    "closed: the share of the way there from the pretrained law. The size of an entropy depends on the "
+    "cells of the grid, the gap closed does not. Networks are measured by their own density on the grid. "
+    "Updates are of each solve; am and tfft have one, fdc several. Passes and seconds are summed over "
+    "solves. Passes are states through the network, in millions, a backward pass to the parameters "
+    "counted as two and to the input as one, the bank of weighted fitting included. Values and gradients "
+    "of what is tilted by are in the seconds alone: for the entropy that is the likelihood of each sample "
+    "in weighted fitting's bank, and a score in Adjoint Matching. Neither the offline batch of tfft nor "
+    "the law that fdc linearises at is in either. Seconds are those of one core of the machine that ran "
+    "them, and alone in this table differ from one run to the next. Of the banks' weights the smallest "
+    "effective sample size and the largest relative primal-dual gap of all solves and seeds are given."
+)
+
+SOLVER_WORDS = {"adjoint_matching": "Adjoint Matching", "weighted_fitting": "weighted fitting"}
+
+
+def solvers_panel(points: Sequence[SolverPoint], title: str) -> Panel:
+    """The table as text."""
+    header = [
+        *("case", "method", "solver", "solves", "updates", "gap (%)", "gap closed (%)"),
+        *("passes (millions)", "seconds", "smallest ESS", "largest primal-dual gap"),
+    ]
+    cells = [
+        [
+            *(point.case, point.kind, SOLVER_WORDS[point.solver], str(point.solves), str(point.updates)),
+            pretty(point.gap, point.gap_sd),
+            pretty(point.closed, point.closed_sd),
+            pretty(point.network_passes / 1e6),
+            pretty(point.seconds, point.seconds_sd),
+            "" if math.isnan(point.effective_sample_size) else f"{point.effective_sample_size:.0f}",
+            "" if math.isnan(point.relative_gap) else f"{point.relative_gap:.1e}",
+        ]
+        for point in points
+    ]
+    seeds = over_seeds(max((point.seeds for point in points), default=1))
+    return Panel(f"{title}: {seeds}", header, cells).without_empty_columns()

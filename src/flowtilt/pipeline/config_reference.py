@@ -1,0 +1,474 @@
+"""``config/README.md``: every key of every configuration file, written from the schemas.
+
+A key's sentence is the string literal under its field in the section's class. Types, ranges and defaults come
+from the same places. The literals are read from the sources here, and not by pydantic as it makes the
+classes: that would add a tenth of a second to every job.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from flowtilt.domains.images.experiment import ImageExperiment
+from flowtilt.domains.molecules.experiment import MoleculeExperiment
+from flowtilt.files import write_text
+from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
+from flowtilt.pipeline.config import OverridesConfig, WorkflowConfig
+from flowtilt.pipeline.configuration import ConfigError, Section
+from flowtilt.pipeline.experiment import FunctionalExperiment, Skip, Study, TailExperiment
+from flowtilt.pipeline.theory.config import MirrorDescentConfig, ThresholdStudyConfig
+
+Schema = Mapping[str, Any]
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Written by `flowtilt config-reference` from the schemas: change the sentences there, see below. -->
+
+| file | what it is |
+|---|---|
+| `config.yaml` | what is run, at the embedded scale; Snakemake reads it |
+| `smoke.yaml`, `paper.yaml` | other scales, as overrides of it |
+| `experiments/{name}.yaml` | one experiment, or a study of several cases |
+| `models/{name}.yaml` | one text-to-image model, which experiments name |
+| `theory/{name}.yaml` | one study of the papers' guarantees |
+| `reported_results.csv` | the papers' values, which tables stand beside |
+
+All of them are checked before any job starts: a key that is unknown or missing, or a value out of its range,
+is refused with the file, the key and the known ones.
+
+## Overriding
+
+A scale of your own is a file of what differs from `config.yaml`. What is under `overrides` is merged into
+every experiment in the plane, and what is under `overrides.molecules` or `overrides.images` into every one on
+molecules or on pictures:
+
+```yaml
+# config/mine.yaml
+results: results/mine
+experiments: [risk_averse_2d]
+overrides:
+  seeds: 2
+  solver: {updates: 400}
+  skip: {risk_averse_2d: {methods: [fdc]}}
+```
+
+```bash
+snakemake --cores all --configfile config/mine.yaml
+```
+
+Keys of `config.yaml` can be given on the command line as well, `--config gpu=1 'experiments=[ot_2d]'`; but
+those of `overrides` belong in a file, since Snakemake passes numbers inside of a mapping on as text. Mappings
+are merged key by key and all else is replaced; a mapping of another `kind` replaces the old one whole, since
+its other keys are parameters of that kind. An experiment is put together in this order, each step over the
+one before:
+
+1. its own file, or for a case of a study the file that it derives from; then `overrides.files` of that name;
+2. `set` of the study, then `set` of the case;
+3. `overrides`, or `overrides.molecules` or `overrides.images`; last, what `overrides.skip` names is left out.
+
+A landscape or a functional of your own is named `module:NAME`, in a module that `PYTHONPATH` leads to. With
+`--software-deployment-method conda`, give `--conda-not-block-search-path-envvars` as well: Snakemake
+otherwise hides `PYTHONPATH` from the jobs.
+
+A changed key runs again what depends on it, and nothing else. `flowtilt resolve FILE --override JSON --output
+FILE` writes what comes out.
+
+Settings of Snakemake itself are in `workflow/profiles`. In the tables below a default of *required* means
+that the key must be given, *none* that it may be left out.
+"""
+
+REPORTED = """\
+## Reported values: `reported_results.csv`
+
+| column | meaning |
+|---|---|
+| `source` | The paper: `fdc`, or `ftfc` for an independent reconstruction. |
+| `experiment` | Name of the experiment. |
+| `method` | Name of the method there. |
+| `metric` | Name of the metric, as in `metrics.json`. |
+| `value` | The reported value, in the unit. |
+| `uncertainty` | The reported uncertainty, in the unit; empty without one. |
+| `unit` | Unit of the value. |
+| `note` | What else the source says of it. |
+"""
+
+SOURCES = """\
+## Where these sentences live
+
+The sentence of a key is the string literal under its field: in `src/flowtilt/pipeline/sections.py`,
+`src/flowtilt/pipeline/experiment.py` and `src/flowtilt/domains/molecules/experiment.py`, in `sections.py` of
+`src/flowtilt/domains/molecules`, in `src/flowtilt/pipeline/theory/config.py`, and for parameters of functionals in
+`src/flowtilt/functionals/keys.py`. Keys of `config.yaml` are described in
+`src/flowtilt/pipeline/config.py`. After a change there:
+
+```bash
+make docs
+```
+"""
+
+
+_LOADED = {"base": "its name"}
+"""Defaults that a file is given as it is loaded, before it is checked."""
+
+
+class Chapter(NamedTuple):
+    """One kind of file.
+
+    Attributes:
+        title: of the chapter.
+        text: its introduction.
+        kind: what the file's keys are.
+        of: how its sections are told apart from those of the same name in other chapters.
+    """
+
+    title: str
+    text: str
+    kind: type[Section]
+    of: str
+
+
+CHAPTERS = (
+    Chapter(
+        "Experiments on a tail",
+        "An `experiments/{name}.yaml` whose `objective` has a `tail`: the mean of a reward's worst or best "
+        "values in the plane. Coordinates of the plane have no unit; the reward's unit is the landscape's.",
+        TailExperiment,
+        "on a tail",
+    ),
+    Chapter(
+        "Experiments on a functional",
+        "An `experiments/{name}.yaml` whose `objective` has a `utility`: any pair of a utility and a "
+        "divergence in the plane. Sections that are not listed here are those of experiments on a tail.",
+        FunctionalExperiment,
+        "on a functional",
+    ),
+    Chapter(
+        "Experiments on molecules",
+        "An `experiments/{name}.yaml` with `domain: molecules`: low energies of QM9's molecules. "
+        "`docs/molecules.md` says what is done, and why.",
+        MoleculeExperiment,
+        "on molecules",
+    ),
+    Chapter(
+        "Experiments on pictures",
+        "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a reward, "
+        "with a text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, which holds what "
+        "is below `model` here. `docs/images.md` says what is done, and why.",
+        ImageExperiment,
+        "on pictures",
+    ),
+    Chapter(
+        "Studies",
+        "An `experiments/{name}.yaml` with a `study`: cases, each an experiment derived from another file.",
+        Study,
+        "of a study",
+    ),
+    Chapter(
+        "Theory: mirror ascent",
+        "A `theory/{name}.yaml` with `kind: mirror_descent`: exact mirror ascent on a grid against its "
+        "bounds. `docs/theory-tables.md` says what is checked.",
+        MirrorDescentConfig,
+        "of mirror ascent",
+    ),
+    Chapter(
+        "Theory: thresholds",
+        "A `theory/{name}.yaml` with `kind: threshold`: thresholds of tail means against their exact values.",
+        ThresholdStudyConfig,
+        "of thresholds",
+    ),
+)
+
+
+def write_reference(output: Path) -> None:
+    """Write the reference to a Markdown file.
+
+    Raises:
+        ConfigError: if a key has no description; the message names it.
+    """
+    write_text(output, reference())
+
+
+def reference() -> str:
+    """The whole document."""
+    parts = [INTRODUCTION, _workflow()]
+    headings = _headings()
+    for chapter in CHAPTERS:
+        described = _described(chapter.kind)
+        parts += [f"## {chapter.title}\n", f"{chapter.text}\n", _keys(described, headings)]
+        for found in _sections(chapter.kind):
+            parts += [f"### {headings[found.kind]}\n", f"{_prose(found.kind)}\n"]
+            parts.append(_keys(_described(found.kind), headings))
+        if chapter.kind is FunctionalExperiment:
+            parts += [_functionals("Utilities", UTILITY_KEYS), _functionals("Divergences", DIVERGENCE_KEYS)]
+    return "\n".join([*parts, REPORTED, SOURCES])
+
+
+# ----------------------------------------------------------------------------------- chapters
+
+
+def _workflow() -> str:
+    """The chapter of ``config.yaml``, with the keys of ``overrides`` under their full names."""
+    rows = []
+    whole, below = _described(WorkflowConfig), _described(OverridesConfig)["properties"]
+    for key, own in whole["properties"].items():
+        # Its keys follow here, and not under a heading of their own.
+        flat = {**own, "$ref": None, "type": "object", "default": {}} if key == "overrides" else own
+        rows.append(_row(key, key in whole["required"], flat, {}))
+        if key == "overrides":
+            rows += [_row(f"overrides.{inner}", False, other, {}) for inner, other in below.items()]
+    text = "What Snakemake reads: `config.yaml`, and the scales that override it."
+    return "\n".join(
+        [
+            "## The workflow: `config.yaml`\n",
+            f"{text}\n",
+            _table(rows),
+            "### Each entry of `overrides.skip`\n",
+            f"{_prose(Skip)}\n",
+            _keys(_described(Skip), {}),
+        ]
+    )
+
+
+def _functionals(title: str, functionals: Mapping[str, FunctionalKeys]) -> str:
+    """The table of utilities or of divergences, a line a functional and one for each parameter."""
+    lines = [f"### {title}\n", "| `kind` | parameter | type and range | default | meaning |"]
+    lines.append("|---|---|---|---|---|")
+    for name, functional in functionals.items():
+        lines.append(f"| `{name}` | | | | {functional.text} |")
+        for key, own in functional.keys.items():
+            default = "*required*" if own.default is None else f"`{json.dumps(own.default)}`"
+            lines.append(f"| | `{key}` | {own.type} | {default} | {own.text} |")
+    kind = title.removesuffix("s").replace("ie", "y").lower()
+    lines.append(
+        f"\nA {kind} `{{kind: sum, parts: [...]}}` is a weighted sum: each part has a `name` of this table, "
+        "its parameters, and a `weight` (1 if not given).\n"
+    )
+    return "\n".join(lines)
+
+
+class Found(NamedTuple):
+    """A section, the key that leads to it, and the chapters whose files have it."""
+
+    kind: type[Section]
+    path: str
+    chapters: list[Chapter]
+
+    @property
+    def of(self) -> str:
+        """How it is told apart from sections of the same name."""
+        return "in the plane" if {*CHAPTERS[:2]} <= {*self.chapters} else self.chapters[0].of
+
+
+@functools.cache
+def _all_sections() -> tuple[Found, ...]:
+    """Every section below the files' own keys, in the order of the document, each once."""
+    found: dict[type[Section], Found] = {}
+
+    def walk(kind: type[Section], path: str, chapter: Chapter) -> None:
+        for key, own in _described(kind)["properties"].items():
+            for name in re.findall(r'"\$ref": "(\w+)"', json.dumps(own)):
+                inner, at = _kinds()[name], f"{path}{key}"
+                found.setdefault(inner, Found(inner, at, [])).chapters.append(chapter)
+                walk(inner, f"{at}.", chapter)
+
+    for chapter in CHAPTERS:
+        walk(chapter.kind, "", chapter)
+    return tuple(found.values())
+
+
+def _sections(kind: type[Section]) -> Iterator[Found]:
+    """The sections that are first met in the chapter of a file."""
+    return (found for found in _all_sections() if found.chapters[0].kind is kind)
+
+
+def _headings() -> dict[type[Section], str]:
+    """Heading of each section: its key, and where several have the same, what its experiment is on.
+
+    Sections that a key of one experiment can be are told apart by what their key ``utility`` must be.
+    """
+    paths = [found.path for found in _all_sections()]
+    within = [(found.path, found.of) for found in _all_sections()]
+    headings = {}
+    for found in _all_sections():
+        heading = f"`{found.path}`" + (f" {found.of}" if paths.count(found.path) > 1 else "")
+        if within.count((found.path, found.of)) > 1:
+            (value,) = get_args(found.kind.model_fields["utility"].annotation)
+            heading += f", `{value}`"
+        headings[found.kind] = heading
+    return headings
+
+
+# ------------------------------------------------------------------------- what sections say
+
+
+@functools.cache
+def _kinds() -> dict[str, type[Section]]:
+    """Every class of sections by its name."""
+
+    def below(kind: type[Section]) -> Iterator[type[Section]]:
+        for inner in kind.__subclasses__():
+            yield inner
+            yield from below(inner)
+
+    return {kind.__name__: kind for kind in below(Section)}
+
+
+def _described(kind: type[Section]) -> Schema:
+    """The JSON schema of a section, with the descriptions of its keys.
+
+    Raises:
+        ConfigError: for a key without.
+    """
+    schema = kind.model_json_schema(ref_template="{model}")
+    texts = field_texts(kind)
+    for key, own in schema["properties"].items():
+        if not texts.get(key):
+            where = Path(inspect.getfile(kind)).name
+            raise ConfigError(
+                f"{where}: key {key} of {kind.__name__} has no description; write a string literal under it"
+            )
+        own["description"] = texts[key]
+    return schema
+
+
+def field_texts(kind: type[Section]) -> dict[str, str]:
+    """The string literals under the fields of a section, those of its bases among them, as Markdown."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if issubclass(base, Section):
+            texts |= _literals(base.__module__).get(base.__name__, {})
+    return texts
+
+
+@functools.cache
+def _literals(module: str) -> dict[str, dict[str, str]]:
+    """The string literals under annotated names, by class, of the source of an imported module."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        texts = found[node.name] = {}
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            ):
+                texts[field.target.id] = _markdown(text.value.value)
+    return found
+
+
+def _prose(kind: type[Section]) -> str:
+    """The docstring of a section as Markdown, its own or the nearest base's."""
+    return "\n\n".join(_markdown(part) for part in (inspect.getdoc(kind) or "").split("\n\n"))
+
+
+def _markdown(text: str) -> str:
+    """A paragraph of a docstring: names in code, one line."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
+    return " ".join(re.sub(r"``([^`]+)``", r"`\1`", text).split())
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+def _keys(schema: Schema, headings: Mapping[type[Section], str]) -> str:
+    """The table of a section's keys."""
+    required = schema.get("required", ())
+    return _table([_row(key, key in required, own, headings) for key, own in schema["properties"].items()])
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    lines = ["| key | type and range | default | meaning |", "|---|---|---|---|"]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _row(key: str, required: bool, own: Schema, headings: Mapping[type[Section], str]) -> tuple[str, ...]:
+    text = _markdown(own["description"])
+    text = text[0].upper() + text[1:].rstrip(".") + "."
+    default = _LOADED.get(key) or _default(own, required)
+    return f"`{key}`", _words(own, headings), default, text
+
+
+def _default(own: Schema, required: bool) -> str:
+    if required:
+        return "*required*"
+    default = own.get("default", {} if _is_mapping(own) else [] if "items" in own else None)
+    if default is None:
+        return "*none*"
+    if default in ({}, []):
+        return "empty"
+    if isinstance(default, Mapping):
+        return "its own"
+    return f"`{json.dumps(default)}`"
+
+
+def _is_mapping(own: Schema) -> bool:
+    return own.get("type") == "object" or "additionalProperties" in own
+
+
+def _words(own: Schema, headings: Mapping[type[Section], str], plural: bool = False) -> str:
+    """Type and range of a JSON schema in words."""
+    s = "s" if plural else ""
+    if "anyOf" in own or "oneOf" in own:
+        options = [option for option in own.get("anyOf", own.get("oneOf")) if option != {"type": "null"}]
+        return " or ".join(_words(option, headings, plural) for option in options)
+    if own.get("$ref"):
+        return _link(_kinds()[own["$ref"]], headings)
+    if "enum" in own or "const" in own:
+        values = [f"`{value}`" for value in own.get("enum", [own.get("const")])]
+        return " or ".join(filter(None, [", ".join(values[:-1]), values[-1]]))
+    if own["type"] == "array":
+        return _array(own, headings, plural)
+    if own["type"] == "object":
+        inner = own.get("additionalProperties") or next(iter(own.get("patternProperties", {}).values()), None)
+        return f"by name: {_words(inner, headings)}" if isinstance(inner, Mapping) else f"mapping{s}"
+    if own["type"] == "string":
+        return f"text{s} matching `{own['pattern']}`" if "pattern" in own else f"text{s}"
+    if own["type"] == "boolean":
+        return "`true` or `false`"
+    return f"{'whole number' if own['type'] == 'integer' else 'number'}{s}{_range(own)}"
+
+
+def _link(kind: type[Section], headings: Mapping[type[Section], str]) -> str:
+    heading = headings[kind]
+    return f"[{heading}](#{anchor(heading)})"
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _array(own: Schema, headings: Mapping[type[Section], str], plural: bool) -> str:
+    if "prefixItems" in own:
+        return ", ".join(_words(item, headings) for item in own["prefixItems"])
+    inner = _words(own["items"], headings, plural=True)
+    if own.get("minItems", 0) == own.get("maxItems"):
+        return f"pairs of {inner}" if plural else f"{own['minItems']} {inner}"
+    return f"list of {inner}"
+
+
+def _range(own: Schema) -> str:
+    """Bounds of a number: `` > 0``, `` in (0, 1]`` or nothing."""
+    low, high = (
+        own.get("minimum", own.get("exclusiveMinimum")),
+        own.get("maximum", own.get("exclusiveMaximum")),
+    )
+    if low is not None and high is not None:
+        return f" in {'[' if 'minimum' in own else '('}{low:g}, {high:g}{']' if 'maximum' in own else ')'}"
+    if low is not None:
+        return f" {'≥' if 'minimum' in own else '>'} {low:g}"
+    return f" {'≤' if 'maximum' in own else '<'} {high:g}" if high is not None else ""

@@ -1,0 +1,174 @@
+"""Reading and writing the files that pass between stages."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowtilt.domains.planar.rows import GriddedDensity
+from flowtilt.files import atomic_path, folder_of, read_json, read_npz, read_text, write_text
+from flowtilt.pipeline.experiment import Experiment
+
+Metrics = dict[str, float | None]
+
+
+class StageError(RuntimeError):
+    """An input file that a stage cannot use; the message names the file and the fix."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where the files of a run are; None where a method of its kind has none.
+
+    Attributes:
+        model: weights; of the pretrained model, those of the base.
+        samples: of the run.
+        metrics: of the run.
+        laws: solved on the grid, of a run on a functional.
+        density: gridded log-density of the pretrained model.
+        history: of the fine-tuning.
+        threshold: of tfft.
+        reference: samples of the pretrained model, if the experiment has it as a method.
+    """
+
+    model: Path
+    samples: Path
+    metrics: Path
+    laws: Path
+    density: Path
+    history: Path | None
+    threshold: Path | None
+    reference: Path | None
+
+    @classmethod
+    def of(cls, results: Path, experiment: Experiment, method: str, seed: int) -> RunFiles:
+        own = folder_of(results, experiment.name, method, seed)
+        base = folder_of(results, experiment.base, "pretrained", seed)
+        pretrained = folder_of(results, experiment.name, "pretrained", seed)
+        kind = experiment.methods[method].kind
+        tuned = kind != "pretrained"
+        compared = tuned and "pretrained" in experiment.methods
+        return cls(
+            model=(own if tuned else base) / "model.safetensors",
+            samples=own / "samples.npz",
+            metrics=own / "metrics.json",
+            laws=own / "laws.npz",
+            density=base / "density.npz",
+            history=own / "history.csv" if tuned else None,
+            threshold=own / "threshold.json" if kind == "tfft" else None,
+            reference=pretrained / "samples.npz" if compared else None,
+        )
+
+
+def write_json(data: Any, path: Path) -> None:
+    """Write JSON; NaN is refused."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_rows(rows: dict[str, Metrics], path: Path) -> None:
+    """Write metrics by row name."""
+    write_json({"rows": rows}, path)
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write named arrays."""
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
+
+
+def write_history(rows: list[dict[str, float]], path: Path) -> None:
+    """Write a training's history, a row an update, in full precision."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        table = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
+    """Named arrays of numbers from a file of :func:`write_arrays`.
+
+    Raises:
+        StageError: if the file is missing, not whole, or lacks an array.
+    """
+    try:
+        data = read_npz(path)
+        found = [data[name] for name in names]
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file; run the stage that writes it first") from None
+    except (ValueError, KeyError) as error:
+        what = f"it has no array {error}" if isinstance(error, KeyError) else error
+        raise StageError(
+            f"{path}: not a complete file of this stage ({what}); delete it and run again"
+        ) from None
+    for name, array in zip(names, found, strict=True):
+        if array.dtype.kind not in "biuf":
+            raise StageError(
+                f"{path}: its array {name} has the type {array.dtype}, no number; delete it and run again"
+            )
+    return found
+
+
+def write_density(density: GriddedDensity, path: Path) -> None:
+    """Write the gridded log-density that divergences are measured from."""
+    nowhere = np.zeros(density.log_density.shape, dtype=bool)
+    floored = nowhere if density.floored is None else density.floored
+    write_arrays(path, axis=density.axis, log_density=density.log_density, floored=floored)
+
+
+def read_density(path: Path) -> GriddedDensity:
+    """The gridded log-density of a pretrained model from a file of :func:`write_density`."""
+    return GriddedDensity(*read_arrays(path, "axis", "log_density", "floored"))
+
+
+def read_history(path: Path, column: str) -> np.ndarray:
+    """One column of a training's history, (updates,)."""
+    try:
+        rows = list(csv.DictReader(StringIO(read_text(path))))
+        if not rows:
+            raise ValueError("no rows")
+        return np.array([float(row[column]) for row in rows])
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file; run the finetune stage first") from None
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise StageError(f"{path}: not a training's history ({error!r}); delete it and run again") from None
+
+
+def columns_of(history: Path) -> list[str]:
+    """Names of the columns of a training's history, none if it is not there."""
+    if not history.is_file():
+        return []
+    try:
+        return next(csv.reader(StringIO(read_text(history))), [])
+    except (ValueError, csv.Error) as error:
+        raise StageError(f"{history}: not a training's history ({error}); delete it and run again") from None
+
+
+def read_schedule(path: Path) -> list[dict[str, float]]:
+    """The rungs of a rising level from the threshold stage: masses and thresholds, in their order."""
+    try:
+        rungs = read_json(path)["schedule"]
+        found = [{key: float(rung[key]) for key in ("mass", "threshold")} for rung in rungs]
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file; run the threshold stage first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{path}: has no schedule ({error!r}); delete it and run again") from None
+    if not found:
+        raise StageError(f"{path}: has an empty schedule; delete it and run again")
+    return found
+
+
+def read_threshold(path: Path) -> dict[str, float]:
+    """Threshold and offline active share from the threshold stage."""
+    try:
+        row = read_json(path)
+        return {key: float(row[key]) for key in ("threshold", "offline_active_share")}
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file; run the threshold stage first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{path}: not a threshold file ({error!r}); delete it and run again") from None

@@ -1,0 +1,1 @@
+"""Runs to tables, figures and pages."""

@@ -1,0 +1,393 @@
+"""What the runs cost: wall time and memory, from the benchmarks that Snakemake writes beside them.
+
+A job's benchmark is ``{benchmarks}/{rule}/{experiment}/{method}/seed{n}.tsv``, and for all runs of a file
+``{benchmarks}/measure/{file}/seed{n}.tsv``; rules on molecules begin with ``molecules_``, those on pictures
+with ``images_``. Results that were made without one, by another copy or by hand, leave cells empty; nothing
+is run again for them. Of molecules and pictures, network passes are counted too, from the runs' histories.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from flowtilt.domains.images.experiment import ImageExperiment
+from flowtilt.domains.planar import solver_study
+from flowtilt.files import folder_of, read_text
+from flowtilt.pipeline.experiment import AnyExperiment, Experiment, load_file, read_study
+from flowtilt.pipeline.report.measurements import ResultsError
+from flowtilt.pipeline.report.panels import Panel, over_seeds, pretty
+from flowtilt.pipeline.report.tables import write_panels
+
+TOTAL_COLUMNS = ["rule", "jobs", "wall_seconds", "peak_memory_mb"]
+
+
+class Measured(NamedTuple):
+    """Wall time and memory of one job; the mean time and the largest memory if it was repeated.
+
+    ``memory`` is the largest resident set in MB, NaN for a job that ended before it was looked at.
+    """
+
+    seconds: float
+    memory: float
+
+
+def read_benchmark(file: Path) -> list[Measured]:
+    """The lines of one of Snakemake's benchmark files, one a repetition.
+
+    Raises:
+        ResultsError: naming the file and the fix, if it is not such a file.
+    """
+    try:
+        table = pd.read_csv(StringIO(read_text(file)), sep="\t", na_values="-", dtype=str)
+        columns = [pd.to_numeric(table[column]).astype(float) for column in ("s", "max_rss")]
+    except KeyError as error:
+        raise _malformed(file, f"has no column {error}") from None
+    except (ValueError, OSError) as error:
+        raise _malformed(file, str(error)) from None
+    lines = [Measured(*line) for line in zip(*columns, strict=True)]
+    if not lines:
+        raise _malformed(file, "has no line of numbers")
+    if not all(math.isfinite(line.seconds) and line.seconds >= 0 for line in lines):
+        raise _malformed(file, "column s must be seconds, finite and not negative")
+    return lines
+
+
+def _malformed(file: Path, what: str) -> ResultsError:
+    return ResultsError(
+        f"{file}: not a benchmark of Snakemake: {' '.join(what.split())}; delete it, which leaves its "
+        "job out of the table of costs, or run the job again"
+    )
+
+
+def stage_costs(benchmarks: Path) -> dict[str, dict[str, float]]:
+    """Jobs, wall time in seconds and peak memory in MB of each stage, from Snakemake's benchmarks.
+
+    Raises:
+        ResultsError: if a benchmark is malformed.
+    """
+    costs = {}
+    for folder in sorted(p for p in benchmarks.iterdir() if p.is_dir()) if benchmarks.is_dir() else []:
+        jobs = [line for file in sorted(folder.rglob("*.tsv")) for line in read_benchmark(file)]
+        if not jobs:
+            continue  # of the job that is running this
+        costs[folder.name] = {
+            "jobs": len(jobs),
+            "wall_seconds": round(sum(job.seconds for job in jobs), 1),
+            "peak_memory_mb": round(max((j.memory for j in jobs if math.isfinite(j.memory)), default=0.0), 1),
+        }
+    return costs
+
+
+def added_costs(
+    first: Mapping[str, Mapping[str, float]], second: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Costs of stages in two runs together: jobs and times add up, of memory the larger counts."""
+    total = {stage: dict(costs) for stage, costs in first.items()}
+    for stage, costs in second.items():
+        known = total.setdefault(stage, {})
+        for key, value in costs.items():
+            before = known.get(key, 0)
+            known[key] = max(before, value) if key == "peak_memory_mb" else round(before + value, 1)
+    return total
+
+
+def measured_job(benchmarks: Path, rule: str, runs: str, seed: int) -> Measured | None:
+    """What one job took, or None if it has no benchmark; ``runs`` is what it was of, as in its path."""
+    file = benchmarks / rule / runs / f"seed{seed}.tsv"
+    if not file.is_file():
+        return None
+    lines = read_benchmark(file)
+    seconds, memory = (np.array(column) for column in zip(*lines, strict=True))
+    return Measured(float(seconds.mean()), float(memory.max()))
+
+
+class Cost(NamedTuple):
+    """What one method of an experiment or case cost; means over seeds in seconds, NaN where not measured.
+
+    Attributes:
+        experiment: or case, as in the paths of its runs.
+        method: of it.
+        kind: of the method.
+        seeds: whose fine-tuning was measured; of a method without one, whose samples were.
+        updates: optimiser steps of the fine-tuning, without those of a run that it continues.
+        finetune, finetune_sd: of the fine-tuning.
+        threshold: of tfft, what comes before: the offline batch and the threshold.
+        relative: threshold and fine-tuning over those of the first method of the file that is fine-tuned.
+        passes: on molecules and pictures, network passes of the fine-tuning and of tfft's offline batch,
+            counted and not timed; see :mod:`flowtilt.control.base`.
+        relative_passes: over those of the first method that is fine-tuned.
+        memory: the largest of the fine-tuning over seeds, in MB.
+        assess, assess_sd: of sampling and metrics together: in the plane for all runs of the file, and on
+            functionals with the solved rows; on molecules and pictures for the run.
+        solve, solve_sd: of the rows solved on the grid, on a tail, for all methods of the experiment.
+    """
+
+    experiment: str
+    method: str
+    kind: str
+    seeds: int
+    updates: int
+    finetune: float
+    finetune_sd: float
+    threshold: float
+    relative: float
+    passes: float
+    relative_passes: float
+    memory: float
+    assess: float
+    assess_sd: float
+    solve: float
+    solve_sd: float
+
+
+def costs_of(benchmarks: Path, experiments: Iterable[AnyExperiment]) -> list[Cost]:
+    """One line a method, in the order of the experiments and cases of one file.
+
+    Args:
+        benchmarks: folder of Snakemake's benchmark files, which lies in that of the results.
+        experiments: of one file: the first fine-tuned method is what costs are relative to.
+
+    Raises:
+        ResultsError: if a benchmark, or the history of a run on pictures, is malformed.
+    """
+    lines: list[Cost] = []
+    unit = unit_passes = math.nan
+    for experiment in experiments:
+        solved = _seconds(benchmarks, ["exact"], f"{experiment.name}/exact", experiment.seeds)
+        for method, config in experiment.methods.items():
+            run = f"{experiment.name}/{method}"
+            finetune = f"{experiment.rules}finetune"
+            jobs = [measured_job(benchmarks, finetune, run, seed) for seed in experiment.seeds]
+            tuned = [job.seconds for job in jobs if job is not None]
+            assessed = _assessment(benchmarks, experiment, run)
+            threshold = _threshold(benchmarks, experiment, run) if config.kind == "tfft" else math.nan
+            cost = _mean_sd(tuned)[0] + (threshold if math.isfinite(threshold) else 0.0)
+            passes = _passes(benchmarks.parent, experiment, method)
+            if _updates(experiment, method) and not any(line.updates for line in lines):
+                unit, unit_passes = cost, passes
+            lines.append(
+                Cost(
+                    experiment.name,
+                    method,
+                    config.kind,
+                    len(tuned if _updates(experiment, method) else assessed),
+                    _updates(experiment, method),
+                    *_mean_sd(tuned),
+                    threshold,
+                    cost / unit if unit > 0 else math.nan,
+                    passes,
+                    passes / unit_passes if unit_passes > 0 else math.nan,
+                    max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
+                    *_mean_sd(assessed),
+                    *_mean_sd(solved),
+                )
+            )
+    return lines
+
+
+def read_costs(path: str | Path) -> tuple[list[Cost], dict[str, dict[str, float]]]:
+    """The lines and the totals of a ``costs.csv`` that :func:`write_costs` has written.
+
+    Raises:
+        ResultsError: if it is not such a file.
+    """
+    try:
+        table = pd.read_csv(StringIO(read_text(path)), dtype=str)  # numbers are then read exactly
+        names = ["experiment", "method", "kind"]
+        numbers = {field: float for field in Cost._fields if field not in names} | {
+            "seeds": int,
+            "updates": int,
+        }
+        runs = table[table["part"] == "runs"][list(Cost._fields)].astype(numbers)
+        rules = table[table["part"] == "rules"][TOTAL_COLUMNS].astype(
+            {"jobs": int, "wall_seconds": float, "peak_memory_mb": float}
+        )
+    except (OSError, KeyError, ValueError) as error:
+        what = " ".join(str(error).split())
+        raise ResultsError(f"{path}: not a table of costs ({what}); name the costs.csv of a run") from None
+    totals = {
+        rule: dict(zip(TOTAL_COLUMNS[1:], costs, strict=True)) for rule, *costs in rules.itertuples(False)
+    }
+    return [Cost(*line) for line in runs.itertuples(index=False)], totals
+
+
+def _seconds(benchmarks: Path, rules: Iterable[str], runs: str, seeds: Iterable[int]) -> list[float]:
+    """Seconds of some rules together, for each seed of which all were measured."""
+    found = [[measured_job(benchmarks, rule, runs, seed) for rule in rules] for seed in seeds]
+    return [sum(job.seconds for job in jobs if job) for jobs in found if None not in jobs]
+
+
+def _assessment(benchmarks: Path, experiment: AnyExperiment, run: str) -> list[float]:
+    """Seconds between models and metrics, for each seed of which they were measured."""
+    if isinstance(experiment, Experiment):
+        return _seconds(benchmarks, ["measure"], experiment.name.partition("/")[0], experiment.seeds)
+    rules = [f"{experiment.rules}{stage}" for stage in ("sample", "evaluate")]
+    return _seconds(benchmarks, rules, run, experiment.seeds)
+
+
+def _threshold(benchmarks: Path, experiment: AnyExperiment, run: str) -> float:
+    """Mean seconds of the offline batch and the threshold of a run."""
+    batch = f"{experiment.base}/pretrained"
+    batches = _seconds(benchmarks, [f"{experiment.rules}offline"], batch, experiment.seeds)
+    thresholds = _seconds(benchmarks, [f"{experiment.rules}threshold"], run, experiment.seeds)
+    return _mean_sd(batches)[0] + _mean_sd(thresholds)[0]
+
+
+def _updates(experiment: AnyExperiment, method: str) -> int:
+    config = experiment.methods[method]
+    if config.kind in ("pretrained", "data"):
+        return 0
+    earlier = None
+    if isinstance(experiment, Experiment):
+        start = experiment.methods[method].continue_from
+        earlier = experiment.methods[start].iterations if start else None
+    return experiment.updates_of(method) * ((config.iterations or 1) - (earlier or 0))
+
+
+def _passes(results: Path, experiment: AnyExperiment, method: str) -> float:
+    """Mean network passes of a method's fine-tunings, and of tfft's offline batch; not in the plane."""
+    if isinstance(experiment, Experiment) or not experiment.methods[method].tuned:
+        return math.nan
+    folders = [folder_of(results, experiment.name, method, seed) for seed in experiment.seeds]
+    histories = [file for folder in folders if (file := folder / "history.csv").is_file()]
+    counted = _mean_sd([solver_study.costs_of(file).network_passes for file in histories])[0]
+    if experiment.methods[method].kind != "tfft":
+        return counted
+    if isinstance(experiment, ImageExperiment):
+        # A guided state goes through the network twice, with its prompt and with the empty one.
+        states = experiment.offline_samples * (1 if experiment.guidance.sampling == 1 else 2)
+    else:
+        states = experiment.offline.samples
+    return counted + states * experiment.solver.steps
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; NaN where there are too few values."""
+    mean = float(np.mean(values)) if values else math.nan
+    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+NOTE = (
+    "From Snakemake's benchmarks, on the machine of the run: wall time in seconds, mean ± sd over seeds, and "
+    "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
+    "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
+    "fine-tuned line of the table, with what tfft needs before it, the offline batch and the threshold. "
+    "Samples and metrics: in the plane the rule measure, one job for all runs of a seed, shown in the first "
+    "line; on molecules and pictures two jobs of each run. Solved rows: the rule exact, one job for all "
+    "methods of an experiment on a tail; on functionals they are solved by the rule measure. Network passes, "
+    "on molecules and pictures: states through the network, a backward pass to the input counted as one and "
+    "to the parameters as two, and all twice where there is guidance, with tfft's offline batch; they are "
+    "counted and not timed, and what the gradients of reward and entropy take is not in them. The last table "
+    "is of all jobs measured when this was written, tables and figures among them if they were made before."
+)
+
+KEPT_NOTE = (
+    "Experiments that this run has not are kept from an earlier one, and totals are of both, with what was "
+    "run again."
+)
+
+
+def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
+    """The costs of one file as text: a line a method, or a case where every case has one method.
+
+    What several lines share is shown in the first of them.
+    """
+    per_case = [line.experiment for line in lines]
+    single = len(set(per_case)) == len(per_case)
+    counted = any(math.isfinite(line.passes) for line in lines)
+    cells: list[list[str]] = []
+    for before, line in zip([None, *lines], lines, strict=False):
+        case = line.experiment.partition("/")[2]
+        name = ", ".join(part for part in (case, "" if single and case else line.method) if part)
+        cells.append(
+            [
+                name,
+                str(line.updates) if line.updates else "",
+                _cell(line.finetune, line.finetune_sd),
+                _cell(line.threshold),
+                _ratio(line.relative),
+                *([_cell(line.passes / 1000), _ratio(line.relative_passes)] if counted else []),
+                _cell(line.memory),
+                "" if before and before.assess == line.assess else _cell(line.assess, line.assess_sd),
+                "" if before and before.solve == line.solve else _cell(line.solve, line.solve_sd),
+                str(line.seeds),
+            ]
+        )
+    header = ["method", "updates", "fine-tuning (s)", "threshold (s)", "relative"]
+    header += ["thousand network passes", "relative, in passes"] if counted else []
+    header += ["its memory (MB)", "samples and metrics (s)", "solved rows of all methods (s)"]
+    seeds = over_seeds(max((line.seeds for line in lines), default=1))
+    return Panel(f"{title}: {seeds}", [*header, "seeds measured"], cells)
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else ""
+
+
+def _cell(value: float, sd: float = math.nan) -> str:
+    return pretty(value, sd) if math.isfinite(value) else ""
+
+
+def totals_panel(stages: Mapping[str, Mapping[str, float]]) -> Panel:
+    """Jobs, seconds and the largest memory of every rule, and of all together, by falling time."""
+    ordered = sorted(stages.items(), key=lambda item: -item[1]["wall_seconds"])
+    lines = [(rule, int(s["jobs"]), s["wall_seconds"], s["peak_memory_mb"]) for rule, s in ordered]
+    if lines:
+        _, jobs, seconds, memory = zip(*lines, strict=True)
+        lines.append(("all", sum(jobs), sum(seconds), max(memory)))
+    cells = [[rule, str(jobs), f"{seconds:.1f}", f"{memory:.1f}"] for rule, jobs, seconds, memory in lines]
+    return Panel("Totals by rule", ["rule", "jobs", "wall time (s)", "largest memory (MB)"], cells)
+
+
+def write_costs(
+    files: Iterable[str | Path],
+    overrides: Mapping[str, Any] | None,
+    benchmarks: str | Path,
+    prefix: str | Path,
+    earlier: str | Path | None = None,
+) -> None:
+    """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex``.
+
+    The data are the lines of :class:`Cost` (part ``runs``), then the totals (part ``rules``).
+
+    Args:
+        files: of experiments and studies.
+        overrides: merged into every experiment last.
+        benchmarks: folder of Snakemake's benchmark files, which lies in that of the results.
+        prefix: of the files to write.
+        earlier: ``costs.csv`` of an earlier run: of files without a run in the results its lines are kept,
+            and its totals are added, with what was run again.
+
+    Raises:
+        ConfigError: if a file is not a valid experiment or study.
+        ResultsError: if a benchmark, the history of a run on pictures, or the earlier table is malformed.
+    """
+    benchmarks = Path(benchmarks)
+    kept, totals_before = ([], {}) if earlier is None else read_costs(earlier)
+    lines: list[Cost] = []
+    panels = []
+    for file in files:
+        experiments = load_file(file, overrides)
+        study = read_study(Path(file))
+        title = study.title if study else next(iter(experiments.values())).title
+        own = [line for line in kept if line.experiment in experiments]
+        if not own or any((benchmarks.parent / "runs" / name).is_dir() for name in experiments):
+            own = costs_of(benchmarks, experiments.values())
+        lines += own
+        panels.append(cost_panel(own, f"{Path(file).stem}, {title}"))
+    stages = added_costs(totals_before, stage_costs(benchmarks))
+    totals = [{"rule": rule, **stage} for rule, stage in stages.items()]
+    runs = pd.DataFrame(lines, columns=list(Cost._fields)).assign(part="runs")
+    frame = pd.concat([runs, pd.DataFrame(totals, columns=TOTAL_COLUMNS).assign(part="rules")])
+    whole = ["seeds", "updates", "jobs"]
+    frame[whole] = frame[whole].astype("Int64")
+    frame = frame[["part", *Cost._fields, *TOTAL_COLUMNS]]
+    note = NOTE if earlier is None else f"{NOTE} {KEPT_NOTE}"
+    write_panels(prefix, frame, [*panels, totals_panel(stages)], note)

@@ -1,0 +1,464 @@
+"""Metrics of runs in long form: which rows there are, how they are read, and their statistics.
+
+A method has three rows, one a layer: its network's, the exact one, and the one at finite
+resolution. Everything is read from the ``metrics.json`` files under a results folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from flowtilt.pipeline.experiment import AnyExperiment
+from flowtilt.files import folder_of, one_line, read_json, read_npz, read_text
+
+LAYERS = ("network", "exact", "resolved")
+_WORDS = {"network": "", "exact": ", exact", "resolved": ", at finite resolution", "optimum": ", optimum"}
+LONG_COLUMNS = ("experiment", "method", "metric", "seed", "value")
+SUMMARY_COLUMNS = ("experiment", "method", "metric", "value", "sd", "seeds")
+
+
+class ResultsError(ValueError):
+    """Results or reported values that cannot be used; the message names the file and the fix."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of an experiment.
+
+    Attributes:
+        name: as in the paths of its runs.
+        kind: ``pretrained``, ``am``, ``fdc`` or ``tfft``.
+        value: where it stands on a study's axis, if the methods of one case differ in that.
+    """
+
+    name: str
+    kind: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the tables and figures need to know of one experiment, or of one case of a study.
+
+    Attributes:
+        name: as in the paths of its runs.
+        methods: in the order of the tables.
+        seeds: every one of them must have been run.
+        unit: ``cost`` or ``reward``, what the landscape's height is.
+        mass: probability of the tail that the methods look at; 1 if they look at all of the law.
+        tail_metric: name of the mean over that tail, or of another metric that the tables lead with.
+        title: one line for people.
+        of: the experiment that a case derives from.
+        value: where a case stands on its study's axis, if the cases differ in that.
+        layers: of each method, the network's first.
+        solved_apart: whether the other layers have folders of their own, for all methods together.
+    """
+
+    name: str
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...]
+    unit: str
+    mass: float
+    tail_metric: str
+    title: str = ""
+    of: str = ""
+    value: float | None = None
+    layers: tuple[str, ...] = LAYERS
+    solved_apart: bool = True
+
+    @property
+    def mean_metric(self) -> str:
+        """Name of the plain mean."""
+        return f"mean_{self.unit}"
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the experiment is on a tail of the reward."""
+        return self.mass < 1
+
+    @property
+    def sign(self) -> int:
+        """Of the reward against the landscape's height: -1 for a cost."""
+        return -1 if self.unit == "cost" else 1
+
+    def position(self, method: Method) -> float | None:
+        """Where a method's rows stand on the study's axis; None for a line of reference."""
+        return self.value if method.value is None else method.value
+
+
+def runs_of(experiment: AnyExperiment) -> Runs:
+    """The part of a configured experiment or case that tables and figures need.
+
+    In a case without an axis value of its own, FDC methods stand at their number of iterations.
+    """
+    by_iterations = experiment.axis_value is None
+    return Runs(
+        name=experiment.name,
+        methods=tuple(
+            Method(name, m.kind, float(m.iterations) if by_iterations and m.iterations else None)
+            for name, m in experiment.methods.items()
+        ),
+        seeds=tuple(experiment.seeds),
+        unit=experiment.unit,
+        mass=experiment.mass,
+        tail_metric=experiment.main_metric,
+        layers=experiment.layers,
+        solved_apart=experiment.solved_apart,
+        title=experiment.title,
+        of=experiment.base,
+        value=experiment.axis_value,
+    )
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def row_name(method: str, layer: str) -> str:
+    """``am`` and ``exact`` give ``am_exact``; a network's row has the method's own name."""
+    return method if layer == "network" else f"{method}_{layer}"
+
+
+def split_row(row: str) -> tuple[str, str]:
+    """The method and the layer of a row's name."""
+    for layer in tuple(_WORDS)[1:]:
+        if row.endswith(f"_{layer}"):
+            return row.removesuffix(f"_{layer}"), layer
+    return row, "network"
+
+
+def row_words(row: str) -> str:
+    """``am_exact`` as ``am, exact``."""
+    method, layer = split_row(row)
+    return method + _WORDS[layer]
+
+
+def run_folder(results: str | Path, runs: Runs, method: str, layer: str, seed: int) -> Path:
+    """Where the files of a row's run are kept."""
+    own = layer == "network" or not runs.solved_apart
+    return folder_of(results, runs.name, method if own else layer, seed)
+
+
+def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
+    """All metrics of an experiment or case in long form.
+
+    Args:
+        results: root of the results.
+        runs: of which every one must have been run; ``pretrained`` alone may have no solved row.
+
+    Returns:
+        Columns :data:`LONG_COLUMNS`, ``method`` being the row's name; the rows of a method follow
+        each other. A metric that was recorded as undefined (null) has the value NaN.
+
+    Raises:
+        ResultsError: if a file is missing or malformed; the message says how to make it.
+    """
+    records: list[tuple[str, str, str, int, float]] = []
+    for method in (m.name for m in runs.methods):
+        for layer in runs.layers:
+            row = row_name(method, layer)
+            for seed in runs.seeds:
+                path = run_folder(results, runs, method, layer, seed) / "metrics.json"
+                rows = read_metrics(path)
+                if row in rows:
+                    records += [(runs.name, row, metric, seed, value) for metric, value in rows[row].items()]
+                elif method != "pretrained" or layer == "network":
+                    raise ResultsError(f"{path}: no row {row!r}, only {', '.join(rows)}; {_again(path)}")
+    return _long(records)
+
+
+def collect_runs(results: str | Path, runs: Iterable[Runs]) -> pd.DataFrame:
+    """:func:`collect` for several experiments and cases."""
+    return pd.concat([collect(results, each) for each in runs], ignore_index=True)
+
+
+def read_by_seed(path: str | Path) -> pd.DataFrame:
+    """Every metric of every row and seed, as :func:`collect_runs` has them, from a file of an earlier run.
+
+    Raises:
+        ResultsError: if it is not such a file.
+    """
+    try:
+        frame = pd.read_csv(StringIO(read_text(path)), dtype=str)  # numbers are then read exactly
+        return frame[list(LONG_COLUMNS)].astype({"value": float, "seed": int})
+    except (OSError, KeyError, ValueError) as error:
+        raise ResultsError(
+            f"{path}: not a table of metrics by seed ({one_line(error)}); name the by_seed.csv of a run"
+        ) from None
+
+
+def _long(records: Sequence[tuple[str, str, str, int, float]]) -> pd.DataFrame:
+    return pd.DataFrame(records, columns=list(LONG_COLUMNS)).astype({"value": float, "seed": int})
+
+
+def read_metrics(path: Path) -> dict[str, dict[str, float]]:
+    """The rows of one metrics file; null becomes NaN.
+
+    Raises:
+        ResultsError: if the file is missing or malformed.
+    """
+    if not path.is_file():
+        raise ResultsError(_missing(path))
+    try:
+        data = read_json(path)
+        return {
+            str(row): {str(metric): _number(metric, value) for metric, value in metrics.items()}
+            for row, metrics in data["rows"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        shape = '{"rows": {row: {metric: number or null}}}'
+        raise ResultsError(f"{path}: not of the form {shape} ({one_line(error)}); {_again(path)}") from None
+
+
+def _missing(path: Path) -> str:
+    return f"{path}: no such file; make it with `snakemake --cores all {path}`"
+
+
+def _again(path: Path) -> str:
+    return f"make it again with `snakemake --cores all --force {path}`"
+
+
+def _number(metric: str, value: Any) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{metric} is {value!r}, not a number")
+    return float(value)
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A CSV table as text, checked for columns that it must have.
+
+    Raises:
+        ResultsError: if it is missing, no table, or lacks a column.
+    """
+    if not path.is_file():
+        raise ResultsError(f"{path}: no such file; restore it, or make it again")
+    try:
+        table = pd.read_csv(StringIO(read_text(path)), dtype=str, keep_default_na=False)
+    except ValueError as error:
+        raise ResultsError(
+            f"{path}: not a CSV table ({one_line(error)}); restore it, or make it again"
+        ) from None
+    if missing := [c for c in columns if c not in table.columns]:
+        raise ResultsError(
+            f"{path}: no column {', '.join(missing)}, only {', '.join(map(str, table.columns))}; "
+            "restore it, or make it again"
+        )
+    return table
+
+
+def read_history(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A run's history, a line an update, as numbers.
+
+    Args:
+        path: of the file.
+        columns: that it must have; others are read as well.
+
+    Raises:
+        ResultsError: if it is missing or malformed.
+    """
+    if not path.is_file():
+        raise ResultsError(_missing(path))
+    table = read_csv(path, columns)
+    try:
+        return table.astype(float)
+    except ValueError as error:
+        raise ResultsError(f"{path}: not a history ({one_line(error)}); {_again(path)}") from None
+
+
+# -------------------------------------------------------------------------------- arrays
+
+
+@dataclass(frozen=True)
+class Laws:
+    """Laws on a grid, averaged over seeds.
+
+    Attributes:
+        axis: cell centres along either side, (n,).
+        cells: cell probabilities by row name, each (n, n), the first axis along x.
+        edges: of the reward's histogram, rising, (m + 1,); none for functionals.
+        rewards: histogram probabilities by row name, each (m,); none for functionals.
+    """
+
+    axis: np.ndarray
+    cells: dict[str, np.ndarray]
+    edges: np.ndarray
+    rewards: dict[str, np.ndarray]
+
+
+def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
+    """The laws of one solved layer (``exact``, ``resolved`` or ``optimum``) of an experiment.
+
+    Raises:
+        ResultsError: if a file is missing, malformed, or on another grid than that of the first seed.
+    """
+    methods = [""] if runs.solved_apart else [m.name for m in runs.methods]
+    seeds = []
+    for seed in runs.seeds:
+        paths = [run_folder(results, runs, method, layer, seed) / "laws.npz" for method in methods]
+        seeds.append((paths[0], {name: a for path in paths for name, a in read_arrays(path).items()}))
+    first_path, first = seeds[0]
+    for path, arrays in seeds:
+        if missing := set(_frame(runs)) - arrays.keys():
+            raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; {_again(path)}")
+        if any(a.shape != first[name].shape for name, a in arrays.items() if name in first) or not all(
+            np.allclose(arrays[name], first[name]) for name in _frame(runs)
+        ):
+            raise ResultsError(f"{path}: not on the grid of {first_path}; {_again(path)}")
+    rows = [row_name(m.name, layer) for m in runs.methods if row_name(m.name, layer) in first]
+
+    def mean(name: str) -> np.ndarray:
+        for path, arrays in seeds:
+            if name not in arrays:
+                raise ResultsError(f"{path}: no array {name}; {_again(path)}")
+        stacked = np.stack([arrays[name] for _, arrays in seeds])
+        return np.asarray(stacked.mean(axis=0, dtype=np.float64))
+
+    return Laws(
+        axis=first["axis"],
+        cells={row: mean(row) for row in rows},
+        edges=first.get("reward_edges", np.zeros(0)),
+        rewards={row: mean(f"{row}__rewards") for row in rows if "reward_edges" in _frame(runs)},
+    )
+
+
+def _frame(runs: Runs) -> tuple[str, ...]:
+    """Arrays that all laws of an experiment share; functionals have no histogram of the reward."""
+    return ("axis", "reward_edges") if runs.has_tail else ("axis",)
+
+
+def load_samples(results: str | Path, runs: Runs, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """A network's samples, pooled over seeds: points (n, 2) and rewards (n,), 0 where there is no reward."""
+    needed = {"x", "reward"} if runs.has_tail else {"x"}
+    points, rewards = [], []
+    for seed in runs.seeds:
+        path = run_folder(results, runs, method, "network", seed) / "samples.npz"
+        arrays = read_arrays(path)
+        if missing := needed - arrays.keys():
+            raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; {_again(path)}")
+        points.append(arrays["x"])
+        rewards.append(arrays.get("reward", np.zeros(len(arrays["x"]))))
+    return np.concatenate(points), np.concatenate(rewards)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file by name.
+
+    Raises:
+        ResultsError: if it is missing or not whole.
+    """
+    if not path.is_file():
+        raise ResultsError(_missing(path))
+    try:
+        return read_npz(path)
+    except ValueError as error:
+        raise ResultsError(f"{path}: {error}; {_again(path)}") from None
+
+
+def read_resolution(path: Path) -> float | None:
+    """The measured width of the network's resolution, or None if it was not measured.
+
+    Raises:
+        ResultsError: if the file is malformed.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return float(read_json(path)["width"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResultsError(f"{path}: not a resolution file ({one_line(error)}); {_again(path)}") from None
+
+
+# ---------------------------------------------------------------------------- statistics
+
+
+class Entry(NamedTuple):
+    """One metric of one row over its seeds."""
+
+    experiment: str
+    row: str
+    metric: str
+    value: float
+    sd: float
+    seeds: int
+
+
+def entries(summary: pd.DataFrame) -> list[Entry]:
+    """The lines of a summary with types; see :func:`summarise`."""
+    return [
+        Entry(str(experiment), str(row), str(metric), float(value), float(sd), int(seeds))
+        for experiment, row, metric, value, sd, seeds in summary[list(SUMMARY_COLUMNS)].itertuples(
+            index=False
+        )
+    ]
+
+
+def by_row(long: pd.DataFrame, metric: str) -> dict[tuple[str, str, int], float]:
+    """One metric by experiment, row and seed."""
+    chosen = long[long["metric"] == metric]
+    return {
+        (str(experiment), str(row), int(seed)): float(value)
+        for experiment, row, _, seed, value in chosen[list(LONG_COLUMNS)].itertuples(index=False)
+    }
+
+
+def of_row(long: pd.DataFrame, row: str, metric: str) -> np.ndarray:
+    """One metric of one row of an experiment by rising seed, (seeds,)."""
+    found = {seed: value for (_, name, seed), value in by_row(long, metric).items() if name == row}
+    return np.array([found[seed] for seed in sorted(found)])
+
+
+def summarise(long: pd.DataFrame) -> pd.DataFrame:
+    """Mean, sample standard deviation and number of seeds of every metric of every row.
+
+    Returns:
+        Columns :data:`SUMMARY_COLUMNS`. The sd of one seed is NaN; a metric that is undefined on
+        any seed is NaN, so that a failure is not averaged away.
+    """
+    groups = long.groupby(["experiment", "method", "metric"], sort=False)["value"]
+    summary = groups.agg(
+        value=lambda v: float(np.mean(v.to_numpy())),
+        sd=lambda v: float(np.std(v.to_numpy(), ddof=1)) if len(v) > 1 else math.nan,
+        seeds="size",
+    )
+    return summary.reset_index()[list(SUMMARY_COLUMNS)]
+
+
+def with_gaps(long: pd.DataFrame) -> pd.DataFrame:
+    """A long frame with what rows miss of their solved ones, by the same method and seed.
+
+    For tails the metrics ``gap`` and ``relative_gap`` are added to every row but the exact. ``gap`` is
+    the objective of the method's exact row less that of the row, on the same seed:
+    positive where the row is the worse one. ``relative_gap`` is the same in percent of the size of
+    the exact objective. For functionals ``gap_closed`` is added to networks' and exact rows: of the
+    difference between the optimum and the pretrained law, the share in percent that the row reaches.
+    """
+    objective = by_row(long, "objective")
+    added: list[tuple[str, str, str, int, float]] = []
+    reached, before = by_row(long, "functional"), by_row(long, "functional_before")
+    for (experiment, row, seed), value in reached.items():
+        method, layer = split_row(row)
+        key = (experiment, row_name(method, "optimum"), seed)
+        if key in reached and layer != "optimum":
+            whole = reached[key] - before[key]
+            share = 100 * (value - before[key]) / whole if whole > 0 else math.nan
+            added.append((experiment, row, "gap_closed", seed, share))
+    for (experiment, row, seed), value in objective.items():
+        method, layer = split_row(row)
+        exact = objective.get((experiment, row_name(method, "exact"), seed))
+        if exact is not None and layer != "exact":
+            gap = exact - value
+            added.append((experiment, row, "gap", seed, gap))
+            added.append(
+                (experiment, row, "relative_gap", seed, 100 * gap / abs(exact) if exact else math.nan)
+            )
+    return pd.concat([long, _long(added)], ignore_index=True) if added else long

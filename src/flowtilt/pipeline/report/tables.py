@@ -1,0 +1,506 @@
+"""Runs to tables: every method's network, exact and finite-resolution row beside reported values.
+
+Everything is read from the ``metrics.json`` files under a results folder. Numbers travel in long
+form, one a line; means, gaps and verdicts are computed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from flowtilt.domains.images import tables as image_tables
+from flowtilt.domains.images.experiment import ImageExperiment
+from flowtilt.domains.molecules import tables as molecule_tables
+from flowtilt.domains.molecules.experiment import MoleculeExperiment
+from flowtilt.domains.planar import hierarchy, solver_study
+from flowtilt.domains.planar.rows import FLOOR
+from flowtilt.domains.planar.studies import (
+    Point,
+    StudyRuns,
+    findings,
+    study_panels,
+    study_points,
+    study_runs_of,
+)
+from flowtilt.files import atomic_path, write_text
+from flowtilt.pipeline.experiment import AnyExperiment, Experiment, load_file, planar_experiment, read_study
+from flowtilt.pipeline.report.claims import own_objective
+from flowtilt.pipeline.report.measurements import (
+    LAYERS,
+    SUMMARY_COLUMNS,
+    Entry,
+    ResultsError,
+    Runs,
+    collect_runs,
+    entries,
+    read_by_seed,
+    read_csv,
+    row_name,
+    row_words,
+    runs_of,
+    split_row,
+    summarise,
+    with_gaps,
+)
+from flowtilt.pipeline.report.panels import Panel, describe, latex, markdown, over_seeds, pretty
+
+REPORTED_COLUMNS = ("source", "experiment", "method", "metric", "value", "unit")
+COMPARISON_COLUMNS = ("source", *SUMMARY_COLUMNS, "reported", "unit", "verdict")
+
+_OURS = "flowtilt"
+_WITHIN = 0.10
+_DEVIATIONS = 2.0
+_SLACK = 1 + 1e-12  # a difference of exactly 10 % counts as within, whatever its last bit
+
+
+def read_reported(path: str | Path) -> pd.DataFrame:
+    """The table of reported values; it has the columns :data:`REPORTED_COLUMNS` and maybe others.
+
+    Raises:
+        ResultsError: if it is missing, lacks a column, repeats a line's names, or has a value that
+            is not a finite number.
+    """
+    path = Path(path)
+    table = read_csv(path, REPORTED_COLUMNS)
+    values = pd.to_numeric(table["value"], errors="coerce")
+    if (bad := np.flatnonzero(~np.isfinite(values))).size:
+        raise ResultsError(f"{path}: line {bad[0] + 2}: column value must be a finite number")
+    keys = ["source", "experiment", "method", "metric"]
+    if (twice := table.duplicated(keys)).any():
+        raise ResultsError(f"{path}: {', '.join(table.loc[twice, keys].iloc[0])} occurs twice; keep one line")
+    return table.assign(value=values.astype(float))
+
+
+def verdict(
+    value: float,
+    sd: float,
+    reported: float,
+    others: Iterable[tuple[float, float]] = (),
+    by_value: bool = True,
+) -> str:
+    """Our value of one metric of one method against the reported one.
+
+    Args:
+        value, sd: mean and standard deviation over seeds; NaN where undefined.
+        reported: what the source reports.
+        others: (ours, reported) of the same source and metric, for every other method with both.
+        by_value: whether values are compared, and not only the order of methods.
+
+    Returns:
+        ``match`` if the values differ by at most 10 % of the reported one or by two sd; else
+        ``same ordering`` if the method stands above and below the same others as reported (a
+        reported tie orders nothing, and without any order there is none to share); else ``differs``.
+    """
+    allowed = max(_WITHIN * abs(reported), _DEVIATIONS * sd if math.isfinite(sd) else 0.0)
+    if by_value and abs(value - reported) <= allowed * _SLACK:
+        return "match"
+    pairs = [(ours, theirs) for ours, theirs in others if theirs != reported]
+    same = all(
+        (theirs > reported and ours > value) or (theirs < reported and ours < value) for ours, theirs in pairs
+    )
+    return "same ordering" if pairs and same else "differs"
+
+
+def comparison(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+    """Every row and metric beside what the sources report: the frame of ``comparison.csv``.
+
+    Args:
+        long: of all experiments and cases; see :func:`flowtilt.pipeline.report.measurements.collect_runs`.
+        reported: see :func:`read_reported`; may have a column ``by_value``, see :func:`verdict`.
+
+    Returns:
+        Columns :data:`COMPARISON_COLUMNS`; one line per source that reports a value, else one with
+        the source ``flowtilt``. Only rows that have a reported value get a verdict; values reported
+        for methods that were not run do not appear.
+    """
+    ours = {entry[:3]: entry for entry in entries(summarise(long))}
+    theirs: dict[tuple[str, str, str], dict[str, tuple[float, str]]] = {}
+    for source, experiment, method, metric, value, unit in _lines(reported, REPORTED_COLUMNS):
+        if (experiment, method, metric) in ours:
+            theirs.setdefault((source, experiment, metric), {})[method] = (float(value), unit)
+    ordered = _only_ordered(reported)
+    lines: list[tuple[Any, ...]] = []
+    for entry in ours.values():
+        sources = [
+            (source, methods)
+            for (source, experiment, metric), methods in theirs.items()
+            if (experiment, metric) == (entry.experiment, entry.metric) and entry.row in methods
+        ]
+        for source, methods in sources:
+            target, unit = methods[entry.row]
+            others = [
+                (ours[entry.experiment, other, entry.metric].value, value)
+                for other, (value, _) in methods.items()
+                if other != entry.row
+            ]
+            by_value = entry.experiment not in ordered
+            word = verdict(entry.value, entry.sd, target, others, by_value)
+            lines.append((source, *entry, target, unit, word))
+        if not sources:
+            lines.append((_OURS, *entry, math.nan, describe(entry.metric).unit, ""))
+    return pd.DataFrame(lines, columns=list(COMPARISON_COLUMNS))
+
+
+def _only_ordered(reported: pd.DataFrame) -> set[str]:
+    """Experiments whose reported values are on other scales than ours."""
+    if "by_value" not in reported:
+        return set()
+    return set(reported.loc[reported["by_value"].eq(False), "experiment"])
+
+
+def _lines(frame: pd.DataFrame, columns: Sequence[str]) -> list[tuple[Any, ...]]:
+    return list(frame[list(columns)].itertuples(index=False, name=None))
+
+
+# ------------------------------------------------------------------------------- tables
+
+_FLOOR_NOTE = (
+    "The reference of divergences is the pretrained network's own density, and e^-"
+    f"{FLOOR:g} of that of the data's law where it is lower: where it saw no data a network says "
+    "anything, hundreds of nats below the law."
+)
+_FLOORED_NOTE = (
+    f"{_FLOOR_NOTE} The mass on the floor is a row's own where the floor or the grid's border stands for the "
+    "network; there the divergence is known from below alone."
+)
+ROW_NOTE = (
+    "Rows: each method's network; the same steps solved exactly on a grid (exact); and solved there "
+    "with the tilt's exponent blurred as a network blurs it (finite resolution). G is what a method "
+    "maximises: the tail mean of the reward (am: its mean) less the KL weight times the KL divergence "
+    "from the pretrained model. The gap is the exact row's G less the row's own, on the same seed. "
+    f"{_FLOORED_NOTE}"
+)
+FUNCTIONAL_ROW_NOTE = (
+    "Rows: each method's network; the same steps solved exactly on a grid (exact); and the largest G of "
+    "any law on that grid (optimum). G is what a method maximises, for networks by their own density on "
+    "the same grid, and so is the KL divergence. The gap closed is the share of the way from the pretrained "
+    f"law to the optimum. {_FLOORED_NOTE}"
+)
+_VERDICTS = (
+    "Verdicts are by code: match (within 10 % of the reported value or two sd), same "
+    "ordering (above and below the same methods as reported), or differs."
+)
+_ORDERINGS = (
+    "Verdicts are by code, on directions alone: same ordering (above and below the same methods as "
+    "reported), or differs."
+)
+
+
+def experiment_panels(long: pd.DataFrame, runs: Runs, reported: pd.DataFrame) -> list[Panel]:
+    """The table of one experiment: the results beside reported values, then the details.
+
+    Args:
+        long: see :func:`flowtilt.pipeline.report.measurements.collect`.
+        runs: the experiment.
+        reported: see :func:`read_reported`.
+    """
+    summary = entries(summarise(with_gaps(long)))
+    beside = reported_columns(long, reported)
+    known = list(dict.fromkeys(e.metric for e in summary))
+    first = [runs.tail_metric, "gap_closed", *beside, runs.mean_metric, "kl", "floored_mass"]
+    first += ["objective", "gap"]
+    first = [metric for metric in dict.fromkeys(first) if metric in known]
+    rest = [metric for metric in known if metric not in first and metric != "relative_gap"]
+    caption = f"{runs.title or runs.name}: {over_seeds(len(runs.seeds))}"
+    return panels_of(summary, {caption: first, "Details": rest}, beside)
+
+
+def panels_of(
+    summary: Sequence[Entry],
+    groups: Mapping[str, Sequence[str]],
+    beside: Mapping[str, Sequence[tuple[str, Mapping[str, str]]]],
+) -> list[Panel]:
+    """Tables of rows and metrics, by caption; those without any column are left out.
+
+    Args:
+        summary: of all rows.
+        groups: metrics of each table, by its caption.
+        beside: by metric, columns that stand beside ours; see :func:`reported_columns`.
+    """
+    rows = list(dict.fromkeys(e.row for e in summary))
+    panels = []
+    for heading, metrics in groups.items():
+        columns: list[tuple[str, Mapping[str, str]]] = []
+        for metric in metrics:
+            own = {e.row: pretty(e.value, e.sd) for e in summary if e.metric == metric}
+            columns += [(describe(metric).header, own), *beside.get(metric, [])]
+        lines = [[row_words(row), *(cells.get(row, "") for _, cells in columns)] for row in rows]
+        panels.append(Panel(heading, ["method", *(header for header, _ in columns)], lines))
+    return [panel.without_empty_columns() for panel in panels if len(panel.header) > 1]
+
+
+def reported_columns(
+    long: pd.DataFrame, reported: pd.DataFrame
+) -> dict[str, list[tuple[str, dict[str, str]]]]:
+    """By metric, the columns that stand beside ours: header and cells by row."""
+    judged = comparison(long, reported)
+    names = ("metric", "source", "method", "reported", "verdict")
+    by_source: dict[tuple[str, str], list[tuple[str, float, str]]] = {}
+    for metric, source, row, value, word in _lines(judged[judged["verdict"] != ""], names):
+        by_source.setdefault((metric, source), []).append((row, float(value), word))
+    columns: dict[str, list[tuple[str, dict[str, str]]]] = {}
+    for (metric, source), found in by_source.items():
+        columns.setdefault(metric, []).extend(
+            [
+                (f"reported ({source})", {row: f"{value:g}" for row, value, _ in found}),
+                ("verdict", {row: word for row, _, word in found}),
+            ]
+        )
+    return columns
+
+
+def table_frame(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
+    """The table as data: one line per row, metric and source.
+
+    Returns:
+        Columns experiment, method, layer, row, metric, unit, value, sd, seeds, source, reported,
+        verdict, in full precision.
+    """
+    compared = comparison(with_gaps(long), reported)
+    split = [split_row(str(row)) for row in compared["method"]]
+    frame = compared.rename(columns={"method": "row"}).assign(
+        method=[method for method, _ in split], layer=[layer for _, layer in split]
+    )
+    head = ["experiment", "method", "layer", "row", "metric", "unit"]
+    return frame[[*head, "value", "sd", "seeds", "source", "reported", "verdict"]]
+
+
+# ------------------------------------------------------------------------------- writing
+
+
+def write_table(
+    file: str | Path,
+    overrides: Mapping[str, Any] | None,
+    results: str | Path,
+    reported: str | Path,
+    prefix: str | Path,
+) -> None:
+    """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex`` of an experiment or a study.
+
+    Args:
+        file: the experiment's or study's file.
+        overrides: merged into every experiment last.
+        results: root of the results to read.
+        reported: table of reported values.
+        prefix: of the files to write.
+
+    Raises:
+        ConfigError: if the file is not a valid experiment or study.
+        ResultsError: if a file of results is missing or malformed, or the reported values are.
+    """
+    experiments = list(load_file(file, overrides).values())
+    beside = read_reported(reported)
+    study = read_study(Path(file))
+    molecules = [e for e in experiments if isinstance(e, MoleculeExperiment)]
+    if isinstance(experiments[0], ImageExperiment):
+        write_images_table(results, experiments[0], prefix, beside)
+    elif molecules and study is None:
+        write_molecules_table(results, molecules[0], prefix, beside)
+    elif molecules and study is not None:
+        write_levels_table(results, study.title, molecules, prefix)
+    elif study is None:
+        write_experiment_table(results, runs_of(experiments[0]), prefix, beside)
+    elif study.study.table == "hierarchy":
+        write_hierarchy_table(results, study.title, list(map(planar_experiment, experiments)), prefix)
+    elif study.study.table == "solvers":
+        write_solvers_table(results, study.title, list(map(planar_experiment, experiments)), prefix)
+    else:
+        write_study_table(results, study_runs_of(study, experiments), prefix)
+
+
+def write_comparison(
+    files: Iterable[str | Path],
+    overrides: Mapping[str, Any] | None,
+    results: str | Path,
+    reported: str | Path,
+    output: str | Path,
+    by_seed: str | Path,
+    earlier: str | Path | None = None,
+) -> None:
+    """Write the comparison of all experiments and cases of some files with the reported values.
+
+    Args and errors are those of :func:`write_table`; ``output`` is a CSV file with the columns
+    :data:`COMPARISON_COLUMNS`, ``by_seed`` one with every metric of every row and seed, from which
+    the comparison can be recomputed. ``earlier`` is such a file of an earlier run: of experiments and cases
+    without a run in ``results`` its lines are kept.
+    """
+    experiments = [experiment for file in files for experiment in load_file(file, overrides).values()]
+    beside = read_reported(reported)
+    for experiment in experiments:
+        if isinstance(experiment, ImageExperiment):
+            beside = image_tables.with_reported(beside, experiment)
+    before = None if earlier is None else read_by_seed(earlier)
+
+    def lines_of(experiment: AnyExperiment) -> pd.DataFrame:
+        if before is None or (Path(results) / "runs" / experiment.name).is_dir():
+            return collect_runs(results, [runs_of(experiment)])
+        return before[before["experiment"] == experiment.name]
+
+    long = pd.concat([lines_of(experiment) for experiment in experiments], ignore_index=True)
+    _write_frame(by_seed, long)
+    _write_frame(output, comparison(long, beside))
+
+
+def write_experiment_table(
+    results: str | Path, runs: Runs, prefix: str | Path, reported: pd.DataFrame
+) -> None:
+    """:func:`write_table` for one ordinary experiment."""
+    long = collect_runs(results, [runs])
+    said = _listed(own_objective(long, runs))
+    note = f"{said}{ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE} {_VERDICTS}"
+    write_panels(prefix, table_frame(long, reported), experiment_panels(long, runs, reported), note)
+
+
+def write_molecules_table(
+    results: str | Path, experiment: MoleculeExperiment, prefix: str | Path, reported: pd.DataFrame
+) -> None:
+    """:func:`write_table` for an experiment on molecules; the text says what holds of what should."""
+    runs = runs_of(experiment)
+    long = collect_runs(results, [runs])
+    summary = entries(summarise(long))
+    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
+    panels = panels_of(summary, molecule_tables.groups(experiment, caption), reported_columns(long, reported))
+    said = "\n".join(f"- {line}" for line in molecule_tables.findings(long, experiment, reported))
+    note = f"{said}\n\n{molecule_tables.NOTE} {_VERDICTS}"
+    write_panels(prefix, table_frame(long, reported), panels, note)
+
+
+def write_images_table(
+    results: str | Path, experiment: ImageExperiment, prefix: str | Path, reported: pd.DataFrame
+) -> None:
+    """:func:`write_table` for an experiment on pictures; the text says what holds of what should."""
+    runs = runs_of(experiment)
+    long = collect_runs(results, [runs])
+    beside = image_tables.with_reported(reported, experiment)
+    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
+    groups = image_tables.groups(experiment, caption)
+    panels = panels_of(entries(summarise(long)), groups, reported_columns(long, beside))
+    said = "\n".join(f"- {line}" for line in image_tables.findings(long, experiment, beside))
+    verdicts = _VERDICTS if image_tables.by_value(experiment) else _ORDERINGS
+    note = f"{said}\n\n{image_tables.note(experiment)} {verdicts}"
+    write_panels(prefix, table_frame(long, beside), panels, note)
+
+
+def write_levels_table(
+    results: str | Path, title: str, cases: Sequence[MoleculeExperiment], prefix: str | Path
+) -> None:
+    """:func:`write_table` for a study of the level of the tail; histories are read as well."""
+    lines = molecule_tables.levels(results, cases)
+    frame = pd.DataFrame(lines, columns=list(molecule_tables.LevelLine._fields))
+    panels = [molecule_tables.levels_panel(lines, title)]
+    write_panels(prefix, frame, panels, molecule_tables.LEVELS_NOTE)
+
+
+def write_study_table(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:
+    """:func:`write_table` for a study; the text says what was found."""
+    long = collect_runs(results, study.cases)
+    points = study_points(long, study)
+    frame = pd.DataFrame(points, columns=list(Point._fields)).astype({"axis": float})
+    said = _listed([*findings(points, study), *_lowered(long, study.cases)])
+    write_panels(prefix, frame, study_panels(points, study), f"{said}{ROW_NOTE}")
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    """Sentences as a list above a note; nothing if there are none."""
+    return "".join(f"- {sentence}\n" for sentence in sentences) + ("\n" if sentences else "")
+
+
+def _lowered(long: pd.DataFrame, cases: Iterable[Runs]) -> list[str]:
+    """One sentence for each network of a study that lowers its own objective on some seed."""
+    return [
+        f"{runs.name.split('/')[-1]}: {sentence}"
+        for runs in cases
+        for sentence in own_objective(long, runs)
+        if "lowers" in sentence
+    ]
+
+
+def write_hierarchy_table(
+    results: str | Path, title: str, cases: Sequence[Experiment], prefix: str | Path
+) -> None:
+    """:func:`write_table` for a study whose cases are functionals."""
+    long = collect_runs(results, [runs_of(case) for case in cases])
+    lines = hierarchy.reached(long, cases)
+    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{hierarchy.NOTE} {_FLOOR_NOTE}"
+    frame = pd.DataFrame(lines, columns=list(hierarchy.Reached._fields))
+    write_panels(prefix, frame, [hierarchy.hierarchy_panel(lines, title)], note)
+
+
+def write_solvers_table(
+    results: str | Path, title: str, cases: Sequence[Experiment], prefix: str | Path
+) -> None:
+    """:func:`write_table` for a study that compares control solvers; histories are read as well."""
+    long = collect_runs(results, [runs_of(case) for case in cases])
+    points = solver_study.solver_points(solver_study.solver_runs(results, long, cases))
+    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{solver_study.NOTE} {_FLOOR_NOTE}"
+    frame = pd.DataFrame(points, columns=list(solver_study.SolverPoint._fields))
+    write_panels(prefix, frame, [solver_study.solvers_panel(points, title)], note)
+
+
+def write_panels(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:
+    """Write a table as data (``.csv``), and as text with a note under it (``.md`` and ``.tex``)."""
+    _write_frame(f"{prefix}.csv", frame)
+    write_text(f"{prefix}.md", f"{markdown(panels)}\n\n{note}\n")
+    comments = "\n".join(f"% {line}".rstrip() for line in note.splitlines())
+    write_text(f"{prefix}.tex", f"{latex(panels)}\n{comments}\n")
+
+
+def _write_frame(path: str | Path, frame: pd.DataFrame) -> None:
+    """CSV in which numbers read back the same, and undefined ones are empty."""
+    with atomic_path(path) as temporary:
+        frame.to_csv(temporary, index=False, lineterminator="\n")
+
+
+# ------------------------------------------------------------------------------ headline
+
+
+def headline(comparison_csv: str | Path) -> str:
+    """The reported metrics as Markdown, ours beside theirs: one table per experiment and source.
+
+    Args:
+        comparison_csv: written by :func:`write_comparison`.
+
+    Raises:
+        ResultsError: if that is missing or another table.
+    """
+    table = read_csv(Path(comparison_csv), COMPARISON_COLUMNS)
+    numbers = {c: pd.to_numeric(table[c].replace("", None)) for c in ("value", "sd", "seeds", "reported")}
+    table = table.assign(**numbers)
+    judged = table[table["verdict"] != ""]
+    keys = dict.fromkeys(_lines(judged, ("source", "experiment", "metric")))
+    return markdown([_headline_panel(table, *key) for key in keys]) + "\n"
+
+
+_OBJECTIVE = (
+    *(("functional", layer) for layer in ("network", "exact", "optimum")),
+    *(("kl", layer) for layer in ("network", "exact")),
+)
+"""Metrics and layers that stand beside reported values where there is no reward: what was maximised."""
+
+
+def _headline_panel(table: pd.DataFrame, source: str, experiment: str, metric: str) -> Panel:
+    table = table[table["experiment"] == experiment]
+    summary = {(e.row, e.metric): e for e in entries(table)}
+    cells = {key: pretty(e.value, e.sd) for key, e in summary.items()}
+    theirs = table[(table["source"] == source) & (table["metric"] == metric)]
+    beside = {m: [f"{float(r):g}", v] for m, r, v in _lines(theirs, ("method", "reported", "verdict"))}
+    words = describe(metric)
+    mean = f"mean_{words.unit}"
+    more = [(mean, "network")] if any(m.startswith("mean_") for _, m in summary) else _OBJECTIVE
+    header = ["method", words.header, f"reported ({source})", "verdict", "exact", "at finite resolution"]
+    header += [f"{'' if at == 'network' else at + ' '}{describe(what).header}" for what, at in more]
+    lines = []
+    for method in dict.fromkeys(split_row(row)[0] for row, _ in summary):
+        network, exact, resolved = (cells.get((row_name(method, layer), metric), "") for layer in LAYERS)
+        others = [cells.get((row_name(method, at), what), "") for what, at in more]
+        lines.append([method, network, *beside.get(method, ["", ""]), exact, resolved, *others])
+    seeds = over_seeds(max((e.seeds for e in summary.values()), default=1))
+    better = f"; {words.better} is better" if words.better else ""
+    caption = f"{experiment}, {words.words}: {seeds}{better}"
+    return Panel(caption, header, lines).without_empty_columns()

@@ -1,0 +1,87 @@
+"""The control solver that a configuration names: one key chooses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from flowtilt.control import adjoint_matching, weighted_fitting
+from flowtilt.control.base import Progress, Solution
+from flowtilt.fdc import Solver
+from flowtilt.functionals.base import FirstVariation
+from flowtilt.model import FlowModel
+from flowtilt.pipeline.sections import SolverConfig
+from flowtilt.resuming import Slot
+
+
+def build_solver(config: SolverConfig, updates: int, progress: Progress | None = None) -> Solver:
+    """A solver with its settings.
+
+    Args:
+        config: of the solver.
+        updates: optimiser steps of each solve.
+        progress: called with each update's row.
+    """
+    solver: Callable[..., Solution]
+    if config.kind == "weighted_fitting":
+        solver = partial(_weighted_fitting, settings=_weighted_fitting_settings(config, updates))
+    else:
+        solver = partial(adjoint_matching.solve, settings=adjoint_matching_settings(config, updates))
+
+    def solve(
+        base: FlowModel,
+        tilt: FirstVariation,
+        kl_weight: float,
+        random: torch.Generator,
+        slot: Slot | None = None,
+    ) -> Solution:
+        return solver(base, tilt, kl_weight, generator=random, progress=progress, slot=slot)
+
+    return solve
+
+
+def adjoint_matching_settings(config: SolverConfig, updates: int) -> adjoint_matching.AdjointMatchingSettings:
+    """The settings of Adjoint Matching that a configuration has, with a number of updates."""
+    return adjoint_matching.AdjointMatchingSettings(
+        updates=updates,
+        batch=config.batch,
+        pool=config.pool,
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        warmup=config.warmup,
+        ramp=config.ramp,
+        gradient_clip=config.gradient_clip,
+        control_clip=config.control_clip,
+        endpoint_gradient=config.endpoint_gradient,
+        adjoint=config.adjoint,
+        last_share=config.last_share,
+        rest_share=config.rest_share,
+        passes=config.passes,
+        micro_batch=config.micro_batch,
+    )
+
+
+def _weighted_fitting_settings(
+    config: SolverConfig, updates: int
+) -> weighted_fitting.WeightedFittingSettings:
+    return weighted_fitting.WeightedFittingSettings(
+        bank=config.bank,
+        steps=config.bank_steps,
+        penalty=config.penalty,
+        updates=updates,
+        batch=config.batch,
+        learning_rate=config.learning_rate,
+        warmup=config.warmup,
+        gradient_clip=config.gradient_clip,
+    )
+
+
+def _weighted_fitting(*problem: Any, **more: Any) -> Solution:
+    """Weighted fitting, with what its bank was worth in every row: each solve of a run has its own."""
+    solution = weighted_fitting.solve(*problem, **more)
+    kept = {key: solution.diagnostics[key] for key in ("effective_sample_size", "relative_gap")}
+    solution.history = [{**row, **kept} for row in solution.history]
+    return solution

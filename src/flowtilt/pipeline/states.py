@@ -1,0 +1,35 @@
+"""Where stages that train keep the states of their trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flowtilt.checkpoints import sha256_of
+from flowtilt.pipeline.experiment import AnyExperiment, stage_digest
+from flowtilt.resuming import Resumption
+
+
+def resumption_of(
+    experiment: AnyExperiment,
+    stage: str,
+    seed: int,
+    output: Path,
+    inputs: Sequence[Path | None],
+    method: str | None = None,
+    resumed: Callable[[], None] | None = None,
+) -> Resumption:
+    """States in the folder ``state`` beside the stage's output, of its configuration and its inputs.
+
+    Args:
+        experiment: of the stage.
+        stage: its name, as :func:`flowtilt.pipeline.experiment.stage_digest` has it.
+        seed: of the run.
+        output: what the stage writes in the end.
+        inputs: files that it reads; None for one that it has not.
+        method: of the run.
+        resumed: called when a training has taken over a state.
+    """
+    contents = [sha256_of(path) if path is not None and path.is_file() else None for path in inputs]
+    of = f"{stage} {stage_digest(experiment, stage, method)} {method} {seed} {contents}"
+    return Resumption(output.parent / "state", of, resumed=resumed)

@@ -1,0 +1,1 @@
+"""Studies of the papers' guarantees, from their configuration to tables and figures."""

@@ -1,0 +1,132 @@
+"""Configurations of experiments on pictures: what is refused, and what a stage's hash depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flowtilt.domains.images.experiment import ImageExperiment
+from flowtilt.pipeline.configuration import ConfigError, merge
+from flowtilt.pipeline.experiment import dump, load_file, load_resolved, stage_digest
+from small import CONFIG
+
+LEFT_TAIL, ENTROPY = "text_to_image_left_tail", "text_to_image_entropy"
+
+
+def load(name: str, **changes: Any) -> ImageExperiment:
+    (experiment,) = load_file(CONFIG / "experiments" / f"{name}.yaml", {"images": changes}).values()
+    assert isinstance(experiment, ImageExperiment)
+    return experiment
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    """The embedded model's file with some keys changed, as an experiment holds it."""
+    data = yaml.safe_load((CONFIG / "models" / "bridges.yaml").read_text())
+    return {"name": "changed", **merge(data, changes)}
+
+
+@pytest.mark.parametrize("name", [LEFT_TAIL, ENTROPY])
+def test_a_resolved_experiment_holds_its_model(name: str, tmp_path: Path) -> None:
+    experiment = load(name)
+    assert experiment.model.name == "bridges"
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump(experiment))
+    assert load_resolved(path) == experiment
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        (ENTROPY, {"methods": {"fdc": {"iterations": None}}}, "an fdc method needs iterations"),
+        (ENTROPY, {"methods": {"am": {"mass": 0.1}}}, "mass belongs to tfft, not to am"),
+        (ENTROPY, {"methods": {"pretrained": {"updates": 3}}}, "belong to methods that are fine-tuned"),
+        (ENTROPY, {"methods": {"other": {"kind": "tfft"}}}, "entropy is for fdc, not for tfft"),
+        (
+            LEFT_TAIL,
+            {"methods": {"other": {"kind": "fdc", "iterations": 2, "step": 1.0}}},
+            "left_tail is for tfft, not for fdc",
+        ),
+        (LEFT_TAIL, {"solver": {"kind": "weighted_fitting"}}, "fine-tuned by adjoint_matching"),
+        (LEFT_TAIL, {"solver": {"endpoint_gradient": "likelihood_ratio"}}, "pathwise"),
+        (LEFT_TAIL, {"offline": None}, "offline: method 'tfft' takes its threshold"),
+        (LEFT_TAIL, {"solver": {"passes": 0}}, "passes"),
+        (LEFT_TAIL, {"objective": {"mass": 1.0}}, "mass"),
+        (LEFT_TAIL, {"objective": {"utility": "mean"}}, "utility"),
+        (LEFT_TAIL, {"prompts": []}, "prompts"),
+        (LEFT_TAIL, {"guidance": {"sampling": 0.5}}, "guidance.sampling"),
+        (LEFT_TAIL, {"schedule": {"spacing": "linspace"}}, "schedule.spacing"),
+        (LEFT_TAIL, {"evaluation": {"pictures": 1}}, "evaluation.pictures"),
+        (LEFT_TAIL, {"evaluation": {"sets": 0}}, "evaluation.sets"),
+        (LEFT_TAIL, {"evaluation": {"factors": [{"classes": ["by day"]}]}}, "evaluation.factors"),
+        (
+            LEFT_TAIL,
+            {"evaluation": {"designs": [], "factors": [{"classes": ["by day", "at night"]}]}},
+            "factors are told beside designs",
+        ),
+        (
+            LEFT_TAIL,
+            {"reward": {"kind": "image_reward"}},
+            "weights belong to image_reward, which must have them",
+        ),
+        (LEFT_TAIL, {"model": model(embedded={"bridges": {"size": 20}})}, "bridges.size"),
+        (LEFT_TAIL, {"model": model(embedded={"alignment": {"patch": 5}})}, "not a multiple of 5"),
+        (LEFT_TAIL, {"model": model(pipeline={"sha256": {"a": "short"}})}, "sha256"),
+        (LEFT_TAIL, {"compute": {"precision": "int8"}}, "compute.precision"),
+    ],
+)
+def test_bad_values_are_refused_with_their_key(name: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(name, **changes)
+    assert said in str(error.value)
+    assert f"{name}.yaml" in str(error.value)
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown model .dall_e.*known: bridges, stable_diffusion_1_4"):
+        load(ENTROPY, model="dall_e")
+
+
+def test_a_model_that_is_not_trained_here_cannot_be_retrained() -> None:
+    with pytest.raises(ConfigError, match="has no section embedded to be trained by"):
+        load(ENTROPY, model="stable_diffusion_1_4", retrain=True)
+
+
+@pytest.mark.parametrize("name", [LEFT_TAIL, ENTROPY])
+def test_the_papers_scale_is_an_override(name: str) -> None:
+    overrides = yaml.safe_load((CONFIG / "paper.yaml").read_text())["overrides"]
+    experiment = load_file(CONFIG / "experiments" / f"{name}.yaml", overrides)[name]
+    assert isinstance(experiment, ImageExperiment)
+    assert experiment.model.name == {ENTROPY: "stable_diffusion_1_4", LEFT_TAIL: "stable_diffusion_1_5"}[name]
+    assert experiment.model.pipeline.hub is not None
+    assert experiment.methods.keys() == load(name).methods.keys() - {"fdc_alpha_8", "fdc_alpha_1"}
+    if name == LEFT_TAIL:
+        assert len(set(experiment.prompts)) == 100
+        assert experiment.reward.kind == "image_reward"
+
+
+def test_prompts_of_the_left_tail_are_the_drawn_sets_wishes() -> None:
+    from flowtilt.domains.images.bridges import CREATIVE, DESIGNS, PROMPTS
+
+    assert tuple(load(LEFT_TAIL).prompts) == PROMPTS
+    assert load(ENTROPY).prompts == [CREATIVE]
+    assert load(ENTROPY).evaluation.designs == list(DESIGNS)
+
+
+def test_a_stage_runs_again_for_what_it_reads_alone() -> None:
+    before, after = load(LEFT_TAIL), load(LEFT_TAIL, evaluation={"pictures": 4})
+    same = {s: stage_digest(before, s) == stage_digest(after, s) for s in ImageExperiment.stage_sections}
+    assert {stage for stage, equal in same.items() if not equal} == {"sample", "evaluate"}
+    after = load(LEFT_TAIL, objective={"alpha": 1.0})
+    same = {s: stage_digest(before, s) == stage_digest(after, s) for s in ImageExperiment.stage_sections}
+    assert {stage for stage, equal in same.items() if not equal} == {"threshold", "finetune", "evaluate"}
+
+
+def test_the_configuration_is_read_without_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, flowtilt.domains.images.experiment; assert not {'torch', 'diffusers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

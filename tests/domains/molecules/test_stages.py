@@ -1,0 +1,363 @@
+"""The stages of molecules by the command line, at tiny size: what they write, and bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from safetensors.torch import load_file as load_tensors
+
+from flowtilt import thresholds
+from flowtilt.domains.molecules.evaluation import masses_of
+from flowtilt.domains.molecules.experiment import MoleculeExperiment
+from flowtilt.domains.molecules.sdf import read_sdf
+from flowtilt.domains.molecules.xtb import single_point
+from flowtilt.metrics.tails import upper_tail_mean
+from flowtilt.pipeline.cli import main
+from flowtilt.pipeline.experiment import dump
+from flowtilt.resuming import SECONDS
+from small_molecules import tiny, write_checkpoint, write_molecules
+
+pytest.importorskip("tblite", reason="the extra 'molecules' is not installed")
+pytest.importorskip("rdkit", reason="the extra 'molecules' is not installed")
+
+
+class Folder:
+    """A results folder driven by hand, one command a stage."""
+
+    def __init__(self, path: Path, **changes: Any) -> None:
+        self.path = path
+        self.checkpoint = write_checkpoint(path / "resources" / "tiny.safetensors")
+        self.molecules = write_molecules(path / "qm9.npz")
+        self.config = path / "config.yaml"
+        self.use(tiny(self.checkpoint, **changes))
+
+    def use(self, experiment: MoleculeExperiment) -> None:
+        self.experiment = experiment
+        self.config.write_text(dump(experiment))
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def run(self, stage: str, **options: Any) -> int:
+        words = [f"molecules-{stage}", str(self.config)]
+        for name, value in options.items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        return main(words)
+
+    def pretrain(self) -> int:
+        files = {"output": self.file("pre.safetensors"), "record": self.file("training.json")}
+        return self.run("pretrain", molecules=self.molecules, **files)
+
+    def offline(self) -> int:
+        files = {"model": self.file("pre.safetensors"), "output": self.file("offline.npz")}
+        return self.run("offline", seed=0, workers=1, **files)
+
+    def threshold(self, method: str) -> int:
+        files = {"offline": self.file("offline.npz"), "output": self.file(f"{method}.json")}
+        return self.run("threshold", method=method, **files)
+
+    def finetune(self, method: str, **more: Any) -> int:
+        files = {
+            "pretrained": self.file("pre.safetensors"),
+            "output": self.file(f"{method}.safetensors"),
+            "history": self.file(f"{method}.csv"),
+        }
+        return self.run("finetune", method=method, seed=0, workers=1, **files, **more)
+
+    def evaluate(self, method: str, model: Path | None, **more: Any) -> int:
+        samples = self.file(f"{method}_samples.npz")
+        drawn = {"molecules": self.molecules} if model is None else {"model": model}
+        assert self.run("sample", method=method, seed=0, output=samples, **drawn) == 0
+        files = {
+            "molecules": self.molecules,
+            "output": self.file(f"{method}_metrics.json"),
+            "sdf": self.file(f"{method}.sdf"),
+            "energies": self.file(f"{method}_energies.npz"),
+        }
+        return self.run("evaluate", method=method, samples=samples, workers=1, **files, **more)
+
+    def metrics(self, method: str) -> dict[str, float | None]:
+        rows = json.loads(self.file(f"{method}_metrics.json").read_text(), parse_constant=pytest.fail)
+        row: dict[str, float | None] = rows["rows"][method]
+        return row
+
+
+# An alpha of this size lets the threshold of the few molecules here lie below some of them.
+REACHABLE = {"objective": {"alpha": 50.0}}
+
+
+FITTED = {"kind": "weighted_fitting", "bank": 400, "bank_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """With the pretrained model and the offline batch."""
+    methods = {
+        "tfft": {"level": 0.8},
+        "rising": {"kind": "tfft", "level": 0.9, "rise": 0.5},
+        "fdc": {"iterations": 2, "level": 0.5, "solver": {"pool": 8}},
+        "am_fitted": {"kind": "am", "solver": FITTED},
+        "tfft_fitted": {"kind": "tfft", "level": 0.8, "solver": FITTED},
+    }
+    made = Folder(tmp_path_factory.mktemp("molecules"), methods=methods, **REACHABLE)
+    assert made.pretrain() == 0
+    assert made.offline() == 0
+    return made
+
+
+def test_the_shipped_checkpoint_is_taken_as_it_is(folder: Folder) -> None:
+    assert folder.file("pre.safetensors").read_bytes() == folder.checkpoint.read_bytes()
+    assert folder.file("training.json").read_text() == folder.checkpoint.with_suffix(".json").read_text()
+
+
+def test_the_threshold_leaves_failures_out_and_counts_them(folder: Folder) -> None:
+    (every,) = np.load(folder.file("offline.npz")).values()
+    kept = every[~np.isnan(every)].astype(float)
+    assert 0 < len(kept) < len(every) == 40
+    assert folder.threshold("tfft") == 0
+    row = json.loads(folder.file("tfft.json").read_text())
+    tail = folder.experiment.tail_of("tfft")
+    assert row["threshold"] == thresholds.threshold(kept, tail.alpha, tail.mass, "upper")
+    assert row["offline_samples"] + row["offline_failed"] == len(every)
+    assert row["offline_active_share"] == (kept > row["threshold"]).mean() > 0
+
+
+def test_a_rising_level_ends_at_the_threshold(folder: Folder) -> None:
+    assert folder.threshold("rising") == 0
+    row = json.loads(folder.file("rising.json").read_text())
+    assert [rung["mass"] for rung in row["schedule"]] == pytest.approx([0.5, 0.5 * 0.2 ** (2 / 3), 0.1])
+    found = [rung["threshold"] for rung in row["schedule"]]
+    assert found == sorted(found)
+    assert found[-1] == pytest.approx(row["threshold"])
+
+
+def test_masses_fall_geometrically_and_then_stay() -> None:
+    assert masses_of(0.125, 0.5, 8) == pytest.approx([0.5, 0.5**1.5, 0.25, 0.5**2.5, *[0.125] * 4])
+    assert masses_of(0.125, 0.0, 3) == [0.125] * 3
+    assert masses_of(0.8, 0.5, 3) == [0.8] * 3
+
+
+@pytest.mark.parametrize("method", ["am", "tfft", "rising", "fdc", "am_fitted", "tfft_fitted"])
+def test_finetuning_moves_the_model_and_counts_what_it_asked_for(folder: Folder, method: str) -> None:
+    more = {}
+    if folder.experiment.methods[method].kind == "tfft":
+        assert folder.threshold(method) == 0
+        more = {"threshold": folder.file(f"{method}.json")}
+    assert folder.finetune(method, **more) == 0
+    history = pd.read_csv(folder.file(f"{method}.csv"))
+    config = folder.experiment.methods[method]
+    assert len(history) == folder.experiment.updates_of(method) * (config.iterations or 1)
+    batch, pool = folder.experiment.solver.batch, folder.experiment.solver.pool
+    sampled = np.full(len(history), batch if method == "am" else pool)
+    if method.endswith("_fitted"):  # the bank is drawn before the first update
+        sampled = np.where(history["update"] == 0, FITTED["bank"], 0)
+    if method == "fdc":  # the law's samples are drawn before the first update of each iteration
+        sampled = sampled + np.where(history["update"] == 0, folder.experiment.offline.samples, 0)
+    assert history["evaluated"].tolist() == sampled.tolist()
+    assert (history["failed"] <= history["evaluated"]).all()
+    if method in ("tfft", "rising"):  # inactive or failed samples are none that count
+        assert (history["active_share"] * pool <= history["evaluated"] - history["failed"]).all()
+    assert (history["active_share"] > 0).any()
+    before, after = (load_tensors(folder.file(f"{name}.safetensors")) for name in ("pre", method))
+    changed = [name for name in before if not before[name].equal(after[name])]
+    assert changed
+    assert "size_weights" not in changed
+
+
+def test_the_same_seed_gives_the_same_bytes(folder: Folder) -> None:
+    assert folder.finetune("am") == 0
+    first = folder.file("am.safetensors").read_bytes()
+    assert folder.finetune("am") == 0
+    assert folder.file("am.safetensors").read_bytes() == first
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["am", "fdc", "am_fitted"])
+def test_a_stopped_finetuning_goes_on_exactly_where_it_was(
+    method: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Energies asked for again after the stop, as for FDC's law or a bank, are not counted again."""
+    from flowtilt.domains.molecules.finetuning import finetune
+
+    monkeypatch.setenv(SECONDS, "0")
+    assert folder.finetune(method) == 0
+    weights, history = (folder.file(f"{method}.{ending}") for ending in ("safetensors", "csv"))
+    whole, rows = weights.read_bytes(), pd.read_csv(history)
+    weights.unlink()
+    done = 0
+
+    def progress(_: dict[str, float]) -> None:
+        nonlocal done
+        done += 1
+        if done in (2, 4):
+            raise Stopped
+
+    pretrained, state = folder.file("pre.safetensors"), weights.parent / "state"
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            finetune(folder.experiment, method, 0, pretrained, weights, history, None, 1, progress)
+        assert state.is_dir()
+    finetune(folder.experiment, method, 0, pretrained, weights, history, None, 1, progress)
+    assert done == len(rows) + 2
+    assert not state.exists()
+    assert weights.read_bytes() == whole
+    again = pd.read_csv(history)
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), rows.drop(columns="seconds"))
+    assert again["evaluated"].sum() > 0
+
+
+def test_metrics_of_a_run_are_those_of_its_molecules(folder: Folder) -> None:
+    assert folder.finetune("am") == 0
+    model, history = folder.file("am.safetensors"), folder.file("am.csv")
+    assert folder.evaluate("am", model, history=history) == 0
+    row = folder.metrics("am")
+    records = read_sdf(folder.file("am.sdf"))
+    energies = np.load(folder.file("am_energies.npz"))
+    assert len(records) == len(energies["reward"]) == row["molecules"] == 30
+    kept = energies["reward"][~np.isnan(energies["reward"])]
+    assert 0 < len(kept) == row["with_energy"]
+    assert row["mean_negative_energy"] == pytest.approx(kept.mean())
+    assert row["top_0.2pct_negative_energy"] == pytest.approx(kept.max())
+    assert row["top_20pct_negative_energy"] == pytest.approx(upper_tail_mean(kept, 0.2))
+    assert row["validity_pct"] == pytest.approx(100 * energies["valid"].mean())
+    best = int(np.nanargmax(energies["reward"]))
+    again = single_point((records[best].molecule, build_settings(folder)))
+    # The format keeps coordinates to 1e-4 ångström, on which an energy depends by about a hartree.
+    assert -again.energy == pytest.approx(energies["reward"][best], abs=1e-2)
+    assert float(records[best].properties["energy_hartree"]) == -energies["reward"][best]
+    assert {"active_share", "path_kl", "training_energies", "inactive_updates"} <= row.keys()
+
+
+def build_settings(folder: Folder) -> Any:
+    from flowtilt.domains.molecules.build import build_xtb
+
+    return build_xtb(folder.experiment.reward)
+
+
+def test_real_molecules_are_valid_and_known(folder: Folder) -> None:
+    assert folder.evaluate("data", None) == 0
+    row = folder.metrics("data")
+    assert row["validity_pct"] == row["converged_pct"] == 100
+    assert row["novelty_pct"] == 0
+    assert row["elements_total_variation"] is not None
+    assert row["elements_total_variation"] < 0.2
+    gain = row["relaxation_energy_mean"]
+    assert gain is not None
+    assert 0 <= gain < 0.05
+    assert "active_share" not in row
+
+
+def test_methods_of_a_seed_start_from_the_same_noise(folder: Folder) -> None:
+    for method in ("pretrained", "am"):
+        assert folder.evaluate(method, folder.file("pre.safetensors")) == 0
+    a, b = (np.load(folder.file(f"{method}_samples.npz")) for method in ("pretrained", "am"))
+    assert all(np.array_equal(a[name], b[name]) for name in ("coordinates", "numbers"))
+
+
+def test_a_retraining_is_a_switch_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    own = Folder(tmp_path, checkpoint={"retrain": True, "path": "nowhere.safetensors"})
+    assert own.pretrain() == 0
+    made = own.file("pre.safetensors").read_bytes()
+    assert len(pd.read_csv(own.file("history.csv"))) == 3
+    record = json.loads(own.file("training.json").read_text())
+    assert record["sha256"] == hashlib.sha256(made).hexdigest()
+    assert record["configuration"]["pretrain"]["updates"] == 3
+    assert record["data"]["trained_on"] < record["data"]["molecules"] == 60
+    (line,) = record["checks"]["lines"]
+    assert line["updates"] == 2
+    assert 0 <= line["validity"] <= 1
+    own.file("pre.safetensors").unlink()
+    assert own.pretrain() == 0  # from the state of the finished training
+    assert own.file("pre.safetensors").read_bytes() == made
+    assert json.loads(own.file("training.json").read_text())["checks"] == record["checks"]
+    assert load_tensors(own.file("pre.safetensors"))["size_weights"].tolist() == [0, 0, 0, 24, 24, 12]
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+def fails(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> None:
+    """Check a failed command: non-zero, one message with the words, no traceback."""
+    message = capsys.readouterr().err
+    assert code == 1
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_a_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = Folder(tmp_path)
+    own.checkpoint.unlink()
+    fails(capsys, own.pretrain(), "key checkpoint.path", "tiny.safetensors: no such file", "retrain to true")
+    assert not own.file("pre.safetensors").exists()
+
+
+def test_a_checkpoint_without_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = Folder(tmp_path)
+    own.checkpoint.with_suffix(".json").unlink()
+    fails(capsys, own.pretrain(), "key checkpoint.path", "tiny.json: no such file")
+    assert not own.file("pre.safetensors").exists()
+
+
+def test_another_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = Folder(tmp_path)
+    write_checkpoint(own.checkpoint, seed=1)
+    fails(capsys, own.pretrain(), "key checkpoint.sha256", "has the SHA-256", "restore the file or correct")
+    assert not own.file("pre.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = Folder(tmp_path)
+    own.use(tiny(own.checkpoint, network={"width": 16}))
+    fails(capsys, own.pretrain(), "tiny.safetensors", "made for another network")
+
+
+def test_flowmol_without_its_package(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load(folder.config.read_text())
+    other = folder.file("flowmol.yaml")
+    other.write_text(yaml.safe_dump({**config, "model": {"kind": "flowmol", "name": "qm9_gaussian"}}))
+    files = ["--model", str(folder.file("pre.safetensors")), "--output", str(folder.file("no.npz"))]
+    code = main(["molecules-offline", str(other), "--seed", "0", *files])
+    fails(capsys, code, "key model.kind is flowmol", "Dunni3/FlowMol", "equivariant")
+
+
+def test_wrong_kinds_and_missing_files(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, folder.finetune("pretrained"), "'pretrained' is not fine-tuned")
+    fails(capsys, folder.finetune("tfft"), "needs --threshold")
+    fails(capsys, folder.threshold("am"), "'am' has no threshold")
+    nothing = {"output": folder.file("no.npz")}
+    fails(capsys, folder.run("sample", method="data", seed=0, **nothing), "needs --molecules")
+    fails(capsys, folder.run("sample", method="am", seed=0, **nothing), "needs --model")
+    without = folder.file("without.json")
+    without.write_text(json.dumps({"threshold": 1.0, "offline_active_share": 0.1}))
+    fails(capsys, folder.finetune("rising", threshold=without), "without.json: has no schedule")
+
+
+def test_an_offline_batch_without_energies(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    batch = folder.file("failed.npz")
+    np.savez(batch, reward=np.full(5, math.nan))
+    code = folder.run("threshold", method="tfft", offline=batch, output=folder.file("no.json"))
+    fails(capsys, code, "failed.npz: no molecule of the batch has an energy")
+
+
+def test_a_damaged_file_of_molecules(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = folder.file("damaged.npz")
+    damaged.write_bytes(folder.molecules.read_bytes()[:200])
+    code = folder.run("sample", method="data", seed=0, output=folder.file("no.npz"), molecules=damaged)
+    fails(capsys, code, "damaged.npz: not a whole file of molecules", "delete it")
+
+
+def test_a_stage_of_the_plane_refuses_molecules(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pretrain", str(folder.config), "--seed", "0", "--output", "x", "--history", "y"]
+    fails(capsys, main(words), "is on molecules; this stage is for those in the plane")

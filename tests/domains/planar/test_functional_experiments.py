@@ -1,0 +1,265 @@
+"""The stages of the experiments on functionals, in a row and at a size of seconds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flowtilt import thresholds
+from flowtilt.domains.planar.landscapes import Slope
+from flowtilt.pipeline.cli import main
+from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.experiment import Experiment, dump
+from flowtilt.pipeline.files import read_density
+from small import tiny
+
+SMALL = {"grid": {"cells": 16}}
+
+
+class Rough(Slope):
+    """A reward that has no gradient to give."""
+
+    differentiable = False
+
+
+class Folder:
+    """A results folder driven by hand, one command a stage."""
+
+    def __init__(self, path: Path, experiment: Experiment) -> None:
+        self.path, self.experiment = path, experiment
+        self.config = path / "config.yaml"
+        self.config.write_text(dump(experiment))
+        self.base = path / "runs" / experiment.base / "pretrained" / "seed0"
+        self.base.mkdir(parents=True)
+        self.model = self.base / "model.safetensors"
+        assert self.run("pretrain", seed=0, output=self.model, history=self.base / "history.csv") == 0
+        assert self.run("density", model=self.model, output=self.base / "density.npz") == 0
+
+    def folder(self, method: str) -> Path:
+        return self.path / "runs" / self.experiment.name / method / "seed0"
+
+    def file(self, method: str, name: str) -> Path:
+        return self.folder(method) / name
+
+    def run(self, stage: str, **options: Any) -> int:
+        words = [stage, str(self.config)]
+        for name, value in options.items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        return main(words)
+
+    def finetune(self, method: str, **more: Path) -> int:
+        self.folder(method).mkdir(parents=True, exist_ok=True)
+        return self.run(
+            "finetune",
+            method=method,
+            seed=0,
+            pretrained=self.model,
+            output=self.file(method, "model.safetensors"),
+            history=self.file(method, "history.csv"),
+            **more,
+        )
+
+    def rows(self) -> dict[str, dict[str, float]]:
+        """The networks' rows and the solved ones of all methods, measured in one go.
+
+        A method that was not fine-tuned is measured as the pretrained model; its solved rows are its own.
+        """
+        for method, config in self.experiment.methods.items():
+            if config.kind != "pretrained" and not self.folder(method).exists():
+                self.folder(method).mkdir(parents=True)
+                shutil.copy(self.model, self.folder(method))
+                self.file(method, "history.csv").write_text("update,active_share\n0,1.0\n")
+        assert self.run("measure", seed=0, results=self.path) == 0
+        rows = {}
+        for method in self.experiment.methods:
+            rows |= json.loads(self.file(method, "metrics.json").read_text())["rows"]
+        return rows
+
+
+@pytest.mark.parametrize(
+    "solver", [pytest.param("adjoint_matching", marks=pytest.mark.slow), "weighted_fitting"]
+)
+def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
+    critic = {"updates": 20}
+    fdc = {"iterations": 2, "objective": {"divergence": {"kind": "wasserstein1", "critic": critic}}}
+    experiment = tiny(
+        "ot_2d",
+        **SMALL,
+        solver={"kind": solver, "bank": 1000},
+        methods={"fdc_dA": fdc},
+        evaluation={"transport": {"samples": 100}},
+    )
+    folder = Folder(tmp_path, experiment)
+    for method in ("am", "fdc_dA"):
+        assert folder.finetune(method) == 0
+    rows = folder.rows()
+    for method in ("am", "fdc_dA"):
+        row = rows[method]
+        shift = row["horizontal_shift"] / row["vertical_shift"]
+        assert row["horizontal_over_vertical_shift"] == pytest.approx(shift)
+        # A critic is a lower estimate of the exact distance between the same samples.
+        for metric in ("dA", "dB"):
+            assert row[f"w1_{metric}_critic"] <= row[f"w1_{metric}"] * (1 + 1e-5)
+        assert {"functional", "mean_reward", "kl", "active_share"} <= row.keys()
+    history = folder.file("fdc_dA", "history.csv").read_text()
+    assert ("effective_sample_size" in history) == (solver == "weighted_fitting")
+    assert rows.keys() - experiment.methods.keys() == {
+        *(f"{m}_exact" for m in experiment.methods),
+        *(f"{m}_optimum" for m in experiment.methods if m != "pretrained"),
+    }
+    for method in ("am", "fdc_dA", "fdc_dB"):
+        before, exact, optimum = (
+            rows[f"{method}_exact"]["functional_before"],
+            rows[f"{method}_exact"]["functional"],
+            rows[f"{method}_optimum"]["functional"],
+        )
+        assert before < exact <= optimum + 1e-9
+    # One exact step of am is its optimum.
+    assert rows["am_exact"]["functional"] == pytest.approx(rows["am_optimum"]["functional"], rel=1e-5)
+
+
+@pytest.mark.parametrize("utility", [{"kind": "cvar", "level": 0.8}, {"kind": "sq", "level": 0.5}])
+def test_a_tail_in_a_row(tmp_path: Path, utility: dict[str, Any]) -> None:
+    """The threshold of an offline batch, one solve by either solver, and an exact row that is the optimum."""
+    weighted = {"kind": "weighted_fitting", "bank": 1000, "learning_rate": 0.004}
+    tail = {"utility": utility, "divergence": {"kind": "kl"}, "alpha": 8.0}
+    experiment = tiny(
+        "ot_2d",
+        **SMALL,
+        objective=tail,
+        methods={
+            "am": {"kind": "tfft", "objective": {**tail, "alpha": 9.0}},
+            "weighted": {"kind": "tfft", "solver": weighted},
+        },
+        evaluation={"transport": None},
+    )
+    of_the_tail = {m: experiment.methods[m] for m in ("pretrained", "am", "weighted")}
+    experiment = experiment.model_copy(update={"methods": of_the_tail})
+    folder = Folder(tmp_path, experiment)
+    offline = folder.base / "offline.npz"
+    assert folder.run("offline", seed=0, model=folder.model, output=offline) == 0
+    rewards = np.load(offline)["reward"]
+    assert folder.finetune("weighted") == 1  # without a threshold
+    for method, alpha in (("am", 9.0), ("weighted", 8.0)):
+        file = folder.file(method, "threshold.json")
+        assert folder.run("threshold", method=method, offline=offline, output=file) == 0
+        said = json.loads(file.read_text())
+        side = "lower" if utility["kind"] == "cvar" else "upper"
+        mass = 0.8 if side == "lower" else 0.5
+        assert said["threshold"] == thresholds.threshold(rewards, alpha, mass, side)  # type: ignore[arg-type]
+        assert folder.finetune(method, threshold=file) == 0
+        history = folder.file(method, "history.csv").read_text()
+        assert ("effective_sample_size" in history) == (method == "weighted")
+    rows = folder.rows()
+    for method in ("am", "weighted"):
+        assert {"functional", "threshold", "offline_active_share", "active_share"} <= rows[method].keys()
+    for method in ("am", "weighted"):
+        exact, optimum = rows[f"{method}_exact"], rows[f"{method}_optimum"]
+        assert exact["functional"] == optimum["functional"] > exact["functional_before"]
+
+
+def test_a_method_s_own_solver_decides_what_it_takes_of_a_reward() -> None:
+    """A reward without a gradient will do for weighted fitting, and for no other method."""
+    from flowtilt.domains.planar.problems import check_problems
+
+    landscape = {"landscape": "test_functional_experiments:Rough"}
+    changes = {method: {"solver": {"kind": "weighted_fitting"}} for method in ("am", "fdc_dA", "fdc_dB")}
+    check_problems(tiny("ot_2d", **SMALL, reward=landscape, methods=changes))  # type: ignore[arg-type]
+    for method in changes:
+        one = {**changes, method: {"solver": {"kind": "adjoint_matching"}}}
+        with pytest.raises(ConfigError, match="needs the gradient of the reward"):
+            check_problems(tiny("ot_2d", **SMALL, reward=landscape, methods=one))  # type: ignore[arg-type]
+
+
+def test_the_network_row_of_the_pretrained_model_is_its_own_grid_row(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, tiny("entropy_2d", **SMALL))
+    solved = folder.rows()
+    row = solved["pretrained"]
+    assert row["functional"] == solved["pretrained_exact"]["functional"]
+    # A network of twenty updates is off by more than the floor's depth.
+    assert row["kl"] == 0 < row["floored_mass"] == solved["pretrained_exact"]["floored_mass"] < 1
+    assert {"entropy", "entropy_likelihood", "coverage", "outside"} <= row.keys()
+    entropies = [solved[f"fdc_alpha_{a}_exact"]["entropy_likelihood"] for a in (0.5, 0.25, 0.1, 0.05, "0.0")]
+    assert entropies == sorted(entropies)
+
+
+def test_coverage_is_the_cell_of_the_lightest_component() -> None:
+    """Of a point nearer to (3, 3) than to the origin, and a point that is not."""
+    from flowtilt.domains.planar.laws import Cloud, coverage
+
+    points = np.array([[1.6, 1.5], [1.4, 1.5], [3.0, 3.0]])
+    cloud = Cloud(points, np.array([0.2, 0.5, 0.3]), np.zeros(3))
+    assert coverage(tiny("entropy_2d"), cloud) == pytest.approx(0.5)  # type: ignore[arg-type]
+    assert coverage(tiny("ot_2d"), cloud) is None  # type: ignore[arg-type]
+
+
+def test_a_stage_for_tails_refuses_other_functionals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Folder(tmp_path, tiny("entropy_2d", **SMALL))
+    files = {"output": tmp_path / "e.json", "laws": tmp_path / "e.npz"}
+    assert folder.run("exact", density=folder.base / "density.npz", **files) == 1
+    assert "key objective must have tail" in capsys.readouterr().err
+
+
+def test_runs_on_tails_are_measured_together_too(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, tiny())
+    assert folder.finetune("am") == 0
+    tuned = {m: folder.experiment.methods[m] for m in ("am", "pretrained")}  # in any order
+    folder.config.write_text(dump(folder.experiment.model_copy(update={"methods": tuned})))
+    assert folder.run("measure", seed=0, results=tmp_path) == 0
+    (row,) = json.loads(folder.file("am", "metrics.json").read_text())["rows"].values()
+    assert {"worst_1pct_cost", "kl", "floored_mass", "active_share", "dominance_violation"} <= row.keys()
+
+
+def test_methods_of_one_step_share_their_noise(tmp_path: Path) -> None:
+    """With alpha 0.5 given twice the two methods are one: they end in the same weights."""
+    same = {"kind": "fdc", "iterations": 1, "step_weight": 2.0}
+    methods = {"a": same, "b": {**same, "objective": {"alpha": 0.5}}}
+    folder = Folder(tmp_path, tiny("entropy_2d", **SMALL, methods=methods))
+    assert folder.finetune("a") == 0
+    assert folder.finetune("b") == 0
+    first, second = (folder.file(method, "model.safetensors").read_bytes() for method in "ab")
+    assert first == second
+
+
+@pytest.mark.parametrize("solver", ["adjoint_matching", "weighted_fitting"])
+def test_modes_in_a_row(tmp_path: Path, solver: str) -> None:
+    """Every stage of a model with modes, by either solver; what is solved keeps them equally likely."""
+    reward = {"landscape": "slope", "height": 35.0, "middle": 1.0, "softness": 4.0}
+    # Modes far enough apart that the small network of a few updates has learned which is which.
+    data = {"means": [[-1.5, 0.0], [1.5, 0.0]]}
+    pretrain = {"updates": 150, "batch": 256, "learning_rate": 0.01}
+    changes = {"reward": reward, "data": data, "pretrain": pretrain, "solver": {"kind": solver, "bank": 500}}
+    experiment = tiny("modes_2d", **SMALL, **changes, methods={"fdc": {"iterations": 2}})
+    folder = Folder(tmp_path, experiment)
+    assert np.load(folder.base / "density.npz")["log_density"].shape == (2, 16, 16)
+    offline = folder.base / "offline.npz"
+    assert folder.run("offline", seed=0, model=folder.model, output=offline) == 0
+    assert np.load(offline)["x"].shape == (500, 2)
+    assert folder.finetune("fdc") == 0
+    rows = folder.rows()
+
+    samples = np.load(folder.file("pretrained", "samples.npz"))
+    left, right = (samples["x"][samples["mode"] == k, 0].mean() for k in (0, 1))
+    assert left < -0.5 < 0.5 < right
+    # The samples' own log-densities, given their modes, against the gridded ones: as coarse as the grid.
+    gridded = read_density(folder.base / "density.npz")
+    own = samples["log_density"]
+    known = ~gridded.floored_at(samples["x"][: len(own)], samples["mode"][: len(own)])
+    away = own - gridded.at(samples["x"][: len(own)], samples["mode"][: len(own)])
+    assert abs(away[known].mean()) < 0.1
+    assert rows["pretrained"]["kl"] == 0
+    assert rows["pretrained"]["functional"] == rows["pretrained_exact"]["functional"]
+    assert {"functional", "grid_mass", "mean_reward", "kl", "active_share"} <= rows["fdc"].keys()
+    laws = np.load(folder.file("fdc", "laws.npz"))
+    assert laws["fdc_optimum"].shape == (16, 16)
+    assert float(laws["fdc_optimum"].sum()) == pytest.approx(1, abs=1e-6)
+    exact, optimum = rows["fdc_exact"], rows["fdc_optimum"]
+    assert exact["functional_before"] < exact["functional"] <= optimum["functional"] + 1e-9
+    assert optimum["slack"] < 1e-5
