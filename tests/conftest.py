@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if cases[test] > marker.args[0]:
                 item.add_marker("slow")
         file = item.path.relative_to(TESTS).with_suffix("")
-        if file.parts[0] == "pipeline":
+        if file.parts[0] == "workflow":
             item.add_marker("pipeline")
             if item.get_closest_marker("fast") is None:
                 item.add_marker("slow")

@@ -44,7 +44,7 @@ def state_of_sources() -> str:
     digest = hashlib.sha256()
     installed = sorted({f"{one.name} {one.version}" for one in distributions()})
     digest.update(repr((sys.version, installed)).encode())
-    for part in (*PARTS, "src", "tests/pipeline/conftest.py", "tests/workflow_copy.py"):
+    for part in (*PARTS, "src", "tests/workflow/conftest.py", "tests/workflow_copy.py"):
         found = ROOT / part
         for file in sorted(found.rglob("*")) if found.is_dir() else [found]:
             if file.is_file() and "__pycache__" not in file.parts and ".egg-info" not in str(file):

@@ -266,7 +266,7 @@ def test_an_old_snakemake_is_refused(project: Project) -> None:
 
 
 def test_a_refusal_of_the_plan_is_one_sentence(project: Project) -> None:
-    """What else is refused, and in which words, tests/plan says."""
+    """What else is refused, and in which words, tests/pipeline says."""
     edit(project.folder / "config" / "config.yaml", experiments=["risk_averse_2d", "risk_averse_3d"])
     assert_refused(project, "config/config.yaml: key experiments: unknown", "risk_averse_3d", "novelty_2d")
 

@@ -1,0 +1,184 @@
+"""Images of a text-to-image model: exploration, and the left tail of a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowtilt.domains.images.experiment import ImageExperiment, check_models, with_model
+from flowtilt.domains.images.words import describe
+from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
+from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.resources import Needs
+
+_HERE = "flowtilt.domains.images"
+_PRETRAINED = "runs/{experiment}/pretrained"
+_RUN = "runs/{experiment}/{method}/seed{seed}"
+_MODEL = ("model", "retrain")
+_FLOW = (*_MODEL, "adapter", "guidance", "schedule", "compute", "prompts")
+_TUNED = ("am", "fdc", "tfft")
+_PARTS = ("pipeline", "alignment")
+
+
+def _of_model(experiment: Experiment) -> dict[str, str]:
+    return {"model": experiment.model.name}  # type: ignore[attr-defined]
+
+
+def _model_reads(run: Run) -> Files:
+    """What the check of a model waits for: its training, its fetching, or the shipped files."""
+    case: Any = run.experiment
+    if case.retrain:
+        return {part: f"{run.results}/models/{case.model.name}/{part}/weights" for part in _PARTS}
+    sources = [case.model.pipeline, case.model.alignment, case.reward.weights]
+    if any(source is not None and source.hub is not None for source in sources):
+        return {"fetched": run.shared("fetched.json")}
+    folders = (Path(case.model.pipeline.path), Path(case.model.alignment.path))
+    shipped = [str(file) for folder in folders for file in sorted(folder.rglob("*.*")) if file.is_file()]
+    return {"shipped": shipped} if shipped else {}
+
+
+def _base(run: Run) -> dict[str, str]:
+    return {"pretrained": run.shared("model.json")}
+
+
+def _sample_reads(run: Run) -> Files:
+    """The weights of a fine-tuning, if the images are not the pretrained model's."""
+    return _base(run) | ({} if run.kind == "pretrained" else {"model": run.file("model.safetensors")})
+
+
+def _training(part: str) -> Stage:
+    return Stage(
+        f"pretrain-{part}",
+        f"{_HERE}.models:train_{part}",
+        writes={part: f"models/{{model}}/{part}/weights"},
+        reads=lambda run: {},
+        sections=_MODEL,
+        needs=Needs((4000, 16000), (300, 1440), gpu=True),
+        fields=_of_model,
+        folders=(part,),
+        wanted=False,
+        priority=30,
+    )
+
+
+STAGES = (
+    Stage(
+        "fetch",
+        f"{_HERE}.fetching:fetch_checkpoint",
+        writes={"fetched": f"{_PRETRAINED}/fetched.json"},
+        reads=lambda run: {},
+        sections=("model", "reward"),
+        needs=Needs((1000, 1000), (240, 240), local=True),
+        wanted=False,
+        priority=30,
+    ),
+    *(_training(part) for part in _PARTS),
+    Stage(
+        "model",
+        f"{_HERE}.models:write_model",
+        writes={"model": f"{_PRETRAINED}/model.json"},
+        reads=_model_reads,
+        sections=_MODEL,
+        needs=Needs((2000, 16000), (10, 60), group="images"),
+        before=True,
+        priority=30,
+    ),
+    Stage(
+        "offline",
+        "flowtilt.pipeline.stages:offline",
+        writes={"offline": f"{_PRETRAINED}/seed{{seed}}/offline.npz"},
+        reads=_base,
+        sections=("name", *_FLOW, "reward", "offline", "solver"),
+        needs=Needs((2000, 16000), (20, 240), gpu=True, group="images"),
+        wanted=False,
+        priority=20,
+    ),
+    Stage(
+        "threshold",
+        "flowtilt.pipeline.stages:threshold",
+        writes={"threshold": f"{_RUN}/threshold.json"},
+        reads=lambda run: {"offline": run.file_of("pretrained", "offline.npz")},
+        sections=("objective", "solver"),
+        kinds=("tfft",),
+        needs=Needs((1000, 1000), (5, 5), group="images", always=True),
+        priority=20,
+    ),
+    Stage(
+        "finetune",
+        "flowtilt.pipeline.stages:finetune",
+        writes={"model": f"{_RUN}/model.safetensors", "history": f"{_RUN}/history.csv"},
+        reads=lambda run: _base(run) | run.taken(),
+        sections=("name", *_FLOW, "reward", "objective", "solver"),
+        kinds=_TUNED,
+        needs=Needs((2000, 48000), (60, 5760), gpu=True, shared=True),
+        priority=10,
+    ),
+    Stage(
+        "sample",
+        f"{_HERE}.sampling:sample",
+        writes={"images": f"{_RUN}/images"},
+        reads=_sample_reads,
+        sections=("name", *_FLOW, "solver", "evaluation"),
+        kinds=("pretrained", *_TUNED),
+        needs=Needs((2000, 16000), (30, 480), gpu=True),
+        folders=("images",),
+        priority=10,
+    ),
+    Stage(
+        "evaluate",
+        f"{_HERE}.evaluation:evaluate",
+        writes={"metrics": f"{_RUN}/metrics.json", "scores": f"{_RUN}/scores.npz"},
+        reads=lambda run: _base(run) | {"images": run.file("images")} | run.trained(),
+        sections=("model", "prompts", "reward", "objective", "evaluation", "methods"),
+        kinds=("pretrained", *_TUNED),
+        needs=Needs((2000, 16000), (30, 240), gpu=True),
+    ),
+)
+
+
+class Images:
+    """The domain; see :class:`flowtilt.pipeline.domain.Domain`."""
+
+    name = "images"
+    words = "on images"
+    environment = "images"
+    packages = ("diffusers", "transformers", "open_clip_torch", "peft", "vendi-score", "huggingface-hub")
+    stages: Sequence[Stage] = STAGES
+    workbench = f"{_HERE}.finetuning:ImagesBench"
+    report = f"{_HERE}.report"
+    assessment = ("sample", "evaluate")
+
+    def schema(self, data: Mapping[str, Any]) -> type[ImageExperiment]:
+        return ImageExperiment
+
+    def completed(self, data: Mapping[str, Any], file: Path) -> dict[str, Any]:
+        """With the named model's file in the place of its name."""
+        return with_model(data, file)
+
+    def check(self, files: Mapping[str, Mapping[str, Experiment]]) -> None:
+        """Refuse experiments of one model that would have it trained in two ways."""
+        check_models(files)
+
+    def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
+        return {"_images": "images", "_scores": "scores"}
+
+    def read_by_table(self, run: Run, table: str | None) -> list[str]:
+        return [run.file("metrics.json")]
+
+    describe = staticmethod(describe)
+
+    def chapters(self) -> Sequence[Chapter]:
+        return (
+            Chapter(
+                "Experiments on images",
+                "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a reward, "
+                "with a text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, which holds "
+                "what is below `model` here. `docs/images.md` says what is done, and why.",
+                ImageExperiment,
+                "on images",
+            ),
+        )
+
+
+DOMAIN = Images()

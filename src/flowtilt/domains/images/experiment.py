@@ -7,7 +7,7 @@ reads both. This module imports neither torch nor the numerics.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,51 +23,16 @@ from flowtilt.domains.images.sections import (
     LeftTailObjective,
     ScheduleConfig,
 )
-from flowtilt.pipeline.configuration import CaseName, Name, NoRepeats, Section, Seeds, ToldApart, changed
-from flowtilt.pipeline.sections import OfflineConfig, SolverConfig, TailSpec, check_methods
-
-_MODEL = ("model", "retrain")
-_FLOW = (*_MODEL, "adapter", "guidance", "schedule", "compute", "prompts")
+from flowtilt.pipeline.configuration import Name, NoRepeats, ToldApart
+from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.sections import TailSpec, check_methods
 
 
-class ImageExperiment(Section):
+class ImageExperiment(Experiment):
     """One experiment on pictures."""
-
-    layers: ClassVar[tuple[str, ...]] = ("network",)
-    """Rows of each method in the tables: there is no grid to solve anything on."""
-
-    solved_apart: ClassVar[bool] = True
-    rules: ClassVar[str] = "images_"
-    """What the names of the workflow's rules for its stages begin with."""
-
-    stage_sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "fetch": ("model", "reward"),
-        "pretrain": _MODEL,
-        "model": _MODEL,
-        "offline": ("name", *_FLOW, "reward", "offline", "solver"),
-        "threshold": ("objective", "solver"),
-        "finetune": ("name", *_FLOW, "reward", "objective", "solver"),
-        "sample": ("name", *_FLOW, "solver", "evaluation"),
-        "evaluate": ("model", "prompts", "reward", "objective", "evaluation", "methods"),
-    }
-    """What each stage reads; see :func:`flowtilt.pipeline.experiment.stage_digest`."""
-
-    unit: ClassVar[str] = "reward"
-
-    name: CaseName
-    """Name of the experiment: that of its file."""
 
     domain: Literal["images"]
     """Says that the experiment is on pictures."""
-
-    title: str
-    """Title of its table."""
-
-    base: Name
-    """The experiment itself."""
-
-    seeds: Seeds
-    """Seeds of the runs; a number n stands for 0 to n - 1."""
 
     model: ImageModelConfig
     """The model; in an experiment's file, the name of a file of ``config/models``."""
@@ -96,20 +61,11 @@ class ImageExperiment(Section):
     objective: Annotated[LeftTailObjective | EntropyObjective, Field(discriminator="utility")]
     """What is raised, and what is paid for it."""
 
-    offline: OfflineConfig | None = None
-    """Size of the batch that thresholds come from; tfft must have it."""
-
-    solver: SolverConfig
-    """The control solver of all methods."""
-
     methods: Annotated[Mapping[Name, ImageMethodConfig], Field(min_length=1), ToldApart]
     """The methods by name, each a row of the table."""
 
     evaluation: ImageEvaluationConfig
     """How runs are measured."""
-
-    axis_value: float | None = None
-    """Unused: there are no studies of pictures."""
 
     @model_validator(mode="after")
     def _methods_fit(self) -> ImageExperiment:
@@ -124,7 +80,7 @@ class ImageExperiment(Section):
                 raise ValueError(
                     f"offline: method {name!r} takes its threshold from an offline batch; add samples"
                 )
-            solver = self._solver(name)
+            solver = self.solver_of(name)
             if solver.kind != "adjoint_matching" or solver.endpoint_gradient != "pathwise":
                 raise ValueError(
                     f"methods.{name}.solver: pictures are fine-tuned by adjoint_matching with pathwise "
@@ -136,17 +92,6 @@ class ImageExperiment(Section):
                 "set it to false"
             )
         return self
-
-    def _solver(self, method: str) -> SolverConfig:
-        return changed(self.solver, self.methods[method].solver, f"methods.{method}.solver")
-
-    def solver_of(self, method: str) -> SolverConfig:
-        """The control solver of a method: the experiment's with the method's changes."""
-        return self._solver(method)
-
-    def updates_of(self, method: str) -> int:
-        """Optimiser steps in each solve of a method."""
-        return self.methods[method].updates or self.solver_of(method).updates
 
     @property
     def mass(self) -> float:
@@ -162,13 +107,11 @@ class ImageExperiment(Section):
         return TailSpec("lower", self.mass_of(method), self.objective.alpha)
 
     @property
-    def offline_samples(self) -> int:
-        """Pictures in the offline batch."""
-        return self.offline.samples if self.offline is not None else 0
+    def offline_passes(self) -> int:
+        # A guided state goes through the network twice, with its prompt and with the empty one.
+        return super().offline_passes * (1 if self.guidance.sampling == 1 else 2)
 
-    @property
-    def reward_weight(self) -> float:
-        """KL weight of am, in units of the reward a nat."""
+    def reward_weight_of(self, method: str) -> float:
         objective = self.objective
         return objective.alpha if isinstance(objective, LeftTailObjective) else objective.reward_alpha
 
@@ -183,11 +126,50 @@ class ImageExperiment(Section):
             return tail_metric(self.objective.mass)
         return "vendi"
 
-    @property
-    def mean_metric(self) -> str:
-        return f"mean_{self.unit}"
-
 
 def tail_metric(mass: float) -> str:
     """Name of the mean over the worst share of the reward: ``left_cvar_0.2``."""
     return f"left_cvar_{mass:g}"
+
+
+def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The data of an experiment with its model's file in the place of the model's name.
+
+    Args:
+        data: of the experiment; what names no model is left as it is.
+        path: of its file, ``config/experiments/{name}.yaml``.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
+    name = data.get("model")
+    if not isinstance(name, str):
+        return dict(data)
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise ConfigError(f"{path}: key model: {error} (got {name!r})") from None
+    file = path.parent.parent / "models" / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
+        raise ConfigError(f"{path}: key model: unknown model {name!r}, there is no {file} (known: {known})")
+    return {**data, "model": {"name": name, **read_yaml(file)}}
+
+
+def check_models(files: Mapping[str, Mapping[str, Experiment]]) -> None:
+    """Refuse experiments of one model that would have it trained in two ways.
+
+    Raises:
+        ConfigError: naming the file and the key.
+    """
+    first: dict[str, ImageExperiment] = {}
+    for name, cases in files.items():
+        for case in cases.values():
+            if not isinstance(case, ImageExperiment):
+                continue
+            other = first.setdefault(case.model.name, case)
+            if case.model != other.model:
+                raise ConfigError(
+                    f"config/experiments/{name}.yaml: key model: differs from that of {other.name}, which has the "
+                    "same name; give it another name, or leave both as their file has them"
+                )

@@ -19,13 +19,20 @@ from PIL import Image
 
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
 from flowtilt.domains.images.files import picture_name
-from flowtilt.domains.molecules.figures import COLOURS
 from flowtilt.metrics.tails import lower_tail_mean, quantile
 from flowtilt.pipeline.report.claims import spread
-from flowtilt.pipeline.report.measurements import ResultsError, Runs, of_row, read_arrays, run_folder, runs_of
+from flowtilt.pipeline.report.measurements import (
+    ResultsError,
+    Runs,
+    collect_runs,
+    of_row,
+    read_arrays,
+    run_folder,
+    runs_of,
+)
 from flowtilt.pipeline.report.panels import describe
+from flowtilt.pipeline.report.style import COLOURS, SHADE, save_figure
 
-_SHADE = "#f0e442"
 _BAD = "#b2182b"
 # Tol's muted colours: none of them is a method's.
 _CLASSES = ("#88CCEE", "#882255", "#117733", "#DDCC77", "#332288", "#CC6677", "#AA4499", "#44AA99")
@@ -278,7 +285,7 @@ def tail_figure(experiment: ImageExperiment, rewards: Mapping[str, Sequence[np.n
     for axes, method in zip(panels, runs.methods, strict=True):
         own, colour = pooled[method.name], COLOURS[method.kind]
         axes.stairs(np.histogram(own, edges)[0] / len(own), edges, fill=True, color=colour, alpha=0.5)
-        axes.axvspan(edges[0], quantile(own, runs.mass), color=_SHADE, alpha=0.3, linewidth=0)
+        axes.axvspan(edges[0], quantile(own, runs.mass), color=SHADE, alpha=0.3, linewidth=0)
         if base is not None:
             before = np.histogram(pooled[base], edges)[0] / len(pooled[base])
             axes.stairs(before, edges, color=COLOURS["pretrained"], linewidth=1.0)
@@ -291,7 +298,7 @@ def tail_figure(experiment: ImageExperiment, rewards: Mapping[str, Sequence[np.n
     figure.suptitle(experiment.title)
     share = f"worst {100 * runs.mass:g} %"
     handles: list[Any] = [
-        Patch(color=_SHADE, alpha=0.4, label=share),
+        Patch(color=SHADE, alpha=0.4, label=share),
         Line2D([], [], color="black", linewidth=1.5, label=f"mean of the {share}"),
     ]
     if base is not None:
@@ -384,3 +391,24 @@ def _shades(methods: Sequence[tuple[str, str]]) -> dict[str, str]:
             red, green, blue = (1 - strength * (1 - part) for part in to_rgb(COLOURS[kind]))
             colours[name] = to_hex((red, green, blue))
     return {name: colours[name] for name, _ in methods}
+
+
+def draw_experiment(results: str | Path, experiment: ImageExperiment, prefix: str | Path) -> None:
+    """Draw ``{prefix}_pictures.png`` and ``{prefix}_scores.png`` of an experiment on pictures.
+
+    Args:
+        results: root of the results.
+        experiment: of which every run must be there.
+        prefix: of the files to write.
+    """
+    runs = runs_of(experiment)
+    if runs.has_tail:
+        rewards = {
+            m.name: [load_scores(results, runs, m.name, seed).reward for seed in runs.seeds]
+            for m in runs.methods
+        }
+        scores = tail_figure(experiment, rewards)
+    else:
+        scores = exploration_figure(experiment, collect_runs(results, [runs]))
+    save_figure(scores, f"{prefix}_scores.png")
+    save_figure(pictures_of(results, experiment), f"{prefix}_pictures.png")

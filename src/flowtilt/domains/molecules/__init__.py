@@ -1,0 +1,192 @@
+"""Molecules of QM9: an equivariant flow, and minus the GFN1-xTB energy as the reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowtilt.domains.molecules.experiment import MoleculeExperiment
+from flowtilt.domains.molecules.words import describe
+from flowtilt.pipeline.configuration import ConfigError as ConfigError
+from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
+from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.resources import Needs
+
+_HERE = "flowtilt.domains.molecules"
+_RUN = "runs/{experiment}/{method}/seed{seed}"
+_FLOW = ("subset", "units", "network")
+_SOLVED = (*_FLOW, "time_power")
+_TUNED = ("am", "fdc", "tfft")
+_DATA = "data/qm9.npz"
+
+
+def _data(run: Run) -> str:
+    return f"{run.results}/{_DATA}"
+
+
+def _checkpoint(experiment: MoleculeExperiment) -> list[str]:
+    """The shipped weights and their record, if the pretrained model is taken from them."""
+    shipped = experiment.checkpoint
+    files = [] if shipped.retrain else [Path(shipped.path), Path(shipped.path).with_suffix(".json")]
+    return [str(file) for file in files if file.is_file()]
+
+
+def _pretrain_reads(run: Run) -> Files:
+    shipped = _checkpoint(run.experiment)  # type: ignore[arg-type]
+    return {"molecules": _data(run)} | ({"shipped": shipped} if shipped else {})
+
+
+def _finetune_reads(run: Run) -> Files:
+    return {"pretrained": run.shared("model.safetensors")} | run.taken()
+
+
+def _sample_reads(run: Run) -> Files:
+    """What the molecules of a run are drawn from: data, the pretrained model, or the run's own."""
+    if run.kind == "data":
+        return {"molecules": _data(run)}
+    return {
+        "model": run.shared("model.safetensors")
+        if run.kind == "pretrained"
+        else run.file("model.safetensors")
+    }
+
+
+def _evaluate_reads(run: Run) -> Files:
+    return {"samples": run.file("samples.npz"), "molecules": _data(run)} | run.trained()
+
+
+STAGES = (
+    Stage(
+        "data",
+        f"{_HERE}.evaluation:prepare",
+        writes={"molecules": _DATA},
+        reads=lambda run: {},
+        sections=(),
+        needs=Needs((3000, 3000), (20, 20)),
+        wanted=False,
+        priority=20,
+    ),
+    Stage(
+        "pretrain",
+        f"{_HERE}.pretraining:pretrain",
+        writes={
+            "model": "runs/{experiment}/pretrained/model.safetensors",
+            "record": "runs/{experiment}/pretrained/training.json",
+        },
+        reads=_pretrain_reads,
+        sections=("base", "model", *_FLOW, "pretrain", "checkpoint"),
+        needs=Needs((3000, 16000), (300, 1440), gpu=True),
+        before=True,
+        priority=20,
+    ),
+    Stage(
+        "offline",
+        "flowtilt.pipeline.stages:offline",
+        writes={"offline": "runs/{experiment}/pretrained/seed{seed}/offline.npz"},
+        reads=lambda run: {"pretrained": run.shared("model.safetensors")},
+        sections=("base", "model", *_SOLVED, "reward", "offline", "solver"),
+        needs=Needs((2000, 16000), (20, 120), gpu=True, group="molecules"),
+        wanted=False,
+        before=True,
+        priority=20,
+    ),
+    Stage(
+        "threshold",
+        "flowtilt.pipeline.stages:threshold",
+        writes={"threshold": f"{_RUN}/threshold.json"},
+        reads=lambda run: {"offline": run.pretrained("offline.npz")},
+        sections=("objective", "solver"),
+        kinds=("tfft",),
+        needs=Needs((1000, 1000), (5, 5), group="molecules", always=True),
+        priority=20,
+    ),
+    Stage(
+        "finetune",
+        "flowtilt.pipeline.stages:finetune",
+        writes={"model": f"{_RUN}/model.safetensors", "history": f"{_RUN}/history.csv"},
+        reads=_finetune_reads,
+        sections=("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
+        kinds=_TUNED,
+        needs=Needs((2000, 16000), (60, 1440), gpu=True, shared=True),
+        priority=10,
+    ),
+    Stage(
+        "sample",
+        f"{_HERE}.sampling:sample",
+        writes={"samples": f"{_RUN}/samples.npz"},
+        reads=_sample_reads,
+        sections=("base", "model", *_SOLVED, "evaluation"),
+        kinds=("data", "pretrained", *_TUNED),
+        needs=Needs((2000, 16000), (30, 120), gpu=True),
+        priority=10,
+    ),
+    Stage(
+        "evaluate",
+        f"{_HERE}.evaluation:evaluate",
+        writes={
+            "metrics": f"{_RUN}/metrics.json",
+            "sdf": f"{_RUN}/molecules.sdf",
+            "energies": f"{_RUN}/energies.npz",
+        },
+        reads=_evaluate_reads,
+        sections=("subset", "reward", "objective", "evaluation"),
+        kinds=("data", "pretrained", *_TUNED),
+        needs=Needs((2000, 8000), (30, 720)),
+    ),
+)
+
+
+class MoleculesDomain:
+    """The domain; see :class:`flowtilt.pipeline.domain.Domain`."""
+
+    name = "molecules"
+    words = "on molecules"
+    environment = "molecules"
+    packages = ("rdkit", "tblite", "qm9pack")
+    stages: Sequence[Stage] = STAGES
+    workbench = f"{_HERE}.finetuning:MoleculesBench"
+    report = f"{_HERE}.report"
+    assessment = ("sample", "evaluate")
+
+    def schema(self, data: Mapping[str, Any]) -> type[MoleculeExperiment]:
+        return MoleculeExperiment
+
+    def completed(self, data: Mapping[str, Any], file: Path) -> dict[str, Any]:
+        """Nothing is kept in other files."""
+        return dict(data)
+
+    def check(self, files: Mapping[str, Mapping[str, Experiment]]) -> None:
+        """Refuse cases that would change what they share with the experiment that they derive from."""
+        from flowtilt.domains.molecules.sharing import check_shared
+
+        check_shared(files)
+
+    def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
+        return {"": "levels"} if table is not None else {"_energies": "energies", "_molecules": "molecules"}
+
+    def read_by_table(self, run: Run, table: str | None) -> list[str]:
+        """A run's metrics; for a study of levels also its costs, and what its cases are compared with."""
+        if table is None:
+            return [run.file("metrics.json")]
+        case = run.experiment
+        others = {"pretrained": ["metrics.json"], "am": ["metrics.json", "history.csv"]}
+        others |= dict.fromkeys(case.also, ["metrics.json", "history.csv"])
+        own = [run.file("metrics.json"), run.file("history.csv")]
+        return own + [run.file_of(m, file, case.base) for m, files in others.items() for file in files]
+
+    describe = staticmethod(describe)
+
+    def chapters(self) -> Sequence[Chapter]:
+        return (
+            Chapter(
+                "Experiments on molecules",
+                "An `experiments/{name}.yaml` with `domain: molecules`: low energies of QM9's molecules. "
+                "`docs/molecules.md` says what is done, and why.",
+                MoleculeExperiment,
+                "on molecules",
+            ),
+        )
+
+
+DOMAIN = MoleculesDomain()

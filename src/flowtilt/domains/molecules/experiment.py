@@ -7,7 +7,7 @@ neither torch nor the numerics.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,50 +24,24 @@ from flowtilt.domains.molecules.sections import (
     UnitsConfig,
     XTBConfig,
 )
-from flowtilt.pipeline.configuration import CaseName, Name, Positive, Section, Seeds, ToldApart, changed
-from flowtilt.pipeline.sections import OfflineConfig, SolverConfig, TailSpec, check_methods
+from flowtilt.pipeline.configuration import Name, Positive, ToldApart
+from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.sections import OfflineConfig, TailSpec, check_methods
 
-_FLOW = ("subset", "units", "network")
-_SOLVED = (*_FLOW, "time_power")
+UNIT = "negative_energy"
+"""What is raised, as names of metrics have it."""
+
+WIDEST = 0.5
+"""Mass of the tail from which a rising level starts."""
 
 
-class MoleculeExperiment(Section):
+class MoleculeExperiment(Experiment):
     """One experiment on molecules, or one case of a study of them."""
 
-    layers: ClassVar[tuple[str, ...]] = ("network",)
-    """Rows of each method in the tables: there is no grid to solve anything on."""
-
-    solved_apart: ClassVar[bool] = True
-    rules: ClassVar[str] = "molecules_"
-    """What the names of the workflow's rules for its stages begin with."""
-
-    stage_sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "pretrain": ("base", "model", *_FLOW, "pretrain", "checkpoint"),
-        "offline": ("base", "model", *_SOLVED, "reward", "offline", "solver"),
-        "threshold": ("objective", "solver"),
-        "finetune": ("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
-        "sample": ("base", "model", *_SOLVED, "evaluation"),
-        "evaluate": ("subset", "reward", "objective", "evaluation"),
-    }
-    """What each stage reads; see :func:`flowtilt.pipeline.experiment.stage_digest`."""
-
-    unit: ClassVar[str] = "negative_energy"
-
-    name: CaseName
-    """Name of the experiment: that of its file."""
+    tables = ("levels",)
 
     domain: Literal["molecules"]
     """Says that the experiment is on molecules."""
-
-    title: str
-    """Title of its table."""
-
-    base: Name
-    """Experiment whose pretrained model and offline batches this one uses; by default itself, and for a
-    case of a study the experiment that it derives from."""
-
-    seeds: Seeds
-    """Seeds of the runs; a number n stands for 0 to n - 1."""
 
     model: MoleculeModelConfig
     """The base model."""
@@ -100,9 +74,6 @@ class MoleculeExperiment(Section):
     offline: OfflineConfig
     """Sizes of batches."""
 
-    solver: SolverConfig
-    """The control solver of all methods."""
-
     methods: Annotated[Mapping[Name, MoleculeMethodConfig], Field(min_length=1), ToldApart]
     """The methods by name, each a row of the table."""
 
@@ -113,14 +84,11 @@ class MoleculeExperiment(Section):
     evaluation: MoleculeEvaluationConfig
     """How runs are measured."""
 
-    axis_value: float | None = None
-    """Where a case stands on its study's axis; set by the case's ``value``."""
-
     @model_validator(mode="after")
     def _solvers_fit(self) -> MoleculeExperiment:
         check_methods(self.methods, self.layers)
         for name, method in self.methods.items():
-            solver = self._solver(name)
+            solver = self.solver_of(name)
             if solver.kind == "weighted_fitting" and (method.kind == "fdc" or method.rise is not None):
                 raise ValueError(
                     f"methods.{name}.solver.kind: weighted_fitting solves one problem by values; fdc has "
@@ -154,9 +122,6 @@ class MoleculeExperiment(Section):
             raise ValueError(f"also: {min(twice)} is a method of the case's own; rename one of them")
         return self
 
-    def _solver(self, method: str) -> SolverConfig:
-        return changed(self.solver, self.methods[method].solver, f"methods.{method}.solver")
-
     @property
     def flow(self) -> MoleculeConfig:
         """The configuration of the pretrained flow."""
@@ -169,14 +134,6 @@ class MoleculeExperiment(Section):
             time_power=self.time_power,
         )
 
-    def solver_of(self, method: str) -> SolverConfig:
-        """The control solver of a method: the experiment's with the method's changes."""
-        return self._solver(method)
-
-    def updates_of(self, method: str) -> int:
-        """Optimiser steps in each solve of a method."""
-        return self.methods[method].updates or self.solver_of(method).updates
-
     def level_of(self, method: str) -> float:
         """The level b of a method's tail, its best share being 1 - b; of those of the base as well."""
         return {**self.also, **self.methods}[method].level or self.objective.level
@@ -185,6 +142,17 @@ class MoleculeExperiment(Section):
         """Side, mass and KL weight of a method's tail problem."""
         mass = 1 - self.level_of(method)
         return TailSpec("upper", mass, self.objective.alpha)
+
+    def masses_of(self, method: str) -> list[float]:
+        rise = self.methods[method].rise
+        return [] if rise is None else rising(self.tail_of(method).mass, rise, self.updates_of(method))
+
+    def reward_weight_of(self, method: str) -> float:
+        return self.objective.alpha
+
+    @property
+    def unit(self) -> str:
+        return UNIT
 
     @property
     def mass(self) -> float:
@@ -196,11 +164,20 @@ class MoleculeExperiment(Section):
         """Mean over that share: the name of the metric that the tables lead with."""
         return tail_metric(self.objective.level)
 
-    @property
-    def mean_metric(self) -> str:
-        return f"mean_{self.unit}"
-
 
 def tail_metric(level: float) -> str:
     """Name of the mean over the best share of minus the energies: ``top_0.2pct_negative_energy``."""
-    return f"top_{100 * (1 - level):.6g}pct_{MoleculeExperiment.unit}"
+    return f"top_{100 * (1 - level):.6g}pct_{UNIT}"
+
+
+def rising(mass: float, rise: float, updates: int) -> list[float]:
+    """The mass of the tail at every update: from one half geometrically to ``mass``, and then that.
+
+    Args:
+        mass: at the end.
+        rise: share of the updates before it is reached.
+        updates: how many there are.
+    """
+    start = max(WIDEST, mass)
+    shares = (min(1.0, update / (rise * updates)) if rise > 0 else 1.0 for update in range(updates))
+    return [start * (mass / start) ** share for share in shares]

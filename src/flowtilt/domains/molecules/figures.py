@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from flowtilt.domains.molecules.tables import LevelLine
+from flowtilt.domains.molecules.experiment import MoleculeExperiment
+from flowtilt.domains.molecules.tables import LevelLine, levels
 from flowtilt.files import atomic_path
 from flowtilt.metrics.tails import quantile, upper_tail_mean
-from flowtilt.pipeline.report.measurements import ResultsError, Runs, read_arrays, run_folder
+from flowtilt.pipeline.report.measurements import ResultsError, Runs, read_arrays, run_folder, runs_of
 from flowtilt.pipeline.report.panels import describe, pretty
+from flowtilt.pipeline.report.style import COLOURS, SHADE, reported_tails, save_figure
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
 
-# Okabe and Ito's palette, as in the other figures.
-COLOURS = {"data": "#CC79A7", "pretrained": "#6b6b6b", "am": "#0072B2", "fdc": "#D55E00", "tfft": "#009E73"}
 _CASES = {
     "plain": "#56B4E9",
     "pool": "#009E73",
@@ -31,7 +32,6 @@ _CASES = {
     "rising": "#D55E00",
     "fitted": "#CC79A7",
 }
-_SHADE = "#f0e442"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def energies_figure(
     handles: list[Any] = [
         Patch(color="#6b6b6b", alpha=0.3, label="all with an energy"),
         Patch(color="#6b6b6b", alpha=0.75, label="valid"),
-        Patch(color=_SHADE, alpha=0.4, label=share),
+        Patch(color=SHADE, alpha=0.4, label=share),
         Line2D([], [], color="black", linewidth=1.5, label=f"mean of the {share}"),
         Line2D([], [], color="black", marker="v", linestyle="", label="reported"),
     ]
@@ -111,7 +111,7 @@ def _mark_tail(
     """Shade the tail, draw its mean, point at reported ones; what is said of it."""
     rewards = own.reward[np.isfinite(own.reward)]
     mean = upper_tail_mean(rewards, runs.mass)
-    axes.axvspan(quantile(rewards, 1 - runs.mass), rewards.max(), color=_SHADE, alpha=0.4, linewidth=0)
+    axes.axvspan(quantile(rewards, 1 - runs.mass), rewards.max(), color=SHADE, alpha=0.4, linewidth=0)
     axes.axvline(mean, ymax=0.8, color="black", linewidth=1.5)
     said = [f"{describe(runs.tail_metric).words} {pretty(mean)}, valid {100 * own.valid.mean():.1f} %"]
     for source, values in reported.items():
@@ -236,3 +236,30 @@ def levels_figure(lines: Sequence[LevelLine], title: str) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     return figure
+
+
+def draw_experiment(
+    results: str | Path, experiment: MoleculeExperiment, reported: pd.DataFrame, prefix: str | Path
+) -> None:
+    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment on molecules.
+
+    Args:
+        results: root of the results.
+        experiment: of which every run must be there.
+        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
+        prefix: of the files to write.
+    """
+    runs = runs_of(experiment)
+    generated = {m.name: load_generated(results, runs, m.name) for m in runs.methods}
+    figure = energies_figure(runs, generated, reported_tails(reported, runs))
+    save_figure(figure, f"{prefix}_energies.png")
+    folders = {m.name: run_folder(results, runs, m.name, "network", runs.seeds[0]) for m in runs.methods}
+    rows = [(name, shown_molecules(folder / "molecules.sdf")) for name, folder in folders.items()]
+    draw_molecules(f"{prefix}_molecules.png", rows)
+
+
+def draw_levels(
+    results: str | Path, title: str, cases: Sequence[MoleculeExperiment], prefix: str | Path
+) -> None:
+    """Draw ``{prefix}.png``: what each level of the tail reaches."""
+    save_figure(levels_figure(levels(results, cases), title), f"{prefix}.png")

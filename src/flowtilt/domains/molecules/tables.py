@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
+from flowtilt.pipeline.report.base import Table
 from flowtilt.pipeline.report.claims import raises
 from flowtilt.pipeline.report.measurements import (
     Method,
@@ -23,6 +24,7 @@ from flowtilt.pipeline.report.measurements import (
     runs_of,
 )
 from flowtilt.pipeline.report.panels import Panel, describe, over_seeds, pretty
+from flowtilt.pipeline.report.tables import VERDICTS, listed, panels_of, reported_columns, table_frame
 
 NOTE = (
     "Energies are GFN1-xTB total energies at the generated geometries, in hartree; a molecule without an "
@@ -280,3 +282,25 @@ LEVELS_NOTE = (
     "input counted as one and to the parameters as two, which are counted and not timed; and energies beside "
     "them."
 )
+
+
+# ------------------------------------------------------------------------------------ tables
+
+
+def experiment_table(results: str | Path, experiment: MoleculeExperiment, reported: pd.DataFrame) -> Table:
+    """The table of an experiment; the text says what holds of what should."""
+    runs = runs_of(experiment)
+    long = collect_runs(results, [runs])
+    summary = entries(summarise(long))
+    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
+    panels = panels_of(summary, groups(experiment, caption), reported_columns(long, reported))
+    note = f"{listed(findings(long, experiment, reported))}{NOTE} {VERDICTS}"
+    return Table(table_frame(long, reported), panels, note)
+
+
+def levels_table(results: str | Path, title: str, cases: Sequence[MoleculeExperiment]) -> Table:
+    """The table of a study of the level of the tail; histories are read as well."""
+    lines = levels(results, cases)
+    frame = pd.DataFrame(lines, columns=list(LevelLine._fields))
+    panels = [levels_panel(lines, title)]
+    return Table(frame, panels, LEVELS_NOTE)

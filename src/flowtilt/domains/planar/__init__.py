@@ -1,0 +1,238 @@
+"""Experiments in the plane: every method beside its exact solution on a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowtilt.domains.planar.experiment import FunctionalExperiment, PlanarExperiment, TailExperiment
+from flowtilt.domains.planar.words import describe
+from flowtilt.pipeline.domain import Chapter, Run, Stage
+from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.report.panels import Description as Description
+from flowtilt.pipeline.resources import Needs
+
+_PRETRAINED = "runs/{experiment}/pretrained/seed{seed}"
+_RUN = "runs/{experiment}/{method}/seed{seed}"
+_SHORT = "pretrain"
+"""The group of the short jobs before a fine-tuning."""
+
+
+def _is_tail(experiment: Experiment) -> bool:
+    return isinstance(experiment, TailExperiment)
+
+
+def _is_functional(experiment: Experiment) -> bool:
+    return isinstance(experiment, FunctionalExperiment)
+
+
+def _finetune_reads(run: Run) -> dict[str, str]:
+    """The pretrained model, and a threshold or the model of an earlier run."""
+    files = {"pretrained": run.pretrained("model.safetensors")}
+    start = run.experiment.methods[run.method].continue_from
+    if run.kind == "tfft":
+        files["threshold"] = run.file("threshold.json")
+    elif start is not None:
+        files["start"] = run.file_of(start, "model.safetensors")
+    return files
+
+
+def _measure_reads(run: Run) -> dict[str, str]:
+    """A run's model and what it is measured against."""
+    base = {"base": run.pretrained("model.safetensors"), "density": run.pretrained("density.npz")}
+    own = {"model": run.file("model.safetensors")} if run.kind != "pretrained" else {}
+    return base | own | run.trained()
+
+
+def _exact_reads(run: Run) -> dict[str, str]:
+    return {"density": run.pretrained("density.npz"), "resolution": f"{run.results}/resolution.json"}
+
+
+def _resolution_reads(run: Run) -> dict[str, list[str]]:
+    """What the runs of Adjoint Matching in an experiment have sampled, and the densities they started from."""
+    experiment = run.experiment
+    runs = [
+        Run(run.results, experiment, name, seed)
+        for name, method in experiment.methods.items()
+        if method.kind == "am"
+        for seed in experiment.seeds
+    ]
+    return {
+        "samples": [one.file("samples.npz") for one in runs],
+        "densities": [one.pretrained("density.npz") for one in runs],
+    }
+
+
+_MEASURED = {"samples": f"{_RUN}/samples.npz", "metrics": f"{_RUN}/metrics.json"}
+_MEASURE = Needs((1500, 8000), (15, 120), gpu=True, group="measure", threaded=True)
+_SECTIONS = ("name", "path", "network", "reward", "objective", "grid", "evaluation", "methods")
+_HERE = "flowtilt.domains.planar"
+
+STAGES = (
+    Stage(
+        "pretrain",
+        f"{_HERE}.training:pretrain",
+        writes={"model": f"{_PRETRAINED}/model.safetensors", "history": f"{_PRETRAINED}/history.csv"},
+        reads=lambda run: {},
+        sections=("base", "path", "network", "data", "pretrain"),
+        needs=Needs((1500, 8000), (15, 120), gpu=True, group=_SHORT, threaded=True),
+        before=True,
+        priority=10,
+    ),
+    Stage(
+        "density",
+        f"{_HERE}.solving:density",
+        writes={"density": f"{_PRETRAINED}/density.npz"},
+        reads=lambda run: {"model": run.pretrained("model.safetensors")},
+        sections=("path", "network", "grid", "evaluation"),
+        needs=Needs((1500, 8000), (10, 30), gpu=True, group=_SHORT, threaded=True),
+        before=True,
+        priority=20,
+    ),
+    Stage(
+        "offline",
+        "flowtilt.pipeline.stages:offline",
+        writes={"offline": f"{_PRETRAINED}/offline.npz"},
+        reads=lambda run: {"pretrained": run.pretrained("model.safetensors")},
+        sections=("name", "path", "network", "reward", "offline", "solver"),
+        needs=Needs((1500, 8000), (10, 30), gpu=True, group=_SHORT, threaded=True),
+        wanted=False,
+        priority=20,
+    ),
+    Stage(
+        "threshold",
+        "flowtilt.pipeline.stages:threshold",
+        writes={"threshold": f"{_RUN}/threshold.json"},
+        reads=lambda run: {"offline": run.file_of("pretrained", "offline.npz")},
+        sections=("objective",),
+        kinds=("tfft",),
+        needs=Needs((1000, 1000), (5, 5), group=_SHORT, always=True, threaded=True),
+        priority=20,
+    ),
+    Stage(
+        "finetune",
+        "flowtilt.pipeline.stages:finetune",
+        writes={"model": f"{_RUN}/model.safetensors", "history": f"{_RUN}/history.csv"},
+        reads=_finetune_reads,
+        sections=("name", "path", "network", "reward", "objective", "offline", "solver"),
+        kinds=("am", "fdc", "tfft"),
+        needs=Needs((1500, 8000), (10, 480), gpu=True, shared=True, group="finetune", threaded=True),
+        priority=10,
+    ),
+    Stage(
+        "measure",
+        f"{_HERE}.measuring:measure",
+        writes=_MEASURED,
+        reads=_measure_reads,
+        sections=_SECTIONS,
+        kinds=("pretrained", "am", "fdc", "tfft"),
+        of=_is_tail,
+        needs=_MEASURE,
+        scope="file",
+        priority=20,
+    ),
+    Stage(
+        "measure",
+        f"{_HERE}.measuring:measure",
+        writes={**_MEASURED, "laws": f"{_RUN}/laws.npz"},
+        reads=_measure_reads,
+        sections=_SECTIONS,
+        kinds=("pretrained", "am", "fdc", "tfft"),
+        of=_is_functional,
+        needs=_MEASURE,
+        scope="file",
+        priority=20,
+    ),
+    Stage(
+        "resolution",
+        f"{_HERE}.solving:measure_resolution",
+        writes={"resolution": "resolution.json"},
+        reads=_resolution_reads,
+        sections=("reward", "objective", "grid", "methods"),
+        of=_is_tail,
+        needs=Needs((1500, 1500), (30, 30), local=True, threaded=True),
+        scope="resolution",
+    ),
+    Stage(
+        "exact",
+        f"{_HERE}.solving:exact",
+        writes={
+            "metrics": "runs/{experiment}/exact/seed{seed}/metrics.json",
+            "laws": "runs/{experiment}/exact/seed{seed}/laws.npz",
+            "resolved_metrics": "runs/{experiment}/resolved/seed{seed}/metrics.json",
+            "resolved_laws": "runs/{experiment}/resolved/seed{seed}/laws.npz",
+        },
+        reads=_exact_reads,
+        sections=("reward", "objective", "grid", "methods"),
+        of=_is_tail,
+        needs=Needs((1500, 1500), (15, 15), group="exact", always=True, threaded=True),
+    ),
+)
+
+
+class Planar:
+    """The domain; see :class:`flowtilt.pipeline.domain.Domain`."""
+
+    name = "planar"
+    words = "in the plane"
+    environment = "core"
+    packages = ()
+    stages: Sequence[Stage] = STAGES
+    workbench = f"{_HERE}.training:PlanarBench"
+    report = f"{_HERE}.report"
+    assessment = ("measure",)
+
+    def schema(self, data: Mapping[str, Any]) -> type[PlanarExperiment]:
+        """On any functional where the objective has a utility, else on a tail."""
+        objective = data.get("objective")
+        functional = isinstance(objective, Mapping) and "utility" in objective
+        return FunctionalExperiment if functional else TailExperiment
+
+    def completed(self, data: Mapping[str, Any], file: Path) -> dict[str, Any]:
+        """Nothing is kept in other files."""
+        return dict(data)
+
+    def check(self, files: Mapping[str, Mapping[str, Experiment]]) -> None:
+        """Any experiments in the plane can be run beside each other."""
+
+    def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
+        """One figure of a study; of an experiment its densities, and what it is judged by."""
+        if table is not None:
+            return {"": "study"}
+        kinds = ("landscape", "densities", "histograms")
+        if not isinstance(experiments[0], TailExperiment):
+            kinds = ("densities", "metrics")
+        return {f"_{kind}": kind for kind in kinds}
+
+    def read_by_table(self, run: Run, table: str | None) -> list[str]:
+        """A run's metrics, and where solvers are compared what they cost."""
+        costs = table == "solvers" and run.kind != "pretrained"
+        return [run.file("metrics.json"), *([run.file("history.csv")] if costs else [])]
+
+    describe = staticmethod(describe)
+
+    def chapters(self) -> Sequence[Chapter]:
+        return CHAPTERS
+
+
+CHAPTERS = (
+    Chapter(
+        "Experiments on a tail",
+        "An `experiments/{name}.yaml` with `domain: planar` whose `objective` has a `tail`: the mean of a "
+        "reward's worst or best values in the plane. Coordinates of the plane have no unit; the reward's unit "
+        "is the landscape's.",
+        TailExperiment,
+        "on a tail",
+    ),
+    Chapter(
+        "Experiments on a functional",
+        "An `experiments/{name}.yaml` with `domain: planar` whose `objective` has a `utility`: any pair of a "
+        "utility and a divergence in the plane. Sections that are not listed here are those of experiments on "
+        "a tail.",
+        FunctionalExperiment,
+        "on a functional",
+    ),
+)
+
+DOMAIN = Planar()

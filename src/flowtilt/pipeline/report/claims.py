@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from flowtilt.pipeline.report.measurements import Runs, of_row, row_name
+from flowtilt.pipeline.report.measurements import of_row
 from flowtilt.pipeline.report.panels import describe, pretty
 
 
@@ -23,7 +23,7 @@ def raises(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
     words = describe(metric)
     return (
         f"{method} raises the {words.words} over {other}: {decided(found)}, by "
-        f"{' '.join(filter(None, [spread(found), words.unit]))} ({_share(found > 0)})."
+        f"{' '.join(filter(None, [spread(found), words.unit]))} ({share(found > 0)})."
     )
 
 
@@ -36,50 +36,8 @@ def keeps(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
     word = "holds" if (found >= 0).all() else decided(found)
     return (
         f"{method} does not lower the {describe(metric).words} of {other}: {word}, the difference is "
-        f"{spread(found)} (not lower on {_share(found >= 0)})."
+        f"{spread(found)} (not lower on {share(found >= 0)})."
     )
-
-
-def own_gains(long: pd.DataFrame, runs: Runs) -> dict[str, np.ndarray]:
-    """What a network's own objective has more than that of the pretrained law, by method and rising seed.
-
-    Args:
-        long: metrics of one experiment, or of several; see :func:`flowtilt.pipeline.report.measurements.collect_runs`.
-        runs: of an experiment in the plane. One on a tail without a pretrained row has no gains.
-    """
-    long = long[long["experiment"] == runs.name]
-    pretrained = next((m.name for m in runs.methods if m.kind == "pretrained"), None)
-
-    def gain(name: str, kind: str) -> np.ndarray:
-        if not runs.has_tail:
-            before = of_row(long, row_name(name, "exact"), "functional_before")
-            return of_row(long, name, "functional") - before
-        whole = kind == "am"  # its objective is of the mean, and the others' of the tail
-        metric = runs.mean_metric if whole else "tail_objective"
-        before = of_row(long, str(pretrained), metric)
-        return of_row(long, name, "objective") - (runs.sign * before if whole else before)
-
-    if runs.has_tail and pretrained is None:
-        return {}
-    return {m.name: gain(m.name, m.kind) for m in runs.methods if m.kind != "pretrained"}
-
-
-def own_objective(long: pd.DataFrame, runs: Runs) -> list[str]:
-    """Which networks lower what they are to raise, and which raise it on every seed.
-
-    The arguments are those of :func:`own_gains`.
-    """
-    found = own_gains(long, runs)
-    said = [
-        f"{method} lowers its own G on {_share(gain < 0)}: it changes by {spread(gain)} from that of the "
-        "pretrained law."
-        for method, gain in found.items()
-        if (gain < 0).any()
-    ]
-    raised = [method for method, gain in found.items() if (gain > 0).all()]
-    if raised:
-        said.append(f"G rises over that of the pretrained law on every seed under {', '.join(raised)}.")
-    return said
 
 
 def gains(long: pd.DataFrame, method: str, other: str, metric: str) -> np.ndarray:
@@ -100,5 +58,5 @@ def spread(values: np.ndarray) -> str:
     return pretty(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan)
 
 
-def _share(true: np.ndarray) -> str:
+def share(true: np.ndarray) -> str:
     return f"{int(true.sum())} of {len(true)} seeds"

@@ -14,29 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from flowtilt.domains.images import tables as image_tables
-from flowtilt.domains.images.experiment import ImageExperiment
-from flowtilt.domains.molecules import tables as molecule_tables
-from flowtilt.domains.molecules.experiment import MoleculeExperiment
-from flowtilt.domains.planar import hierarchy, solver_study
-from flowtilt.domains.planar.rows import FLOOR
-from flowtilt.domains.planar.studies import (
-    Point,
-    StudyRuns,
-    findings,
-    study_panels,
-    study_points,
-    study_runs_of,
-)
 from flowtilt.files import atomic_path, write_text
-from flowtilt.pipeline.experiment import AnyExperiment, Experiment, load_file, planar_experiment, read_study
-from flowtilt.pipeline.report.claims import own_objective
+from flowtilt.pipeline.experiment import Experiment, load_file
+from flowtilt.pipeline.report.base import report_of, shown_file
 from flowtilt.pipeline.report.measurements import (
     LAYERS,
     SUMMARY_COLUMNS,
     Entry,
     ResultsError,
-    Runs,
     collect_runs,
     entries,
     read_by_seed,
@@ -160,55 +145,18 @@ def _lines(frame: pd.DataFrame, columns: Sequence[str]) -> list[tuple[Any, ...]]
 
 # ------------------------------------------------------------------------------- tables
 
-_FLOOR_NOTE = (
-    "The reference of divergences is the pretrained network's own density, and e^-"
-    f"{FLOOR:g} of that of the data's law where it is lower: where it saw no data a network says "
-    "anything, hundreds of nats below the law."
-)
 _FLOORED_NOTE = (
     f"{_FLOOR_NOTE} The mass on the floor is a row's own where the floor or the grid's border stands for the "
     "network; there the divergence is known from below alone."
 )
-ROW_NOTE = (
-    "Rows: each method's network; the same steps solved exactly on a grid (exact); and solved there "
-    "with the tilt's exponent blurred as a network blurs it (finite resolution). G is what a method "
-    "maximises: the tail mean of the reward (am: its mean) less the KL weight times the KL divergence "
-    "from the pretrained model. The gap is the exact row's G less the row's own, on the same seed. "
-    f"{_FLOORED_NOTE}"
-)
-FUNCTIONAL_ROW_NOTE = (
-    "Rows: each method's network; the same steps solved exactly on a grid (exact); and the largest G of "
-    "any law on that grid (optimum). G is what a method maximises, for networks by their own density on "
-    "the same grid, and so is the KL divergence. The gap closed is the share of the way from the pretrained "
-    f"law to the optimum. {_FLOORED_NOTE}"
-)
-_VERDICTS = (
+VERDICTS = (
     "Verdicts are by code: match (within 10 % of the reported value or two sd), same "
     "ordering (above and below the same methods as reported), or differs."
 )
-_ORDERINGS = (
+ORDERINGS = (
     "Verdicts are by code, on directions alone: same ordering (above and below the same methods as "
     "reported), or differs."
 )
-
-
-def experiment_panels(long: pd.DataFrame, runs: Runs, reported: pd.DataFrame) -> list[Panel]:
-    """The table of one experiment: the results beside reported values, then the details.
-
-    Args:
-        long: see :func:`flowtilt.pipeline.report.measurements.collect`.
-        runs: the experiment.
-        reported: see :func:`read_reported`.
-    """
-    summary = entries(summarise(with_gaps(long)))
-    beside = reported_columns(long, reported)
-    known = list(dict.fromkeys(e.metric for e in summary))
-    first = [runs.tail_metric, "gap_closed", *beside, runs.mean_metric, "kl", "floored_mass"]
-    first += ["objective", "gap"]
-    first = [metric for metric in dict.fromkeys(first) if metric in known]
-    rest = [metric for metric in known if metric not in first and metric != "relative_gap"]
-    caption = f"{runs.title or runs.name}: {over_seeds(len(runs.seeds))}"
-    return panels_of(summary, {caption: first, "Details": rest}, beside)
 
 
 def panels_of(
@@ -274,6 +222,11 @@ def table_frame(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
 # ------------------------------------------------------------------------------- writing
 
 
+def listed(sentences: Sequence[str]) -> str:
+    """Sentences as a list above a note; nothing if there are none."""
+    return "".join(f"- {sentence}\n" for sentence in sentences) + ("\n" if sentences else "")
+
+
 def write_table(
     file: str | Path,
     overrides: Mapping[str, Any] | None,
@@ -294,24 +247,8 @@ def write_table(
         ConfigError: if the file is not a valid experiment or study.
         ResultsError: if a file of results is missing or malformed, or the reported values are.
     """
-    experiments = list(load_file(file, overrides).values())
-    beside = read_reported(reported)
-    study = read_study(Path(file))
-    molecules = [e for e in experiments if isinstance(e, MoleculeExperiment)]
-    if isinstance(experiments[0], ImageExperiment):
-        write_images_table(results, experiments[0], prefix, beside)
-    elif molecules and study is None:
-        write_molecules_table(results, molecules[0], prefix, beside)
-    elif molecules and study is not None:
-        write_levels_table(results, study.title, molecules, prefix)
-    elif study is None:
-        write_experiment_table(results, runs_of(experiments[0]), prefix, beside)
-    elif study.study.table == "hierarchy":
-        write_hierarchy_table(results, study.title, list(map(planar_experiment, experiments)), prefix)
-    elif study.study.table == "solvers":
-        write_solvers_table(results, study.title, list(map(planar_experiment, experiments)), prefix)
-    else:
-        write_study_table(results, study_runs_of(study, experiments), prefix)
+    shown = shown_file(file, overrides, results, read_reported(reported))
+    write_panels(prefix, *report_of(shown.experiments[0]).table(shown))
 
 
 def write_comparison(
@@ -333,11 +270,10 @@ def write_comparison(
     experiments = [experiment for file in files for experiment in load_file(file, overrides).values()]
     beside = read_reported(reported)
     for experiment in experiments:
-        if isinstance(experiment, ImageExperiment):
-            beside = image_tables.with_reported(beside, experiment)
+        beside = report_of(experiment).reported(beside, experiment)
     before = None if earlier is None else read_by_seed(earlier)
 
-    def lines_of(experiment: AnyExperiment) -> pd.DataFrame:
+    def lines_of(experiment: Experiment) -> pd.DataFrame:
         if before is None or (Path(results) / "runs" / experiment.name).is_dir():
             return collect_runs(results, [runs_of(experiment)])
         return before[before["experiment"] == experiment.name]
@@ -345,102 +281,6 @@ def write_comparison(
     long = pd.concat([lines_of(experiment) for experiment in experiments], ignore_index=True)
     _write_frame(by_seed, long)
     _write_frame(output, comparison(long, beside))
-
-
-def write_experiment_table(
-    results: str | Path, runs: Runs, prefix: str | Path, reported: pd.DataFrame
-) -> None:
-    """:func:`write_table` for one ordinary experiment."""
-    long = collect_runs(results, [runs])
-    said = _listed(own_objective(long, runs))
-    note = f"{said}{ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE} {_VERDICTS}"
-    write_panels(prefix, table_frame(long, reported), experiment_panels(long, runs, reported), note)
-
-
-def write_molecules_table(
-    results: str | Path, experiment: MoleculeExperiment, prefix: str | Path, reported: pd.DataFrame
-) -> None:
-    """:func:`write_table` for an experiment on molecules; the text says what holds of what should."""
-    runs = runs_of(experiment)
-    long = collect_runs(results, [runs])
-    summary = entries(summarise(long))
-    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
-    panels = panels_of(summary, molecule_tables.groups(experiment, caption), reported_columns(long, reported))
-    said = "\n".join(f"- {line}" for line in molecule_tables.findings(long, experiment, reported))
-    note = f"{said}\n\n{molecule_tables.NOTE} {_VERDICTS}"
-    write_panels(prefix, table_frame(long, reported), panels, note)
-
-
-def write_images_table(
-    results: str | Path, experiment: ImageExperiment, prefix: str | Path, reported: pd.DataFrame
-) -> None:
-    """:func:`write_table` for an experiment on pictures; the text says what holds of what should."""
-    runs = runs_of(experiment)
-    long = collect_runs(results, [runs])
-    beside = image_tables.with_reported(reported, experiment)
-    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
-    groups = image_tables.groups(experiment, caption)
-    panels = panels_of(entries(summarise(long)), groups, reported_columns(long, beside))
-    said = "\n".join(f"- {line}" for line in image_tables.findings(long, experiment, beside))
-    verdicts = _VERDICTS if image_tables.by_value(experiment) else _ORDERINGS
-    note = f"{said}\n\n{image_tables.note(experiment)} {verdicts}"
-    write_panels(prefix, table_frame(long, beside), panels, note)
-
-
-def write_levels_table(
-    results: str | Path, title: str, cases: Sequence[MoleculeExperiment], prefix: str | Path
-) -> None:
-    """:func:`write_table` for a study of the level of the tail; histories are read as well."""
-    lines = molecule_tables.levels(results, cases)
-    frame = pd.DataFrame(lines, columns=list(molecule_tables.LevelLine._fields))
-    panels = [molecule_tables.levels_panel(lines, title)]
-    write_panels(prefix, frame, panels, molecule_tables.LEVELS_NOTE)
-
-
-def write_study_table(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:
-    """:func:`write_table` for a study; the text says what was found."""
-    long = collect_runs(results, study.cases)
-    points = study_points(long, study)
-    frame = pd.DataFrame(points, columns=list(Point._fields)).astype({"axis": float})
-    said = _listed([*findings(points, study), *_lowered(long, study.cases)])
-    write_panels(prefix, frame, study_panels(points, study), f"{said}{ROW_NOTE}")
-
-
-def _listed(sentences: Sequence[str]) -> str:
-    """Sentences as a list above a note; nothing if there are none."""
-    return "".join(f"- {sentence}\n" for sentence in sentences) + ("\n" if sentences else "")
-
-
-def _lowered(long: pd.DataFrame, cases: Iterable[Runs]) -> list[str]:
-    """One sentence for each network of a study that lowers its own objective on some seed."""
-    return [
-        f"{runs.name.split('/')[-1]}: {sentence}"
-        for runs in cases
-        for sentence in own_objective(long, runs)
-        if "lowers" in sentence
-    ]
-
-
-def write_hierarchy_table(
-    results: str | Path, title: str, cases: Sequence[Experiment], prefix: str | Path
-) -> None:
-    """:func:`write_table` for a study whose cases are functionals."""
-    long = collect_runs(results, [runs_of(case) for case in cases])
-    lines = hierarchy.reached(long, cases)
-    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{hierarchy.NOTE} {_FLOOR_NOTE}"
-    frame = pd.DataFrame(lines, columns=list(hierarchy.Reached._fields))
-    write_panels(prefix, frame, [hierarchy.hierarchy_panel(lines, title)], note)
-
-
-def write_solvers_table(
-    results: str | Path, title: str, cases: Sequence[Experiment], prefix: str | Path
-) -> None:
-    """:func:`write_table` for a study that compares control solvers; histories are read as well."""
-    long = collect_runs(results, [runs_of(case) for case in cases])
-    points = solver_study.solver_points(solver_study.solver_runs(results, long, cases))
-    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{solver_study.NOTE} {_FLOOR_NOTE}"
-    frame = pd.DataFrame(points, columns=list(solver_study.SolverPoint._fields))
-    write_panels(prefix, frame, [solver_study.solvers_panel(points, title)], note)
 
 
 def write_panels(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:

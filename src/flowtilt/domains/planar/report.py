@@ -1,0 +1,47 @@
+"""What is shown of experiments in the plane: tables and figures of a file, by the kind of its table."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from flowtilt.domains.planar import tables
+from flowtilt.domains.planar.experiment import FunctionalExperiment, tail_experiment
+from flowtilt.domains.planar.studies import study_runs_of
+from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.report.base import Shown, Table
+from flowtilt.pipeline.report.measurements import runs_of
+
+
+def table(shown: Shown) -> Table:
+    """The table of an experiment, or of a study: along its axis, of functionals, or of solvers."""
+    if shown.study is None:
+        return tables.experiment_table(shown.results, runs_of(shown.experiments[0]), shown.reported)
+    if shown.table == "hierarchy":
+        return tables.hierarchy_table(shown.results, shown.title, shown.experiments)
+    if shown.table == "solvers":
+        return tables.solvers_table(shown.results, shown.title, shown.experiments)
+    return tables.study_table(shown.results, study_runs_of(shown.study, shown.experiments))
+
+
+def draw(shown: Shown, prefix: str) -> None:
+    """Figures of an experiment, or of a study by the kind of its table."""
+    from flowtilt.domains.planar import figures
+
+    results, first = shown.results, shown.experiments[0]
+    if shown.table == "solvers":
+        figures.draw_solvers(results, shown.title, shown.experiments, prefix)
+    elif shown.table == "hierarchy":
+        figures.draw_hierarchy(results, shown.title, shown.experiments, prefix)
+    elif shown.study is not None:
+        figures.draw_study(results, study_runs_of(shown.study, shown.experiments), prefix)
+    elif isinstance(first, FunctionalExperiment):
+        height = figures.slope_of(first)
+        figures.draw_functional(results, runs_of(first), height, shown.reported, prefix)
+    else:
+        height = figures.height_of(tail_experiment(first))
+        figures.draw_experiment(results, runs_of(first), height, shown.reported, prefix)
+
+
+def reported(values: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+    """The papers name experiments in the plane as they are named here."""
+    return values

@@ -1,0 +1,340 @@
+"""What a domain brings to the pipeline, and how domains are found.
+
+A domain is what experiments are on: points of the plane, or anything else that a flow draws. It is one object
+with the attributes of :class:`Domain`, in a package of its own. Those in :mod:`flowtilt.domains` are there; a
+package of somebody else brings one by an entry point of the group ``flowtilt.domains``::
+
+    [project.entry-points."flowtilt.domains"]
+    circle = "circle_domain:DOMAIN"
+
+A workflow is planned with domains: importing one takes neither torch nor the numerics. What its jobs need is
+named by ``module:function`` and imported by them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+from flowtilt.pipeline.configuration import ConfigError, Section
+from flowtilt.pipeline.resources import Needs
+
+if TYPE_CHECKING:
+    from flowtilt.pipeline.experiment import Experiment
+    from flowtilt.pipeline.report.panels import Description
+
+GROUP = "flowtilt.domains"
+"""The group of entry points, and the package that holds the domains of flowtilt itself."""
+
+Files = Mapping[str, "str | list[str]"]
+"""Files by the role that they have in a job."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method of an experiment for one seed, and where its files are.
+
+    Attributes:
+        results: root of all results.
+        experiment: of the run.
+        method: of it; empty in a stage that is of no method.
+        seed: of the run, or a field ``{seed}`` to be filled in; empty in a stage that is of no seed.
+    """
+
+    results: str
+    experiment: Experiment
+    method: str = ""
+    seed: int | str = ""
+
+    @property
+    def kind(self) -> str:
+        """The kind of its method."""
+        return self.experiment.methods[self.method].kind
+
+    def file(self, name: str) -> str:
+        """A file of the run itself."""
+        return self.file_of(self.method, name)
+
+    def file_of(self, method: str, name: str, experiment: str | None = None) -> str:
+        """A file of another method's run, of this experiment or of another one."""
+        return f"{self.results}/runs/{experiment or self.experiment.name}/{method}/seed{self.seed}/{name}"
+
+    def pretrained(self, name: str) -> str:
+        """A file of the pretrained model of the run's seed, in the experiment that its own derives from."""
+        return self.file_of("pretrained", name, self.experiment.base)
+
+    def shared(self, name: str) -> str:
+        """A file that the runs of all seeds start from."""
+        return f"{self.results}/runs/{self.experiment.base}/pretrained/{name}"
+
+    def taken(self) -> dict[str, str]:
+        """The threshold that a fine-tuning of kind tfft takes."""
+        return {"threshold": self.file("threshold.json")} if self.kind == "tfft" else {}
+
+    def trained(self) -> dict[str, str]:
+        """What a fine-tuning leaves beside its weights: its history, and the threshold that it took."""
+        tuned = self.experiment.methods[self.method].tuned
+        return ({"history": self.file("history.csv")} if tuned else {}) | self.taken()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of job: a subcommand of ``flowtilt``, and in the workflow a rule of each domain that has it.
+
+    Attributes:
+        name: of the subcommand.
+        action: ``module:function`` that does it, called with a :class:`Job`.
+        writes: files by their role, as patterns below the results with the fields ``experiment``, ``method``
+            and ``seed``, and those of ``fields``.
+        reads: files by their role that a job waits for, of its run.
+        sections: keys of the experiment that it reads: its jobs run again when one of them changes.
+        kinds: of methods that it has jobs of; none if it is of no method.
+        of: experiments that it is for.
+        needs: what its jobs ask for.
+        fields: other fields of ``writes``, from the experiment.
+        folders: roles that are folders.
+        scope: whether a job is of one ``run``; of all experiments of a ``file`` together, for one seed; or of
+            the file that the configuration's key ``resolution`` names, for all seeds.
+        wanted: whether what it writes is asked for by itself, and not only where another stage reads it.
+        before: whether it is done once for all experiments that derive from one, in that one's folder.
+        priority: among the jobs that could start.
+    """
+
+    name: str
+    action: str
+    writes: Mapping[str, str]
+    reads: Callable[[Run], Files]
+    sections: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+    of: Callable[[Experiment], bool] = lambda experiment: True
+    needs: Needs = field(default_factory=lambda: Needs((1500, 8000), (30, 120)))
+    fields: Callable[[Experiment], Mapping[str, str]] = lambda experiment: {}
+    folders: tuple[str, ...] = ()
+    scope: Literal["run", "file", "resolution"] = "run"
+    wanted: bool = True
+    before: bool = False
+    priority: int = 0
+
+    def has(self, experiment: Experiment, method: str) -> bool:
+        """Whether there is a job of a method; the empty name stands for none."""
+        if not self.of(experiment) or bool(self.kinds) != bool(method):
+            return False
+        return not method or experiment.methods[method].kind in self.kinds
+
+    def written(self, run: Run) -> dict[str, str]:
+        """The files of a run's job by their role."""
+        own = {"experiment": run.experiment.name, "method": run.method, "seed": run.seed}
+        return {
+            role: f"{run.results}/{pattern.format(**own, **self.fields(run.experiment))}"
+            for role, pattern in self.writes.items()
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage's function is called with.
+
+    Attributes:
+        run: that it is of; of a job on several experiments, the first one's.
+        experiments: that it is of.
+        inputs: files to read by their role.
+        outputs: files to write by their role.
+        workers: processes that it may use beside its own.
+    """
+
+    run: Run
+    experiments: Sequence[Experiment]
+    inputs: Mapping[str, Path | list[Path]]
+    outputs: Mapping[str, Path]
+    workers: int | None = None
+
+    @property
+    def experiment(self) -> Any:
+        """The experiment that the job is of."""
+        return self.run.experiment
+
+    @property
+    def method(self) -> str:
+        return self.run.method
+
+    @property
+    def seed(self) -> int:
+        return int(self.run.seed)
+
+    def read(self, role: str) -> Path:
+        """An input that the stage must have."""
+        found = self.inputs[role]
+        assert isinstance(found, Path), role
+        return found
+
+    def read_if_any(self, role: str) -> Path | None:
+        """An input that only some runs have."""
+        return self.read(role) if role in self.inputs else None
+
+
+class Chapter(NamedTuple):
+    """What the reference of the configuration says of one kind of file.
+
+    Attributes:
+        title: of the chapter.
+        text: its introduction.
+        kind: what the file's keys are.
+        of: how its sections are told apart from those of the same name in other chapters.
+    """
+
+    title: str
+    text: str
+    kind: type[Section]
+    of: str
+
+
+class Domain(Protocol):
+    """What the pipeline asks of a domain."""
+
+    name: str
+    """As experiments name it by their key ``domain``."""
+
+    words: str
+    """Where its experiments are, in a sentence: ``in the plane``."""
+
+    environment: str
+    """Software of its jobs: a file of ``envs/`` without its ending."""
+
+    packages: tuple[str, ...]
+    """Packages whose versions belong in the record of a run, beside those of flowtilt itself."""
+
+    stages: Sequence[Stage]
+    """Its jobs, from pretraining to metrics."""
+
+    workbench: str
+    """``module:function`` from a :class:`Job` to a :class:`flowtilt.pipeline.stages.Workbench`."""
+
+    report: str
+    """``module:object`` with the functions of :class:`flowtilt.pipeline.report.base.Report`."""
+
+    assessment: tuple[str, ...]
+    """Stages between a run's model and its metrics, whose times the table of costs adds up."""
+
+    def schema(self, data: Mapping[str, Any]) -> type[Experiment]:
+        """The class that checks an experiment's data."""
+
+    def completed(self, data: Mapping[str, Any], file: Path) -> dict[str, Any]:
+        """The data with what other files hold, such as that of a named model.
+
+        Raises:
+            ConfigError: if such a file is missing.
+        """
+
+    def check(self, files: Mapping[str, Mapping[str, Experiment]]) -> None:
+        """Refuse experiments of the domain that cannot be run beside each other.
+
+        Args:
+            files: all that are needed, by the names of experiment and file.
+
+        Raises:
+            ConfigError: naming file, key and fix.
+        """
+
+    def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
+        """Figures of a file: the caption in ``workflow/report`` by what follows the file's name.
+
+        Args:
+            experiments: of the file.
+            table: of a study; None for an ordinary experiment.
+        """
+
+    def read_by_table(self, run: Run, table: str | None) -> list[str]:
+        """What the table of a file is made from, of one run; beside that of others if need be."""
+
+    def describe(self, metric: str) -> Description | None:
+        """Words and unit of one of its own metrics."""
+
+    def chapters(self) -> Sequence[Chapter]:
+        """What the reference of the configuration says of its experiments."""
+
+
+# -------------------------------------------------------------------------------- the registry
+
+
+class DomainError(ConfigError):
+    """A domain that cannot be used; the message names its package and the cure."""
+
+
+@cache
+def sources() -> Mapping[str, EntryPoint]:
+    """Where each known domain comes from, by name.
+
+    Raises:
+        DomainError: if two packages bring one of the same name.
+    """
+    own = importlib.import_module(GROUP)
+    found = {
+        name: EntryPoint(name, f"{GROUP}.{name}:DOMAIN", GROUP)
+        for _, name, package in pkgutil.iter_modules(own.__path__)
+        if package
+    }
+    for point in entry_points(group=GROUP):
+        other = found.setdefault(point.name, point)
+        if other.value != point.value:
+            raise DomainError(
+                f"two packages bring a domain {point.name!r}: {other.value} and {point.value}"
+                f"{_package_of(point)}; uninstall one of them"
+            )
+    return found
+
+
+def _package_of(point: EntryPoint) -> str:
+    return f" (package {point.dist.name})" if point.dist is not None else ""
+
+
+@cache
+def domain_named(name: str) -> Domain:
+    """A domain by its name.
+
+    Raises:
+        DomainError: if there is none, or it cannot be used.
+    """
+    if name not in sources():
+        raise DomainError(
+            f"unknown domain {name!r}; known here: {', '.join(sorted(sources()))}. A domain of another package "
+            "is there once that package is installed beside flowtilt"
+        )
+    point = sources()[name]
+    what = f"domain {name!r}{_package_of(point)}, {point.value}"
+    try:
+        domain = point.load()
+    except Exception as error:  # of somebody else's module, anything
+        raise DomainError(
+            f"{what}: cannot be imported ({type(error).__name__}: {error}); mend or uninstall its package"
+        ) from None
+    if lacking := [member for member in _members() if not hasattr(domain, member)]:
+        raise DomainError(
+            f"{what}: lacks {', '.join(lacking)}, which flowtilt.pipeline.domain.Domain says a domain has; "
+            "add them, or install versions of both packages that fit"
+        )
+    if domain.name != name:
+        raise DomainError(f"{what}: calls itself {domain.name!r}; give both the same name")
+    return domain  # type: ignore[no-any-return]
+
+
+def _members() -> list[str]:
+    """Attributes and methods that a domain must have."""
+    own = [name for name in vars(Domain) if not name.startswith("_")]
+    return [*Domain.__annotations__, *own]
+
+
+def domain_of(experiment: Experiment) -> Domain:
+    """The domain of an experiment."""
+    return domain_named(experiment.domain)
+
+
+def imported(action: str) -> Any:
+    """What ``module:object`` names, of a domain."""
+    module, _, name = action.partition(":")
+    return getattr(importlib.import_module(module), name)

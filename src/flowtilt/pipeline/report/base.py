@@ -1,0 +1,98 @@
+"""What a domain's report is asked for: the table of a file of experiments, and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pandas as pd
+
+from flowtilt.pipeline.domain import domain_of, imported
+from flowtilt.pipeline.experiment import Experiment, Study, load_file, read_study
+from flowtilt.pipeline.report.panels import Panel
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A file of experiments whose runs are there.
+
+    Attributes:
+        name: of the file.
+        study: that it is; None for an ordinary experiment.
+        experiments: of the file, at least one; the cases of a study.
+        results: root of the results to read.
+        reported: values that the papers report, under the names of these experiments.
+    """
+
+    name: str
+    study: Study | None
+    experiments: Sequence[Experiment]
+    results: Path
+    reported: pd.DataFrame
+
+    @property
+    def title(self) -> str:
+        """Of the table."""
+        return self.study.title if self.study is not None else self.experiments[0].title
+
+    @property
+    def table(self) -> str | None:
+        """The table of a study; None for an ordinary experiment."""
+        return self.study.study.table if self.study is not None else None
+
+
+class Table(NamedTuple):
+    """A table as data, as text, and what is said under it."""
+
+    frame: pd.DataFrame
+    panels: Sequence[Panel]
+    note: str
+
+
+class Report(Protocol):
+    """What a domain shows of its runs; the module or object that :attr:`Domain.report` names."""
+
+    def table(self, shown: Shown) -> Table:
+        """The table of a file.
+
+        Raises:
+            ResultsError: if a file of results is missing or malformed.
+        """
+
+    def draw(self, shown: Shown, prefix: str) -> None:
+        """Draw ``{prefix}{ending}.png`` for every ending of :meth:`Domain.figures`.
+
+        Raises:
+            ResultsError: if a file of results is missing or malformed.
+        """
+
+    def reported(self, values: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+        """The papers' values, with those that belong beside an experiment under its own names."""
+
+
+def report_of(experiment: Experiment) -> Report:
+    """The report of an experiment's domain."""
+    found: Report = imported(domain_of(experiment).report)
+    return found
+
+
+def shown_file(
+    file: str | Path, overrides: Mapping[str, Any] | None, results: str | Path, reported: pd.DataFrame
+) -> Shown:
+    """A file of experiments with its runs, and the papers' values beside them.
+
+    Args:
+        file: the experiment's or study's file.
+        overrides: merged into every experiment last.
+        results: root of the results to read.
+        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
+
+    Raises:
+        ConfigError: if the file is not a valid experiment or study.
+    """
+    experiments = list(load_file(file, overrides).values())
+    for experiment in experiments:
+        reported = report_of(experiment).reported(reported, experiment)
+    return Shown(Path(file).stem, read_study(Path(file)), experiments, Path(results), reported)
