@@ -1,5 +1,5 @@
-# From pretraining to the tables beside the papers' numbers. Each stage's rules are in their own
-# file; a rule calls one stage of the command `flowtilt`. config/config.yaml says what is run.
+# From pretraining to the tables beside the papers' numbers. A rule calls one stage of the command `flowtilt`;
+# config/config.yaml says what is run, and flowtilt.pipeline.plan which jobs that takes.
 from snakemake.utils import min_version
 
 min_version("9.17")
@@ -22,21 +22,14 @@ onstart:
 
 
 wildcard_constraints:
-    experiment=one_of(PLAN.experiments),
-    method=one_of(PLAN.methods),
     name=one_of(PLAN.files),
-    seed=r"\d+",
     theory=one_of(PLAN.theory),
 
 
 localrules:
-    resolution,
     table,
     compare,
     costs,
-    experiment_figures,
-    functional_figures,
-    study_figure,
     theory_report,
     theory_page,
     provenance,
@@ -44,21 +37,9 @@ localrules:
     overview,
 
 
-include: "workflow/rules/pretrain.smk"
-include: "workflow/rules/finetune.smk"
-include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/run.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/theory.smk"
-
-
-if PLAN.of_kind(domains.MOLECULES):
-
-    include: "workflow/rules/molecules.smk"
-
-
-if PLAN.of_kind(domains.IMAGES):
-
-    include: "workflow/rules/images.smk"
 
 
 rule all:

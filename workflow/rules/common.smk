@@ -9,10 +9,10 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 try:
-    from flowtilt.pipeline.configuration import ConfigError, workflow_config
-    from flowtilt.pipeline import plan as domains
     from flowtilt.pipeline.checks import check_folder, read_plan
+    from flowtilt.pipeline.configuration import ConfigError, workflow_config
     from flowtilt.pipeline.plan import experiment_file, theory_file
+    from flowtilt.pipeline.resources import REPORT
     from flowtilt.pipeline.starting import start
 except ModuleNotFoundError as error:
     raise WorkflowError(
@@ -50,26 +50,40 @@ def ask(function, *arguments):
     return lambda wildcards: function(*arguments, **wildcards)
 
 
-def ask_unseen(function, *arguments):
-    """The same for a parameter that no job is run again for, which to Snakemake is one that takes outputs."""
-    return lambda wildcards, output: function(*arguments, **wildcards)
+def command(stage):
+    """The command of a job; no job is run again for it, as for a parameter that takes outputs."""
+    return lambda wildcards, output, threads: stage.command(threads, **wildcards)
 
 
-def memory(rule: str):
-    return lambda wildcards, attempt: PLAN.memory(rule, attempt)
+def written(stage):
+    """What a job of a stage writes, some of it folders."""
+    folders = stage.stage.folders
+    return {role: directory(file) if role in folders else file for role, file in stage.outputs.items()}
 
 
-def minutes(rule: str):
-    return lambda wildcards, attempt: PLAN.minutes(rule, attempt)
+def drawn(name: str):
+    """The figures of a file, for the report."""
+    shown = report  # at the front of a line it would be Snakemake's keyword
+    return [
+        shown(
+            f"{PLAN.config.results}/figures/{name}{ending}.png",
+            caption=f"../report/{caption}.rst",
+            category="Experiments",
+            subcategory=name,
+            labels={"shows": caption},
+        )
+        for ending, caption in PLAN.captions(name).items()
+    ]
+
+
+def memory(needs):
+    return lambda wildcards, attempt: needs.memory(PLAN.config) * attempt
+
+
+def minutes(needs):
+    return lambda wildcards, attempt: needs.minutes(PLAN.config) * attempt
 
 
 def prefix(end: str):
     """The path of a job's first output without its end."""
     return lambda wildcards, output: output[0].removesuffix(end)
-
-
-def options(*names: str):
-    """Command-line options for those of the named inputs that a job has."""
-    return lambda wildcards, input: " ".join(
-        f"--{name} {shlex.quote(str(input[name]))}" for name in names if name in input.keys()
-    )

@@ -18,9 +18,9 @@ rule table:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=memory("table"),
-        runtime=minutes("table"),
-        gpu=PLAN.gpus("table"),
+        mem_mb=memory(REPORT["table"]),
+        runtime=minutes(REPORT["table"]),
+        gpu=0,
     params:
         overrides=PLAN.overrides,
         results=PLAN.config.results,
@@ -47,9 +47,9 @@ rule compare:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=memory("compare"),
-        runtime=minutes("compare"),
-        gpu=PLAN.gpus("compare"),
+        mem_mb=memory(REPORT["compare"]),
+        runtime=minutes(REPORT["compare"]),
+        gpu=0,
     params:
         overrides=PLAN.overrides,
         results=PLAN.config.results,
@@ -77,9 +77,9 @@ rule costs:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=memory("costs"),
-        runtime=minutes("costs"),
-        gpu=PLAN.gpus("costs"),
+        mem_mb=memory(REPORT["costs"]),
+        runtime=minutes(REPORT["costs"]),
+        gpu=0,
     params:
         overrides=PLAN.overrides,
         results=PLAN.config.results,
@@ -89,134 +89,39 @@ rule costs:
         "--benchmarks {params.results:q}/benchmarks --output-prefix {params.prefix:q} > {log:q} 2>&1"
 
 
-rule experiment_figures:
-    input:
-        file=ask(experiment_file),
-        reported="config/reported_results.csv",
-        runs=ask(PLAN.run_files),
-    output:
-        landscape=report(
-            "<results>/figures/{name}_landscape.png",
-            caption="../report/landscape.rst",
-            category="Experiments",
-            subcategory="{name}",
-            labels={"shows": "landscape"},
-        ),
-        densities=report(
-            "<results>/figures/{name}_densities.png",
-            caption="../report/densities.rst",
-            category="Experiments",
-            subcategory="{name}",
-            labels={"shows": "densities"},
-        ),
-        histograms=report(
-            "<results>/figures/{name}_histograms.png",
-            caption="../report/histograms.rst",
-            category="Experiments",
-            subcategory="{name}",
-            labels={"shows": "histograms"},
-        ),
-    log:
-        "<logs>/experiment_figures/{name}.log",
-    benchmark:
-        "<benchmarks>/experiment_figures/{name}.tsv"
-    wildcard_constraints:
-        name=one_of(name for name in PLAN.files_of_kind(domains.TAIL) if name not in PLAN.studies),
-    conda:
-        "../../envs/core.yaml"
-    threads: 1
-    resources:
-        mem_mb=memory("experiment_figures"),
-        runtime=minutes("experiment_figures"),
-        gpu=PLAN.gpus("experiment_figures"),
-    params:
-        overrides=PLAN.overrides,
-        results=PLAN.config.results,
-        prefix=prefix("_landscape.png"),
-    shell:
-        "OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
-        "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
-        "> {log:q} 2>&1"
+# Figures of each file, as many as its domain draws.
+for name in PLAN.config.experiments:
 
-
-rule functional_figures:
-    input:
-        file=ask(experiment_file),
-        reported="config/reported_results.csv",
-        runs=ask(PLAN.run_files),
-    output:
-        densities=report(
-            "<results>/figures/{name}_densities.png",
-            caption="../report/densities.rst",
-            category="Experiments",
-            subcategory="{name}",
-            labels={"shows": "densities"},
-        ),
-        metrics=report(
-            "<results>/figures/{name}_metrics.png",
-            caption="../report/metrics.rst",
-            category="Experiments",
-            subcategory="{name}",
-            labels={"shows": "metrics"},
-        ),
-    log:
-        "<logs>/functional_figures/{name}.log",
-    benchmark:
-        "<benchmarks>/functional_figures/{name}.tsv"
-    wildcard_constraints:
-        name=one_of(name for name in PLAN.files_of_kind(domains.FUNCTIONAL) if name not in PLAN.studies),
-    conda:
-        "../../envs/core.yaml"
-    threads: 1
-    resources:
-        mem_mb=memory("functional_figures"),
-        runtime=minutes("functional_figures"),
-        gpu=PLAN.gpus("functional_figures"),
-    params:
-        overrides=PLAN.overrides,
-        results=PLAN.config.results,
-        prefix=prefix("_densities.png"),
-    shell:
-        "OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
-        "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
-        "> {log:q} 2>&1"
-
-
-rule study_figure:
-    input:
-        file=ask(experiment_file),
-        reported="config/reported_results.csv",
-        runs=ask(PLAN.read_by_table),
-        resolution="<results>/resolution.json",
-    output:
-        report(
-            "<results>/figures/{name}.png",
-            caption="../report/study.rst",
-            category="Experiments",
-            subcategory="{name}",
-            labels={"shows": "study"},
-        ),
-    log:
-        "<logs>/study_figure/{name}.log",
-    benchmark:
-        "<benchmarks>/study_figure/{name}.tsv"
-    wildcard_constraints:
-        name=one_of(name for name in PLAN.files_of_kind(domains.PLANAR) if name in PLAN.studies),
-    conda:
-        "../../envs/core.yaml"
-    threads: 1
-    resources:
-        mem_mb=memory("study_figure"),
-        runtime=minutes("study_figure"),
-        gpu=PLAN.gpus("study_figure"),
-    params:
-        overrides=PLAN.overrides,
-        results=PLAN.config.results,
-        prefix=prefix(".png"),
-    shell:
-        "OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
-        "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
-        "> {log:q} 2>&1"
+    rule:
+        name:
+            f"figures_{name}"
+        input:
+            file=experiment_file(name),
+            reported="config/reported_results.csv",
+            runs=PLAN.read_by_figures(name),
+        output:
+            *drawn(name),
+        log:
+            f"<logs>/figures/{name}.log",
+        benchmark:
+            f"<benchmarks>/figures/{name}.tsv"
+        conda:
+            f"../../envs/{PLAN.environment(name)}.yaml"
+        threads: 1
+        localrule: True
+        resources:
+            mem_mb=memory(REPORT["figures"]),
+            runtime=minutes(REPORT["figures"]),
+            gpu=0,
+        params:
+            overrides=PLAN.overrides,
+            digest=PLAN.file_digest(name),
+            results=PLAN.config.results,
+            prefix=f"{PLAN.config.results}/figures/{name}",
+        shell:
+            "OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
+            "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
+            "> {log:q} 2>&1"
 
 
 rule provenance:
@@ -233,9 +138,9 @@ rule provenance:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=memory("provenance"),
-        runtime=minutes("provenance"),
-        gpu=PLAN.gpus("provenance"),
+        mem_mb=memory(REPORT["provenance"]),
+        runtime=minutes(REPORT["provenance"]),
+        gpu=0,
     params:
         hash=PLAN.config_hash(),
         results=PLAN.config.results,
@@ -264,9 +169,9 @@ rule page:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=memory("page"),
-        runtime=minutes("page"),
-        gpu=PLAN.gpus("page"),
+        mem_mb=memory(REPORT["page"]),
+        runtime=minutes(REPORT["page"]),
+        gpu=0,
     shell:
         "OMP_NUM_THREADS={threads} flowtilt page {input:q} --title {wildcards.name:q} --output {output:q} > {log:q} 2>&1"
 
@@ -303,9 +208,9 @@ rule overview:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=memory("overview"),
-        runtime=minutes("overview"),
-        gpu=PLAN.gpus("overview"),
+        mem_mb=memory(REPORT["overview"]),
+        runtime=minutes(REPORT["overview"]),
+        gpu=0,
     params:
         folder=lambda wildcards, output: Path(output.costs).parent,
     shell:

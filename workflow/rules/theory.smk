@@ -14,9 +14,9 @@ rule theory:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=memory("theory"),
-        runtime=minutes("theory"),
-        gpu=PLAN.gpus("theory"),
+        mem_mb=memory(REPORT["theory"]),
+        runtime=minutes(REPORT["theory"]),
+        gpu=0,
     params:
         overrides=ask(PLAN.theory_overrides),
     shell:
@@ -46,9 +46,9 @@ rule theory_report:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=memory("theory_report"),
-        runtime=minutes("theory_report"),
-        gpu=PLAN.gpus("theory_report"),
+        mem_mb=memory(REPORT["theory_report"]),
+        runtime=minutes(REPORT["theory_report"]),
+        gpu=0,
     params:
         prefix=prefix(".csv"),
     shell:
@@ -75,9 +75,9 @@ rule theory_page:
         "../../envs/core.yaml"
     threads: 1
     resources:
-        mem_mb=memory("theory_page"),
-        runtime=minutes("theory_page"),
-        gpu=PLAN.gpus("theory_page"),
+        mem_mb=memory(REPORT["theory_page"]),
+        runtime=minutes(REPORT["theory_page"]),
+        gpu=0,
     shell:
         "OMP_NUM_THREADS={threads} flowtilt page {input:q} --title 'Theory: '{wildcards.theory:q} "
         "--output {output:q} > {log:q} 2>&1"

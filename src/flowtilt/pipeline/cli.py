@@ -1,6 +1,8 @@
-"""The command line: one subcommand per pipeline stage, nothing else.
+"""The command line: one subcommand a stage, and those that put results into tables and figures.
 
-Heavy imports wait until a stage is chosen, so that ``--help`` and the light stages start fast.
+The stages are those of all domains. Their jobs name no files: which ones they read and write below the
+results follows from experiment, method and seed. Heavy imports wait until a stage is chosen, so that
+``--help`` and the light stages start fast.
 """
 
 from __future__ import annotations
@@ -13,12 +15,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from flowtilt.domains.images import cli as cli_images
-from flowtilt.domains.molecules import cli as cli_molecules
 from flowtilt.environment import count
 from flowtilt.loading import message_of
 
@@ -45,10 +46,11 @@ def run() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage; returns 0, or 1 after an error that the user can mend."""
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser(given).parse_args(given)
     gc.disable()  # importing torch makes a million objects that stay
     try:
-        _start_logging(arguments.log)
+        _start_logging()
         arguments.handler(arguments)
         if "flowtilt.parallel" in sys.modules:  # which imports torch, and many stages do not
             sys.modules["flowtilt.parallel"].leave_processes()
@@ -86,22 +88,18 @@ def _advice(error: BaseException) -> str:
     return ""
 
 
-def _start_logging(file: Path | None) -> None:
-    """Messages go to standard error, and with tracebacks to the log file."""
+def _start_logging() -> None:
+    """Messages go to standard error."""
     log.setLevel(logging.DEBUG)
     log.handlers.clear()
     console = logging.StreamHandler(sys.stderr)
     console.setLevel(logging.INFO)
     console.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(console)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(file, mode="w", encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(to_file)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; domains are loaded for their stages alone, if ``given`` begins with no other name."""
     parser = argparse.ArgumentParser(
         prog="flowtilt", description="Fine-tune flow models beyond the average reward, one stage at a time."
     )
@@ -109,27 +107,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
         stage = stages.add_parser(name, help=text, description=text)
-        stage.add_argument("--log", type=Path, help="also write messages, with tracebacks, to this file")
         stage.set_defaults(handler=handler)
         return stage
-
-    def on_config(name: str, handler: Handler, text: str, *options: str) -> argparse.ArgumentParser:
-        stage = add(name, handler, text)
-        stage.add_argument("config", type=Path, help="an experiment's file, resolved or as written")
-        for option in options:
-            kind: Any = {"--seed": int, "--method": str}.get(option, Path)
-            stage.add_argument(option, type=kind, required=True, help=_HELP[option])
-        return stage
-
-    stage = add("doctor", _doctor, "Say what this machine, or the cluster it submits to, can run of a plan.")
-    stage.add_argument(
-        "--configfile", type=Path, nargs="+", default=[], help="as for Snakemake: over config/config.yaml"
-    )
-    stage.add_argument("--partition", default=None, help="of SLURM (default: $SBATCH_PARTITION)")
-    stage.add_argument("--gpu", type=int, default=None, help="GPUs of a job, over the configuration's")
-
-    stage = add("check", _check, "Refuse functionals that no job of some experiments could use.")
-    stage.add_argument("config", type=Path, nargs="+", help="resolved files of experiments on functionals")
 
     stage = add("resolve", _resolve, "Validate a file and write one of its experiments, overrides merged in.")
     stage.add_argument("file", type=Path, help="a file of config/experiments")
@@ -137,51 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
     stage.add_argument("--output", type=Path, required=True)
 
-    stage = add("calibrate", _calibrate, "Print where the pretrained row puts the landscape's right edge.")
-    stage.add_argument("config", type=Path, help="an experiment's file")
-
-    on_config("pretrain", _pretrain, "Pretrain the network.", "--seed", "--output", "--history")
-    on_config("density", _density, "Grid a pretrained model's log-density.", "--model", "--output")
-    on_config("offline", _offline, "Draw the offline batch.", "--seed", "--model", "--output")
-    on_config("threshold", _threshold, "Solve TFFT's dual.", "--method", "--offline", "--output")
-
-    stage = on_config(
-        "finetune",
-        _finetune,
-        "Fine-tune by am, fdc or tfft.",
-        *("--method", "--seed", "--pretrained", "--output", "--history"),
-    )
-    stage.add_argument("--start", type=Path, help="weights of the fdc run to continue")
-    stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
-
-    on_config("sample", _sample, "Sample a run's model.", "--method", "--seed", "--model", "--output")
-
-    stage = on_config(
-        "evaluate", _evaluate, "Metrics of a run.", "--method", "--samples", "--density", "--output"
-    )
-    stage.add_argument("--history", type=Path, help="the fine-tuning's history")
-    stage.add_argument("--threshold", type=Path, help="tfft's threshold file")
-    stage.add_argument("--reference", type=Path, help="samples of the pretrained model, for dominance")
-
-    cli_molecules.add_stages(add)
-    cli_images.add_stages(add)
-
-    stage = add(
-        "measure", _measure, "Sample and measure all runs of a seed, and solve problems on functionals."
-    )
-    stage.add_argument("config", type=Path, nargs="+", help="experiments' files, resolved")
-    stage.add_argument("--seed", type=int, required=True, help=_HELP["--seed"])
-    stage.add_argument("--results", type=Path, required=True, help="results folder with the trained models")
-
-    stage = on_config("exact", _exact, "Solve every method on the grid.", "--density", "--output", "--laws")
-    stage.add_argument("--resolution", type=Path, help="resolution file: solve at that resolution as well")
-    stage.add_argument("--resolved-output", type=Path, help="file for the metrics at that resolution")
-    stage.add_argument("--resolved-laws", type=Path, help="file for the laws at that resolution (npz)")
-
-    stage = add("resolution", _resolution, "Measure the width that the network resolves.")
-    for option in ("--config", "--samples", "--density"):
-        stage.add_argument(option, type=Path, nargs="+", required=True, help="one a run, in the same order")
-    stage.add_argument("--output", type=Path, required=True)
+    stage = add("check", _check, "Refuse experiments that no job could use.")
+    stage.add_argument("config", type=Path, nargs="+", help=_CONFIG)
 
     for name, handler, text in (
         ("table", _table, "Write an experiment's or a study's table."),
@@ -237,21 +173,58 @@ def _parser() -> argparse.ArgumentParser:
 
     stage = add("config-reference", _config_reference, "Write the reference of all configuration keys.")
     stage.add_argument("--output", type=Path, required=True, help="file to write (Markdown)")
+
+    if not given or given[0] not in stages.choices:
+        for name, domains in _stages().items():
+            stage = add(name, _run_stage, f"A stage of experiments of {domains}.")
+            stage.add_argument("config", type=Path, nargs="+", help=_CONFIG)
+            stage.add_argument("--method", default="", help="name of one of the experiment's methods")
+            stage.add_argument("--seed", type=int, help="seed of the run")
+            stage.add_argument("--results", type=Path, required=True, help="folder of all results")
+            stage.add_argument("--workers", type=int, help="processes beside its own")
+            stage.add_argument("--gpu", type=int, default=0, help="GPUs that the job was given")
     return parser
 
 
-_HELP = {
-    "--seed": "seed of the run",
-    "--method": "name of one of the experiment's methods",
-    "--model": "weights to read (safetensors)",
-    "--pretrained": "weights of the pretrained model (safetensors)",
-    "--offline": "the offline batch (npz)",
-    "--samples": "the run's samples (npz)",
-    "--density": "gridded log-density of the pretrained model (npz)",
-    "--output": "file to write",
-    "--history": "history to write (csv), a row an update",
-    "--laws": "file for the solved laws (npz)",
-}
+_CONFIG = "experiments' files, resolved or as written"
+
+
+def _stages() -> dict[str, str]:
+    """The stages of all domains that can be loaded, and the domains that have each."""
+    from flowtilt.pipeline.domain import known_domains
+
+    found: dict[str, list[str]] = {}
+    for domain in known_domains():
+        for stage in domain.stages:
+            found.setdefault(stage.name, []).append(domain.name)
+    return {name: ", ".join(dict.fromkeys(domains)) for name, domains in found.items()}
+
+
+def _run_stage(a: argparse.Namespace) -> None:
+    from flowtilt.pipeline.domain import imported, job_of
+    from flowtilt.pipeline.experiment import load_resolved
+    from flowtilt.pipeline.progress import Bar
+
+    experiments = [load_resolved(file) for file in a.config]
+    stage, job = job_of(a.stage, experiments, a.method, a.seed, a.results, a.workers)
+    job = replace(job, bar=Bar)
+    if stage.needs.gpu or stage.networks:
+        prepare_torch(gpu=stage.needs.gpu)
+    if a.gpu:
+        from flowtilt.devices import check_gpus
+
+        check_gpus(a.gpu)
+    imported(stage.action)(job)
+
+
+def _check(a: argparse.Namespace) -> None:
+    from flowtilt.pipeline.domain import domain_of, imported
+    from flowtilt.pipeline.experiment import load_resolved
+
+    for file in a.config:
+        experiment = load_resolved(file)
+        if verify := domain_of(experiment).verify:
+            imported(verify)(experiment)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -279,14 +252,6 @@ def _doctor(a: argparse.Namespace) -> None:
         print(line)
 
 
-def _check(a: argparse.Namespace) -> None:
-    from flowtilt.domains.planar.checking import check_experiment
-    from flowtilt.pipeline.experiment import load_resolved
-
-    for file in a.config:
-        check_experiment(load_resolved(file))
-
-
 def _resolve(a: argparse.Namespace) -> None:
     from flowtilt.files import write_text
     from flowtilt.pipeline.configuration import ConfigError
@@ -297,13 +262,6 @@ def _resolve(a: argparse.Namespace) -> None:
     if name not in experiments:
         raise ConfigError(f"{a.file}: --name must be one of {', '.join(experiments)}")
     write_text(a.output, dump(experiments[name]))
-
-
-def _calibrate(a: argparse.Namespace) -> None:
-    from flowtilt.domains.planar.calibration import calibrated_edge
-    from flowtilt.pipeline.experiment import load_resolved, tail_experiment
-
-    print(f"right_edge: {calibrated_edge(tail_experiment(load_resolved(a.config))):.5f}")
 
 
 def prepare_torch(gpu: bool = False) -> None:
@@ -324,116 +282,6 @@ def prepare_torch(gpu: bool = False) -> None:
     gc.enable()
     torch.set_num_threads(count("OMP_NUM_THREADS"))
     torch.set_flush_denormal(True)
-
-
-def _training() -> Any:
-    """The stages that train and sample networks."""
-    from flowtilt.domains.planar import training
-
-    prepare_torch(gpu=True)
-    return training
-
-
-class Bar:
-    """A progress bar over updates that shows the loss."""
-
-    def __init__(self, total: int, label: str) -> None:
-        from tqdm import tqdm
-
-        from flowtilt.parallel import processes
-
-        disable = None if processes().leads else True
-        self._bar = tqdm(total=total, desc=label, unit="update", mininterval=1.0, disable=disable)
-
-    def __call__(self, row: dict[str, float]) -> None:
-        self._bar.set_postfix(loss=f"{row['loss']:.3g}", refresh=False)
-        self._bar.update()
-
-
-def _load(a: argparse.Namespace) -> Any:
-    from flowtilt.pipeline.experiment import load_resolved, planar_experiment
-
-    return planar_experiment(load_resolved(a.config))
-
-
-def _pretrain(a: argparse.Namespace) -> None:
-    experiment = _load(a)
-    bar = Bar(experiment.pretrain.updates, "pretrain")
-    _training().pretrain(experiment, a.seed, a.output, a.history, bar)
-
-
-def _density(a: argparse.Namespace) -> None:
-    prepare_torch()
-    from flowtilt.domains.planar import solving as truth
-
-    truth.density(_load(a), a.model, a.output)
-
-
-def _offline(a: argparse.Namespace) -> None:
-    _training().offline(_load(a), a.seed, a.model, a.output)
-
-
-def _threshold(a: argparse.Namespace) -> None:
-    from flowtilt.domains.planar import evaluation
-
-    evaluation.threshold(_load(a), a.method, a.offline, a.output)
-
-
-def _finetune(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.experiment import method_of
-
-    experiment = _load(a)
-    iterations = method_of(experiment, a.method).iterations or 1
-    bar = Bar(experiment.updates_of(a.method) * iterations, f"{experiment.name} {a.method}")
-    _training().finetune(
-        experiment, a.method, a.seed, a.pretrained, a.output, a.history, a.start, a.threshold, bar
-    )
-
-
-def _sample(a: argparse.Namespace) -> None:
-    _training().sample(_load(a), a.method, a.seed, a.model, a.output)
-
-
-def _evaluate(a: argparse.Namespace) -> None:
-    from flowtilt.domains.planar import evaluation
-
-    evaluation.evaluate(
-        _load(a), a.method, a.samples, a.density, a.output, a.history, a.threshold, a.reference
-    )
-
-
-def _measure(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.experiment import load_resolved, planar_experiment
-
-    prepare_torch()
-    from flowtilt.domains.planar import measuring
-
-    experiments = [planar_experiment(load_resolved(file)) for file in a.config]
-    measuring.measure(experiments, a.seed, a.results)
-
-
-def _exact(a: argparse.Namespace) -> None:
-    from flowtilt.domains.planar import solving as truth
-
-    resolved = (a.resolution, a.resolved_output, a.resolved_laws)
-    if any(resolved) and not all(resolved):
-        raise ValueError("--resolution, --resolved-output and --resolved-laws go together: give all or none")
-    layers = [truth.Layer(a.output, a.laws)]
-    if a.resolution:
-        layers.append(truth.Layer(a.resolved_output, a.resolved_laws, a.resolution))
-    truth.exact(_load(a), a.density, *layers)
-
-
-def _resolution(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.experiment import load_resolved, planar_experiment
-
-    if not len(a.config) == len(a.samples) == len(a.density):
-        raise ValueError("--config, --samples and --density must name one file a run each")
-    experiments = (planar_experiment(load_resolved(file)) for file in a.config)
-    runs = zip(experiments, a.samples, a.density, strict=True)
-    from flowtilt.domains.planar import solving as truth
-
-    truth.measure_resolution(runs, a.output)
 
 
 def _table(a: argparse.Namespace) -> None:

@@ -24,7 +24,8 @@ Changes = dict[str, dict[str, Any]]
 
 
 class OverridesConfig(Section):
-    """Keys of an experiment file, merged into every experiment in the plane last; and the keys below."""
+    """By the name of a domain, keys of experiment files that are merged into every one of it last; and those
+    below."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -34,15 +35,9 @@ class OverridesConfig(Section):
     files: Changes = Field(default_factory=dict)
     """By the name of an experiment file, keys that are merged into it as it is read."""
 
-    molecules: dict[str, Any] = Field(default_factory=dict)
-    """Keys of an experiment file, merged into every experiment on molecules last."""
-
-    images: dict[str, Any] = Field(default_factory=dict)
-    """Keys of an experiment file, merged into every experiment on pictures last."""
-
 
 class WorkflowConfig(Section):
-    """The workflow's configuration; the experiments' own files are checked by flowtilt.pipeline.experiment."""
+    """The workflow's configuration; experiments' own files are checked by flowtilt.pipeline.experiment."""
 
     results: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./][A-Za-z0-9_./-]*$"), AfterValidator(_folder)]
     """Folder that everything is written to; letters, digits and the signs _ . / - only, no - at its front."""
@@ -60,8 +55,7 @@ class WorkflowConfig(Section):
     """By the name of a study of the theory, keys that are merged into it last."""
 
     overrides: OverridesConfig = OverridesConfig()
-    """Keys of an experiment file, merged into every experiment in the plane last; and skip, files, molecules
-    and images."""
+    """By the name of a domain, keys that are merged into every experiment of it last; and skip and files."""
 
     gpu: Annotated[int, Field(ge=0, strict=True)] = 0
     """GPUs of each job that trains or samples a network."""

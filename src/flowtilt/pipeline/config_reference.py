@@ -17,13 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from flowtilt.domains.images.experiment import ImageExperiment
-from flowtilt.domains.molecules.experiment import MoleculeExperiment
 from flowtilt.files import write_text
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
 from flowtilt.pipeline.config import OverridesConfig, WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError, Section
-from flowtilt.pipeline.experiment import FunctionalExperiment, Skip, Study, TailExperiment
+from flowtilt.pipeline.domain import Chapter, Domain, known_domains
+from flowtilt.pipeline.experiment import Skip, Study
 from flowtilt.pipeline.theory.config import MirrorDescentConfig, ThresholdStudyConfig
 
 Schema = Mapping[str, Any]
@@ -48,16 +47,14 @@ is refused with the file, the key and the known ones.
 ## Overriding
 
 A scale of your own is a file of what differs from `config.yaml`. What is under `overrides` is merged into
-every experiment in the plane, and what is under `overrides.molecules` or `overrides.images` into every one on
-molecules or on pictures:
+every experiment of the domain whose name it stands under:
 
 ```yaml
 # config/mine.yaml
 results: results/mine
 experiments: [risk_averse_2d]
 overrides:
-  seeds: 2
-  solver: {updates: 400}
+  planar: {seeds: 2, solver: {updates: 400}}
   skip: {risk_averse_2d: {methods: [fdc]}}
 ```
 
@@ -73,7 +70,7 @@ one before:
 
 1. its own file, or for a case of a study the file that it derives from; then `overrides.files` of that name;
 2. `set` of the study, then `set` of the case;
-3. `overrides`, or `overrides.molecules` or `overrides.images`; last, what `overrides.skip` names is left out.
+3. `overrides.{domain}`; last, what `overrides.skip` names is left out.
 
 A landscape or a functional of your own is named `module:NAME`, in a module that `PYTHONPATH` leads to. With
 `--software-deployment-method conda`, give `--conda-not-block-search-path-envvars` as well: Snakemake
@@ -104,9 +101,9 @@ REPORTED = """\
 SOURCES = """\
 ## Where these sentences live
 
-The sentence of a key is the string literal under its field: in `src/flowtilt/pipeline/sections.py`,
-`src/flowtilt/pipeline/experiment.py` and `src/flowtilt/domains/molecules/experiment.py`, in `sections.py` of
-`src/flowtilt/domains/molecules`, in `src/flowtilt/pipeline/theory/config.py`, and for parameters of functionals in
+The sentence of a key is the string literal under its field, in `sections.py` and `experiment.py` of
+`src/flowtilt/pipeline` and of the domains below `src/flowtilt/domains`, in
+`src/flowtilt/pipeline/theory/config.py`, and for parameters of functionals in
 `src/flowtilt/functionals/keys.py`. Keys of `config.yaml` are described in
 `src/flowtilt/pipeline/config.py`. After a change there:
 
@@ -120,52 +117,13 @@ _LOADED = {"base": "its name"}
 """Defaults that a file is given as it is loaded, before it is checked."""
 
 
-class Chapter(NamedTuple):
-    """One kind of file.
-
-    Attributes:
-        title: of the chapter.
-        text: its introduction.
-        kind: what the file's keys are.
-        of: how its sections are told apart from those of the same name in other chapters.
-    """
-
-    title: str
-    text: str
-    kind: type[Section]
-    of: str
+@functools.cache
+def chapters() -> tuple[Chapter, ...]:
+    """Of the kinds of files: those of every domain, studies, and the theory's."""
+    return (*(chapter for domain in known_domains() for chapter in domain.chapters()), *_OTHERS)
 
 
-CHAPTERS = (
-    Chapter(
-        "Experiments on a tail",
-        "An `experiments/{name}.yaml` whose `objective` has a `tail`: the mean of a reward's worst or best "
-        "values in the plane. Coordinates of the plane have no unit; the reward's unit is the landscape's.",
-        TailExperiment,
-        "on a tail",
-    ),
-    Chapter(
-        "Experiments on a functional",
-        "An `experiments/{name}.yaml` whose `objective` has a `utility`: any pair of a utility and a "
-        "divergence in the plane. Sections that are not listed here are those of experiments on a tail.",
-        FunctionalExperiment,
-        "on a functional",
-    ),
-    Chapter(
-        "Experiments on molecules",
-        "An `experiments/{name}.yaml` with `domain: molecules`: low energies of QM9's molecules. "
-        "`docs/molecules.md` says what is done, and why.",
-        MoleculeExperiment,
-        "on molecules",
-    ),
-    Chapter(
-        "Experiments on pictures",
-        "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a reward, "
-        "with a text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, which holds what "
-        "is below `model` here. `docs/images.md` says what is done, and why.",
-        ImageExperiment,
-        "on pictures",
-    ),
+_OTHERS = (
     Chapter(
         "Studies",
         "An `experiments/{name}.yaml` with a `study`: cases, each an experiment derived from another file.",
@@ -201,13 +159,13 @@ def reference() -> str:
     """The whole document."""
     parts = [INTRODUCTION, _workflow()]
     headings = _headings()
-    for chapter in CHAPTERS:
+    for chapter in chapters():
         described = _described(chapter.kind)
         parts += [f"## {chapter.title}\n", f"{chapter.text}\n", _keys(described, headings)]
         for found in _sections(chapter.kind):
             parts += [f"### {headings[found.kind]}\n", f"{_prose(found.kind)}\n"]
             parts.append(_keys(_described(found.kind), headings))
-        if chapter.kind is FunctionalExperiment:
+        if chapter.functionals:
             parts += [_functionals("Utilities", UTILITY_KEYS), _functionals("Divergences", DIVERGENCE_KEYS)]
     return "\n".join([*parts, REPORTED, SOURCES])
 
@@ -265,7 +223,15 @@ class Found(NamedTuple):
     @property
     def of(self) -> str:
         """How it is told apart from sections of the same name."""
-        return "in the plane" if {*CHAPTERS[:2]} <= {*self.chapters} else self.chapters[0].of
+        first = domain_of_chapter(self.chapters[0])
+        own = list(first.chapters()) if first is not None else []
+        everywhere = len(own) > 1 and all(chapter in self.chapters for chapter in own)
+        return first.words if everywhere and first is not None else self.chapters[0].of
+
+
+def domain_of_chapter(chapter: Chapter) -> Domain | None:
+    """The domain whose experiments a chapter is of; None for studies and the theory."""
+    return next((domain for domain in known_domains() if chapter in domain.chapters()), None)
 
 
 @functools.cache
@@ -280,7 +246,7 @@ def _all_sections() -> tuple[Found, ...]:
                 found.setdefault(inner, Found(inner, at, [])).chapters.append(chapter)
                 walk(inner, f"{at}.", chapter)
 
-    for chapter in CHAPTERS:
+    for chapter in chapters():
         walk(chapter.kind, "", chapter)
     return tuple(found.values())
 

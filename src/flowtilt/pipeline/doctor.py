@@ -12,8 +12,9 @@ from typing import Any
 from flowtilt.pipeline import slurm
 from flowtilt.pipeline.checks import read_plan
 from flowtilt.pipeline.configuration import merge, read_yaml
-from flowtilt.pipeline.plan import IMAGES, MOLECULES, PLANAR, Plan
-from flowtilt.pipeline.resources import RULES
+from flowtilt.pipeline.plan import Plan
+from flowtilt.pipeline.resources import REPORT, Needs
+from flowtilt.pipeline.rules import rule_name
 
 CONFIG = Path("config/config.yaml")
 
@@ -78,18 +79,19 @@ def submissions(plan: Plan, partition: str) -> list[tuple[str, dict[str, object]
     where = {"slurm_partition": partition} if partition else {}
     found: list[tuple[str, dict[str, object]]] = []
     shared: dict[str, int] = {}
-    for name, rule in RULES.items():
-        if rule.local or not planned(plan, name):
+    for name, needs in planned(plan).items():
+        if needs.local:
             continue
-        found.append((name, {"runtime": plan.minutes(name), "gpu": plan.gpus(name), **where}))
-        if group := plan.group(name):
-            shared[group] = shared.get(group, 0) + plan.minutes(name)
+        minutes = needs.minutes(plan.config)
+        found.append((name, {"runtime": minutes, "gpu": needs.gpus(plan.config), **where}))
+        if group := needs.group_in(plan.config):
+            shared[group] = shared.get(group, 0) + minutes
     groups = [(f"the group {name}", {"runtime": time, **where}) for name, time in shared.items()]
     return [*groups, *found]
 
 
-def planned(plan: Plan, rule: str) -> bool:
-    """Whether a configuration can have jobs of a rule."""
-    kinds = {"molecules_": MOLECULES, "images_": IMAGES}
-    kind = next((kind for prefix, kind in kinds.items() if rule.startswith(prefix)), PLANAR)
-    return bool(plan.theory if rule == "theory" else plan.of_kind(kind))
+def planned(plan: Plan) -> dict[str, Needs]:
+    """The rules that a configuration has jobs of; a rule of each file is one here."""
+    stages = {rule_name(rule.domain, rule.stage): rule.stage.needs for rule in plan.rules}
+    theory = {"theory": REPORT["theory"]} if plan.theory else {}
+    return {**stages, **theory}

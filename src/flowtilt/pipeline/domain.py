@@ -14,6 +14,7 @@ named by ``module:function`` and imported by them.
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from flowtilt.pipeline.resources import Needs
 if TYPE_CHECKING:
     from flowtilt.pipeline.experiment import Experiment
     from flowtilt.pipeline.report.panels import Description
+
+log = logging.getLogger(__name__)
 
 GROUP = "flowtilt.domains"
 """The group of entry points, and the package that holds the domains of flowtilt itself."""
@@ -99,6 +102,7 @@ class Stage:
         needs: what its jobs ask for.
         fields: other fields of ``writes``, from the experiment.
         folders: roles that are folders.
+        networks: whether it runs networks though it takes no GPU.
         scope: whether a job is of one ``run``; of all experiments of a ``file`` together, for one seed; or of
             the file that the configuration's key ``resolution`` names, for all seeds.
         wanted: whether what it writes is asked for by itself, and not only where another stage reads it.
@@ -116,6 +120,7 @@ class Stage:
     needs: Needs = field(default_factory=lambda: Needs((1500, 8000), (30, 120)))
     fields: Callable[[Experiment], Mapping[str, str]] = lambda experiment: {}
     folders: tuple[str, ...] = ()
+    networks: bool = False
     scope: Literal["run", "file", "resolution"] = "run"
     wanted: bool = True
     before: bool = False
@@ -146,6 +151,7 @@ class Job:
         inputs: files to read by their role.
         outputs: files to write by their role.
         workers: processes that it may use beside its own.
+        bar: makes what shows the progress of a training, from the number of its updates and a label.
     """
 
     run: Run
@@ -153,6 +159,12 @@ class Job:
     inputs: Mapping[str, Path | list[Path]]
     outputs: Mapping[str, Path]
     workers: int | None = None
+    bar: Callable[[int, str], Callable[[dict[str, float]], None] | None] = lambda total, label: None
+
+    @property
+    def results(self) -> Path:
+        """Root of all results."""
+        return Path(self.run.results)
 
     @property
     def experiment(self) -> Any:
@@ -186,12 +198,14 @@ class Chapter(NamedTuple):
         text: its introduction.
         kind: what the file's keys are.
         of: how its sections are told apart from those of the same name in other chapters.
+        functionals: whether the utilities and divergences of the registry are listed under it.
     """
 
     title: str
     text: str
     kind: type[Section]
     of: str
+    functionals: bool = False
 
 
 class Domain(Protocol):
@@ -211,6 +225,10 @@ class Domain(Protocol):
 
     stages: Sequence[Stage]
     """Its jobs, from pretraining to metrics."""
+
+    verify: str
+    """``module:function`` that refuses an experiment that no job could use, for what takes torch to be told;
+    it is called as a run begins. Empty if there is nothing to check."""
 
     workbench: str
     """``module:function`` from a :class:`Job` to a :class:`flowtilt.pipeline.stages.Workbench`."""
@@ -302,8 +320,8 @@ def domain_named(name: str) -> Domain:
     """
     if name not in sources():
         raise DomainError(
-            f"unknown domain {name!r}; known here: {', '.join(sorted(sources()))}. A domain of another package "
-            "is there once that package is installed beside flowtilt"
+            f"unknown domain {name!r}; known here: {', '.join(sorted(sources()))}. A domain of another "
+            "package is there once that package is installed beside flowtilt"
         )
     point = sources()[name]
     what = f"domain {name!r}{_package_of(point)}, {point.value}"
@@ -334,7 +352,83 @@ def domain_of(experiment: Experiment) -> Domain:
     return domain_named(experiment.domain)
 
 
+def known_domains() -> list[Domain]:
+    """All domains that can be used; one that cannot is named when an experiment asks for it."""
+    found = []
+    for name in sources():
+        try:
+            found.append(domain_named(name))
+        except DomainError as error:
+            log.debug("%s", error)
+    return found
+
+
+def job_of(
+    stage: str,
+    experiments: Sequence[Experiment],
+    method: str,
+    seed: int | None,
+    results: Path,
+    workers: int | None = None,
+) -> tuple[Stage, Job]:
+    """A job of a stage, with the files that it reads and writes.
+
+    Args:
+        stage: name of it.
+        experiments: that it is of; but for stages that take whole files, one.
+        method: of the run; empty for stages that are of no method.
+        seed: of the run; None for stages that are of no seed.
+        results: root of the results.
+        workers: see :class:`Job`.
+
+    Raises:
+        ConfigError: if the domain has no such stage, or none of the experiment's kind or method.
+    """
+    first = experiments[0]
+    domain = domain_of(first)
+    named = [one for one in domain.stages if one.name == stage]
+    if not named:
+        own = ", ".join(dict.fromkeys(one.name for one in domain.stages))
+        raise ConfigError(f"experiment {first.name}: {domain.name} has no stage {stage}; it has {own}")
+    found = next((one for one in named if one.of(first)), None)
+    if found is None:
+        raise ConfigError(f"experiment {first.name}: the stage {stage} is not for experiments of its kind")
+    run = Run(str(results), first, method, "" if seed is None else seed)
+    if found.scope != "run":
+        return found, Job(run, experiments, {}, _below(results, found), workers)
+    _check_run(found, run)
+    inputs = {role: _paths(value) for role, value in found.reads(run).items()}
+    outputs = {role: Path(file) for role, file in found.written(run).items()}
+    return found, Job(run, experiments, inputs, outputs, workers)
+
+
+def _check_run(stage: Stage, run: Run) -> None:
+    """Refuse a run that a stage has no job of."""
+    experiment, methods = run.experiment, run.experiment.methods
+    if stage.kinds:
+        known = ", ".join(name for name in methods if stage.has(experiment, name))
+        if run.method not in methods:
+            raise ConfigError(f"experiment {experiment.name}: unknown method {run.method!r}; it has {known}")
+        if not stage.has(experiment, run.method):
+            raise ConfigError(
+                f"experiment {experiment.name}: method {run.method!r} has no {stage.name}; those that have: "
+                f"{known or 'none'}"
+            )
+    if any("{seed}" in pattern for pattern in stage.writes.values()) and run.seed == "":
+        raise ConfigError(f"the stage {stage.name} is of a seed; give it --seed")
+
+
+def _paths(value: str | list[str]) -> Path | list[Path]:
+    return Path(value) if isinstance(value, str) else [Path(file) for file in value]
+
+
+def _below(results: Path, stage: Stage) -> dict[str, Path]:
+    """What a job on several experiments writes, where that is one file."""
+    return {role: results / pattern for role, pattern in stage.writes.items() if "{" not in pattern}
+
+
 def imported(action: str) -> Any:
     """What ``module:object`` names, of a domain."""
     module, _, name = action.partition(":")
-    return getattr(importlib.import_module(module), name)
+    loaded = importlib.import_module(module)
+    return getattr(loaded, name) if name else loaded

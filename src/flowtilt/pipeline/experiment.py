@@ -4,7 +4,8 @@ An experiment is one YAML file; a study is a file whose ``study`` block lists ca
 experiment derived from another file and complete in itself. Scales (smoke, paper) are overrides
 that are merged in last. This module imports neither torch nor the numerics: a workflow reads it.
 
-What an experiment has beyond the keys of :class:`Experiment` is up to its domain, which the key ``domain`` names.
+What an experiment has beyond the keys of :class:`Experiment` is up to its domain, which the key ``domain``
+names.
 """
 
 from __future__ import annotations
@@ -205,10 +206,10 @@ class StudyConfig(Section):
     """What varies, with its unit if it has one: the title of the axis."""
 
     table: str = "axis"
-    """Table and figure, of those that the domain of the cases has: in the plane ``axis``, rows along the axis,
-    for cases on tails, and ``hierarchy``, what FDC reaches of each functional, or ``solvers``, what each solver
-    reaches at what cost, for cases on functionals; elsewhere ``levels``, what each level of the tail reaches
-    at what cost."""
+    """Table and figure, of those that the domain of the cases has: in the plane ``axis``, rows along the
+    axis, for cases on tails, and ``hierarchy``, what FDC reaches of each functional, or ``solvers``, what
+    each solver reaches at what cost, for cases on functionals; elsewhere ``levels``, what each level of the
+    tail reaches at what cost."""
 
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys that are changed in the experiment of every case."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,58 +11,13 @@ from typing import Any
 import numpy as np
 
 from flowtilt.domains.planar.rows import GriddedDensity
-from flowtilt.files import atomic_path, folder_of, read_json, read_npz, read_text, write_text
-from flowtilt.pipeline.experiment import Experiment
+from flowtilt.files import atomic_path, read_json, read_npz, read_text, write_text
 
 Metrics = dict[str, float | None]
 
 
 class StageError(RuntimeError):
     """An input file that a stage cannot use; the message names the file and the fix."""
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """Where the files of a run are; None where a method of its kind has none.
-
-    Attributes:
-        model: weights; of the pretrained model, those of the base.
-        samples: of the run.
-        metrics: of the run.
-        laws: solved on the grid, of a run on a functional.
-        density: gridded log-density of the pretrained model.
-        history: of the fine-tuning.
-        threshold: of tfft.
-        reference: samples of the pretrained model, if the experiment has it as a method.
-    """
-
-    model: Path
-    samples: Path
-    metrics: Path
-    laws: Path
-    density: Path
-    history: Path | None
-    threshold: Path | None
-    reference: Path | None
-
-    @classmethod
-    def of(cls, results: Path, experiment: Experiment, method: str, seed: int) -> RunFiles:
-        own = folder_of(results, experiment.name, method, seed)
-        base = folder_of(results, experiment.base, "pretrained", seed)
-        pretrained = folder_of(results, experiment.name, "pretrained", seed)
-        kind = experiment.methods[method].kind
-        tuned = kind != "pretrained"
-        compared = tuned and "pretrained" in experiment.methods
-        return cls(
-            model=(own if tuned else base) / "model.safetensors",
-            samples=own / "samples.npz",
-            metrics=own / "metrics.json",
-            laws=own / "laws.npz",
-            density=base / "density.npz",
-            history=own / "history.csv" if tuned else None,
-            threshold=own / "threshold.json" if kind == "tfft" else None,
-            reference=pretrained / "samples.npz" if compared else None,
-        )
 
 
 def write_json(data: Any, path: Path) -> None:

@@ -91,8 +91,8 @@ class Plan:
     def config_files(self) -> dict[str, str]:
         """The resolved configuration that the jobs of each experiment read, at its content's address."""
         return {
-            name: f"{self.config.results}/configs/{name}/{_hash(experiment.model_dump(mode='json'))[:16]}.yaml"
-            for name, experiment in self.experiments.items()
+            name: f"{self.config.results}/configs/{name}/{_hash(one.model_dump(mode='json'))[:16]}.yaml"
+            for name, one in self.experiments.items()
         }
 
     def resolved(self, experiment: str) -> str:

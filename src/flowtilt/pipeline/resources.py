@@ -22,8 +22,8 @@ class Needs:
         group: whose jobs share a submission to a cluster while they are short and without a GPU.
         always: whether they share it in any case, since they take seconds.
         local: whether it runs where Snakemake does, and is never submitted.
-        threaded: whether the job's threads are for linear algebra; else they are for processes of its own, and
-            its numbers do not depend on how many there are.
+        threaded: whether the job's threads are for linear algebra; else they are for processes of its own,
+            and its numbers do not depend on how many there are.
     """
 
     mb: tuple[int, int]

@@ -166,6 +166,20 @@ def rule_name(domain: Domain, stage: Stage) -> str:
     return f"{domain.name}_{stage.name}".replace("-", "_")
 
 
+def benchmark_of(domain: Domain, stage: Stage, run: Run) -> str:
+    """Path of a run's benchmark below the folder of benchmarks, without its ending."""
+    file = run.experiment.name.partition("/")[0]
+    if stage.scope == "file":
+        return f"{rule_name(domain, stage)}_{file}/{file}/seed{run.seed}"
+    experiment = run.experiment.base if stage.before else run.experiment.name
+    places = {"experiment": experiment, "method": run.method, "seed": f"seed{run.seed}"}
+    places |= stage.fields(run.experiment)
+    fields = unique(field for pattern in stage.writes.values() for field in _FIELD.findall(pattern))
+    return "/".join(
+        [rule_name(domain, stage), *(places[field] for field in fields)] if fields else [stage.name]
+    )
+
+
 def stage_rules(plan: Plan) -> list[StageRule]:
     """All rules that a plan needs, in the order of domains and stages."""
     rules = []

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from flowtilt.pipeline.configuration import Count, Positive, Section, Share
+from flowtilt.pipeline.configuration import Count, Positive, Row, Section, Share
 from flowtilt.words import Side, tail_side
 
 Tail = Annotated[Side, BeforeValidator(tail_side)]
@@ -25,6 +25,40 @@ class TailSpec(NamedTuple):
     side: Side
     mass: float
     alpha: float
+
+
+class DataConfig(Section):
+    """A mixture of axis-aligned Gaussians in the plane that the model is pretrained on."""
+
+    weights: Annotated[list[Positive], Field(min_length=1)]
+    """Weights of the components; they need not sum to 1."""
+
+    means: list[Row]
+    """Means of the components, a pair of coordinates each."""
+
+    deviations: list[Row]
+    """Standard deviations of the components along x and y, positive."""
+
+    modes: list[Annotated[int, Field(ge=0)]] | None = None
+    """Mode of each component, from 0, for a model that is conditional on the mode; modes are equally
+    likely, and the weights count within each. For experiments on functionals."""
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> DataConfig:
+        if not len(self.weights) == len(self.means) == len(self.deviations):
+            raise ValueError("weights, means and deviations must have one entry per component")
+        if any(d <= 0 for row in self.deviations for d in row):
+            raise ValueError("deviations must be positive")
+        if self.modes is not None and (
+            len(self.modes) != len(self.weights) or set(self.modes) != set(range(self.mode_count))
+        ):
+            raise ValueError("modes must have one entry per component, and leave out no number from 0")
+        return self
+
+    @property
+    def mode_count(self) -> int:
+        """How many modes the model is conditional on; 0 without."""
+        return 0 if self.modes is None else max(self.modes, default=-1) + 1
 
 
 class OfflineConfig(Section):
@@ -131,8 +165,8 @@ class MethodConfig(Section):
     """One method of an experiment; a domain adds its own keys."""
 
     kind: str
-    """What is done: ``pretrained`` is not fine-tuned; ``am`` is Adjoint Matching, ``fdc`` Flow Density Control
-    and ``tfft`` Tail-aware Flow Fine-Tuning."""
+    """What is done: ``pretrained`` is not fine-tuned; ``am`` is Adjoint Matching, ``fdc`` Flow Density
+    Control and ``tfft`` Tail-aware Flow Fine-Tuning."""
 
     iterations: Count | None = None
     """Linearisations, each with a solve; for ``fdc``, which must have it."""

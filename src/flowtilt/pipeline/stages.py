@@ -1,7 +1,7 @@
 """The stages that are the same in every domain: the offline batch, thresholds, fine-tuning.
 
-A domain gives them a :class:`Workbench`: a pretrained flow, the reward, and what FDC raises. Randomness follows
-from the names of experiment, method and seed alone.
+A domain gives them a :class:`Workbench`: a pretrained flow, the reward, and what FDC raises. Randomness
+follows from the names of experiment, method and seed alone.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class Workbench(ABC):
         """What is called with each update's row, and may add to it."""
         return progress
 
-    def taken_up(self) -> None:
+    def taken_up(self) -> None:  # noqa: B027
         """Called when a training has gone on from a kept state."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Called when the job's work is done; says in the log what there is to say."""
 
 
@@ -177,20 +177,18 @@ def threshold(job: Job) -> None:
 # ---------------------------------------------------------------------------------- fine-tuning
 
 
-def finetune(job: Job, progress: Progress | None = None) -> None:
+def finetune(job: Job) -> None:
     """Fine-tune the pretrained model by one method, with its control solver.
 
     A long fine-tuning keeps its state beside the output while it runs, and goes on from it if it was stopped.
-
-    Args:
-        job: of a method that is fine-tuned.
-        progress: called with each update's row.
     """
     experiment, method = job.experiment, job.method
     bench = workbench_of(job)
-    watched = bench.watched(progress)
+    watched = bench.watched(job.bar(experiment.own_updates_of(method), f"{experiment.name} {method}"))
     config, updates = experiment.solver_of(method), experiment.updates_of(method)
-    resumption = resumption_of(job, bench.taken_up)
+    read = [job.read(role) for role in sorted(job.inputs)]
+    output = job.outputs["model"]
+    resumption = resumption_of(experiment, "finetune", job.seed, output, read, method, bench.taken_up)
     if experiment.methods[method].kind == "fdc":
         climb = bench.climb()
         iterations = range(climb.done, experiment.methods[method].iterations)
@@ -211,7 +209,7 @@ def finetune(job: Job, progress: Progress | None = None) -> None:
     bench.close()
     if processes().leads:
         write_history(rows, job.outputs["history"])
-        save_weights(model, job.outputs["model"])
+        save_weights(model, output)
         resumption.remove()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flowtilt.files import atomic_path
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import FunctionalExperiment
+from flowtilt.pipeline.domain import domain_of
 from flowtilt.pipeline.plan import Plan
 
 
@@ -19,7 +19,7 @@ def start(plan: Plan) -> None:
         ConfigError: naming the file, the key and the fix.
     """
     write_configs(plan)
-    check_functionals(plan)
+    check_experiments(plan)
 
 
 def write_configs(plan: Plan) -> None:
@@ -31,12 +31,12 @@ def write_configs(plan: Plan) -> None:
                 temporary.write_text(plan.resolved(name), encoding="utf-8")
 
 
-def check_functionals(plan: Plan) -> None:
-    """Refuse functionals that no job could use.
+def check_experiments(plan: Plan) -> None:
+    """Refuse experiments that no job could use, where telling so takes torch.
 
     In a process of its own: torch would stay in this one, which every job is started from.
     """
-    files = [plan.config_files[name] for name in plan.of_kind(FunctionalExperiment)]
+    files = [plan.config_files[name] for name, one in plan.experiments.items() if domain_of(one).verify]
     if not files:
         return
     command = [

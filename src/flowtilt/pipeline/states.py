@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flowtilt.checkpoints import sha256_of
-from flowtilt.pipeline.experiment import AnyExperiment, stage_digest
+from flowtilt.pipeline.experiment import Experiment, stage_digest
 from flowtilt.resuming import Resumption
 
 
 def resumption_of(
-    experiment: AnyExperiment,
+    experiment: Experiment,
     stage: str,
     seed: int,
     output: Path,

@@ -50,7 +50,7 @@ def _sample_reads(run: Run) -> Files:
 def _training(part: str) -> Stage:
     return Stage(
         f"pretrain-{part}",
-        f"{_HERE}.models:train_{part}",
+        f"{_HERE}.jobs:train_{part}",
         writes={part: f"models/{{model}}/{part}/weights"},
         reads=lambda run: {},
         sections=_MODEL,
@@ -65,7 +65,7 @@ def _training(part: str) -> Stage:
 STAGES = (
     Stage(
         "fetch",
-        f"{_HERE}.fetching:fetch_checkpoint",
+        f"{_HERE}.jobs:fetch",
         writes={"fetched": f"{_PRETRAINED}/fetched.json"},
         reads=lambda run: {},
         sections=("model", "reward"),
@@ -76,7 +76,7 @@ STAGES = (
     *(_training(part) for part in _PARTS),
     Stage(
         "model",
-        f"{_HERE}.models:write_model",
+        f"{_HERE}.jobs:write_model",
         writes={"model": f"{_PRETRAINED}/model.json"},
         reads=_model_reads,
         sections=_MODEL,
@@ -116,7 +116,7 @@ STAGES = (
     ),
     Stage(
         "sample",
-        f"{_HERE}.sampling:sample",
+        f"{_HERE}.jobs:sample",
         writes={"images": f"{_RUN}/images"},
         reads=_sample_reads,
         sections=("name", *_FLOW, "solver", "evaluation"),
@@ -127,7 +127,7 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        f"{_HERE}.evaluation:evaluate",
+        f"{_HERE}.jobs:evaluate",
         writes={"metrics": f"{_RUN}/metrics.json", "scores": f"{_RUN}/scores.npz"},
         reads=lambda run: _base(run) | {"images": run.file("images")} | run.trained(),
         sections=("model", "prompts", "reward", "objective", "evaluation", "methods"),
@@ -143,9 +143,10 @@ class Images:
     name = "images"
     words = "on images"
     environment = "images"
-    packages = ("diffusers", "transformers", "open_clip_torch", "peft", "vendi-score", "huggingface-hub")
+    packages = ("torchvision", "diffusers", "transformers", "peft", "open_clip_torch", "vendi-score")
     stages: Sequence[Stage] = STAGES
-    workbench = f"{_HERE}.finetuning:ImagesBench"
+    verify = ""
+    workbench = f"{_HERE}.bench:ImagesBench"
     report = f"{_HERE}.report"
     assessment = ("sample", "evaluate")
 
@@ -172,9 +173,9 @@ class Images:
         return (
             Chapter(
                 "Experiments on images",
-                "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a reward, "
-                "with a text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, which holds "
-                "what is below `model` here. `docs/images.md` says what is done, and why.",
+                "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a "
+                "reward, with a text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, "
+                "which holds what is below `model` here. `docs/images.md` says what is done, and why.",
                 ImageExperiment,
                 "on images",
             ),

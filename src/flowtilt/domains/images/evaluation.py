@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowtilt import thresholds
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
 from flowtilt.metrics.diversity import combinations_covered, designs_covered, effective_classes, vendi
 from flowtilt.metrics.tails import lower_tail_mean
-from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import method_of
 from flowtilt.pipeline.files import (
     Metrics,
     StageError,
-    read_arrays,
     read_history,
     read_threshold,
     write_arrays,
-    write_json,
     write_rows,
 )
 
@@ -31,25 +26,6 @@ if TYPE_CHECKING:  # a threshold takes less time than importing torch
 
 MASSES = (0.1, 0.2, 0.5)
 """Of the left tails that every run reports, beside those of its experiment."""
-
-
-def threshold(experiment: ImageExperiment, method: str, batch: Path, output: Path) -> None:
-    """Solve TFFT's dual on the rewards of the offline batch."""
-    if method_of(experiment, method).kind != "tfft":
-        raise ConfigError(
-            f"experiment {experiment.name}: method {method!r} has no threshold; only tfft has one"
-        )
-    (rewards,) = read_arrays(batch, "reward")
-    tail = experiment.tail_of(method)
-    at = thresholds.threshold(rewards.astype(np.float64), tail.alpha, tail.mass, "lower")
-    write_json(
-        {
-            "threshold": at,
-            "offline_active_share": thresholds.active_share(rewards, at, "lower"),
-            "offline_samples": len(rewards),
-        },
-        output,
-    )
 
 
 def evaluate(

@@ -1,13 +1,14 @@
-"""An experiment on pictures: exploration of a text-to-image model, or the left tail of its pictures' reward.
+"""An experiment on images: exploration of a text-to-image model, or the left tail of its images' reward.
 
-The files have the key ``domain: images``, and name a file of ``config/models``; :mod:`flowtilt.pipeline.experiment`
-reads both. This module imports neither torch nor the numerics.
+The files have the key ``domain: images``, and name a file of ``config/models``. This module imports neither
+torch nor the numerics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,7 +24,7 @@ from flowtilt.domains.images.sections import (
     LeftTailObjective,
     ScheduleConfig,
 )
-from flowtilt.pipeline.configuration import Name, NoRepeats, ToldApart
+from flowtilt.pipeline.configuration import ConfigError, Name, NoRepeats, ToldApart, check_name, read_yaml
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.sections import TailSpec, check_methods
 
@@ -170,6 +171,6 @@ def check_models(files: Mapping[str, Mapping[str, Experiment]]) -> None:
             other = first.setdefault(case.model.name, case)
             if case.model != other.model:
                 raise ConfigError(
-                    f"config/experiments/{name}.yaml: key model: differs from that of {other.name}, which has the "
-                    "same name; give it another name, or leave both as their file has them"
+                    f"config/experiments/{name}.yaml: key model: differs from that of {other.name}, which "
+                    "has the same name; give it another name, or leave both as their file has them"
                 )

@@ -60,7 +60,7 @@ def train_pipeline(experiment: ImageExperiment, folder: Path, progress: Progress
     from flowtilt.domains.images import pretraining
 
     config = _embedded(experiment)
-    resumption = resumption_of(experiment, "pretrain", SEED, folder, [])
+    resumption = resumption_of(experiment, "pretrain-pipeline", SEED, folder, [])
     with atomic_folder(folder) as temporary:
         pipeline, histories = pretraining.train_pipeline(config, resumption, progress)
         checks = pretraining.check_autoencoder(pipeline.vae, config, HELD_OUT)
@@ -76,7 +76,7 @@ def train_alignment(experiment: ImageExperiment, folder: Path, progress: Progres
     from flowtilt.domains.images import build, pretraining
 
     config = _embedded(experiment)
-    resumption = resumption_of(experiment, "pretrain", SEED, folder, [])
+    resumption = resumption_of(experiment, "pretrain-alignment", SEED, folder, [])
     with atomic_folder(folder) as temporary:
         model, histories = pretraining.train_alignment(config, resumption, progress)
         checks = pretraining.check_alignment(model, config, HELD_OUT)

@@ -59,7 +59,7 @@ def _evaluate_reads(run: Run) -> Files:
 STAGES = (
     Stage(
         "data",
-        f"{_HERE}.evaluation:prepare",
+        f"{_HERE}.jobs:prepare",
         writes={"molecules": _DATA},
         reads=lambda run: {},
         sections=(),
@@ -69,7 +69,7 @@ STAGES = (
     ),
     Stage(
         "pretrain",
-        f"{_HERE}.pretraining:pretrain",
+        f"{_HERE}.jobs:pretrain",
         writes={
             "model": "runs/{experiment}/pretrained/model.safetensors",
             "record": "runs/{experiment}/pretrained/training.json",
@@ -113,7 +113,7 @@ STAGES = (
     ),
     Stage(
         "sample",
-        f"{_HERE}.sampling:sample",
+        f"{_HERE}.jobs:sample",
         writes={"samples": f"{_RUN}/samples.npz"},
         reads=_sample_reads,
         sections=("base", "model", *_SOLVED, "evaluation"),
@@ -123,7 +123,7 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        f"{_HERE}.evaluation:evaluate",
+        f"{_HERE}.jobs:evaluate",
         writes={
             "metrics": f"{_RUN}/metrics.json",
             "sdf": f"{_RUN}/molecules.sdf",
@@ -143,9 +143,10 @@ class MoleculesDomain:
     name = "molecules"
     words = "on molecules"
     environment = "molecules"
-    packages = ("rdkit", "tblite", "qm9pack")
+    packages = ("qm9pack", "rdkit", "tblite")
     stages: Sequence[Stage] = STAGES
-    workbench = f"{_HERE}.finetuning:MoleculesBench"
+    verify = ""
+    workbench = f"{_HERE}.bench:MoleculesBench"
     report = f"{_HERE}.report"
     assessment = ("sample", "evaluate")
 
@@ -171,7 +172,7 @@ class MoleculesDomain:
             return [run.file("metrics.json")]
         case = run.experiment
         others = {"pretrained": ["metrics.json"], "am": ["metrics.json", "history.csv"]}
-        others |= dict.fromkeys(case.also, ["metrics.json", "history.csv"])
+        others |= {method: ["metrics.json", "history.csv"] for method in case.also}
         own = [run.file("metrics.json"), run.file("history.csv")]
         return own + [run.file_of(m, file, case.base) for m, files in others.items() for file in files]
 

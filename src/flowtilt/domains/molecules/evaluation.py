@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from flowtilt import thresholds
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
 from flowtilt.metrics.tails import upper_tail_mean
-from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import method_of
 from flowtilt.pipeline.files import (
     Metrics,
-    StageError,
     columns_of,
     read_arrays,
     read_history,
     read_threshold,
     write_arrays,
-    write_json,
     write_rows,
 )
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.998)
 """Of the tails that every run reports, beside the levels of its experiment."""
-
-WIDEST = 0.5
-"""Mass of the tail from which a rising level starts."""
 
 
 def prepare(output: Path) -> None:
@@ -40,53 +31,6 @@ def prepare(output: Path) -> None:
 
 
 # -------------------------------------------------------------------------------- thresholds
-
-
-def threshold(experiment: MoleculeExperiment, method: str, batch: Path, output: Path) -> None:
-    """Solve TFFT's dual on the energies of the offline batch; those that failed are left out and counted.
-
-    For a method whose level rises, the file has its mass and threshold at every update too.
-    """
-    config = method_of(experiment, method)
-    if config.kind != "tfft":
-        raise ConfigError(
-            f"experiment {experiment.name}: method {method!r} has no threshold; only tfft has one"
-        )
-    (every,) = read_arrays(batch, "reward")
-    rewards = every[~np.isnan(every)].astype(np.float64)
-    if not rewards.size:
-        raise StageError(f"{batch}: no molecule of the batch has an energy; look at the pretrained model")
-    tail = experiment.tail_of(method)
-    at = thresholds.threshold(rewards, tail.alpha, tail.mass, "upper")
-    row: dict[str, Any] = {
-        "threshold": at,
-        "offline_active_share": thresholds.active_share(rewards, at, "upper"),
-        "offline_samples": len(rewards),
-        "offline_failed": len(every) - len(rewards),
-    }
-    if config.rise is not None:
-        masses = masses_of(tail.mass, config.rise, experiment.updates_of(method))
-        row["schedule"] = [
-            {
-                "mass": mass,
-                "threshold": thresholds.threshold(rewards, tail.alpha, mass, "upper"),
-            }
-            for mass in masses
-        ]
-    write_json(row, output)
-
-
-def masses_of(mass: float, rise: float, updates: int) -> list[float]:
-    """The mass of the tail at every update: from one half geometrically to ``mass``, and then that.
-
-    Args:
-        mass: at the end.
-        rise: share of the updates before it is reached.
-        updates: how many there are.
-    """
-    start = max(WIDEST, mass)
-    shares = (min(1.0, update / (rise * updates)) if rise > 0 else 1.0 for update in range(updates))
-    return [start * (mass / start) ** share for share in shares]
 
 
 # ----------------------------------------------------------------------------------- metrics

@@ -1,7 +1,6 @@
 """An experiment on molecules: minus the GFN1-xTB energy as the reward, and the tail of its best share.
 
-The files have the key ``domain: molecules``; :mod:`flowtilt.pipeline.experiment` reads them. This module imports
-neither torch nor the numerics.
+The files have the key ``domain: molecules``. This module imports neither torch nor the numerics.
 """
 
 from __future__ import annotations

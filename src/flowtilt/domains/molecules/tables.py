@@ -19,9 +19,12 @@ from flowtilt.pipeline.report.measurements import (
     Runs,
     by_row,
     collect,
+    collect_runs,
+    entries,
     read_history,
     run_folder,
     runs_of,
+    summarise,
 )
 from flowtilt.pipeline.report.panels import Panel, describe, over_seeds, pretty
 from flowtilt.pipeline.report.tables import VERDICTS, listed, panels_of, reported_columns, table_frame

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.domains.planar.experiment import FunctionalExperiment, PlanarExperiment, TailExperiment
+from flowtilt.domains.planar.terms import check_terms
 from flowtilt.domains.planar.words import describe
 from flowtilt.pipeline.domain import Chapter, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
@@ -49,15 +50,19 @@ def _exact_reads(run: Run) -> dict[str, str]:
     return {"density": run.pretrained("density.npz"), "resolution": f"{run.results}/resolution.json"}
 
 
-def _resolution_reads(run: Run) -> dict[str, list[str]]:
-    """What the runs of Adjoint Matching in an experiment have sampled, and the densities they started from."""
-    experiment = run.experiment
-    runs = [
-        Run(run.results, experiment, name, seed)
+def am_runs(results: str, experiment: Experiment) -> list[Run]:
+    """The runs of Adjoint Matching, which the resolution of networks is measured from."""
+    return [
+        Run(results, experiment, name, seed)
         for name, method in experiment.methods.items()
         if method.kind == "am"
         for seed in experiment.seeds
     ]
+
+
+def _resolution_reads(run: Run) -> dict[str, list[str]]:
+    """What they have sampled, and the densities that they started from."""
+    runs = am_runs(run.results, run.experiment)
     return {
         "samples": [one.file("samples.npz") for one in runs],
         "densities": [one.pretrained("density.npz") for one in runs],
@@ -65,14 +70,14 @@ def _resolution_reads(run: Run) -> dict[str, list[str]]:
 
 
 _MEASURED = {"samples": f"{_RUN}/samples.npz", "metrics": f"{_RUN}/metrics.json"}
-_MEASURE = Needs((1500, 8000), (15, 120), gpu=True, group="measure", threaded=True)
+_MEASURE = Needs((1500, 8000), (15, 120), group="measure", threaded=True)
 _SECTIONS = ("name", "path", "network", "reward", "objective", "grid", "evaluation", "methods")
 _HERE = "flowtilt.domains.planar"
 
 STAGES = (
     Stage(
         "pretrain",
-        f"{_HERE}.training:pretrain",
+        f"{_HERE}.jobs:pretrain",
         writes={"model": f"{_PRETRAINED}/model.safetensors", "history": f"{_PRETRAINED}/history.csv"},
         reads=lambda run: {},
         sections=("base", "path", "network", "data", "pretrain"),
@@ -82,11 +87,12 @@ STAGES = (
     ),
     Stage(
         "density",
-        f"{_HERE}.solving:density",
+        f"{_HERE}.jobs:density",
         writes={"density": f"{_PRETRAINED}/density.npz"},
         reads=lambda run: {"model": run.pretrained("model.safetensors")},
         sections=("path", "network", "grid", "evaluation"),
-        needs=Needs((1500, 8000), (10, 30), gpu=True, group=_SHORT, threaded=True),
+        needs=Needs((1500, 8000), (10, 30), group=_SHORT, threaded=True),
+        networks=True,
         before=True,
         priority=20,
     ),
@@ -122,31 +128,33 @@ STAGES = (
     ),
     Stage(
         "measure",
-        f"{_HERE}.measuring:measure",
+        f"{_HERE}.jobs:measure",
         writes=_MEASURED,
         reads=_measure_reads,
         sections=_SECTIONS,
         kinds=("pretrained", "am", "fdc", "tfft"),
         of=_is_tail,
         needs=_MEASURE,
+        networks=True,
         scope="file",
         priority=20,
     ),
     Stage(
         "measure",
-        f"{_HERE}.measuring:measure",
+        f"{_HERE}.jobs:measure",
         writes={**_MEASURED, "laws": f"{_RUN}/laws.npz"},
         reads=_measure_reads,
         sections=_SECTIONS,
         kinds=("pretrained", "am", "fdc", "tfft"),
         of=_is_functional,
         needs=_MEASURE,
+        networks=True,
         scope="file",
         priority=20,
     ),
     Stage(
         "resolution",
-        f"{_HERE}.solving:measure_resolution",
+        f"{_HERE}.jobs:measure_resolution",
         writes={"resolution": "resolution.json"},
         reads=_resolution_reads,
         sections=("reward", "objective", "grid", "methods"),
@@ -156,7 +164,7 @@ STAGES = (
     ),
     Stage(
         "exact",
-        f"{_HERE}.solving:exact",
+        f"{_HERE}.jobs:exact",
         writes={
             "metrics": "runs/{experiment}/exact/seed{seed}/metrics.json",
             "laws": "runs/{experiment}/exact/seed{seed}/laws.npz",
@@ -179,7 +187,8 @@ class Planar:
     environment = "core"
     packages = ()
     stages: Sequence[Stage] = STAGES
-    workbench = f"{_HERE}.training:PlanarBench"
+    verify = f"{_HERE}.checking:check_experiment"
+    workbench = f"{_HERE}.bench:PlanarBench"
     report = f"{_HERE}.report"
     assessment = ("measure",)
 
@@ -194,7 +203,11 @@ class Planar:
         return dict(data)
 
     def check(self, files: Mapping[str, Mapping[str, Experiment]]) -> None:
-        """Any experiments in the plane can be run beside each other."""
+        """Refuse functionals and parameters that nobody knows."""
+        for name, cases in files.items():
+            for case in cases.values():
+                if isinstance(case, FunctionalExperiment):
+                    check_terms(name, case)
 
     def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
         """One figure of a study; of an experiment its densities, and what it is judged by."""
@@ -220,18 +233,19 @@ CHAPTERS = (
     Chapter(
         "Experiments on a tail",
         "An `experiments/{name}.yaml` with `domain: planar` whose `objective` has a `tail`: the mean of a "
-        "reward's worst or best values in the plane. Coordinates of the plane have no unit; the reward's unit "
-        "is the landscape's.",
+        "reward's worst or best values in the plane. Coordinates of the plane have no unit; the reward's "
+        "unit is the landscape's.",
         TailExperiment,
         "on a tail",
     ),
     Chapter(
         "Experiments on a functional",
         "An `experiments/{name}.yaml` with `domain: planar` whose `objective` has a `utility`: any pair of a "
-        "utility and a divergence in the plane. Sections that are not listed here are those of experiments on "
-        "a tail.",
+        "utility and a divergence in the plane. Sections that are not listed here are those of experiments "
+        "on a tail.",
         FunctionalExperiment,
         "on a functional",
+        functionals=True,
     ),
 )
 

@@ -9,12 +9,17 @@ import numpy as np
 import torch
 
 from flowtilt.domains.planar.data import GaussianMixture, ModeMixtures
+from flowtilt.domains.planar.experiment import (
+    FunctionalExperiment,
+    PlanarExperiment,
+    TailExperiment,
+    tail_experiment,
+)
 from flowtilt.domains.planar.landscapes import LANDSCAPES, SLOPES, Bowl, Slope, Zones
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
 from flowtilt.loading import imported, message_of
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import Experiment, FunctionalExperiment, TailExperiment, tail_experiment
 from flowtilt.pipeline.sections import PathConfig
 from flowtilt.rewards import Reward
 from flowtilt.seeding import seed_of
@@ -29,7 +34,7 @@ def build_path(config: PathConfig) -> Interpolant:
     return VariancePreserving(config.rate_min, config.rate_max)
 
 
-def build_model(experiment: Experiment, seed: int = 0) -> PlanarFlow:
+def build_model(experiment: PlanarExperiment, seed: int = 0) -> PlanarFlow:
     """A freshly initialised network; its weights follow from the names and the seed alone."""
     network = experiment.network
     with torch.random.fork_rng(devices=[]):
@@ -43,7 +48,7 @@ def build_model(experiment: Experiment, seed: int = 0) -> PlanarFlow:
         )
 
 
-def build_data(experiment: Experiment) -> GaussianMixture | ModeMixtures:
+def build_data(experiment: PlanarExperiment) -> GaussianMixture | ModeMixtures:
     """The data that the model is pretrained on."""
     data = experiment.data
     arrays = [np.array(a) for a in (data.weights, data.means, data.deviations)]
@@ -65,7 +70,7 @@ def build_slope(experiment: FunctionalExperiment) -> Slope | None:
     return _made(experiment.reward.model_dump(), SLOPES, Slope)
 
 
-def reward_of(experiment: Experiment) -> Reward:
+def reward_of(experiment: PlanarExperiment) -> Reward:
     """The reward of an experiment of either kind.
 
     Raises:

@@ -14,11 +14,11 @@ import numpy as np
 from scipy.optimize import brentq
 
 from flowtilt.domains.planar.build import build_data, build_reward
+from flowtilt.domains.planar.experiment import TailExperiment, tail_experiment
 from flowtilt.domains.planar.grid import normalise
 from flowtilt.domains.planar.truth import build_grid
 from flowtilt.metrics.tails import tail_mean
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import TailExperiment
 
 
 def calibrated_edge(experiment: TailExperiment) -> float:
@@ -43,3 +43,12 @@ def calibrated_edge(experiment: TailExperiment) -> float:
             f"gives the target {experiment.calibration.target}; widen the bracket"
         )
     return float(brentq(excess, low, high, xtol=1e-5))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from flowtilt.pipeline.experiment import load_resolved
+
+    for file in sys.argv[1:]:
+        print(f"{file}: right_edge: {calibrated_edge(tail_experiment(load_resolved(file))):.5f}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import AnyExperiment, FunctionalExperiment
+from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.plan import experiment_file
 
 
-def check_experiment(experiment: AnyExperiment) -> None:
+def check_experiment(experiment: Experiment) -> None:
     """Refuse functionals that no job of an experiment could use.
 
     Raises:

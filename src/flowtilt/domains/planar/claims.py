@@ -13,7 +13,8 @@ def own_gains(long: pd.DataFrame, runs: Runs) -> dict[str, np.ndarray]:
     """What a network's own objective has more than that of the pretrained law, by method and rising seed.
 
     Args:
-        long: metrics of one experiment, or of several; see :func:`flowtilt.pipeline.report.measurements.collect_runs`.
+        long: metrics of one experiment, or of several; see
+            :func:`flowtilt.pipeline.report.measurements.collect_runs`.
         runs: of an experiment in the plane. One on a tail without a pretrained row has no gains.
     """
     long = long[long["experiment"] == runs.name]

@@ -6,40 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from flowtilt import thresholds
+from flowtilt.domains.planar.experiment import PlanarExperiment, tail_experiment
 from flowtilt.domains.planar.rows import Metrics, reward_metrics, sample_divergence, zone_masses
 from flowtilt.metrics.tails import dominance_violation
-from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import Experiment, method_of, tail_experiment
+from flowtilt.pipeline.experiment import method_of
 from flowtilt.pipeline.files import (
     read_arrays,
     read_density,
     read_history,
     read_threshold,
-    write_json,
     write_rows,
 )
 
 
-def threshold(experiment: Experiment, method: str, batch: Path, output: Path) -> None:
-    """Solve TFFT's dual on the offline batch."""
-    if method_of(experiment, method).kind != "tfft":
-        raise ConfigError(
-            f"experiment {experiment.name}: method {method!r} has no threshold; only tfft has one"
-        )
-    (rewards,) = read_arrays(batch, "reward")
-    tail = experiment.tail_of(method)
-    at = thresholds.threshold(rewards, tail.alpha, tail.mass, tail.side)
-    row = {
-        "threshold": at,
-        "offline_active_share": thresholds.active_share(rewards, at, tail.side),
-        "offline_samples": len(rewards),
-    }
-    write_json(row, output)
-
-
 def evaluate(
-    experiment: Experiment,
+    experiment: PlanarExperiment,
     method: str,
     samples: Path,
     density_file: Path,

@@ -1,7 +1,7 @@
 """Experiments in the plane: on a tail of a landscape, or on any pair of a utility and a divergence.
 
-The files have the key ``domain: planar``; the two kinds are told apart by their ``objective``. This module imports
-neither torch nor the numerics.
+The files have the key ``domain: planar``; the two kinds are told apart by their ``objective``. This module
+imports neither torch nor the numerics.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 from flowtilt.domains.planar.sections import (
     BowlConfig,
     CalibrationConfig,
-    DataConfig,
     EvaluationConfig,
     FunctionalEvaluationConfig,
     FunctionalMethodConfig,
@@ -32,7 +31,7 @@ from flowtilt.domains.planar.sections import (
 )
 from flowtilt.pipeline.configuration import ConfigError, Name, ToldApart, changed
 from flowtilt.pipeline.experiment import Experiment, method_of
-from flowtilt.pipeline.sections import OfflineConfig, TailSpec
+from flowtilt.pipeline.sections import DataConfig, OfflineConfig, TailSpec
 from flowtilt.words import Side
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from flowtilt.checkpoints import load_weights
 from flowtilt.domains.planar.build import build_model
 from flowtilt.domains.planar.evaluation import activity
+from flowtilt.domains.planar.experiment import FunctionalExperiment
+from flowtilt.domains.planar.files import RunFiles
 from flowtilt.domains.planar.laws import (
     Cloud,
     critic_metrics,
@@ -20,9 +22,7 @@ from flowtilt.domains.planar.laws import (
 from flowtilt.domains.planar.rows import Metrics
 from flowtilt.domains.planar.training import sample
 from flowtilt.domains.planar.truth import gridded_density
-from flowtilt.pipeline.experiment import FunctionalExperiment
 from flowtilt.pipeline.files import (
-    RunFiles,
     read_arrays,
     read_density,
     read_history,

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from flowtilt.pipeline.experiment import Experiment, FunctionalExperiment
+from flowtilt.domains.planar.experiment import FunctionalExperiment
+from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.report.measurements import entries, summarise, with_gaps
 from flowtilt.pipeline.report.panels import Panel, over_seeds, pretty
 from flowtilt.pipeline.sections import FunctionalObjective, TermConfig

@@ -10,6 +10,7 @@ import torch
 
 from flowtilt.domains.planar.build import build_data, build_model, build_slope
 from flowtilt.domains.planar.data import GaussianMixture
+from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.grid import Grid, finite_law, kl_divergence
 from flowtilt.domains.planar.optimum import mirror_iterates, optimum_of, tail_optimum, tilt
 from flowtilt.domains.planar.problems import build_objective
@@ -18,7 +19,6 @@ from flowtilt.functionals.base import FiniteLaw, Objective
 from flowtilt.functionals.critic import CriticSettings, train_critic
 from flowtilt.metrics.entropy import histogram_entropy, likelihood_entropy
 from flowtilt.metrics.transport import ground_distances, kantorovich
-from flowtilt.pipeline.experiment import FunctionalExperiment
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowtilt.domains.planar.evaluation import evaluate
+from flowtilt.domains.planar.experiment import FunctionalExperiment
+from flowtilt.domains.planar.files import RunFiles
 from flowtilt.domains.planar.functionals import measure_run
 from flowtilt.domains.planar.training import sample
-from flowtilt.pipeline.experiment import Experiment, FunctionalExperiment
-from flowtilt.pipeline.files import RunFiles
+from flowtilt.pipeline.experiment import Experiment
 
 
 def measure(experiments: Sequence[Experiment], seed: int, results: Path) -> None:

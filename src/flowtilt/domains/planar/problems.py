@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from flowtilt.domains.planar.build import build_cost, build_data, build_model, build_slope
+from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.grid import Grid, finite_law
 from flowtilt.functionals.base import Functional, Objective
 from flowtilt.functionals.divergences import ReferenceDraw
@@ -12,7 +13,6 @@ from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients, c
 from flowtilt.loading import message_of
 from flowtilt.model import FlowModel
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import FunctionalExperiment
 from flowtilt.pipeline.sections import TermConfig
 from flowtilt.sampling import OdeSettings
 from flowtilt.words import check_word

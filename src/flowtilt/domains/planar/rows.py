@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flowtilt.domains.planar.experiment import TailExperiment
 from flowtilt.metrics.tails import tail_mean
-from flowtilt.pipeline.experiment import TailExperiment
 
 if TYPE_CHECKING:
     from scipy.interpolate import RectBivariateSpline

@@ -7,11 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Row, Section, ToldApart
+from flowtilt.pipeline.sections import MethodConfig
 from flowtilt.words import Side, tail_side
 
-Weights = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 Tail = Annotated[Side, BeforeValidator(tail_side)]
-from flowtilt.pipeline.sections import MethodConfig
 
 Weights = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
@@ -42,40 +41,6 @@ class NetworkConfig(Section):
 
     prediction: Literal["velocity", "score"]
     """What the network's output stands for; a ``score`` needs the variance-preserving path."""
-
-
-class DataConfig(Section):
-    """A mixture of axis-aligned Gaussians in the plane that the model is pretrained on."""
-
-    weights: Annotated[list[Positive], Field(min_length=1)]
-    """Weights of the components; they need not sum to 1."""
-
-    means: list[Row]
-    """Means of the components, a pair of coordinates each."""
-
-    deviations: list[Row]
-    """Standard deviations of the components along x and y, positive."""
-
-    modes: list[Annotated[int, Field(ge=0)]] | None = None
-    """Mode of each component, from 0, for a model that is conditional on the mode; modes are equally
-    likely, and the weights count within each. For experiments on functionals."""
-
-    @model_validator(mode="after")
-    def _one_of_each(self) -> DataConfig:
-        if not len(self.weights) == len(self.means) == len(self.deviations):
-            raise ValueError("weights, means and deviations must have one entry per component")
-        if any(d <= 0 for row in self.deviations for d in row):
-            raise ValueError("deviations must be positive")
-        if self.modes is not None and (
-            len(self.modes) != len(self.weights) or set(self.modes) != set(range(self.mode_count))
-        ):
-            raise ValueError("modes must have one entry per component, and leave out no number from 0")
-        return self
-
-    @property
-    def mode_count(self) -> int:
-        """How many modes the model is conditional on; 0 without."""
-        return 0 if self.modes is None else max(self.modes, default=-1) + 1
 
 
 class PretrainConfig(Section):
@@ -123,7 +88,8 @@ class ZonesConfig(Section):
     """Where along x the left zone gives way to the plateau."""
 
     right_edge: float
-    """Where along x the plateau gives way to the right zone; ``flowtilt calibrate`` finds it."""
+    """Where along x the plateau gives way to the right zone; the module
+    ``flowtilt.domains.planar.calibration`` finds it."""
 
     softness: Positive
     """Half-width of both transitions."""
@@ -184,7 +150,8 @@ class BowlConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """The pretrained row that the landscape's right edge is fitted to, by ``flowtilt calibrate`` alone."""
+    """The pretrained row that the landscape\'s right edge is fitted to, by the module
+    ``flowtilt.domains.planar.calibration`` alone."""
 
     target: float
     """Tail mean of the pretrained row that the papers report, in units of the landscape's height."""

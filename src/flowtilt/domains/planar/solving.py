@@ -11,6 +11,7 @@ import numpy as np
 
 from flowtilt.checkpoints import load_weights
 from flowtilt.domains.planar.build import build_model, build_reward
+from flowtilt.domains.planar.experiment import PlanarExperiment, TailExperiment, tail_experiment
 from flowtilt.domains.planar.rows import GriddedDensity
 from flowtilt.domains.planar.truth import (
     ExactRows,
@@ -21,7 +22,6 @@ from flowtilt.domains.planar.truth import (
     resolution_mismatch,
 )
 from flowtilt.files import read_json
-from flowtilt.pipeline.experiment import Experiment, TailExperiment, tail_experiment
 from flowtilt.pipeline.files import (
     StageError,
     read_arrays,
@@ -38,7 +38,7 @@ CELL_PARTS = 4
 RESOLUTION_CANDIDATES = tuple(round(0.05 * k, 2) for k in range(17))
 
 
-def density(experiment: Experiment, model: Path, output: Path) -> None:
+def density(experiment: PlanarExperiment, model: Path, output: Path) -> None:
     """Grid the log-density of a pretrained model, above a floor: what divergences are measured from."""
     write_density(reference_density(load_weights(build_model(experiment), model), experiment), output)
 
@@ -51,7 +51,7 @@ class Layer(NamedTuple):
     resolution: Path | None = None
 
 
-def exact(experiment: Experiment, density_file: Path, *layers: Layer) -> None:
+def exact(experiment: PlanarExperiment, density_file: Path, *layers: Layer) -> None:
     """Solve every method on the grid, in each layer exactly or at the measured resolution."""
     density = read_density(density_file)
     problem = TailGrid(tail_experiment(experiment), density)
@@ -113,7 +113,7 @@ def _read_resolution(path: Path) -> float:
         raise StageError(f"{path}: not a resolution file ({error!r}); delete it and run again") from None
 
 
-def measure_resolution(runs: Iterable[tuple[Experiment, Path, Path]], output: Path) -> None:
+def measure_resolution(runs: Iterable[tuple[PlanarExperiment, Path, Path]], output: Path) -> None:
     """The blur width at which Adjoint Matching's law is nearest to what its networks sample.
 
     Args:

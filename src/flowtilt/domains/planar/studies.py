@@ -26,7 +26,7 @@ from flowtilt.pipeline.report.measurements import (
 from flowtilt.pipeline.report.panels import Panel, describe, over_seeds, pretty
 
 if TYPE_CHECKING:
-    from flowtilt.pipeline.experiment import AnyExperiment, Study
+    from flowtilt.pipeline.experiment import Experiment, Study
 
 RESOLVED_WITHIN = 0.05
 
@@ -48,7 +48,7 @@ class StudyRuns:
     tolerance: float | None = None
 
 
-def study_runs_of(study: Study, cases: Iterable[AnyExperiment]) -> StudyRuns:
+def study_runs_of(study: Study, cases: Iterable[Experiment]) -> StudyRuns:
     """A configured study and its cases; see :class:`StudyRuns`.
 
     Only cases can differ in a length of the landscape; where methods are what varies, there is

@@ -17,6 +17,18 @@ from flowtilt.pipeline.report.measurements import Runs, collect_runs, entries, r
 from flowtilt.pipeline.report.panels import Panel, over_seeds
 from flowtilt.pipeline.report.tables import VERDICTS, listed, panels_of, reported_columns, table_frame
 
+_FLOOR_NOTE = (
+    "The reference of divergences is the pretrained network's own density, and e^-"
+    f"{FLOOR:g} of that of the data's law where it is lower: where it saw no data a network says "
+    "anything, hundreds of nats below the law."
+)
+
+_FLOORED_NOTE = (
+    f"{_FLOOR_NOTE} The mass on the floor is a row's own where the floor or the grid's border stands for the "
+    "network; there the divergence is known from below alone."
+)
+
+
 ROW_NOTE = (
     "Rows: each method's network; the same steps solved exactly on a grid (exact); and solved there "
     "with the tilt's exponent blurred as a network blurs it (finite resolution). G is what a method "
@@ -31,13 +43,6 @@ FUNCTIONAL_ROW_NOTE = (
     "any law on that grid (optimum). G is what a method maximises, for networks by their own density on "
     "the same grid, and so is the KL divergence. The gap closed is the share of the way from the pretrained "
     f"law to the optimum. {_FLOORED_NOTE}"
-)
-
-
-_FLOOR_NOTE = (
-    "The reference of divergences is the pretrained network's own density, and e^-"
-    f"{FLOOR:g} of that of the data's law where it is lower: where it saw no data a network says "
-    "anything, hundreds of nats below the law."
 )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from flowtilt.domains.planar.build import build_data, build_reward
 from flowtilt.domains.planar.data import GaussianMixture, ModeMixtures
+from flowtilt.domains.planar.experiment import PlanarExperiment, TailExperiment
 from flowtilt.domains.planar.grid import (
     Blur,
     Grid,
@@ -24,18 +25,17 @@ from flowtilt.domains.planar.grid import (
 )
 from flowtilt.domains.planar.rows import FLOOR, GriddedDensity, Metrics, reward_metrics, zone_masses
 from flowtilt.model import FlowModel
-from flowtilt.pipeline.experiment import Experiment, TailExperiment
 from flowtilt.pipeline.sections import TailMethodConfig
 from flowtilt.sampling import OdeSettings, log_likelihood
 from flowtilt.thresholds import threshold
 
 
-def build_grid(experiment: Experiment) -> Grid:
+def build_grid(experiment: PlanarExperiment) -> Grid:
     """The fine grid of the exact rows."""
     return Grid(experiment.grid.extent, experiment.grid.cells)
 
 
-def gridded_density(model: FlowModel, experiment: Experiment) -> GriddedDensity:
+def gridded_density(model: FlowModel, experiment: PlanarExperiment) -> GriddedDensity:
     """A model's own log-density, given each mode if it has any, by the ODE at each grid point."""
     axis = np.linspace(-experiment.grid.extent, experiment.grid.extent, experiment.grid.density_cells)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
@@ -65,7 +65,7 @@ def floored(density: GriddedDensity, data: GaussianMixture | ModeMixtures) -> Gr
     return GriddedDensity(density.axis, np.maximum(density.log_density, floor), density.log_density < floor)
 
 
-def reference_density(model: FlowModel, experiment: Experiment) -> GriddedDensity:
+def reference_density(model: FlowModel, experiment: PlanarExperiment) -> GriddedDensity:
     """What divergences are measured from: a pretrained model's :func:`gridded_density`, :func:`floored`."""
     return floored(gridded_density(model, experiment), build_data(experiment))
 

@@ -1,15 +1,16 @@
 """What the runs cost: wall time and memory, from the benchmarks that Snakemake writes beside them.
 
-A job's benchmark is ``{benchmarks}/{rule}/{experiment}/{method}/seed{n}.tsv``, and for all runs of a file
-``{benchmarks}/measure/{file}/seed{n}.tsv``; rules on molecules begin with ``molecules_``, those on pictures
-with ``images_``. Results that were made without one, by another copy or by hand, leave cells empty; nothing
-is run again for them. Of molecules and pictures, network passes are counted too, from the runs' histories.
+A job's benchmark is ``{benchmarks}/{domain}_{stage}/{experiment}/{method}/seed{n}.tsv``, and that of all runs
+of a file ``{benchmarks}/{domain}_{stage}_{file}/{file}/seed{n}.tsv``. Results that were made without one, by
+another copy or by hand, leave cells empty; nothing is run again for them. Network passes are counted too,
+from the runs' histories, where the domain counts them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from flowtilt.domains.images.experiment import ImageExperiment
-from flowtilt.domains.planar import solver_study
-from flowtilt.files import folder_of, read_text
-from flowtilt.pipeline.experiment import AnyExperiment, Experiment, load_file, read_study
-from flowtilt.pipeline.report.measurements import ResultsError
+from flowtilt.files import read_text
+from flowtilt.pipeline.domain import Run, domain_of
+from flowtilt.pipeline.experiment import Experiment, load_file, read_study
+from flowtilt.pipeline.report.measurements import ResultsError, read_history
 from flowtilt.pipeline.report.panels import Panel, over_seeds, pretty
 from flowtilt.pipeline.report.tables import write_panels
+from flowtilt.pipeline.rules import benchmark_of
 
 TOTAL_COLUMNS = ["rule", "jobs", "wall_seconds", "peak_memory_mb"]
 
@@ -98,9 +99,9 @@ def added_costs(
     return total
 
 
-def measured_job(benchmarks: Path, rule: str, runs: str, seed: int) -> Measured | None:
-    """What one job took, or None if it has no benchmark; ``runs`` is what it was of, as in its path."""
-    file = benchmarks / rule / runs / f"seed{seed}.tsv"
+def measured_job(benchmarks: Path, job: str) -> Measured | None:
+    """What one job took, or None if it has no benchmark; ``job`` is the file's path without its ending."""
+    file = benchmarks / f"{job}.tsv"
     if not file.is_file():
         return None
     lines = read_benchmark(file)
@@ -120,12 +121,12 @@ class Cost(NamedTuple):
         finetune, finetune_sd: of the fine-tuning.
         threshold: of tfft, what comes before: the offline batch and the threshold.
         relative: threshold and fine-tuning over those of the first method of the file that is fine-tuned.
-        passes: on molecules and pictures, network passes of the fine-tuning and of tfft's offline batch,
-            counted and not timed; see :mod:`flowtilt.control.base`.
+        passes: network passes of the fine-tuning and of tfft's offline batch, counted and not timed; see
+            :mod:`flowtilt.control.base`. NaN in a domain that does not count them.
         relative_passes: over those of the first method that is fine-tuned.
         memory: the largest of the fine-tuning over seeds, in MB.
-        assess, assess_sd: of sampling and metrics together: in the plane for all runs of the file, and on
-            functionals with the solved rows; on molecules and pictures for the run.
+        assess, assess_sd: of sampling and metrics together: for the run, or for all runs of its file where
+            they are measured in one job.
         solve, solve_sd: of the rows solved on the grid, on a tail, for all methods of the experiment.
     """
 
@@ -147,7 +148,7 @@ class Cost(NamedTuple):
     solve_sd: float
 
 
-def costs_of(benchmarks: Path, experiments: Iterable[AnyExperiment]) -> list[Cost]:
+def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
     """One line a method, in the order of the experiments and cases of one file.
 
     Args:
@@ -155,30 +156,31 @@ def costs_of(benchmarks: Path, experiments: Iterable[AnyExperiment]) -> list[Cos
         experiments: of one file: the first fine-tuned method is what costs are relative to.
 
     Raises:
-        ResultsError: if a benchmark, or the history of a run on pictures, is malformed.
+        ResultsError: if a benchmark, or the history of a run, is malformed.
     """
     lines: list[Cost] = []
     unit = unit_passes = math.nan
+    results = benchmarks.parent
     for experiment in experiments:
-        solved = _seconds(benchmarks, ["exact"], f"{experiment.name}/exact", experiment.seeds)
+        domain = domain_of(experiment)
+        solved = _of_stages(benchmarks, Run("", experiment), "exact")
         for method, config in experiment.methods.items():
-            run = f"{experiment.name}/{method}"
-            finetune = f"{experiment.rules}finetune"
-            jobs = [measured_job(benchmarks, finetune, run, seed) for seed in experiment.seeds]
+            run, updates = Run("", experiment, method), experiment.own_updates_of(method)
+            jobs = [_tuned(benchmarks, replace(run, seed=seed)) for seed in experiment.seeds]
             tuned = [job.seconds for job in jobs if job is not None]
-            assessed = _assessment(benchmarks, experiment, run)
-            threshold = _threshold(benchmarks, experiment, run) if config.kind == "tfft" else math.nan
+            assessed = _of_stages(benchmarks, run, *domain.assessment)
+            threshold = _threshold(benchmarks, run) if config.kind == "tfft" else math.nan
             cost = _mean_sd(tuned)[0] + (threshold if math.isfinite(threshold) else 0.0)
-            passes = _passes(benchmarks.parent, experiment, method)
-            if _updates(experiment, method) and not any(line.updates for line in lines):
+            passes = _passes(results, run)
+            if updates and not any(line.updates for line in lines):
                 unit, unit_passes = cost, passes
             lines.append(
                 Cost(
                     experiment.name,
                     method,
                     config.kind,
-                    len(tuned if _updates(experiment, method) else assessed),
-                    _updates(experiment, method),
+                    len(tuned if updates else assessed),
+                    updates,
                     *_mean_sd(tuned),
                     threshold,
                     cost / unit if unit > 0 else math.nan,
@@ -218,54 +220,43 @@ def read_costs(path: str | Path) -> tuple[list[Cost], dict[str, dict[str, float]
     return [Cost(*line) for line in runs.itertuples(index=False)], totals
 
 
-def _seconds(benchmarks: Path, rules: Iterable[str], runs: str, seeds: Iterable[int]) -> list[float]:
-    """Seconds of some rules together, for each seed of which all were measured."""
-    found = [[measured_job(benchmarks, rule, runs, seed) for rule in rules] for seed in seeds]
-    return [sum(job.seconds for job in jobs if job) for jobs in found if None not in jobs]
+def _tuned(benchmarks: Path, run: Run) -> Measured | None:
+    """What the fine-tuning of a run took."""
+    domain = domain_of(run.experiment)
+    stage = next(stage for stage in domain.stages if stage.name == "finetune")
+    return measured_job(benchmarks, benchmark_of(domain, stage, run))
 
 
-def _assessment(benchmarks: Path, experiment: AnyExperiment, run: str) -> list[float]:
-    """Seconds between models and metrics, for each seed of which they were measured."""
-    if isinstance(experiment, Experiment):
-        return _seconds(benchmarks, ["measure"], experiment.name.partition("/")[0], experiment.seeds)
-    rules = [f"{experiment.rules}{stage}" for stage in ("sample", "evaluate")]
-    return _seconds(benchmarks, rules, run, experiment.seeds)
+def _of_stages(benchmarks: Path, run: Run, *names: str) -> list[float]:
+    """Seconds of some stages of a run together, for each seed of which all were measured."""
+    domain, found = domain_of(run.experiment), []
+    for seed in run.experiment.seeds:
+        jobs = [
+            measured_job(benchmarks, benchmark_of(domain, stage, replace(run, seed=seed)))
+            for stage in domain.stages
+            if stage.name in names and stage.of(run.experiment)
+        ]
+        if jobs and None not in jobs:
+            found.append(sum(job.seconds for job in jobs if job))
+    return found
 
 
-def _threshold(benchmarks: Path, experiment: AnyExperiment, run: str) -> float:
+def _threshold(benchmarks: Path, run: Run) -> float:
     """Mean seconds of the offline batch and the threshold of a run."""
-    batch = f"{experiment.base}/pretrained"
-    batches = _seconds(benchmarks, [f"{experiment.rules}offline"], batch, experiment.seeds)
-    thresholds = _seconds(benchmarks, [f"{experiment.rules}threshold"], run, experiment.seeds)
-    return _mean_sd(batches)[0] + _mean_sd(thresholds)[0]
+    return sum(_mean_sd(_of_stages(benchmarks, run, stage))[0] for stage in ("offline", "threshold"))
 
 
-def _updates(experiment: AnyExperiment, method: str) -> int:
-    config = experiment.methods[method]
-    if config.kind in ("pretrained", "data"):
-        return 0
-    earlier = None
-    if isinstance(experiment, Experiment):
-        start = experiment.methods[method].continue_from
-        earlier = experiment.methods[start].iterations if start else None
-    return experiment.updates_of(method) * ((config.iterations or 1) - (earlier or 0))
-
-
-def _passes(results: Path, experiment: AnyExperiment, method: str) -> float:
-    """Mean network passes of a method's fine-tunings, and of tfft's offline batch; not in the plane."""
-    if isinstance(experiment, Experiment) or not experiment.methods[method].tuned:
+def _passes(results: Path, run: Run) -> float:
+    """Mean network passes of a method's fine-tunings, and of tfft's offline batch, where they are counted."""
+    experiment = run.experiment
+    if not experiment.counts_passes or not experiment.methods[run.method].tuned:
         return math.nan
-    folders = [folder_of(results, experiment.name, method, seed) for seed in experiment.seeds]
-    histories = [file for folder in folders if (file := folder / "history.csv").is_file()]
-    counted = _mean_sd([solver_study.costs_of(file).network_passes for file in histories])[0]
-    if experiment.methods[method].kind != "tfft":
-        return counted
-    if isinstance(experiment, ImageExperiment):
-        # A guided state goes through the network twice, with its prompt and with the empty one.
-        states = experiment.offline_samples * (1 if experiment.guidance.sampling == 1 else 2)
-    else:
-        states = experiment.offline.samples
-    return counted + states * experiment.solver.steps
+    runs = (replace(run, results=str(results), seed=seed) for seed in experiment.seeds)
+    histories = [file for one in runs if (file := Path(one.file("history.csv"))).is_file()]
+    counted = _mean_sd(
+        [read_history(file, ["network_passes"])["network_passes"].iloc[-1] for file in histories]
+    )[0]
+    return counted + (experiment.offline_passes if run.kind == "tfft" else 0)
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -279,11 +270,11 @@ NOTE = (
     "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
     "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
     "fine-tuned line of the table, with what tfft needs before it, the offline batch and the threshold. "
-    "Samples and metrics: in the plane the rule measure, one job for all runs of a seed, shown in the first "
-    "line; on molecules and pictures two jobs of each run. Solved rows: the rule exact, one job for all "
-    "methods of an experiment on a tail; on functionals they are solved by the rule measure. Network passes, "
-    "on molecules and pictures: states through the network, a backward pass to the input counted as one and "
-    "to the parameters as two, and all twice where there is guidance, with tfft's offline batch; they are "
+    "Samples and metrics: where one job measures all runs of a seed it is shown in the first line, else "
+    "they are two jobs of each run. Solved rows: one job for all methods of an experiment on a tail; on "
+    "functionals they are solved with the metrics. Network passes, where they are counted: states through the "
+    "network, a backward pass to the input counted as one and to the parameters as two, and all twice where "
+    "there is guidance, with tfft's offline batch; they are "
     "counted and not timed, and what the gradients of reward and entropy take is not in them. The last table "
     "is of all jobs measured when this was written, tables and figures among them if they were made before."
 )
@@ -367,7 +358,7 @@ def write_costs(
 
     Raises:
         ConfigError: if a file is not a valid experiment or study.
-        ResultsError: if a benchmark, the history of a run on pictures, or the earlier table is malformed.
+        ResultsError: if a benchmark, the history of a run, or the earlier table is malformed.
     """
     benchmarks = Path(benchmarks)
     kept, totals_before = ([], {}) if earlier is None else read_costs(earlier)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
-    from flowtilt.pipeline.experiment import AnyExperiment
+    from flowtilt.pipeline.experiment import Experiment
 from flowtilt.files import folder_of, one_line, read_json, read_npz, read_text
 
 LAYERS = ("network", "exact", "resolved")
@@ -95,7 +95,7 @@ class Runs:
         return self.value if method.value is None else method.value
 
 
-def runs_of(experiment: AnyExperiment) -> Runs:
+def runs_of(experiment: Experiment) -> Runs:
     """The part of a configured experiment or case that tables and figures need.
 
     In a case without an axis value of its own, FDC methods stand at their number of iterations.

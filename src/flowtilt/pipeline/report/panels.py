@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 
@@ -27,82 +28,29 @@ _DESCRIPTIONS = {
     "kl": Description("KL from pretrained", "nats"),
     "objective": Description("G", "reward", "higher"),
     "tail_objective": Description("G of the tail", "reward", "higher"),
-    "functional": Description("G", "", "higher"),
-    "functional_before": Description("G before", ""),
-    "slack": Description("what the optimum may lack", ""),
-    "gap_closed": Description("gap closed", "%", "higher"),
-    "horizontal_shift": Description("horizontal shift", "distance"),
-    "vertical_shift": Description("vertical shift", "distance"),
-    "horizontal_over_vertical_shift": Description("horizontal over vertical shift", "ratio"),
-    "entropy": Description("entropy of the histogram", "nats", "higher"),
-    "entropy_likelihood": Description("entropy by likelihood", "nats", "higher"),
-    "coverage": Description("mass about the small component", "share", "higher"),
-    "outside": Description("off the histogram", "share"),
-    "floored_mass": Description("on the floor", "share"),
-    "grid_mass": Description("mass on the grid", "share"),
-    "gap": Description("gap to exact", "reward", "lower"),
-    "relative_gap": Description("gap to exact", "%", "lower"),
-    "mass_left": Description("mass left", "share"),
-    "mass_right": Description("mass right", "share"),
-    "mass_bumps": Description("mass on bumps", "share"),
     "active_share": Description("active samples", "share"),
     "active_share_final": Description("active at the end", "share"),
     "offline_active_share": Description("active offline", "share"),
     "threshold": Description("threshold", "reward"),
-    "dominance_violation": Description("violation of dominance", "share", "lower"),
-}
-_DESCRIPTIONS |= {
-    "mean_negative_energy": Description("mean of minus energy", "hartree", "higher"),
-    "valid_mean_negative_energy": Description("mean of the valid", "hartree", "higher"),
-    "validity_pct": Description("valid", "%", "higher"),
-    "uniqueness_pct": Description("unique", "%", "higher"),
-    "uniqueness_of_1000_pct": Description("unique of the first 1,000 valid", "%", "higher"),
-    "novelty_pct": Description("novel", "%"),
-    "converged_pct": Description("with an energy", "%", "higher"),
-    "energy_per_atom": Description("energy an atom", "hartree"),
-    "relaxation_energy_mean": Description("relaxation energy, mean", "hartree", "lower"),
-    "relaxation_energy_median": Description("relaxation energy, median", "hartree", "lower"),
-    "heavy_atoms": Description("heavy atoms", ""),
-    "atomic_number": Description("mean atomic number", ""),
-    "elements_total_variation": Description("elements, total variation", ""),
-    "sizes_total_variation": Description("sizes, total variation", ""),
     "inactive_updates": Description("updates without an active sample", "share", "lower"),
     "path_kl": Description("path-space KL", "nats"),
     "clipped_share": Description("controls shortened", "share"),
     "effective_sample_size": Description("effective samples of the bank", ""),
-    "training_energies": Description("energies in training", ""),
-    "training_failed_share": Description("failed in training", "share"),
 }
-_DESCRIPTIONS |= {
-    "vendi": Description("Vendi score", "", "higher"),
-    "vendi_of_a_prompt": Description("Vendi score within a prompt", "", "higher"),
-    "clip": Description("CLIP score", "cosine", "higher"),
-    "designs_covered": Description("designs covered", "", "higher"),
-    "combinations_covered": Description("combinations covered", "", "higher"),
-    "effective_designs": Description("effective number of designs", "", "higher"),
-}
-_UNITS = {"negative_energy": "hartree"}
-"""Of what the names of tail metrics end with, where that is not the unit itself."""
-
-_TRANSPORT = re.compile(r"w1_(\w+?)(_critic)?")
-_TAIL = re.compile(r"(valid_)?(worst|top)_([0-9.]+)pct_(\w+)")
-_LEFT_CVAR = re.compile(r"left_cvar_([0-9.]+)")
-_SHARE_OF = re.compile(r"share_(.+)")
+_TAIL = re.compile(r"(worst|top)_([0-9.]+)pct_(\w+)")
 
 
+@cache
 def describe(metric: str) -> Description:
-    """Words and unit of a metric; an unknown one keeps its own name."""
+    """Words and unit of a metric, as its domain has them; an unknown one keeps its own name."""
+    from flowtilt.pipeline.domain import known_domains
+
+    for domain in known_domains():
+        if (own := domain.describe(metric)) is not None:
+            return own
     if tail := _TAIL.fullmatch(metric):
-        valid, which, percent, unit = tail.groups()
-        words = f"{which}-{percent} % mean" + (" of the valid" if valid else "")
-        return Description(words, _UNITS.get(unit, unit), "lower" if unit == "cost" else "higher")
-    if transport := _TRANSPORT.fullmatch(metric):
-        name, critic = transport.groups()
-        return Description(f"W1 under {name}{' by critic' if critic else ''}", "distance", "lower")
-    if left := _LEFT_CVAR.fullmatch(metric):
-        return Description(f"worst-{100 * float(left[1]):g} % mean", "reward", "higher")
-    if share := _SHARE_OF.fullmatch(metric):
-        return Description(share[1].replace("_", " "), "share")
+        which, percent, unit = tail.groups()
+        return Description(f"{which}-{percent} % mean", unit, "lower" if unit == "cost" else "higher")
     return _DESCRIPTIONS.get(metric, Description(metric.replace("_", " "), ""))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.files import one_line, read_json, read_text, write_text
+from flowtilt.pipeline.domain import known_domains
 
 SOURCES = Path(__file__).resolve().parent
 """Folder of the package that runs."""
@@ -29,15 +30,6 @@ PACKAGES = (
     "safetensors",
     "matplotlib",
     "snakemake",
-    "qm9pack",
-    "rdkit",
-    "tblite",
-    "torchvision",
-    "diffusers",
-    "transformers",
-    "peft",
-    "open_clip_torch",
-    "vendi-score",
 )
 
 
@@ -77,13 +69,18 @@ def write_provenance(config_hash: str, benchmarks: Path, output: Path, earlier: 
     write_text(output, json.dumps(record, indent=1) + "\n")
 
 
+def packages() -> list[str]:
+    """The packages that numbers may depend on: those of all stages, and those that domains add."""
+    return [*PACKAGES, *(package for domain in known_domains() for package in domain.packages)]
+
+
 def versions() -> dict[str, str]:
     """Of Python and of the packages that numbers may depend on, in the environment that this runs in.
 
     Under conda, stages of each domain run in an environment of their own: a package that this one lacks
     may have been in another.
     """
-    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+    return {"python": platform.python_version(), **{package: _version(package) for package in packages()}}
 
 
 def _version(package: str) -> str:

@@ -145,10 +145,6 @@ def _lines(frame: pd.DataFrame, columns: Sequence[str]) -> list[tuple[Any, ...]]
 
 # ------------------------------------------------------------------------------- tables
 
-_FLOORED_NOTE = (
-    f"{_FLOOR_NOTE} The mass on the floor is a row's own where the floor or the grid's border stands for the "
-    "network; there the divergence is known from below alone."
-)
 VERDICTS = (
     "Verdicts are by code: match (within 10 % of the reported value or two sd), same "
     "ordering (above and below the same methods as reported), or differs."

@@ -1,0 +1,64 @@
+"""The pretrained text-to-image model with what its methods tilt it by: a reward, or the entropy."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+
+from flowtilt.devices import generator_of
+from flowtilt.domains.images.pipeline import TextToImage
+from flowtilt.domains.images.sampling import CHUNK, load_base, load_reward
+from flowtilt.fdc import MirrorAscent
+from flowtilt.functionals.base import Objective
+from flowtilt.functionals.divergences import KL
+from flowtilt.functionals.utilities import Entropy
+from flowtilt.model import FlowModel
+from flowtilt.pipeline.stages import Climb, Workbench
+from flowtilt.rewards import Reward
+
+
+class ImagesBench(Workbench):
+    """See :class:`flowtilt.pipeline.stages.Workbench`."""
+
+    chunk = CHUNK
+
+    @cached_property
+    def base(self) -> TextToImage:
+        """The pretrained model."""
+        return load_base(self.experiment, self.job.read("pretrained"))
+
+    @cached_property
+    def flow(self) -> FlowModel:
+        return self.base.flow
+
+    @cached_property
+    def reward(self) -> Reward:
+        return load_reward(self.experiment, self.job.read("pretrained"), self.base.decode)
+
+    def climb(self) -> Climb:
+        """FDC on the entropy of the latents, less the KL divergence, both by scores.
+
+        The entropy is 1-smooth relative to itself, and the divergence alpha times: steps of the KL weight
+        1 + alpha never descend, and without noise the first is the optimum, ``p_0^(alpha / (1 + alpha))``.
+        With noise both only get smoother, since no divergence grows by it. A step of the weight alpha takes
+        ``p_0^c`` to ``p_0^(1 - c / alpha)``, which at alpha = 1 is the flat distribution and then p_0 again.
+        """
+        experiment, method = self.experiment, self.job.method
+        config, solver, goal = experiment.methods[method], experiment.solver_of(method), experiment.objective
+        alpha = experiment.entropy_weight(method)
+        time = noisy_time(self.flow, solver.steps, goal.noise)
+        entropy = Entropy(score_time=time, pairs=goal.pairs)
+        return Climb(
+            Objective(entropy, KL(self.flow, score_time=time, pairs=goal.pairs), alpha),
+            # Scores need no samples of the distribution: as few as there can be.
+            MirrorAscent((1 + alpha) / (config.step or 1.0), 1, solver.steps),
+            self.flow,
+            lambda k: generator_of(experiment.name, method, self.job.seed, k),
+        )
+
+
+def noisy_time(base: FlowModel, steps: int, variance: float) -> float:
+    """The time of the solver's grid whose noise has about a variance, where it trains the velocity."""
+    times = torch.tensor(base.time_grid(steps)[:-1], dtype=torch.float64)
+    return float(times[(base.path.beta(times).square() - variance).abs().argmin()])

@@ -1,0 +1,99 @@
+"""The pretrained flow on molecules with what its methods tilt it by: minus the energy."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+
+import torch
+
+from flowtilt.control.base import Progress
+from flowtilt.devices import generator_of
+from flowtilt.domains.molecules import build
+from flowtilt.domains.molecules.energies import XTBReward
+from flowtilt.domains.molecules.sampling import CHUNK, Base, load_base
+from flowtilt.fdc import MirrorAscent
+from flowtilt.functionals.base import Objective
+from flowtilt.functionals.divergences import KL
+from flowtilt.functionals.utilities import SQ
+from flowtilt.model import FlowModel
+from flowtilt.parallel import processes
+from flowtilt.pipeline.domain import Job
+from flowtilt.pipeline.stages import Climb, Workbench
+
+log = logging.getLogger(__name__)
+
+
+class MoleculesBench(Workbench):
+    """See :class:`flowtilt.pipeline.stages.Workbench`; its history counts energies, and those that failed."""
+
+    chunk = CHUNK
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.counted: Counted | None = None
+
+    @cached_property
+    def base(self) -> Base:
+        """The pretrained model."""
+        return load_base(self.experiment, self.job.read("pretrained"))
+
+    @cached_property
+    def flow(self) -> FlowModel:
+        return self.base.flow
+
+    @cached_property
+    def reward(self) -> XTBReward:
+        separated, workers = None, self.job.workers
+        if self.experiment.reward.type_gradient == "separated_atoms":
+            separated = build.separated_atoms(self.base.types, workers)
+        return XTBReward(self.base.decode, build.build_xtb(self.experiment.reward), workers, separated)
+
+    def climb(self) -> Climb:
+        """FDC on the mean of the best share, less the KL divergence by scores."""
+        experiment, method = self.experiment, self.job.method
+        config, solver = experiment.methods[method], experiment.solver_of(method)
+        tail = experiment.tail_of(method)
+        # Scores are compared at the last time where the solver trains the velocity.
+        kl = KL(self.flow, score_time=self.flow.time_grid(solver.steps)[-2])
+        return Climb(
+            Objective(SQ(self.reward, experiment.level_of(method)), kl, tail.alpha),
+            MirrorAscent(tail.alpha / (config.step or 1.0), experiment.offline.samples, solver.steps),
+            self.flow,
+            lambda k: generator_of(experiment.name, method, self.job.seed, k),
+        )
+
+    def watched(self, progress: Progress | None) -> Progress:
+        self.counted = Counted(self.reward, progress)
+        return self.counted
+
+    def taken_up(self) -> None:
+        if self.counted is not None:
+            self.counted.start_anew()
+
+    def close(self) -> None:
+        reward = self.reward
+        if reward.failures:
+            reasons = ", ".join(f"{failure} ({count})" for failure, count in reward.failures.most_common())
+            log.info("%d of %d energies failed: %s", reward.failures.total(), reward.evaluated, reasons)
+
+
+class Counted:
+    """Adds to the row of each update how many energies were computed in it, and how many failed."""
+
+    def __init__(self, reward: XTBReward, progress: Progress | None) -> None:
+        self.reward, self.progress = reward, progress
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Count from here: what came before a state that was taken over is in its history."""
+        self.evaluated, self.failed = self.reward.evaluated, self.reward.failures.total()
+
+    def __call__(self, row: dict[str, float]) -> None:
+        evaluated, failed = self.evaluated, self.failed
+        self.start_anew()
+        counts = torch.tensor([self.evaluated - evaluated, self.failed - failed])
+        evaluated, failed = processes().total(counts).tolist()
+        row |= {"evaluated": evaluated, "failed": failed}
+        if self.progress is not None:
+            self.progress(row)
