@@ -40,7 +40,7 @@ def check_functionals(plan: Plan) -> None:
     if not files:
         return
     command = [sys.executable, "-c", "from flowtilt.cli import run; raise SystemExit(run())", "check", *files]
-    checked = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    checked = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", check=False)
     if checked.returncode != 0:
         said = checked.stderr.strip().splitlines() or [f"flowtilt check ended with {checked.returncode}"]
         raise ConfigError(said[-1].removeprefix("check: "))
