@@ -410,7 +410,11 @@ def matched_law(
         slope, offset = affine_velocity(flow, flow.time_grid(steps)[k], len(c))
         velocity = diagonal(step.velocity, len(c))
         jacobian, shift = diagonal(step.state, len(c)) + velocity @ slope, velocity @ offset
-        pull = velocity @ diagonal(scale.noise[k] / scale.mean[k], len(c)) @ products[max(k - 1, 0) if target == "state" else k].T
+        pull = (
+            velocity
+            @ diagonal(scale.noise[k] / scale.mean[k], len(c))
+            @ products[max(k - 1, 0) if target == "state" else k].T
+        )
         implicit = eye + pull @ a @ r
         matrices.append(jacobian - torch.linalg.solve(implicit, pull @ a @ r @ jacobian))
         offsets.append(shift - torch.linalg.solve(implicit, pull @ (a @ (r @ shift + q) - c)))

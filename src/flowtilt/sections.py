@@ -317,8 +317,8 @@ class SolverConfig(Section):
     :func:`flowtilt.control.adjoint_matching.posterior_mean_adjoint`. Adjoint Matching."""
 
     target: Literal["state", "step"] = "state"
-    """What the velocity at a state is regressed on: ``state``, the adjoint of that state, or ``step``, the move
-    of the discrete step, with the adjoint of the state after it and a bias that is several times as large; see
+    """What the velocity at a state is regressed on: ``state``, the adjoint of that state, or ``step``, the
+    move of the discrete step, with the adjoint of the state after it and several times the bias; see
     :mod:`flowtilt.control.discretisation`. Adjoint Matching."""
 
     last_share: Share

@@ -10,12 +10,13 @@ With memoryless noise it is a control problem whose optimal control is found by 
 
 The minus signs cancel: the model moves *towards* larger ``f``.
 
-The third relation is that of continuous time, ``v* - v = eta grad log h`` with ``h(x, t) = E[exp(f / lambda) |
-x_t = x]`` and ``E[a_t | x_t] = -grad log h``, at the time and the state that the velocity is asked at. The mean
-of a discrete step moves by ``-noise^2 a_{k+1}`` instead: the same to first order, but with an adjoint that
-belongs to a state further on, whose mean, seen from ``x_k``, is already smoothed by the step's noise. A network
-is used at its own times, by an ODE or on other grids, so that the former is what it should learn: see
-:mod:`flowtilt.control.discretisation` for what either leaves of a closed-form tilt.
+The third relation is that of continuous time: ``v* - v_base = eta grad log h`` with
+``h(x, t) = E[exp(f / lambda) | x_t = x]``, and ``E[a_t | x_t] = -grad log h`` (section 5 there), both at the
+state and the time that the velocity is asked at. The mean of a discrete step moves by ``-noise^2 a_{k+1}``
+instead. That is the same to first order, but its adjoint belongs to the state after the step, and its mean,
+seen from ``x_k``, is smoothed by the step's noise already. Models are sampled by an ODE and on other grids,
+so that they should learn the former. :mod:`flowtilt.control.discretisation` says what either leaves of a tilt
+in closed form.
 
 The regression sees the adjoint through its conditional mean alone. Where a flow decides late and sharply
 what a sample becomes, single adjoints are nothing like that mean, and :func:`posterior_mean_adjoint` is
@@ -325,12 +326,12 @@ def _beside(factors: Tensor, x: Tensor) -> Tensor:
 def loss_scale(base: FlowModel, steps: list[MemorylessStep], target: Target = "state") -> LossScale:
     """Factors that turn velocity differences and adjoints into one regression residual.
 
-    Step k moves its mean by ``velocity_k (v - v_base)``, and ``mean`` measures this by the noise: squared, and
-    averaged over the steps, the moves are twice the path-space KL divergence on any grid of times. The final
-    step has no noise; there ``velocity eta`` holds the place of its square, so that the model's last move is
-    trained too. The ratio of the factors is that of the target: ``eta(t_k)`` for the adjoint of the state, and
-    ``noise_k^2 / velocity_k`` for the optimal move ``-noise_k^2 a_{k+1}`` of the step. At the first state
-    ``eta`` may be infinite, and the target is always that of the step.
+    Step k moves its mean by ``velocity_k (v - v_base)``, and ``mean`` measures this by the noise: squared,
+    and averaged over the steps, the moves are twice the path-space KL divergence on any grid of times. The
+    final step has no noise; there ``velocity eta`` holds the place of its square, so that the model's last
+    move is trained too. The ratio of the factors is that of the target: ``eta(t_k)`` for the adjoint of the
+    state, ``noise_k^2 / velocity_k`` for the move of the step. At the first state ``eta`` may be infinite,
+    and the target is always that of the step.
     """
     h = 1 / len(steps)
     mean, noise = [], []

@@ -1,17 +1,16 @@
 """What finitely many time steps leave of a tilt, by Adjoint Matching on a problem in closed form.
 
-The problem is the same for all settings: two Gaussian modes on a line, and a linear reward that moves mass from
-one to the other. Its path, its tilt and all velocities are known, and the model is every mixture of two such
-modes: it holds the optimum exactly, so that whatever it converges to instead is the discretisation's. Nothing
-is sampled and nothing is trained. Conditional means along the chain of the memoryless steps are integrals over
-one normal variable, taken backwards from the end by Gauss-Hermite quadrature, and where the regression of
-:mod:`flowtilt.control.adjoint_matching` stands still is the root of its gradient.
+The problem is the same for all settings: two Gaussian modes on a line, and a linear reward that moves mass
+from one to the other. Its path, its tilt and all velocities are known, and the model is every mixture of two
+such modes: it holds the optimum exactly, so that whatever it converges to instead is the discretisation's.
+Nothing is sampled and nothing is trained. Conditional means along the chain of the memoryless steps are
+integrals over one normal variable, taken backwards from the end by Gauss-Hermite quadrature, and where the
+regression of :mod:`flowtilt.control.adjoint_matching` stands still is the root of its gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,10 +31,13 @@ VARIANCE = 0.1
 SLOPE = math.pi / 4
 """Of the reward over the KL weight: the tilt multiplies the modes' odds by ``exp(2 SLOPE)``."""
 
-_REACH, _POINTS = 5.0, 301
+_REACH, _POINTS = 5.0, 201
 _NODES, _SHARES = np.polynomial.hermite_e.hermegauss(17)
 _SHARES = _SHARES / _SHARES.sum()
 _UPPER = np.triu_indices(3)
+
+
+_DEFAULT = AdjointMatchingSettings()
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class _Modes:
         centred = x - alpha * model[1:, None]
         scores = -centred / variance
         velocities = own_slope * centred + alpha_rate * model[1:, None]
-        first, second = _shares(model[0] + 0.5 * (scores[0] * centred[0] - scores[1] * centred[1]) * -1)
+        first, second = _shares(model[0] + 0.5 * (scores[1] * centred[1] - scores[0] * centred[0]))
         shares = np.stack([first, second])
         by_odds = first * second * (velocities[1] - velocities[0])
         by_means = shares * (alpha_rate - own_slope * alpha)
@@ -137,19 +139,19 @@ class _Regression:
         for k in reversed(range(len(self.steps))):
             (state, velocity, noise), base = self.steps[k], self.base[k]
             own = _Modes.at(self.path, self.times[k], self.x, model)
-            after, *sums = self._expected(
-                np.stack([adjoint, *sums]), state * self.x + velocity * own.velocity, noise
-            )
+            mean = state * self.x + velocity * own.velocity
+            expected = self._expected(np.vstack([adjoint, sums]), mean, noise)
+            after = expected[0]
             before = (state + velocity * base.slope) * after
             if self.estimate == "posterior_mean":
                 before = self.end * self._posterior_slope(k)
             taken = after if self.target == "step" or k == 0 else before
             residual = own.velocity - base.velocity + self.ratios[k] * taken
             products = (own.gradient[:, None] * own.gradient)[_UPPER]
-            sums = np.stack(sums) + self.weights[k] * np.concatenate([own.gradient * residual, products])
+            sums = expected[1:] + self.weights[k] * np.concatenate([own.gradient * residual, products])
             adjoint = before
         prior = np.exp(-0.5 * self.x**2)
-        means = np.stack(sums) @ prior
+        means = sums @ prior
         normal = np.zeros((3, 3))
         normal[_UPPER] = means[3:]
         normal = normal + np.triu(normal, 1).T
@@ -185,7 +187,7 @@ def discretisation_bias(
     path: Interpolant,
     times: tuple[float, ...],
     data_variance: float = 0.0,
-    settings: AdjointMatchingSettings = AdjointMatchingSettings(),
+    settings: AdjointMatchingSettings = _DEFAULT,
 ) -> Weight:
     """The exact weight of the closed-form tilt, and the one that Adjoint Matching reaches.
 
@@ -226,36 +228,3 @@ def _reached(
         raise ValueError(f"the regression stands still nowhere near the tilt ({found.message})")
     weights = [float(_shares(np.asarray(odds))[1]) for odds in (log_odds, found.x[0])]
     return Weight(*weights)
-
-
-def bias_note(
-    path: Interpolant,
-    data_variance: float,
-    solvers: Mapping[str, tuple[tuple[float, ...], AdjointMatchingSettings]],
-) -> str:
-    """A sentence for the note under a table: what the discretisation leaves at the settings of its methods.
-
-    Args:
-        path, data_variance: see :func:`discretisation_bias`.
-        solvers: by method, the times of its steps and its settings.
-
-    Returns:
-        Nothing if there is no method.
-    """
-    weights: dict[Weight, list[str]] = {}
-    for method, (times, settings) in solvers.items():
-        weights.setdefault(discretisation_bias(path, times, data_variance, settings), []).append(method)
-    if not weights:
-        return ""
-    reached = "; ".join(
-        f"{weight.reached:.3f}" + (f" ({', '.join(methods)})" if len(weights) > 1 else "")
-        for weight, methods in weights.items()
-    )
-    exact = next(iter(weights)).exact
-    counts = sorted({len(times) - 1 for times, _ in solvers.values()})
-    return (
-        f"Discretisation: at the time steps of this experiment ({' or '.join(map(str, counts))}) Adjoint "
-        f"Matching gives a mode that a linear tilt takes from a weight of 0.5 to {exact:.3f} the weight "
-        f"{reached}, computed without sampling or training for two Gaussian modes and a model that holds the "
-        "optimum."
-    )
