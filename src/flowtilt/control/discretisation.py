@@ -155,7 +155,7 @@ class _Regression:
         normal = np.zeros((3, 3))
         normal[_UPPER] = means[3:]
         normal = normal + np.triu(normal, 1).T
-        return np.linalg.solve(normal, means[:3])
+        return np.asarray(np.linalg.solve(normal, means[:3]), dtype=np.float64)
 
     def _posterior_slope(self, k: int) -> Array:
         """``d E[X_1 | x_k] / d x`` of the base; see :func:`posterior_mean_adjoint` of the solver."""
