@@ -16,6 +16,7 @@ import pandas as pd
 
 from flowtilt import hierarchy, image_tables, molecule_tables, solver_study
 from flowtilt.claims import own_objective
+from flowtilt.discretisation_notes import discretisation_note
 from flowtilt.domains.planar.rows import FLOOR
 from flowtilt.experiment import AnyExperiment, Experiment, load_file, planar_experiment, read_study
 from flowtilt.files import atomic_path, write_text
@@ -296,13 +297,17 @@ def write_table(
     elif molecules and study is not None:
         write_levels_table(results, study.title, molecules, prefix)
     elif study is None:
-        write_experiment_table(results, runs_of(experiments[0]), prefix, beside)
+        write_experiment_table(
+            results, runs_of(experiments[0]), prefix, beside, discretisation_note(experiments)
+        )
     elif study.study.table == "hierarchy":
         write_hierarchy_table(results, study.title, list(map(planar_experiment, experiments)), prefix)
     elif study.study.table == "solvers":
         write_solvers_table(results, study.title, list(map(planar_experiment, experiments)), prefix)
     else:
-        write_study_table(results, study_runs_of(study, experiments), prefix)
+        write_study_table(
+            results, study_runs_of(study, experiments), prefix, discretisation_note(experiments)
+        )
 
 
 def write_comparison(
@@ -339,12 +344,17 @@ def write_comparison(
 
 
 def write_experiment_table(
-    results: str | Path, runs: Runs, prefix: str | Path, reported: pd.DataFrame
+    results: str | Path,
+    runs: Runs,
+    prefix: str | Path,
+    reported: pd.DataFrame,
+    discretisation: str = "",
 ) -> None:
-    """:func:`write_table` for one ordinary experiment."""
+    """:func:`write_table` for one ordinary experiment; the note ends with what there is on discretisation."""
     long = collect_runs(results, [runs])
     said = _listed(own_objective(long, runs))
-    note = f"{said}{ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE} {_VERDICTS}"
+    rows = ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE
+    note = f"{said}{rows} {_VERDICTS} {discretisation}".rstrip()
     write_panels(prefix, table_frame(long, reported), experiment_panels(long, runs, reported), note)
 
 
@@ -358,7 +368,7 @@ def write_molecules_table(
     caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
     panels = panels_of(summary, molecule_tables.groups(experiment, caption), reported_columns(long, reported))
     said = "\n".join(f"- {line}" for line in molecule_tables.findings(long, experiment, reported))
-    note = f"{said}\n\n{molecule_tables.NOTE} {_VERDICTS}"
+    note = f"{said}\n\n{molecule_tables.NOTE} {_VERDICTS} {discretisation_note([experiment])}".rstrip()
     write_panels(prefix, table_frame(long, reported), panels, note)
 
 
@@ -374,7 +384,9 @@ def write_images_table(
     panels = panels_of(entries(summarise(long)), groups, reported_columns(long, beside))
     said = "\n".join(f"- {line}" for line in image_tables.findings(long, experiment, beside))
     verdicts = _VERDICTS if image_tables.by_value(experiment) else _ORDERINGS
-    note = f"{said}\n\n{image_tables.note(experiment)} {verdicts}"
+    note = (
+        f"{said}\n\n{image_tables.note(experiment)} {verdicts} {discretisation_note([experiment])}".rstrip()
+    )
     write_panels(prefix, table_frame(long, beside), panels, note)
 
 
@@ -385,16 +397,20 @@ def write_levels_table(
     lines = molecule_tables.levels(results, cases)
     frame = pd.DataFrame(lines, columns=list(molecule_tables.LevelLine._fields))
     panels = [molecule_tables.levels_panel(lines, title)]
-    write_panels(prefix, frame, panels, molecule_tables.LEVELS_NOTE)
+    write_panels(
+        prefix, frame, panels, f"{molecule_tables.LEVELS_NOTE} {discretisation_note(cases)}".rstrip()
+    )
 
 
-def write_study_table(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:
-    """:func:`write_table` for a study; the text says what was found."""
+def write_study_table(
+    results: str | Path, study: StudyRuns, prefix: str | Path, discretisation: str = ""
+) -> None:
+    """:func:`write_table` for a study; the text says what was found, and what on discretisation."""
     long = collect_runs(results, study.cases)
     points = study_points(long, study)
     frame = pd.DataFrame(points, columns=list(Point._fields)).astype({"axis": float})
     said = _listed([*findings(points, study), *_lowered(long, study.cases)])
-    write_panels(prefix, frame, study_panels(points, study), f"{said}{ROW_NOTE}")
+    write_panels(prefix, frame, study_panels(points, study), f"{said}{ROW_NOTE} {discretisation}".rstrip())
 
 
 def _listed(sentences: Sequence[str]) -> str:
@@ -418,7 +434,7 @@ def write_hierarchy_table(
     """:func:`write_table` for a study whose cases are functionals."""
     long = collect_runs(results, [runs_of(case) for case in cases])
     lines = hierarchy.reached(long, cases)
-    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{hierarchy.NOTE} {_FLOOR_NOTE}"
+    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{hierarchy.NOTE} {_FLOOR_NOTE} {discretisation_note(cases)}".rstrip()
     frame = pd.DataFrame(lines, columns=list(hierarchy.Reached._fields))
     write_panels(prefix, frame, [hierarchy.hierarchy_panel(lines, title)], note)
 
@@ -429,7 +445,7 @@ def write_solvers_table(
     """:func:`write_table` for a study that compares control solvers; histories are read as well."""
     long = collect_runs(results, [runs_of(case) for case in cases])
     points = solver_study.solver_points(solver_study.solver_runs(results, long, cases))
-    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{solver_study.NOTE} {_FLOOR_NOTE}"
+    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{solver_study.NOTE} {_FLOOR_NOTE} {discretisation_note(cases)}".rstrip()
     frame = pd.DataFrame(points, columns=list(solver_study.SolverPoint._fields))
     write_panels(prefix, frame, [solver_study.solvers_panel(points, title)], note)
 
