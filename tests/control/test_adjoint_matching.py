@@ -516,6 +516,7 @@ def test_with_columns_apart_the_control_energy_is_the_divergence_from_the_base(s
 @paths
 @pytest.mark.parametrize("estimator", ["pathwise", "likelihood_ratio"])
 @pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.slow_after(4)
 def test_columns_that_share_a_path_are_solved_as_one_state(path, estimator, clip):
     """Coefficients are equal bit for bit, and what follows from them to rounding of double precision.
 
@@ -631,6 +632,7 @@ def test_the_model_moves_towards_the_reward(path, sign):
 
 
 @pytest.mark.parametrize("side", ["lower", "upper"])
+@pytest.mark.slow_after(1)
 def test_a_hinge_is_solved_with_a_pool_larger_than_the_batch(side):
     """N(0, 1) along x tilted by ``exp(hinge)``: two pieces of Gaussians with a known mean."""
     at, mass, weight = (-0.8, 0.25, 4.0) if side == "lower" else (0.8, 0.25, 4.0)
