@@ -434,7 +434,8 @@ def write_hierarchy_table(
     """:func:`write_table` for a study whose cases are functionals."""
     long = collect_runs(results, [runs_of(case) for case in cases])
     lines = hierarchy.reached(long, cases)
-    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{hierarchy.NOTE} {_FLOOR_NOTE} {discretisation_note(cases)}".rstrip()
+    said = _listed(_lowered(long, map(runs_of, cases)))
+    note = f"{said}{hierarchy.NOTE} {_FLOOR_NOTE} {discretisation_note(cases)}".rstrip()
     frame = pd.DataFrame(lines, columns=list(hierarchy.Reached._fields))
     write_panels(prefix, frame, [hierarchy.hierarchy_panel(lines, title)], note)
 
@@ -445,7 +446,8 @@ def write_solvers_table(
     """:func:`write_table` for a study that compares control solvers; histories are read as well."""
     long = collect_runs(results, [runs_of(case) for case in cases])
     points = solver_study.solver_points(solver_study.solver_runs(results, long, cases))
-    note = f"{_listed(_lowered(long, map(runs_of, cases)))}{solver_study.NOTE} {_FLOOR_NOTE} {discretisation_note(cases)}".rstrip()
+    said = _listed(_lowered(long, map(runs_of, cases)))
+    note = f"{said}{solver_study.NOTE} {_FLOOR_NOTE} {discretisation_note(cases)}".rstrip()
     frame = pd.DataFrame(points, columns=list(solver_study.SolverPoint._fields))
     write_panels(prefix, frame, [solver_study.solvers_panel(points, title)], note)
 
