@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowtilt.control.adjoint_matching import lean_adjoint, loss_scale
+from flowtilt.control.adjoint_matching import Target, lean_adjoint, loss_scale
 from flowtilt.control.endpoints import Terminal
 from flowtilt.interpolants import (
     Coefficient,
@@ -385,17 +385,20 @@ def pushforward(path: Interpolant, law: Mixture, t: float, s: float) -> Mixture:
     return Mixture.gaussian(origin, jacobian @ jacobian.T)
 
 
-def matched_law(flow: FlowModel, reward: Quadratic, kl_weight: float, steps: int) -> tuple[Tensor, Tensor]:
+def matched_law(
+    flow: FlowModel, reward: Quadratic, kl_weight: float, steps: int, target: Target = "state"
+) -> tuple[Tensor, Tensor]:
     """Endpoint mean and covariance of what Adjoint Matching converges to with finitely many steps.
 
     For a Gaussian flow everything is affine and the fixed point of the regression follows from a
     recursion backwards in time. At the fixed point the mean of step k moves by
-    ``-g_k E[a_{k+1} | x_k]``, g_k the ratio of the loss's two scales; with the product P of the later
-    Jacobians and ``E[x_N | x_{k+1}] = R x_{k+1} + q``, the conditional adjoint is
+    ``-velocity_k g_k E[a | x_k]``, g_k the ratio of the loss's two scales and ``a`` the adjoint of the state
+    before or after the step, by the target; with the product P of the Jacobians after that state and
+    ``E[x_N | x_{k+1}] = R x_{k+1} + q``, the conditional adjoint is
     ``P^T (A (R x_{k+1} + q) - c) / kl_weight``, where x_{k+1} contains the move itself.
     """
     coefficients = memoryless_steps(flow, steps)
-    scale = loss_scale(flow, coefficients)
+    scale = loss_scale(flow, coefficients, target)
     c, a = reward.linear / kl_weight, reward.curvature / kl_weight
     eye = torch.eye(len(c), dtype=torch.float64)
     # The adjoint of an affine flow is a product of constant Jacobians, one row a terminal unit vector.
@@ -407,7 +410,11 @@ def matched_law(flow: FlowModel, reward: Quadratic, kl_weight: float, steps: int
         slope, offset = affine_velocity(flow, flow.time_grid(steps)[k], len(c))
         velocity = diagonal(step.velocity, len(c))
         jacobian, shift = diagonal(step.state, len(c)) + velocity @ slope, velocity @ offset
-        pull = velocity @ diagonal(scale.noise[k] / scale.mean[k], len(c)) @ products[k].T
+        pull = (
+            velocity
+            @ diagonal(scale.noise[k] / scale.mean[k], len(c))
+            @ products[max(k - 1, 0) if target == "state" else k].T
+        )
         implicit = eye + pull @ a @ r
         matrices.append(jacobian - torch.linalg.solve(implicit, pull @ a @ r @ jacobian))
         offsets.append(shift - torch.linalg.solve(implicit, pull @ (a @ (r @ shift + q) - c)))

@@ -300,6 +300,7 @@ def ode_law(model, steps=160):
 
 @paths
 @pytest.mark.parametrize("reward", [LINEAR, QUADRATIC], ids=["linear", "quadratic"])
+@pytest.mark.slow_after(1)
 def test_a_gaussian_is_tilted_to_the_closed_form(path, reward):
     """Mean and covariance within 3 %: of that the bank's error is 1 %, and the optimiser's up to 2 % by seed.
 
@@ -320,6 +321,7 @@ def test_a_gaussian_is_tilted_to_the_closed_form(path, reward):
 
 
 @paths
+@pytest.mark.slow_after(1)
 def test_the_weights_of_a_mixture_are_tilted_to_the_closed_form(path):
     reward = Quadratic([0.6, 0.3])
     exact = MIXTURE.tilted(reward, 1.0)
@@ -331,6 +333,7 @@ def test_the_weights_of_a_mixture_are_tilted_to_the_closed_form(path):
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.slow_after(2)
 def test_for_every_penalty_the_fit_has_the_mean_of_the_weighted_bank(penalty):
     """With only the mean of a Gaussian to fit, the loss is least at the weighted mean of the bank.
 
@@ -348,6 +351,7 @@ def test_for_every_penalty_the_fit_has_the_mean_of_the_weighted_bank(penalty):
 
 
 @pytest.mark.parametrize("side", ["lower", "upper"])
+@pytest.mark.slow_after(1)
 def test_a_hinge_is_solved(side):
     """N(0, 1) along x tilted by ``exp(hinge)``: two pieces of Gaussians with a known mean."""
     at, mass, weight = (-0.8, 0.25, 4.0) if side == "lower" else (0.8, 0.25, 4.0)

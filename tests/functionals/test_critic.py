@@ -25,6 +25,7 @@ def mean_difference(potential, samples, reference):
 
 
 @metrics
+@pytest.mark.slow_after(1)
 def test_the_critic_of_a_shift_against_exact_transport(weights):
     """A lower estimate, at most a few per cent low, and its gradient is the direction of transport.
 

@@ -63,6 +63,7 @@ def divergence_of_gaussians(p, q):
 
 
 @paths
+@pytest.mark.slow_after(1)
 def test_the_value_of_kl_against_the_closed_form(path):
     p, q = MixtureFlow(path, P), MixtureFlow(path, Q)
     laws = [pushforward(path, law, 0.0, 1.0) for law in (P, Q)]

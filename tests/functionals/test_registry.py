@@ -265,6 +265,7 @@ def test_a_gradient_of_another_precision_fails_the_checks():
 @pytest.mark.parametrize(
     "entry", [*UTILITIES.values(), *DIVERGENCES.values()], ids=[*UTILITIES, *DIVERGENCES]
 )
+@pytest.mark.slow_after(2)
 def test_entries_are_checked_by_one_call(entry):
     found = check_entry(entry)
     assert [each.parameters for each in found] == [dict(example) for example in entry.examples]

@@ -26,6 +26,7 @@ def file_of(name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow_after(1)
 def test_a_study_ends_in_a_table_and_a_figure(name: str, tmp_path: Path) -> None:
     result, prefix, figure = tmp_path / "result.json", tmp_path / "tables" / "t", tmp_path / "f.png"
     words = ["theory", str(file_of(name)), "--override", json.dumps(SMOKE[name]), "--output", str(result)]
@@ -46,6 +47,7 @@ def test_a_study_ends_in_a_table_and_a_figure(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow_after(1)
 def test_the_same_configuration_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
     small = {
         "mirror_descent": {"iterations": 4, "grid": {"cells": 6}},

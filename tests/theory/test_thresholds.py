@@ -42,6 +42,7 @@ def gaussian_errors():
 
 
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.slow_after(1)
 def test_errors_fall_as_the_square_root_of_the_batch(gaussian_errors, side):
     config, errors = gaussian_errors
     dual = duals(GAUSSIAN)[side]

@@ -6,9 +6,17 @@ With memoryless noise it is a control problem whose optimal control is found by 
 1. sample trajectories of the memoryless process under the current model;
 2. solve the lean adjoint backwards through the *base* model,
    ``a_k = (d mean_base / d x)^T a_{k+1}`` with ``a_N = -grad f(X_N) / lambda``;
-3. regress the fine-tuned velocity so that the mean of each step moves by ``-noise^2 a_{k+1}``.
+3. regress the fine-tuned velocity ``v`` at the states, so that ``v - v_base = -eta(t_k) a_k`` there.
 
 The minus signs cancel: the model moves *towards* larger ``f``.
+
+The third relation is that of continuous time: ``v* - v_base = eta grad log h`` with
+``h(x, t) = E[exp(f / lambda) | x_t = x]``, and ``E[a_t | x_t] = -grad log h`` (section 5 there), both at the
+state and the time that the velocity is asked at. The mean of a discrete step moves by ``-noise^2 a_{k+1}``
+instead. That is the same to first order, but its adjoint belongs to the state after the step, and its mean,
+seen from ``x_k``, is smoothed by the step's noise already. Models are sampled by an ODE and on other grids,
+so that they should learn the former. :mod:`flowtilt.control.discretisation` says what either leaves of a tilt
+in closed form.
 
 The regression sees the adjoint through its conditional mean alone. Where a flow decides late and sharply
 what a sample becomes, single adjoints are nothing like that mean, and :func:`posterior_mean_adjoint` is
@@ -49,6 +57,7 @@ from flowtilt.resuming import Slot, TrainingState
 from flowtilt.sampling import memoryless_steps, positions_of, sample_sde
 
 AdjointEstimate = Literal["lean", "posterior_mean"]
+Target = Literal["state", "step"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,9 @@ class AdjointMatchingSettings:
             has far less noise where the tilt has edges (see :mod:`flowtilt.control.endpoints`).
         adjoint: how the gradient at the end is carried to earlier times: ``lean``, along the trajectory, or
             by ``posterior_mean`` (see :func:`posterior_mean_adjoint`), which takes a pathwise gradient.
+        target: what the velocity at a state is regressed on: ``state``, the adjoint of that state and time,
+            which is exact for Gaussian data and a linear tilt with any number of steps; or ``step``, the
+            move of the discrete step, whose adjoint is that of the state after it. They agree to first order.
         last_share: share of the time steps, nearest to the data, that are always in the loss.
         rest_share: share of the remaining steps drawn at random for each update.
         passes: updates that are taken on the same trajectories, each with steps of its own: trajectories
@@ -97,6 +109,7 @@ class AdjointMatchingSettings:
     control_clip: float | None = None
     endpoint_gradient: EndpointGradient = "pathwise"
     adjoint: AdjointEstimate = "lean"
+    target: Target = "state"
     last_share: float = 0.25
     rest_share: float = 0.25
     passes: int = 1
@@ -114,6 +127,8 @@ class AdjointMatchingSettings:
         if self.adjoint not in get_args(AdjointEstimate):
             known = " or ".join(get_args(AdjointEstimate))
             raise ValueError(f"adjoint must be {known}, got {self.adjoint!r}")
+        if self.target not in get_args(Target):
+            raise ValueError(f"target must be {' or '.join(get_args(Target))}, got {self.target!r}")
         if self.adjoint == "posterior_mean" and self.endpoint_gradient != "pathwise":
             raise ValueError(
                 "adjoint posterior_mean takes the gradient at the end of a trajectory; endpoint_gradient "
@@ -236,6 +251,14 @@ def posterior_mean_adjoint(
     return adjoints
 
 
+def _adjoint_of(chosen: Tensor, target: Target) -> Tensor:
+    """Numbers of the steps that lead to the states whose adjoints the chosen steps' targets take.
+
+    No step leads to the first state, where the noise may be infinite: there the target is the step's move.
+    """
+    return (chosen - 1).clamp(min=0) if target == "state" else chosen
+
+
 def _targets(
     base: FlowModel,
     trajectories: Tensor,
@@ -244,31 +267,31 @@ def _targets(
     chosen: Tensor,
     context: Context,
     estimate: AdjointEstimate = "lean",
+    target: Target = "state",
 ) -> tuple[Tensor, Tensor]:
-    """Adjoints and base velocities at the chosen steps, each (chosen, batch, ...).
+    """Adjoints of a target and base velocities at the chosen steps, each (chosen, batch, ...).
 
     Adjoints are linear in their terminal value: where that is zero, as on the flat side of a
     hinge, they stay zero, and only the velocity is needed.
     """
     moving = terminal.moving
+    at = _adjoint_of(chosen, target)
     of_adjoint = base.context_for("adjoint", context)
     of_control = base.context_for("control", of_adjoint)
     if bool(moving.all()) and estimate == "lean":
         adjoints, velocities = lean_adjoint(base, trajectories, terminal, steps, of_adjoint)
         if of_control is of_adjoint:
-            return adjoints[chosen], velocities[chosen]
-        adjoints = adjoints[chosen]
+            return adjoints[at], velocities[chosen]
+        adjoints = adjoints[at]
     else:
         index = moving.nonzero().squeeze(1)
         adjoints = torch.zeros_like(trajectories[chosen])
         if len(index):
             some, own = base.select_context(of_adjoint, index), terminal.select(index)
             if estimate == "lean":
-                of_some = lean_adjoint(base, trajectories[:, index], own, steps, some)[0][chosen]
+                of_some = lean_adjoint(base, trajectories[:, index], own, steps, some)[0][at]
             else:
-                of_some = posterior_mean_adjoint(
-                    base, trajectories[:, index], own.end, len(steps), chosen, some
-                )
+                of_some = posterior_mean_adjoint(base, trajectories[:, index], own.end, len(steps), at, some)
             adjoints[:, index] = of_some
     times = torch.tensor(base.time_grid(len(steps)), dtype=torch.float64).to(trajectories)
     with torch.no_grad():
@@ -301,24 +324,28 @@ def _beside(factors: Tensor, x: Tensor) -> Tensor:
     return factors.view(len(factors), *(1,) * (x.ndim - factors.ndim), *factors.shape[1:])
 
 
-def loss_scale(base: FlowModel, steps: list[MemorylessStep]) -> LossScale:
+def loss_scale(base: FlowModel, steps: list[MemorylessStep], target: Target = "state") -> LossScale:
     """Factors that turn velocity differences and adjoints into one regression residual.
 
-    Step k moves its mean by ``velocity_k (v - v_base)`` and the optimal move is ``-noise_k^2 a``.
-    The final step has no noise; there the continuous-time relation ``v - v_base = -eta a`` holds
-    the place of the discrete one, so that the model's last move is trained too. Squared, and averaged
-    over the steps, the moves are twice the path-space KL divergence on any grid of times.
+    Step k moves its mean by ``velocity_k (v - v_base)``, and ``mean`` measures this by the noise: squared,
+    and averaged over the steps, the moves are twice the path-space KL divergence on any grid of times. The
+    final step has no noise; there ``velocity eta`` holds the place of its square, so that the model's last
+    move is trained too. The ratio of the factors is that of the target: ``eta(t_k)`` for the adjoint of the
+    state, ``noise_k^2 / velocity_k`` for the move of the step. At the first state ``eta`` may be infinite,
+    and the target is always that of the step.
     """
     h = 1 / len(steps)
     mean, noise = [], []
-    for t, step in zip(base.time_grid(len(steps))[:-1], steps, strict=True):
+    for k, (t, step) in enumerate(zip(base.time_grid(len(steps))[:-1], steps, strict=True)):
         velocity, nu, at = (
             torch.as_tensor(c, dtype=torch.float64, device="cpu") for c in (step.velocity, step.noise, t)
         )
+        eta = base.path.eta(at)
         # Where the noise is not zero the limit is not taken: it need not be finite at the start.
-        nu = torch.where(nu > 0, nu, torch.sqrt(velocity * base.path.eta(at)))
+        nu = torch.where(nu > 0, nu, torch.sqrt(velocity * eta))
+        ratio = nu.square() / velocity if target == "step" or k == 0 else eta
         mean.append(velocity / nu / math.sqrt(h))
-        noise.append(nu / math.sqrt(h))
+        noise.append(mean[-1] * ratio)
     device = torch.get_default_device()
     return LossScale(torch.stack(mean).to(device), torch.stack(noise).to(device))
 
@@ -504,7 +531,7 @@ def _fill(
     clipped = 0
     if len(batch.weights):
         adjoints, velocities = _targets(
-            base, trajectories, batch.terminal, steps, at, batch.context, settings.adjoint
+            base, trajectories, batch.terminal, steps, at, batch.context, settings.adjoint, settings.target
         )
         adjoints, clipped = _clipped(adjoints, _scale_at(scale, at, trajectories), settings.control_clip)
     counts = torch.tensor([clipped, int(batch.terminal.moving.sum())], dtype=torch.float64)
@@ -572,7 +599,8 @@ def _network_passes(
     rollout = batch.pool * (settings.steps + 2 * batch.mirrored) * FORWARD * base.evaluations("sampling")
     lean = settings.adjoint == "lean"
     # Along a trajectory there is nothing left to pull back at the first step, and else at the last.
-    pulled = (settings.steps - 1) * PULLBACK + FORWARD if lean else (len(buffer.at) - 1) * PULLBACK
+    inner = int((_adjoint_of(buffer.at, settings.target) < settings.steps - 1).sum())
+    pulled = (settings.steps - 1) * PULLBACK + FORWARD if lean else inner * PULLBACK
     adjoints = buffer.moving * pulled * base.evaluations("adjoint")
     # The lean adjoint's forward passes give the base's velocities if they are there for the whole batch.
     shared = lean and buffer.moving == settings.batch and control == base.evaluations("adjoint")
@@ -658,7 +686,7 @@ def _train(
     """All updates of a solve that are still to be done; see :func:`solve`."""
     optimiser, generator = state.optimiser, state.generator
     steps = memoryless_steps(base, settings.steps)
-    scale = loss_scale(base, steps)
+    scale = loss_scale(base, steps, settings.target)
     sharing = processes()
     passes = int(state.history[-1]["network_passes"]) if state.history else 0
     for update in range(len(state.history), settings.updates):

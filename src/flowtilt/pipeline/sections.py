@@ -120,6 +120,11 @@ class SolverConfig(Section):
     exact to first order in a tilt that is linear; see
     :func:`flowtilt.control.adjoint_matching.posterior_mean_adjoint`. Adjoint Matching."""
 
+    target: Literal["state", "step"] = "state"
+    """What the velocity at a state is regressed on: ``state``, the adjoint of that state, or ``step``, the
+    move of the discrete step, with the adjoint of the state after it and several times the bias; see
+    :mod:`flowtilt.control.discretisation`. Adjoint Matching."""
+
     last_share: Share
     """Share of the time steps, nearest to the data, that are always in the loss. Adjoint Matching."""
 

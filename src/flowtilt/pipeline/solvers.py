@@ -57,6 +57,7 @@ def adjoint_matching_settings(config: SolverConfig, updates: int) -> adjoint_mat
         control_clip=config.control_clip,
         endpoint_gradient=config.endpoint_gradient,
         adjoint=config.adjoint,
+        target=config.target,
         last_share=config.last_share,
         rest_share=config.rest_share,
         passes=config.passes,

@@ -39,14 +39,9 @@ def check_experiments(plan: Plan) -> None:
     files = [plan.config_files[name] for name, one in plan.experiments.items() if domain_of(one).verify]
     if not files:
         return
-    command = [
-        sys.executable,
-        "-c",
-        "from flowtilt.pipeline.cli import run; raise SystemExit(run())",
-        "check",
-        *files,
-    ]
-    checked = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    program = "from flowtilt.pipeline.cli import run; raise SystemExit(run())"
+    command = [sys.executable, "-c", program, "check", *files]
+    checked = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", check=False)
     if checked.returncode != 0:
         said = checked.stderr.strip().splitlines() or [f"flowtilt check ended with {checked.returncode}"]
         raise ConfigError(said[-1].removeprefix("check: "))

@@ -603,7 +603,7 @@ class Brightness(Reward):
 
 KL_WEIGHT = 0.001
 SETTINGS = AdjointMatchingSettings(
-    updates=1, batch=4, pool=4, steps=5, learning_rate=1e-3, warmup=0, ramp=0, last_share=1.0
+    target="step", updates=1, batch=4, pool=4, steps=5, learning_rate=1e-3, warmup=0, ramp=0, last_share=1.0
 )
 
 

@@ -337,6 +337,7 @@ def test_an_interrupted_fine_tuning_goes_on_exactly(
     assert updates == list(range(6))
 
 
+@pytest.mark.slow
 def test_the_embedded_models_are_trained_and_used(tmp_path: Path) -> None:
     experiment = tiny(ENTROPY)
     config = tmp_path / "config.yaml"

@@ -105,6 +105,7 @@ def test_most_molecules_of_the_offline_batch_have_an_energy(folder: Folder) -> N
 
 
 @pytest.mark.parametrize("method", ["am", "tfft", "fdc", "am_fitted"])
+@pytest.mark.slow_after(1)
 def test_a_method_runs_from_fine_tuning_to_metrics(folder: Folder, method: str) -> None:
     threshold = {"threshold": folder / "tfft.json"} if method == "tfft" else {}
     assert folder.finetune(method, **threshold) == 0

@@ -147,6 +147,7 @@ class Images:
     stages: Sequence[Stage] = STAGES
     verify = ""
     workbench = f"{_HERE}.bench:ImagesBench"
+    process = f"{_HERE}.process:process"
     report = f"{_HERE}.report"
     assessment = ("sample", "evaluate")
 

@@ -136,3 +136,25 @@ class DiscreteSchedule(Interpolant):
 def levels_of(betas: Sequence[float]) -> tuple[float, ...]:
     """Signal levels ``alpha^2`` from the noise variances of the steps."""
     return tuple(torch.tensor(betas, dtype=torch.float64, device="cpu").neg().add(1).cumprod(0).tolist())
+
+
+BETAS = (0.00085, 0.012)
+"""First and last noise variance of Stable Diffusion's thousand steps, whose roots are equally spaced."""
+
+
+def stable_diffusion(
+    betas: tuple[float, float] | None = None, zero_terminal_snr: bool = False
+) -> DiscreteSchedule:
+    """Stable Diffusion's path, whose last step leads to data without noise.
+
+    Args:
+        betas: first and last noise variance instead of its own.
+        zero_terminal_snr: whether it ends in pure noise: the roots of the levels are moved and scaled so that
+            the last is zero and the first stays (Lin et al. 2024, algorithm 1).
+    """
+    first, last = betas or BETAS
+    levels = levels_of(torch.linspace(first**0.5, last**0.5, 1000, dtype=torch.float64).square().tolist())
+    if zero_terminal_snr:
+        roots = torch.tensor(levels, dtype=torch.float64).sqrt()
+        levels = tuple(((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square().tolist())
+    return DiscreteSchedule(levels)

@@ -147,6 +147,7 @@ class MoleculesDomain:
     stages: Sequence[Stage] = STAGES
     verify = ""
     workbench = f"{_HERE}.bench:MoleculesBench"
+    process = f"{_HERE}.process:process"
     report = f"{_HERE}.report"
     assessment = ("sample", "evaluate")
 

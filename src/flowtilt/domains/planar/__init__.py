@@ -189,6 +189,7 @@ class Planar:
     stages: Sequence[Stage] = STAGES
     verify = f"{_HERE}.checking:check_experiment"
     workbench = f"{_HERE}.bench:PlanarBench"
+    process = f"{_HERE}.process:process"
     report = f"{_HERE}.report"
     assessment = ("measure",)
 

@@ -17,6 +17,7 @@ import pandas as pd
 from flowtilt.files import atomic_path, write_text
 from flowtilt.pipeline.experiment import Experiment, load_file
 from flowtilt.pipeline.report.base import report_of, shown_file
+from flowtilt.pipeline.report.discretisation import discretisation_note
 from flowtilt.pipeline.report.measurements import (
     LAYERS,
     SUMMARY_COLUMNS,
@@ -244,7 +245,8 @@ def write_table(
         ResultsError: if a file of results is missing or malformed, or the reported values are.
     """
     shown = shown_file(file, overrides, results, read_reported(reported))
-    write_panels(prefix, *report_of(shown.experiments[0]).table(shown))
+    frame, panels, note = report_of(shown.experiments[0]).table(shown)
+    write_panels(prefix, frame, panels, f"{note} {discretisation_note(shown.experiments)}".rstrip())
 
 
 def write_comparison(
