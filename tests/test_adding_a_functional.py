@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from test_functional_experiments import Folder
 
+from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.problems import check_problems
 from flowtilt.functionals.checks import check_entry
 from flowtilt.functionals.curvature import example_problem, tier_table
 from flowtilt.functionals.divergences import Renyi
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Entry, Registry
 from flowtilt.pipeline.configuration import ConfigError, merge
-from flowtilt.pipeline.experiment import Experiment, FunctionalExperiment, load_file
+from flowtilt.pipeline.experiment import Experiment, load_file
 from small import CONFIG, TINY
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adding-a-functional.md").read_text()

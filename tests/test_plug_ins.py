@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from flowtilt.domains.planar.build import build_reward, landscape_class
+from flowtilt.domains.planar.experiment import tail_experiment
 from flowtilt.domains.planar.problems import check_problems
 from flowtilt.functionals.registry import UTILITIES, Ingredients
 from flowtilt.loading import imported
 from flowtilt.pipeline.cli import main
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import dump, tail_experiment
+from flowtilt.pipeline.experiment import dump
 from flowtilt.rewards import Reward, RewardError
 from small import tiny
 

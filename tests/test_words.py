@@ -21,6 +21,7 @@ from flowtilt.domains.images.schedule import DiscreteSchedule
 from flowtilt.domains.planar.grid import hinge, hinge_tilt, mirror_ascent, tail_tilt
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.domains.planar.problems import build_term
+from flowtilt.domains.planar.sections import TermConfig
 from flowtilt.functionals.curvature import measured_tier
 from flowtilt.functionals.design import OptimalDesign, PolynomialFeatures
 from flowtilt.functionals.divergences import MMD
@@ -28,7 +29,6 @@ from flowtilt.functionals.registry import Ingredients, check_needs
 from flowtilt.functionals.utilities import Entropy, Hinge
 from flowtilt.interpolants import Linear, convert
 from flowtilt.metrics.tails import lower_tail_mean, tail_mean, upper_tail_mean
-from flowtilt.pipeline.sections import TermConfig
 from flowtilt.tfft import TailProblem
 from flowtilt.theory.reward_laws import RewardLaw, TailDual
 from flowtilt.thresholds import active_share, dual_objective, threshold

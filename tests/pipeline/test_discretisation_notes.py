@@ -6,9 +6,9 @@ import pytest
 
 from flowtilt.control.adjoint_matching import AdjointMatchingSettings
 from flowtilt.control.discretisation import discretisation_bias
-from flowtilt.pipeline.report.discretisation import discretisation_note
-from flowtilt.pipeline.experiment import load_file
 from flowtilt.interpolants import Linear, VariancePreserving, time_grid
+from flowtilt.pipeline.experiment import load_file
+from flowtilt.pipeline.report.discretisation import discretisation_note
 
 EXPERIMENTS = Path(__file__).parents[1] / "config" / "experiments"
 

@@ -26,6 +26,7 @@ from flowtilt.domains.planar.studies import (
     study_points,
     study_runs_of,
 )
+from flowtilt.domains.planar.tables import experiment_panels
 from flowtilt.files import atomic_path
 from flowtilt.pipeline.experiment import load_file, planar_experiment, read_study
 from flowtilt.pipeline.report.measurements import (
@@ -46,7 +47,6 @@ from flowtilt.pipeline.report.panels import Panel, describe, latex, markdown, pr
 from flowtilt.pipeline.report.tables import (
     COMPARISON_COLUMNS,
     comparison,
-    experiment_panels,
     headline,
     read_reported,
     table_frame,

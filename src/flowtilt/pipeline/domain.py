@@ -234,8 +234,8 @@ class Domain(Protocol):
     """``module:function`` from a :class:`Job` to a :class:`flowtilt.pipeline.stages.Workbench`."""
 
     process: str
-    """``module:function`` from an experiment and a number of steps to the path of its solver, its times, and the
-    data variance of its steps, for :func:`flowtilt.control.discretisation.discretisation_bias`."""
+    """``module:function`` from an experiment and a number of steps to the path of its solver, its times, and
+    the data variance of its steps, for :func:`flowtilt.control.discretisation.discretisation_bias`."""
 
     report: str
     """``module:object`` with the functions of :class:`flowtilt.pipeline.report.base.Report`."""

@@ -188,7 +188,7 @@ def test_a_stopped_finetuning_goes_on_exactly_where_it_was(
     method: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Energies asked for again after the stop, as for FDC's law or a bank, are not counted again."""
-    from flowtilt.domains.molecules.finetuning import finetune
+    from flowtilt.pipeline.stages import finetune
 
     monkeypatch.setenv(SECONDS, "0")
     assert folder.finetune(method) == 0

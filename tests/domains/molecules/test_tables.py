@@ -17,9 +17,9 @@ from flowtilt.pipeline.experiment import load_file, molecule_experiment
 from flowtilt.pipeline.files import write_arrays, write_history, write_rows
 from flowtilt.pipeline.report.claims import decided
 from flowtilt.pipeline.report.costs import costs_of
-from flowtilt.pipeline.report.figures import figure_style, save_figure
 from flowtilt.pipeline.report.measurements import ResultsError, runs_of
 from flowtilt.pipeline.report.panels import describe
+from flowtilt.pipeline.report.style import figure_style, save_figure
 from flowtilt.pipeline.report.tables import write_comparison, write_table
 from small_molecules import CONFIG
 

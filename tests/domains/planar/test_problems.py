@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from flowtilt.domains.planar.build import build_model
+from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.problems import build_objective, check_problems
 from flowtilt.functionals.base import WeightedSum
 from flowtilt.functionals.divergences import KL, Wasserstein1
 from flowtilt.functionals.utilities import Entropy, ExpectedReward
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import FunctionalExperiment
 from small import tiny
 
 

@@ -13,10 +13,10 @@ import torch
 
 from flowtilt.domains.planar.build import build_data
 from flowtilt.domains.planar.data import GaussianMixture
+from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.laws import GridProblem, grid_problem, network_grid_metrics
 from flowtilt.domains.planar.rows import FLOOR, GriddedDensity, sample_divergence
 from flowtilt.domains.planar.truth import floored
-from flowtilt.pipeline.experiment import FunctionalExperiment
 from small import tiny
 
 EDGE, SPREAD = -3.4375, 1.5

@@ -17,10 +17,10 @@ from flowtilt.domains.planar.experiment import (
 )
 from flowtilt.domains.planar.landscapes import LANDSCAPES, SLOPES, Bowl, Slope, Zones
 from flowtilt.domains.planar.model import PlanarFlow
+from flowtilt.domains.planar.sections import PathConfig
 from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
 from flowtilt.loading import imported, message_of
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.sections import PathConfig
 from flowtilt.rewards import Reward
 from flowtilt.seeding import seed_of
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import pandas as pd
 
 from flowtilt.domains.planar.experiment import FunctionalExperiment
+from flowtilt.domains.planar.sections import FunctionalObjective, TermConfig
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.report.measurements import entries, summarise, with_gaps
 from flowtilt.pipeline.report.panels import Panel, over_seeds, pretty
-from flowtilt.pipeline.sections import FunctionalObjective, TermConfig
 
 REQUIRED = {"linear": 90.0, "convex": 90.0, "general": 75.0}
 """Percent of the gap that FDC should close, by the paper's tier."""

@@ -7,13 +7,13 @@ from typing import Literal
 from flowtilt.domains.planar.build import build_cost, build_data, build_model, build_slope
 from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.grid import Grid, finite_law
+from flowtilt.domains.planar.sections import TermConfig
 from flowtilt.functionals.base import Functional, Objective
 from flowtilt.functionals.divergences import ReferenceDraw
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients, check_needs
 from flowtilt.loading import message_of
 from flowtilt.model import FlowModel
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.sections import TermConfig
 from flowtilt.sampling import OdeSettings
 from flowtilt.words import check_word
 

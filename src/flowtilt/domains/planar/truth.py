@@ -24,8 +24,8 @@ from flowtilt.domains.planar.grid import (
     normalise,
 )
 from flowtilt.domains.planar.rows import FLOOR, GriddedDensity, Metrics, reward_metrics, zone_masses
+from flowtilt.domains.planar.sections import TailMethodConfig
 from flowtilt.model import FlowModel
-from flowtilt.pipeline.sections import TailMethodConfig
 from flowtilt.sampling import OdeSettings, log_likelihood
 from flowtilt.thresholds import threshold
 

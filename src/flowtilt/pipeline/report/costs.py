@@ -273,8 +273,8 @@ NOTE = (
     "Samples and metrics: where one job measures all runs of a seed it is shown in the first line, else "
     "they are two jobs of each run. Solved rows: one job for all methods of an experiment on a tail; on "
     "functionals they are solved with the metrics. Network passes, where they are counted: states through "
-    "the network, a backward pass to the input counted as one and to the parameters as two, and all twice where "
-    "there is guidance, with tfft's offline batch; they are "
+    "the network, a backward pass to the input counted as one and to the parameters as two, and all twice "
+    "where there is guidance, with tfft's offline batch; they are "
     "counted and not timed, and what the gradients of reward and entropy take is not in them. The last table "
     "is of all jobs measured when this was written, tables and figures among them if they were made before."
 )

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from flowtilt.pipeline.report.figures import figure_style, save_figure
+from flowtilt.pipeline.report.style import figure_style, save_figure
 from flowtilt.pipeline.theory.tables import Rows
 
 # Okabe and Ito's palette, in an order that keeps neighbours apart.
