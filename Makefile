@@ -72,9 +72,8 @@ unlock: $(STAMP) ## after Snakemake was killed: take away the lock that it has l
 benchmark: $(STAMP) ## measure speed and memory
 	$(BIN)/python -m benchmarks
 
-docs: $(STAMP) ## write the configuration's reference and draw the workflow's rules
+docs: $(STAMP) ## write the configuration's reference
 	$(BIN)/flowtilt config-reference --output config/README.md
-	$(BIN)/snakemake --quiet all --rulegraph | $(BIN)/python workflow/scripts/rulegraph.py docs/rulegraph.svg
 
 clean: ## remove caches and intermediate results; tables and figures stay
 	rm -rf .snakemake .hypothesis .mypy_cache .pytest_cache .ruff_cache
