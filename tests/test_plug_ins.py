@@ -151,8 +151,6 @@ def test_an_entry_that_does_not_fit_its_class(write) -> None:
     [
         (lambda x: None, "returned a NoneType"),
         (lambda x: x[:, 0].numpy(force=True), "returned a ndarray"),
-        (lambda x: x[:, 0].long(), "type torch.int64"),
-        (lambda x: x[:, 0] > 0, "type torch.bool"),
         (lambda x: x[:, 0].to(torch.complex64), "type torch.complex64"),
         (lambda x: x, r"shape \(5, 2\)"),
         (lambda x: x.sum(), r"shape \(\)"),
@@ -166,3 +164,17 @@ def test_what_a_reward_returns(value, words: str) -> None:
     for look in (Own(), Own().gradient):
         with pytest.raises(RewardError, match=f"reward Own .*{words}.*must return"):
             look(torch.randn(5, 2))
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool])
+def test_whole_numbers_and_truth_values_are_rewards_without_a_gradient(kind: torch.dtype) -> None:
+    class Own(Reward):
+        def value(self, x, context=None):
+            return (10 * x[:, 0].abs()).to(kind)
+
+    x = torch.randn(5, 2, dtype=torch.float64)
+    rewards = Own()(x)
+    assert rewards.dtype == x.dtype
+    assert torch.equal(rewards, (10 * x[:, 0].abs()).to(kind).double())
+    with pytest.raises(RewardError, match=rf"reward Own .*{kind}.*likelihood_ratio"):
+        Own().gradient(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,7 +83,9 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path, remake: str = REMAKE
             raise CheckpointError(f"{path}: {name} holds numbers that are not finite; {remake}")
 
 
-def check_loaded(network: nn.Module, files: Iterable[Path], remake: str) -> None:
+def check_loaded(
+    network: nn.Module, files: Iterable[Path], remake: str, taken: Container[str] | None = None
+) -> None:
     """Refuse what a library has loaded from foreign files and cast, if it was no weights.
 
     Weights may be stored in 16, 32 or 64 bits of floating point, whatever the network computes in; integers
@@ -93,6 +95,7 @@ def check_loaded(network: nn.Module, files: Iterable[Path], remake: str) -> None
         network: with the weights of the files.
         files: safetensors.
         remake: what to do about bad ones, for messages.
+        taken: names in the files that were taken; all if not given.
 
     Raises:
         CheckpointError: naming the file and the first tensor of another type, or that is not finite.
@@ -102,6 +105,8 @@ def check_loaded(network: nn.Module, files: Iterable[Path], remake: str) -> None
     for path in files:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
+                if taken is not None and name not in taken:
+                    continue
                 kind = file.get_slice(name).get_dtype()
                 if kind not in FLOATING and name.rpartition(".")[2] not in whole:
                     raise CheckpointError(

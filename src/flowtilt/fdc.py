@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from flowtilt.control.base import Solution, TrainingDiverged
 from flowtilt.functionals.base import FirstVariation, Functional, Law, Objective, WeightedVariation
@@ -98,12 +99,8 @@ def ascend(
         CheckpointError: if a state to go on from belongs to another ascent.
     """
     slot = resumption.slot("ascent") if resumption is not None else None
-    result = _taken_up(start, slot, settings)
+    result, first = _taken_up(start, slot, settings)
     done = int(result.history[-1]["iteration"]) if result.history else iterations.start
-    first: Level | None = None
-    if done > iterations.start:
-        law = _law(start, settings, generator(iterations.start))
-        first = _level(objective, law, objective.linearise(law))
     for k in range(done, iterations.stop):
         random = generator(k)
         law = _law(result.model, settings, random)
@@ -121,7 +118,7 @@ def ascend(
         result.model = solution.model
         result.history += [{"iteration": k + 1, **row} for row in solution.history]
         if slot is not None and inner is not None and (slot.resumption.due() or inner.path.is_file()):
-            slot.save(weights_of(result.model), result.history, settings)
+            slot.save(weights_of(result.model) | {"start": _kept(first)}, result.history, settings)
             inner.discard()
     if done < iterations.stop and first is not None:
         law = _law(result.model, settings, random)
@@ -187,11 +184,22 @@ def _check_rise(
         )
 
 
-def _taken_up(start: FlowModel, slot: Slot | None, settings: MirrorAscent) -> Ascent:
-    """The ascent as its last state has it, or its beginning."""
+def _taken_up(start: FlowModel, slot: Slot | None, settings: MirrorAscent) -> tuple[Ascent, Level | None]:
+    """The ascent as its last state has it, or its beginning, and the level of the start if it is known."""
     if slot is None:
-        return Ascent(start)
-    model = copy.deepcopy(start).requires_grad_(False)
-    history = slot.load(weights_of(model), settings)
-    # The start itself and not a copy: to a divergence from it, it is known by its identity.
-    return Ascent(start) if history is None else Ascent(model, history)
+        return Ascent(start), None
+    model, kept = copy.deepcopy(start).requires_grad_(False), _kept(None)
+    history = slot.load(weights_of(model) | {"start": kept}, settings)
+    if history is None:
+        # The start itself and not a copy: to a divergence from it, it is known by its identity.
+        return Ascent(start), None
+    value, error = kept.tolist()
+    return Ascent(model, history), Level(value, error) if error >= 0 else None
+
+
+def _kept(level: Level | None) -> Tensor:
+    """A level as a state has it, (2,): measured again, it would cost what the values of its law cost.
+
+    Where there is none, the error is below 0.
+    """
+    return torch.tensor(Level(0.0, -1.0) if level is None else level, dtype=torch.float64)

@@ -60,13 +60,14 @@ class Reward(ABC):
         return self(x, context).isnan()
 
     def __call__(self, x: Tensor, context: Context = None) -> Tensor:
-        """Checked rewards without a graph, shape (batch,); NaN where an evaluation failed.
+        """Checked rewards without a graph, real and of shape (batch,); NaN where an evaluation failed.
 
         Raises:
             RewardError: if the values have another shape or are not finite, but for those that may fail.
         """
         with torch.no_grad():
-            return check_rewards(self.value(x, context), x, self)
+            values = check_rewards(self.value(x, context), x, self)
+            return values if values.is_floating_point() else values.to(x.dtype)
 
 
 def input_gradient(values: Tensor, x: Tensor, of: str) -> Tensor:
@@ -96,13 +97,15 @@ def input_gradient(values: Tensor, x: Tensor, of: str) -> Tensor:
 def check_rewards(values: Tensor, x: Tensor, reward: Reward) -> Tensor:
     """Return ``values`` if they are one finite number a sample, or NaN where ``reward`` may fail.
 
+    Whole numbers and truth values are numbers too; what they lack is a gradient.
+
     Raises:
         RewardError: if they are not.
     """
     name, wanted = type(reward).__name__, f"it must return shape ({len(x)},): one number a sample"
     if not isinstance(values, Tensor):
         raise RewardError(f"reward {name} returned a {type(values).__name__}, no tensor; {wanted}")
-    if not values.is_floating_point():
+    if values.is_complex():
         raise RewardError(f"reward {name} returned the type {values.dtype}, no real number; {wanted}")
     if values.shape != x.shape[:1]:
         raise RewardError(

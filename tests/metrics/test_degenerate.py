@@ -14,7 +14,13 @@ from flowtilt.metrics.diversity import (
     vendi,
 )
 from flowtilt.metrics.entropy import histogram_entropy, likelihood_entropy
-from flowtilt.metrics.tails import dominance_violation, lower_tail_mean, quantile, upper_tail_mean
+from flowtilt.metrics.tails import (
+    dominance_violation,
+    lower_tail_mean,
+    quantile,
+    tail_mean,
+    upper_tail_mean,
+)
 from flowtilt.metrics.transport import check_metric, ground_distances, kantorovich, wasserstein1
 
 NAN, INF = np.nan, np.inf
@@ -38,6 +44,9 @@ REFUSED = [
         for w in ([0, 0], [1, -1], [NAN, 1], [INF, 1], [1e308, 1e308])
     ),
     (lower_tail_mean, ([1, 2], 0.5, [1]), "2 values and 1 weights"),
+    *((tail_mean, ([], 0.5, side), "at least one value") for side in ("lower", "upper")),
+    *((tail_mean, ([1, NAN], 0.5, side), "finite values; 1 are not") for side in ("left", "right")),
+    *((tail_mean, ([1, 2], 0.5, side), "a tail must be lower") for side in ("both", "", None)),
     (dominance_violation, ([], [1]), "at least one value"),
     (dominance_violation, ([1], []), "at least one value"),
     *((dominance_violation, pair, "finite values; 1 are not") for pair in (([NAN], [1]), ([1], [1, NAN]))),
@@ -119,6 +128,8 @@ RIGHT = [
     (lower_tail_mean, ([7, 7, 7], 0.1), 7),
     (lower_tail_mean, ([5, 6], 1e-320), 5),
     (upper_tail_mean, ([1e308, 1e308], 1), 1e308),
+    (tail_mean, ([1, 2], 1e-320, "left"), 1),
+    (tail_mean, ([1, 2], 1e-320, "right"), 2),
     (upper_tail_mean, ([1, 2], 0.3, [1, 0]), 1),
     (dominance_violation, ([1, 1], [1, 1]), 0),
     (dominance_violation, ([0], [1]), 1),

@@ -280,7 +280,7 @@ def test_the_shell_gets_every_name_and_path_quoted() -> None:
     [
         ({"experimens": []}, ("key experimens: unknown", "known keys here: results, experiments")),
         ({"experiments": []}, ("key experiments:", "at least 1")),
-        ({"experiments": ["a", "a"]}, ("key experiments: a stands there twice",)),
+        ({"experiments": ["a", "a"]}, ("key experiments: 'a' occurs twice",)),
         ({"experiments": ["my experiment"]}, ("key experiments.0:",)),
         ({"experiments": ["risk_averse_3d"]}, ("key experiments: unknown", "risk_averse_3d", "novelty_2d")),
         ({"experiments": ["pretrain"]}, ("key experiments: pretrain: the workflow has a rule of this name",)),

@@ -35,7 +35,7 @@ def finished(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
         if not kept.exists() and not failed.exists():
             make_smoke_run(cache, kept, failed)
         if failed.exists():
-            pytest.fail(failed.read_text(), pytrace=False)
+            pytest.fail(failed.read_text(encoding="utf-8"), pytrace=False)
     return Project(Path(shutil.copytree(kept, tmp_path_factory.mktemp("smoke") / "project", symlinks=True)))
 
 

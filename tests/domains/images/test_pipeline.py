@@ -685,12 +685,13 @@ def test_micro_batches_change_nothing(folder, double, adapter):
     """In two updates on the same trajectories, with gradients of all together and of one after another."""
     guidance = GuidanceConfig(sampling=3, adjoint=3, control=3)
     loaded = in_double(load_text_to_image(folder, PROMPTS, guidance, adapter=adapter))
-    settings = replace(SETTINGS, updates=2, passes=2, last_share=0.4, rest_share=0.7)
+    rate = 1e-4  # at ten times as much the second update is given up: the model has moved too far
+    settings = replace(SETTINGS, updates=2, passes=2, last_share=0.4, rest_share=0.7, learning_rate=rate)
     together, apart = (solved(loaded, replace(settings, micro_batch=m)) for m in (None, 1))
     for one, other in zip(together.history, apart.history, strict=True):
         for column in ("loss", "gradient_norm", "control_energy", "network_passes"):
             assert other[column] == pytest.approx(one[column], rel=1e-9, abs=1e-12), column
     assert together.history[1]["control_energy"] > 1e-3
     whole, parts = together.model.weights(), apart.model.weights()
-    assert max(float((t - whole[name]).abs().max()) for name, t in loaded.flow.weights().items()) > 1e-3
-    assert max(float((t - whole[name]).abs().max()) for name, t in parts.items()) < 1e-9
+    assert max(float((t - whole[name]).abs().max()) for name, t in loaded.flow.weights().items()) > rate
+    assert max(float((t - whole[name]).abs().max()) for name, t in parts.items()) < 1e-6 * rate

@@ -224,6 +224,13 @@ def test_long_prompts_are_said(weights, caplog):
     assert torch.equal(*same)
 
 
+@pytest.mark.usefixtures("package")
+def test_image_reward_takes_no_whole_numbers_for_weights(weights):
+    save_file({"pixels": torch.ones(WORDS, 3, 224, 224, dtype=torch.int32)}, weights)
+    with pytest.raises(CheckpointError, match=r"pixels has the type I32.*convert the weights again"):
+        ImageReward(decode, PROMPTS, weights)
+
+
 def test_without_the_package_the_key_is_named(monkeypatch, weights):
     monkeypatch.setitem(sys.modules, "ImageReward", None)
     with pytest.raises(

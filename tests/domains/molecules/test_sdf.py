@@ -88,6 +88,9 @@ def test_a_file_that_is_missing_or_cut_off_is_named(tmp_path):
     write_sdf(path, MOLECULES[:3], STRUCTURES[:3], PROPERTIES[:3])
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[: len(lines) // 2]))
+    with pytest.raises(SdfError, match=r"molecules\.sdf: not whole, it does not end in \$\$\$\$; delete"):
+        read_sdf(path)
+    path.write_text("".join(lines[: len(lines) // 2] + lines[-1:]))
     with pytest.raises(SdfError, match=r"molecules\.sdf: molecule \d cannot be read"):
         read_sdf(path)
 

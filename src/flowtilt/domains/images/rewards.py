@@ -204,4 +204,4 @@ def _take_weights(network: nn.Module, tensors: dict[str, Tensor], weights: Path)
         network.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{weights}: made for another network ({error}); convert it again") from None
-    check_loaded(network, [weights], _AGAIN)
+    check_loaded(network, [weights], _AGAIN, network.state_dict().keys())
