@@ -43,7 +43,7 @@ def evaluate(
     Args:
         experiment: of the run.
         method: of the run.
-        model: file of the stage images-model.
+        model: file of the stage model.
         pictures: folder of the run's pictures.
         output: JSON file of metrics to write.
         scores: npz file to write, of ``prompt`` (n,), ``reward`` (n,), ``clip`` (n,), ``design`` (n,), -1
