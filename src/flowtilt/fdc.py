@@ -104,6 +104,8 @@ def ascend(
     if done > iterations.start:
         law = _law(start, settings, generator(iterations.start))
         first = _level(objective, law, objective.linearise(law))
+        if resumption is not None and resumption.resumed is not None:
+            resumption.resumed()  # this law is not of the iteration that comes
     for k in range(done, iterations.stop):
         random = generator(k)
         law = _law(result.model, settings, random)

@@ -219,6 +219,7 @@ def test_real_molecules_are_valid_and_known(folder: Folder) -> None:
 
 def test_methods_of_a_seed_start_from_the_same_noise(folder: Folder) -> None:
     assert folder.evaluate("pretrained") == 0
+    folder.file("am", "model.safetensors").parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder.pretrained, folder.file("am", "model.safetensors"))
     assert folder.run("sample", "am") == 0
     a, b = (np.load(folder.file(method, "samples.npz")) for method in ("pretrained", "am"))
@@ -302,12 +303,13 @@ def test_flowmol_without_its_package(
 
 
 def test_wrong_kinds(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    fails(capsys, folder.run("finetune", "pretrained"), "'pretrained' has no finetune", "am, fdc, tfft")
+    fails(capsys, folder.run("finetune", "pretrained"), "'pretrained' has no finetune; those that have: am, ")
     fails(capsys, folder.run("finetune", "data"), "'data' has no finetune")
-    fails(capsys, folder.run("threshold", "am"), "'am' has no threshold", "tfft, ")
-    fails(capsys, folder.run("finetune", "ppo"), "unknown method 'ppo'; it has ", "am, fdc, tfft")
-    fails(capsys, folder.run("finetune"), "unknown method ''; it has ")
-    fails(capsys, main(folder.words("sample", "data")[:-4]), "the stage sample is of a seed; give it --seed")
+    fails(capsys, folder.run("threshold", "am"), "'am' has no threshold; those that have: tfft, tfft_0.9, ")
+    fails(capsys, folder.run("finetune", "ppo"), "unknown method 'ppo'; it has am, ")
+    fails(capsys, folder.run("finetune"), "the stage finetune is of a method; give it --method, one of: am, ")
+    words = ["sample", str(folder.config), "--results", str(folder.path), "--method", "data"]
+    fails(capsys, main(words), "the stage sample is of a seed; give it --seed")
     with pytest.raises(StageError, match="'data' needs the file of the training data"):
         sample(folder.experiment, "data", 0, folder.path / "no.npz")
     with pytest.raises(StageError, match="'am' needs the weights to sample"):
@@ -317,9 +319,9 @@ def test_wrong_kinds(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None
 def test_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = {"rising": {"kind": "tfft", "level": 0.9, "rise": 0.5}}
     own = Folder(tmp_path, methods=methods, **REACHABLE)
-    fails(capsys, own.run("offline"), "pretrained/model.safetensors: no such file")
+    fails(capsys, own.run("offline"), "pretrained/model.safetensors: no such checkpoint", "run the stage")
     fails(capsys, own.run("threshold", "tfft"), "offline.npz: no such file")
-    fails(capsys, own.run("sample", "am"), "am/seed0/model.safetensors: no such file")
+    fails(capsys, own.run("sample", "am"), "am/seed0/model.safetensors: no such checkpoint")
     fails(capsys, own.run("evaluate", "am"), "am/seed0/samples.npz: no such file")
     assert own.run("pretrain") == 0
     said = "tfft/seed0/threshold.json: no such file", "run the threshold stage first"
