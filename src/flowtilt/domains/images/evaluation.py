@@ -1,4 +1,4 @@
-"""Stages of pictures that run no denoiser: thresholds, and the metrics of a run."""
+"""The metrics of a run on images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowtilt.pipeline.files import (
     write_rows,
 )
 
-if TYPE_CHECKING:  # a threshold takes less time than importing torch
+if TYPE_CHECKING:
     from torch import Tensor
 
     from flowtilt.rewards import Reward
