@@ -31,6 +31,7 @@ from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.functionals.utilities import RewardVariation
 from flowtilt.model import Context
 from flowtilt.pipeline.experiment import Experiment, load_file
+from flowtilt.pipeline.solvers import adjoint_matching_settings
 from flowtilt.pretraining import PretrainingSettings, fit_flow
 from flowtilt.rewards import Reward
 from flowtilt.sampling import OdeSettings, log_likelihood, sample_ode, sample_with_log_density
@@ -107,10 +108,9 @@ def solvers(
     experiment: Experiment,
 ) -> dict[str, tuple[Callable[..., Solution], Callable[[int], Any], list[int]]]:
     """Of each solver: its function, its settings by number of updates, and the budgets."""
-    config = experiment.solver.model_dump()
 
     def adjoint(updates: int) -> adjoint_matching.AdjointMatchingSettings:
-        return adjoint_matching.AdjointMatchingSettings(**(config | {"updates": updates}))
+        return adjoint_matching_settings(experiment.solver, updates)
 
     def weighted(updates: int) -> weighted_fitting.WeightedFittingSettings:
         return weighted_fitting.WeightedFittingSettings(updates=updates)

@@ -19,7 +19,7 @@ from flowtilt.domains.images.files import picture_name
 from flowtilt.files import folder_of
 from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.pipeline.configuration import merge, read_yaml
-from flowtilt.pipeline.experiment import image_experiment, load_file
+from flowtilt.pipeline.experiment import load_file
 from flowtilt.pipeline.files import Metrics, write_arrays, write_history, write_rows
 from small import CONFIG
 
@@ -68,7 +68,8 @@ def loaded(name: str, **changes: Any) -> ImageExperiment:
     """The experiment of :func:`write_config`."""
     with tempfile.TemporaryDirectory() as folder:
         (experiment,) = load_file(write_config(Path(folder), name, **changes)).values()
-    return image_experiment(experiment)
+    assert isinstance(experiment, ImageExperiment)
+    return experiment
 
 
 def write_metrics(
@@ -112,7 +113,7 @@ def _write_run(
     results: Path, experiment: ImageExperiment, method: str, seed: int, level: float, size: int
 ) -> None:
     folder = folder_of(results, experiment.name, method, seed)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     prompts, designs, rewards = [], [], []
     for prompt in range(len(experiment.prompts)):
         for number in range(experiment.evaluation.pictures):
@@ -120,7 +121,7 @@ def _write_run(
             bridge, moved, other = bridges.draw_bridge(rng), rng.random() < level, rng.integers(len(DESIGNS))
             bridge = replace(bridge, design=DESIGNS[other]) if moved else bridge
             picture = Image.fromarray(bridges.picture(bridge, rng, size))
-            picture.save(folder / "pictures" / picture_name(prompt, number))
+            picture.save(folder / "images" / picture_name(prompt, number))
             prompts.append(prompt)
             designs.append(DESIGNS.index(bridge.design))
             rewards.append(0.3 + 0.02 * level + (0.03 if moved else 0.06) * rng.normal())

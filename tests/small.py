@@ -22,5 +22,7 @@ TINY: dict[str, Any] = {
 
 def tiny(name: str = "risk_averse_2d", **changes: Any) -> Experiment:
     """A shipped experiment at a size of seconds, with some keys changed."""
-    (experiment,) = load_file(CONFIG / "experiments" / f"{name}.yaml", merge(TINY, changes)).values()
+    (experiment,) = load_file(
+        CONFIG / "experiments" / f"{name}.yaml", {"planar": merge(TINY, changes)}
+    ).values()
     return experiment

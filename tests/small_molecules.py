@@ -14,7 +14,7 @@ from flowtilt.domains.molecules import data
 from flowtilt.domains.molecules.build import build_model
 from flowtilt.domains.molecules.experiment import MoleculeExperiment
 from flowtilt.pipeline.configuration import merge
-from flowtilt.pipeline.experiment import load_file, molecule_experiment
+from flowtilt.pipeline.experiment import load_file
 from small import CONFIG
 
 # In units of one ångström most molecules of an untrained network have an energy, and some do not.
@@ -46,7 +46,8 @@ def tiny(weights: Path | None = None, /, **changes: Any) -> MoleculeExperiment:
     overrides = merge(overrides, changes)
     file = CONFIG / "experiments" / "molecules_qm9.yaml"
     (experiment,) = load_file(file, {"molecules": overrides}).values()
-    return molecule_experiment(experiment)
+    assert isinstance(experiment, MoleculeExperiment)
+    return experiment
 
 
 def write_checkpoint(path: Path, seed: int = 0) -> Path:

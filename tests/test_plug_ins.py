@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowtilt.domains.planar.build import build_reward, landscape_class
+from by_hand import Driven
+from flowtilt.checkpoints import save_weights
+from flowtilt.domains.planar.build import build_model, build_reward, landscape_class
 from flowtilt.domains.planar.experiment import tail_experiment
 from flowtilt.domains.planar.problems import check_problems
 from flowtilt.functionals.registry import UTILITIES, Ingredients
 from flowtilt.loading import imported
-from flowtilt.pipeline.cli import main
+from flowtilt.pipeline import stages
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import dump
+from flowtilt.pipeline.experiment import Experiment
 from flowtilt.rewards import Reward, RewardError
 from small import tiny
 
@@ -100,35 +102,42 @@ def test_a_class_that_cannot_be_made(body: str, words: str, write) -> None:
         build_reward(experiment)
 
 
+def begun(path: Path, experiment: Experiment) -> Driven:
+    """A results folder with an untrained model."""
+    folder = Driven(path, experiment)
+    save_weights(build_model(experiment), folder.file("pretrained", "model.safetensors"))
+    return folder
+
+
 @pytest.mark.parametrize("kind", [kind for kind in FAILURES if kind != "SystemExit"])
 def test_a_reward_that_fails_in_a_job(
-    kind: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     body = f"def bumps(self, x):\n        return {FAILURES[kind]}"
     name = write(LANDSCAPE.format(top="", body=body))
-    file, log = tmp_path / "config.yaml", tmp_path / "run.log"
-    file.write_text(dump(tiny(reward={"landscape": f"{name}:Own"})), encoding="utf-8")
-    assert main(["calibrate", str(file), "--log", str(log)]) == 1
+    folder = begun(tmp_path, tiny(reward={"landscape": f"{name}:Own"}))
+    with caplog.at_level(logging.DEBUG, "flowtilt"):
+        assert folder.run("offline") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("calibrate: ")
+    assert line.startswith("offline: ")
     for word in (f"module {name}", kind, f"{name}.py, line 7", "mend it there"):
         assert word in line
-    assert "Traceback" in log.read_text(encoding="utf-8")
+    assert "Traceback" in caplog.text
 
 
 def test_an_error_of_ours_is_not_blamed_on_the_user(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from flowtilt.domains.planar import calibration
-
-    def broken(experiment: object) -> float:
+    def broken(*given: object) -> None:
         raise KeyError("ours")
 
-    monkeypatch.setattr(calibration, "calibrated_edge", broken)
-    file = tmp_path / "config.yaml"
-    file.write_text(dump(tiny()), encoding="utf-8")
+    monkeypatch.setattr(stages, "sample_sde", broken)
     with caplog.at_level(logging.ERROR), pytest.raises(KeyError, match="ours"):
-        main(["calibrate", str(file)])
+        begun(tmp_path, tiny()).run("offline")
 
 
 @pytest.mark.parametrize("kind", ["NameError", "KeyError", "TypeError", "AttributeError", "RuntimeError"])

@@ -155,7 +155,7 @@ class Job:
     """
 
     run: Run
-    experiments: Sequence[Experiment]
+    experiments: Sequence[Any]
     inputs: Mapping[str, Path | list[Path]]
     outputs: Mapping[str, Path]
     workers: int | None = None
@@ -330,7 +330,7 @@ def domain_named(name: str) -> Domain:
     point = sources()[name]
     what = f"domain {name!r}{_package_of(point)}, {point.value}"
     try:
-        domain = point.load()
+        domain: Domain = point.load()
     except Exception as error:  # of somebody else's module, anything
         raise DomainError(
             f"{what}: cannot be imported ({type(error).__name__}: {error}); mend or uninstall its package"
@@ -342,7 +342,7 @@ def domain_named(name: str) -> Domain:
         )
     if domain.name != name:
         raise DomainError(f"{what}: calls itself {domain.name!r}; give both the same name")
-    return domain  # type: ignore[no-any-return]
+    return domain
 
 
 def _members() -> list[str]:
@@ -411,6 +411,8 @@ def _check_run(stage: Stage, run: Run) -> None:
     experiment, methods = run.experiment, run.experiment.methods
     if stage.kinds:
         known = ", ".join(name for name in methods if stage.has(experiment, name))
+        if not run.method:
+            raise ConfigError(f"the stage {stage.name} is of a method; give it --method, one of: {known}")
         if run.method not in methods:
             raise ConfigError(f"experiment {experiment.name}: unknown method {run.method!r}; it has {known}")
         if not stage.has(experiment, run.method):

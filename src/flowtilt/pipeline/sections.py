@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -159,13 +159,6 @@ class SolverConfig(Section):
         return self
 
 
-class OfKind(Protocol):
-    """What methods of all domains have."""
-
-    @property
-    def kind(self) -> str: ...
-
-
 class MethodConfig(Section):
     """One method of an experiment; a domain adds its own keys."""
 
@@ -192,7 +185,7 @@ TUNED = ("am", "fdc", "tfft")
 """Kinds of methods that are fine-tuned."""
 
 
-def check_methods(methods: Mapping[str, OfKind], layers: Sequence[str]) -> None:
+def check_methods(methods: Mapping[str, MethodConfig], layers: Sequence[str]) -> None:
     """Refuse methods whose names stand for something else in the results' files and rows.
 
     Args:

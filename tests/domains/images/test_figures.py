@@ -62,7 +62,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_both_experiments_have_two_figures(results: Path) -> None:
     drawn = sorted((results / "figures").iterdir())
     assert [path.name for path in drawn] == [
-        f"{name}_{what}.png" for name in (ENTROPY, LEFT_TAIL) for what in ("pictures", "scores")
+        f"{name}_{what}.png" for name in (ENTROPY, LEFT_TAIL) for what in ("images", "scores")
     ]
     for path in drawn:
         with Image.open(path) as image:
@@ -76,7 +76,7 @@ def test_both_experiments_have_two_figures(results: Path) -> None:
 def test_the_same_runs_give_the_same_figures(results: Path, tmp_path: Path) -> None:
     file = results / "config" / "experiments" / f"{LEFT_TAIL}.yaml"
     write_figures(file, {}, results, REPORTED, tmp_path / "again")
-    for what in ("pictures", "scores"):
+    for what in ("images", "scores"):
         first = results / "figures" / f"{LEFT_TAIL}_{what}.png"
         assert (tmp_path / f"again_{what}.png").read_bytes() == first.read_bytes()
 
@@ -87,7 +87,7 @@ def test_the_same_runs_give_the_same_figures(results: Path, tmp_path: Path) -> N
 def picture_of(
     results: Path, experiment: ImageExperiment, method: str, prompt: int, number: int
 ) -> np.ndarray:
-    folder = run_folder(results, runs_of(experiment), method, "network", 0) / "pictures"
+    folder = run_folder(results, runs_of(experiment), method, "network", 0) / "images"
     with Image.open(folder / f"prompt{prompt:03d}_{number:04d}.png") as picture:
         return np.asarray(picture)
 

@@ -343,7 +343,7 @@ def test_passes_of_tfft_include_its_offline_batch(tmp_path: Path, scale: float, 
             )
             benchmark(tmp_path, f"images_sample/text_to_image_left_tail/{method}/seed{seed}", 30.0)
             benchmark(tmp_path, f"images_evaluate/text_to_image_left_tail/{method}/seed{seed}", 5.0)
-        benchmark(tmp_path, f"images_offline/text_to_image_left_tail/pretrained/seed{seed}", 20.0)
+        benchmark(tmp_path, f"images_offline/text_to_image_left_tail/seed{seed}", 20.0)
         benchmark(tmp_path, f"images_threshold/text_to_image_left_tail/tfft/seed{seed}", 1.0)
     lines = {line.method: line for line in costs_of(tmp_path / "benchmarks", [experiment])}
     am, tfft = lines["am"], lines["tfft"]

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flowtilt.devices import generator_of
 from flowtilt.domains.molecules.assessment import Composition, total_variation
 from flowtilt.domains.molecules.experiment import MoleculeExperiment
 from flowtilt.pipeline.cli import prepare_torch
-from flowtilt.pipeline.experiment import load_file, molecule_experiment
+from flowtilt.pipeline.experiment import load_file
 from flowtilt.sampling import OdeSettings
 from small import CONFIG
 
@@ -24,7 +25,8 @@ ROOT = CONFIG.parent
 @pytest.fixture(scope="module")
 def experiment() -> MoleculeExperiment:
     (shipped,) = load_file(CONFIG / "experiments" / "molecules_qm9.yaml").values()
-    return molecule_experiment(shipped)
+    assert isinstance(shipped, MoleculeExperiment)
+    return shipped
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def drawn(experiment: MoleculeExperiment, weights: Path) -> tuple[Composition, n
     from flowtilt.domains.molecules.assessment import composition
     from flowtilt.domains.molecules.chemistry import perceive
     from flowtilt.domains.molecules.energies import molecules_of
-    from flowtilt.domains.molecules.sampling import generated, generator_of, load_base
+    from flowtilt.domains.molecules.sampling import generated, load_base
     from flowtilt.domains.molecules.workers import WorkerPool
 
     prepare_torch()  # as every stage does: numbers below 1e-38 are slow

@@ -9,15 +9,8 @@ import pytest
 import yaml
 
 from flowtilt.pipeline.configuration import ConfigError, merge
-from flowtilt.pipeline.experiment import (
-    dump,
-    load_file,
-    load_resolved,
-    method_of,
-    molecule_experiment,
-    planar_experiment,
-    stage_digest,
-)
+from flowtilt.pipeline.domain import job_of
+from flowtilt.pipeline.experiment import dump, load_file, load_resolved, method_of, stage_digest
 from small import tiny as tiny_plane
 from small_molecules import CONFIG, tiny
 
@@ -65,7 +58,12 @@ def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
         ({"reward": {"binding": [1.0, -1.0]}}, "reward", "binding must be in order"),
         ({"reward": {"unpaired": -1}}, "reward.unpaired", "greater than or equal to 0"),
         ({"checkpoint": {"sha256": "abc"}}, "checkpoint.sha256", "should match pattern"),
-        ({"domain": "proteins"}, "domain", "molecules or images"),
+        (
+            {"domain": "proteins"},
+            "domain",
+            "unknown domain 'proteins'; known here: images, molecules, planar",
+        ),
+        ({"domain": None}, "domain", "must be images or molecules or planar, got None"),
         ({"colour": "red"}, "colour", "known keys here: name, domain"),
         ({"seeds": 0}, "seeds", "at least 1"),
         ({"grid": {"cells": 3}}, "grid", "unknown"),
@@ -105,11 +103,11 @@ def test_all_objectives_have_one_kl_weight() -> None:
 
 
 def test_overrides_of_the_plane_and_of_molecules_do_not_meet() -> None:
-    overrides = {"grid": {"cells": 48}, "molecules": {"seeds": 2, "offline": {"samples": 7}}}
+    overrides = {"planar": {"grid": {"cells": 48}}, "molecules": {"seeds": 2, "offline": {"samples": 7}}}
     (molecules,) = load_file(QM9, overrides).values()
     assert (molecules.seeds, molecules.offline.samples) == ([0, 1], 7)
     (plane,) = load_file(EXPERIMENTS / "risk_averse_2d.yaml", overrides).values()
-    assert (plane.seeds, planar_experiment(plane).grid.cells) == ([0, 1, 2, 3, 4], 48)
+    assert (plane.seeds, plane.grid.cells) == ([0, 1, 2, 3, 4], 48)
 
 
 def test_a_study_of_levels_derives_from_its_experiment() -> None:
@@ -118,15 +116,15 @@ def test_a_study_of_levels_derives_from_its_experiment() -> None:
     levels["fitted"] = [0.5]
     assert list(cases) == [f"molecules_tail_sweep/{label}" for label in levels]
     for name, case in cases.items():
-        own = molecule_experiment(case)
+        own = case
         assert own.base == "molecules_qm9"
         assert own.offline.samples == 9
         assert [own.level_of(method) for method in own.methods] == levels[name.partition("/")[2]]
         rises = {own.methods[method].rise for method in own.methods}
         assert rises == ({0.5} if name.endswith("rising") else {None})
-    plain = molecule_experiment(cases["molecules_tail_sweep/plain"])
+    plain = cases["molecules_tail_sweep/plain"]
     assert plain.solver.pool == plain.solver.batch
-    rising = molecule_experiment(cases["molecules_tail_sweep/rising"])
+    rising = cases["molecules_tail_sweep/rising"]
     assert {name: rising.level_of(name) for name in rising.also} == {"tfft_0.9": 0.9, "tfft": 0.998}
 
 
@@ -152,7 +150,7 @@ def test_a_case_has_methods_of_its_base_as_its_own(tmp_path: Path) -> None:
 def test_what_is_merged_into_one_file_comes_before_the_changes_of_its_cases() -> None:
     files = {"files": {"molecules_qm9": {"solver": {"pool": 64, "updates": 7}}}}
     (base,) = load_file(QM9, files).values()
-    assert (molecule_experiment(base).solver.pool, base.solver.updates) == (64, 7)
+    assert (base.solver.pool, base.solver.updates) == (64, 7)
     cases = load_file(EXPERIMENTS / "molecules_tail_sweep.yaml", files)
     pools = {name.partition("/")[2]: case.solver.pool for name, case in cases.items()}
     assert pools == {"pool": 64, "plain": 32, "large_pool": 128, "rising": 64, "fitted": 64}
@@ -169,15 +167,19 @@ def test_a_study_of_levels_is_of_molecules(tmp_path: Path) -> None:
         study = {"axis": "level", "table": table, "cases": cases, "methods": methods}
         file = tmp_path / "mine.yaml"
         file.write_text(yaml.safe_dump({"name": "mine", "title": "t", "seeds": 1, "study": study}))
-        with pytest.raises(ConfigError, match=r"key study\.table: must be axis .* levels if they are on mol"):
+        with pytest.raises(ConfigError, match=rf"key study\.table: its cases can have .*, got '{table}'"):
             load_file(file)
 
 
-def test_a_stage_is_told_the_kind_of_its_experiment() -> None:
-    with pytest.raises(ConfigError, match="is on molecules; this stage is for those in the plane"):
-        planar_experiment(tiny())
-    with pytest.raises(ConfigError, match="is in the plane; this stage is for those on molecules"):
-        molecule_experiment(tiny_plane())
+def test_a_stage_is_of_its_domain(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="molecules_qm9: molecules has no stage density; it has data, pretrain"
+    ):
+        job_of("density", [tiny()], "", 0, tmp_path)
+    with pytest.raises(
+        ConfigError, match="risk_averse_2d: planar has no stage sample; it has pretrain, density"
+    ):
+        job_of("sample", [tiny_plane()], "am", 0, tmp_path)
     with pytest.raises(ConfigError, match="unknown method 'ppo'; it has data, pretrained"):
         method_of(tiny(), "ppo")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,16 @@ import pytest
 import yaml
 from safetensors.torch import load_file as load_tensors
 
+from by_hand import Driven
 from flowtilt import thresholds
-from flowtilt.domains.molecules.evaluation import masses_of
-from flowtilt.domains.molecules.experiment import MoleculeExperiment
+from flowtilt.domains.molecules.experiment import rising
+from flowtilt.domains.molecules.sampling import sample
 from flowtilt.domains.molecules.sdf import read_sdf
 from flowtilt.domains.molecules.xtb import single_point
 from flowtilt.metrics.tails import upper_tail_mean
 from flowtilt.pipeline.cli import main
-from flowtilt.pipeline.experiment import dump
+from flowtilt.pipeline.files import StageError
+from flowtilt.pipeline.stages import finetune
 from flowtilt.resuming import SECONDS
 from small_molecules import tiny, write_checkpoint, write_molecules
 
@@ -29,63 +33,23 @@ pytest.importorskip("tblite", reason="the extra 'molecules' is not installed")
 pytest.importorskip("rdkit", reason="the extra 'molecules' is not installed")
 
 
-class Folder:
-    """A results folder driven by hand, one command a stage."""
+class Folder(Driven):
+    """A results folder with a checkpoint and a file of molecules."""
 
     def __init__(self, path: Path, **changes: Any) -> None:
-        self.path = path
         self.checkpoint = write_checkpoint(path / "resources" / "tiny.safetensors")
-        self.molecules = write_molecules(path / "qm9.npz")
-        self.config = path / "config.yaml"
-        self.use(tiny(self.checkpoint, **changes))
+        self.molecules = write_molecules(path / "data" / "qm9.npz")
+        super().__init__(path, tiny(self.checkpoint, **changes), workers=1)
 
-    def use(self, experiment: MoleculeExperiment) -> None:
-        self.experiment = experiment
-        self.config.write_text(dump(experiment))
+    @property
+    def pretrained(self) -> Path:
+        return self.shared("model.safetensors")
 
-    def file(self, name: str) -> Path:
-        return self.path / name
-
-    def run(self, stage: str, **options: Any) -> int:
-        words = [f"molecules-{stage}", str(self.config)]
-        for name, value in options.items():
-            words += [f"--{name.replace('_', '-')}", str(value)]
-        return main(words)
-
-    def pretrain(self) -> int:
-        files = {"output": self.file("pre.safetensors"), "record": self.file("training.json")}
-        return self.run("pretrain", molecules=self.molecules, **files)
-
-    def offline(self) -> int:
-        files = {"model": self.file("pre.safetensors"), "output": self.file("offline.npz")}
-        return self.run("offline", seed=0, workers=1, **files)
-
-    def threshold(self, method: str) -> int:
-        files = {"offline": self.file("offline.npz"), "output": self.file(f"{method}.json")}
-        return self.run("threshold", method=method, **files)
-
-    def finetune(self, method: str, **more: Any) -> int:
-        files = {
-            "pretrained": self.file("pre.safetensors"),
-            "output": self.file(f"{method}.safetensors"),
-            "history": self.file(f"{method}.csv"),
-        }
-        return self.run("finetune", method=method, seed=0, workers=1, **files, **more)
-
-    def evaluate(self, method: str, model: Path | None, **more: Any) -> int:
-        samples = self.file(f"{method}_samples.npz")
-        drawn = {"molecules": self.molecules} if model is None else {"model": model}
-        assert self.run("sample", method=method, seed=0, output=samples, **drawn) == 0
-        files = {
-            "molecules": self.molecules,
-            "output": self.file(f"{method}_metrics.json"),
-            "sdf": self.file(f"{method}.sdf"),
-            "energies": self.file(f"{method}_energies.npz"),
-        }
-        return self.run("evaluate", method=method, samples=samples, workers=1, **files, **more)
+    def evaluate(self, method: str) -> int:
+        return self.run("sample", method) or self.run("evaluate", method)
 
     def metrics(self, method: str) -> dict[str, float | None]:
-        rows = json.loads(self.file(f"{method}_metrics.json").read_text(), parse_constant=pytest.fail)
+        rows = json.loads(self.file(method, "metrics.json").read_text(), parse_constant=pytest.fail)
         row: dict[str, float | None] = rows["rows"][method]
         return row
 
@@ -108,22 +72,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         "tfft_fitted": {"kind": "tfft", "level": 0.8, "solver": FITTED},
     }
     made = Folder(tmp_path_factory.mktemp("molecules"), methods=methods, **REACHABLE)
-    assert made.pretrain() == 0
-    assert made.offline() == 0
+    assert made.run("pretrain") == 0
+    assert made.run("offline") == 0
     return made
 
 
 def test_the_shipped_checkpoint_is_taken_as_it_is(folder: Folder) -> None:
-    assert folder.file("pre.safetensors").read_bytes() == folder.checkpoint.read_bytes()
-    assert folder.file("training.json").read_text() == folder.checkpoint.with_suffix(".json").read_text()
+    assert folder.pretrained.read_bytes() == folder.checkpoint.read_bytes()
+    assert folder.shared("training.json").read_text() == folder.checkpoint.with_suffix(".json").read_text()
 
 
 def test_the_threshold_leaves_failures_out_and_counts_them(folder: Folder) -> None:
-    (every,) = np.load(folder.file("offline.npz")).values()
+    (every,) = np.load(folder.shared("seed0/offline.npz")).values()
     kept = every[~np.isnan(every)].astype(float)
     assert 0 < len(kept) < len(every) == 40
-    assert folder.threshold("tfft") == 0
-    row = json.loads(folder.file("tfft.json").read_text())
+    assert folder.run("threshold", "tfft") == 0
+    row = json.loads(folder.file("tfft", "threshold.json").read_text())
     tail = folder.experiment.tail_of("tfft")
     assert row["threshold"] == thresholds.threshold(kept, tail.alpha, tail.mass, "upper")
     assert row["offline_samples"] + row["offline_failed"] == len(every)
@@ -131,8 +95,8 @@ def test_the_threshold_leaves_failures_out_and_counts_them(folder: Folder) -> No
 
 
 def test_a_rising_level_ends_at_the_threshold(folder: Folder) -> None:
-    assert folder.threshold("rising") == 0
-    row = json.loads(folder.file("rising.json").read_text())
+    assert folder.run("threshold", "rising") == 0
+    row = json.loads(folder.file("rising", "threshold.json").read_text())
     assert [rung["mass"] for rung in row["schedule"]] == pytest.approx([0.5, 0.5 * 0.2 ** (2 / 3), 0.1])
     found = [rung["threshold"] for rung in row["schedule"]]
     assert found == sorted(found)
@@ -140,19 +104,17 @@ def test_a_rising_level_ends_at_the_threshold(folder: Folder) -> None:
 
 
 def test_masses_fall_geometrically_and_then_stay() -> None:
-    assert masses_of(0.125, 0.5, 8) == pytest.approx([0.5, 0.5**1.5, 0.25, 0.5**2.5, *[0.125] * 4])
-    assert masses_of(0.125, 0.0, 3) == [0.125] * 3
-    assert masses_of(0.8, 0.5, 3) == [0.8] * 3
+    assert rising(0.125, 0.5, 8) == pytest.approx([0.5, 0.5**1.5, 0.25, 0.5**2.5, *[0.125] * 4])
+    assert rising(0.125, 0.0, 3) == [0.125] * 3
+    assert rising(0.8, 0.5, 3) == [0.8] * 3
 
 
 @pytest.mark.parametrize("method", ["am", "tfft", "rising", "fdc", "am_fitted", "tfft_fitted"])
 def test_finetuning_moves_the_model_and_counts_what_it_asked_for(folder: Folder, method: str) -> None:
-    more = {}
     if folder.experiment.methods[method].kind == "tfft":
-        assert folder.threshold(method) == 0
-        more = {"threshold": folder.file(f"{method}.json")}
-    assert folder.finetune(method, **more) == 0
-    history = pd.read_csv(folder.file(f"{method}.csv"))
+        assert folder.run("threshold", method) == 0
+    assert folder.run("finetune", method) == 0
+    history = pd.read_csv(folder.file(method, "history.csv"))
     config = folder.experiment.methods[method]
     assert len(history) == folder.experiment.updates_of(method) * (config.iterations or 1)
     batch, pool = folder.experiment.solver.batch, folder.experiment.solver.pool
@@ -166,17 +128,17 @@ def test_finetuning_moves_the_model_and_counts_what_it_asked_for(folder: Folder,
     if method in ("tfft", "rising"):  # inactive or failed samples are none that count
         assert (history["active_share"] * pool <= history["evaluated"] - history["failed"]).all()
     assert (history["active_share"] > 0).any()
-    before, after = (load_tensors(folder.file(f"{name}.safetensors")) for name in ("pre", method))
+    before, after = map(load_tensors, (folder.pretrained, folder.file(method, "model.safetensors")))
     changed = [name for name in before if not before[name].equal(after[name])]
     assert changed
     assert "size_weights" not in changed
 
 
 def test_the_same_seed_gives_the_same_bytes(folder: Folder) -> None:
-    assert folder.finetune("am") == 0
-    first = folder.file("am.safetensors").read_bytes()
-    assert folder.finetune("am") == 0
-    assert folder.file("am.safetensors").read_bytes() == first
+    assert folder.run("finetune", "am") == 0
+    first = folder.file("am", "model.safetensors").read_bytes()
+    assert folder.run("finetune", "am") == 0
+    assert folder.file("am", "model.safetensors").read_bytes() == first
 
 
 class Stopped(Exception):
@@ -188,11 +150,9 @@ def test_a_stopped_finetuning_goes_on_exactly_where_it_was(
     method: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Energies asked for again after the stop, as for FDC's law or a bank, are not counted again."""
-    from flowtilt.pipeline.stages import finetune
-
     monkeypatch.setenv(SECONDS, "0")
-    assert folder.finetune(method) == 0
-    weights, history = (folder.file(f"{method}.{ending}") for ending in ("safetensors", "csv"))
+    assert folder.run("finetune", method) == 0
+    weights, history = (folder.file(method, name) for name in ("model.safetensors", "history.csv"))
     whole, rows = weights.read_bytes(), pd.read_csv(history)
     weights.unlink()
     done = 0
@@ -203,12 +163,12 @@ def test_a_stopped_finetuning_goes_on_exactly_where_it_was(
         if done in (2, 4):
             raise Stopped
 
-    pretrained, state = folder.file("pre.safetensors"), weights.parent / "state"
+    job, state = replace(folder.job("finetune", method), bar=lambda *_: progress), weights.parent / "state"
     for _ in range(2):
         with pytest.raises(Stopped):
-            finetune(folder.experiment, method, 0, pretrained, weights, history, None, 1, progress)
+            finetune(job)
         assert state.is_dir()
-    finetune(folder.experiment, method, 0, pretrained, weights, history, None, 1, progress)
+    finetune(job)
     assert done == len(rows) + 2
     assert not state.exists()
     assert weights.read_bytes() == whole
@@ -218,12 +178,11 @@ def test_a_stopped_finetuning_goes_on_exactly_where_it_was(
 
 
 def test_metrics_of_a_run_are_those_of_its_molecules(folder: Folder) -> None:
-    assert folder.finetune("am") == 0
-    model, history = folder.file("am.safetensors"), folder.file("am.csv")
-    assert folder.evaluate("am", model, history=history) == 0
+    assert folder.run("finetune", "am") == 0
+    assert folder.evaluate("am") == 0
     row = folder.metrics("am")
-    records = read_sdf(folder.file("am.sdf"))
-    energies = np.load(folder.file("am_energies.npz"))
+    records = read_sdf(folder.file("am", "molecules.sdf"))
+    energies = np.load(folder.file("am", "energies.npz"))
     assert len(records) == len(energies["reward"]) == row["molecules"] == 30
     kept = energies["reward"][~np.isnan(energies["reward"])]
     assert 0 < len(kept) == row["with_energy"]
@@ -246,7 +205,7 @@ def build_settings(folder: Folder) -> Any:
 
 
 def test_real_molecules_are_valid_and_known(folder: Folder) -> None:
-    assert folder.evaluate("data", None) == 0
+    assert folder.evaluate("data") == 0
     row = folder.metrics("data")
     assert row["validity_pct"] == row["converged_pct"] == 100
     assert row["novelty_pct"] == 0
@@ -259,29 +218,31 @@ def test_real_molecules_are_valid_and_known(folder: Folder) -> None:
 
 
 def test_methods_of_a_seed_start_from_the_same_noise(folder: Folder) -> None:
-    for method in ("pretrained", "am"):
-        assert folder.evaluate(method, folder.file("pre.safetensors")) == 0
-    a, b = (np.load(folder.file(f"{method}_samples.npz")) for method in ("pretrained", "am"))
+    assert folder.evaluate("pretrained") == 0
+    folder.file("am", "model.safetensors").parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder.pretrained, folder.file("am", "model.safetensors"))
+    assert folder.run("sample", "am") == 0
+    a, b = (np.load(folder.file(method, "samples.npz")) for method in ("pretrained", "am"))
     assert all(np.array_equal(a[name], b[name]) for name in ("coordinates", "numbers"))
 
 
 def test_a_retraining_is_a_switch_and_goes_on_where_it_was(tmp_path: Path) -> None:
     own = Folder(tmp_path, checkpoint={"retrain": True, "path": "nowhere.safetensors"})
-    assert own.pretrain() == 0
-    made = own.file("pre.safetensors").read_bytes()
-    assert len(pd.read_csv(own.file("history.csv"))) == 3
-    record = json.loads(own.file("training.json").read_text())
+    assert own.run("pretrain") == 0
+    made = own.pretrained.read_bytes()
+    assert len(pd.read_csv(own.shared("history.csv"))) == 3
+    record = json.loads(own.shared("training.json").read_text())
     assert record["sha256"] == hashlib.sha256(made).hexdigest()
     assert record["configuration"]["pretrain"]["updates"] == 3
     assert record["data"]["trained_on"] < record["data"]["molecules"] == 60
     (line,) = record["checks"]["lines"]
     assert line["updates"] == 2
     assert 0 <= line["validity"] <= 1
-    own.file("pre.safetensors").unlink()
-    assert own.pretrain() == 0  # from the state of the finished training
-    assert own.file("pre.safetensors").read_bytes() == made
-    assert json.loads(own.file("training.json").read_text())["checks"] == record["checks"]
-    assert load_tensors(own.file("pre.safetensors"))["size_weights"].tolist() == [0, 0, 0, 24, 24, 12]
+    own.pretrained.unlink()
+    assert own.run("pretrain") == 0  # from the state of the finished training
+    assert own.pretrained.read_bytes() == made
+    assert json.loads(own.shared("training.json").read_text())["checks"] == record["checks"]
+    assert load_tensors(own.pretrained)["size_weights"].tolist() == [0, 0, 0, 24, 24, 12]
 
 
 # ----------------------------------------------------------------------------------- bad input
@@ -299,65 +260,93 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> None:
 def test_a_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = Folder(tmp_path)
     own.checkpoint.unlink()
-    fails(capsys, own.pretrain(), "key checkpoint.path", "tiny.safetensors: no such file", "retrain to true")
-    assert not own.file("pre.safetensors").exists()
+    fails(
+        capsys,
+        own.run("pretrain"),
+        "key checkpoint.path",
+        "tiny.safetensors: no such file",
+        "retrain to true",
+    )
+    assert not own.pretrained.exists()
 
 
 def test_a_checkpoint_without_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = Folder(tmp_path)
     own.checkpoint.with_suffix(".json").unlink()
-    fails(capsys, own.pretrain(), "key checkpoint.path", "tiny.json: no such file")
-    assert not own.file("pre.safetensors").exists()
+    fails(capsys, own.run("pretrain"), "key checkpoint.path", "tiny.json: no such file")
+    assert not own.pretrained.exists()
 
 
 def test_another_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = Folder(tmp_path)
     write_checkpoint(own.checkpoint, seed=1)
-    fails(capsys, own.pretrain(), "key checkpoint.sha256", "has the SHA-256", "restore the file or correct")
-    assert not own.file("pre.safetensors").exists()
+    fails(
+        capsys, own.run("pretrain"), "key checkpoint.sha256", "has the SHA-256", "restore the file or correct"
+    )
+    assert not own.pretrained.exists()
 
 
 def test_a_checkpoint_of_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = Folder(tmp_path)
     own.use(tiny(own.checkpoint, network={"width": 16}))
-    fails(capsys, own.pretrain(), "tiny.safetensors", "made for another network")
+    fails(capsys, own.run("pretrain"), "tiny.safetensors", "made for another network")
 
 
-def test_flowmol_without_its_package(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flowmol_without_its_package(
+    folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = yaml.safe_load(folder.config.read_text())
-    other = folder.file("flowmol.yaml")
+    other = tmp_path / "flowmol.yaml"
     other.write_text(yaml.safe_dump({**config, "model": {"kind": "flowmol", "name": "qm9_gaussian"}}))
-    files = ["--model", str(folder.file("pre.safetensors")), "--output", str(folder.file("no.npz"))]
-    code = main(["molecules-offline", str(other), "--seed", "0", *files])
+    code = main(["offline", str(other), "--seed", "0", "--results", str(folder.path)])
     fails(capsys, code, "key model.kind is flowmol", "Dunni3/FlowMol", "equivariant")
 
 
-def test_wrong_kinds_and_missing_files(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    fails(capsys, folder.finetune("pretrained"), "'pretrained' is not fine-tuned")
-    fails(capsys, folder.finetune("tfft"), "needs --threshold")
-    fails(capsys, folder.threshold("am"), "'am' has no threshold")
-    nothing = {"output": folder.file("no.npz")}
-    fails(capsys, folder.run("sample", method="data", seed=0, **nothing), "needs --molecules")
-    fails(capsys, folder.run("sample", method="am", seed=0, **nothing), "needs --model")
-    without = folder.file("without.json")
+def test_wrong_kinds(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, folder.run("finetune", "pretrained"), "'pretrained' has no finetune; those that have: am, ")
+    fails(capsys, folder.run("finetune", "data"), "'data' has no finetune")
+    fails(capsys, folder.run("threshold", "am"), "'am' has no threshold; those that have: tfft, tfft_0.9, ")
+    fails(capsys, folder.run("finetune", "ppo"), "unknown method 'ppo'; it has am, ")
+    fails(capsys, folder.run("finetune"), "the stage finetune is of a method; give it --method, one of: am, ")
+    words = ["sample", str(folder.config), "--results", str(folder.path), "--method", "data"]
+    fails(capsys, main(words), "the stage sample is of a seed; give it --seed")
+    with pytest.raises(StageError, match="'data' needs the file of the training data"):
+        sample(folder.experiment, "data", 0, folder.path / "no.npz")
+    with pytest.raises(StageError, match="'am' needs the weights to sample"):
+        sample(folder.experiment, "am", 0, folder.path / "no.npz")
+
+
+def test_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = {"rising": {"kind": "tfft", "level": 0.9, "rise": 0.5}}
+    own = Folder(tmp_path, methods=methods, **REACHABLE)
+    fails(capsys, own.run("offline"), "pretrained/model.safetensors: no such checkpoint", "run the stage")
+    fails(capsys, own.run("threshold", "tfft"), "offline.npz: no such file")
+    fails(capsys, own.run("sample", "am"), "am/seed0/model.safetensors: no such checkpoint")
+    fails(capsys, own.run("evaluate", "am"), "am/seed0/samples.npz: no such file")
+    assert own.run("pretrain") == 0
+    said = "tfft/seed0/threshold.json: no such file", "run the threshold stage first"
+    fails(capsys, own.run("finetune", "tfft"), *said)
+    own.molecules.unlink()
+    fails(capsys, own.run("sample", "data"), "data/qm9.npz: no such file")
+    without = own.file("rising", "threshold.json")
+    without.parent.mkdir(parents=True)
     without.write_text(json.dumps({"threshold": 1.0, "offline_active_share": 0.1}))
-    fails(capsys, folder.finetune("rising", threshold=without), "without.json: has no schedule")
+    fails(capsys, own.run("finetune", "rising"), "threshold.json: has no schedule")
 
 
-def test_an_offline_batch_without_energies(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    batch = folder.file("failed.npz")
+def test_an_offline_batch_without_energies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = Folder(tmp_path)
+    batch = own.shared("seed0/offline.npz")
+    batch.parent.mkdir(parents=True)
     np.savez(batch, reward=np.full(5, math.nan))
-    code = folder.run("threshold", method="tfft", offline=batch, output=folder.file("no.json"))
-    fails(capsys, code, "failed.npz: no molecule of the batch has an energy")
+    fails(capsys, own.run("threshold", "tfft"), "offline.npz: no sample of the batch has a reward")
 
 
-def test_a_damaged_file_of_molecules(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    damaged = folder.file("damaged.npz")
-    damaged.write_bytes(folder.molecules.read_bytes()[:200])
-    code = folder.run("sample", method="data", seed=0, output=folder.file("no.npz"), molecules=damaged)
-    fails(capsys, code, "damaged.npz: not a whole file of molecules", "delete it")
+def test_a_damaged_file_of_molecules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = Folder(tmp_path)
+    own.molecules.write_bytes(own.molecules.read_bytes()[:200])
+    fails(capsys, own.run("sample", "data"), "qm9.npz: not a whole file of molecules", "delete it")
 
 
 def test_a_stage_of_the_plane_refuses_molecules(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["pretrain", str(folder.config), "--seed", "0", "--output", "x", "--history", "y"]
-    fails(capsys, main(words), "is on molecules; this stage is for those in the plane")
+    fails(capsys, folder.run("density"), "molecules has no stage density; it has data, pretrain, ")

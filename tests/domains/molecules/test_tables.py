@@ -13,7 +13,7 @@ from flowtilt.domains.molecules.evaluation import LEVELS
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
 from flowtilt.domains.molecules.figures import Generated, energies_figure, levels_figure, load_generated
 from flowtilt.domains.molecules.tables import LevelLine, levels, levels_panel
-from flowtilt.pipeline.experiment import load_file, molecule_experiment
+from flowtilt.pipeline.experiment import load_file
 from flowtilt.pipeline.files import write_arrays, write_history, write_rows
 from flowtilt.pipeline.report.claims import decided
 from flowtilt.pipeline.report.costs import costs_of
@@ -57,7 +57,7 @@ def write(results: Path, experiment: MoleculeExperiment) -> None:
 def results(tmp_path: Path) -> Path:
     for file in (QM9, SWEEP):
         for experiment in load_file(file).values():
-            write(tmp_path, molecule_experiment(experiment))
+            write(tmp_path, experiment)
     return tmp_path
 
 
@@ -108,7 +108,7 @@ def test_what_seeds_do_not_decide_is_said_so() -> None:
 
 
 def test_levels_are_compared_with_the_same_runs_at_every_level(results: Path) -> None:
-    cases = [molecule_experiment(case) for case in load_file(SWEEP).values()]
+    cases = list(load_file(SWEEP).values())
     lines = levels(results, cases)
     assert len(lines) == 5 * 2 + sum(len(case.methods | case.also) for case in cases)
     by = {(line.case, line.method, line.level): line for line in lines}
@@ -129,6 +129,15 @@ def test_levels_are_compared_with_the_same_runs_at_every_level(results: Path) ->
     assert panel.lines[0][:4] == ["0.5", "pretrained", "30.00", ""]
     write_table(SWEEP, {}, results, REPORTED, results / "tables" / "sweep")
     assert len(pd.read_csv(results / "tables" / "sweep.csv")) == len(lines)
+
+
+def test_what_several_solves_took_adds_up(results: Path) -> None:
+    file = results / "runs" / "molecules_tail_sweep" / "fitted" / "tfft_0.5" / "seed0" / "history.csv"
+    history = pd.read_csv(file)
+    pd.concat([history.assign(iteration=k) for k in (1, 2, 3)]).to_csv(file, index=False)
+    lines = levels(results, list(load_file(SWEEP).values()))
+    (own,) = (line for line in lines if (line.case, line.method) == ("fitted", "tfft_0.5"))
+    assert (own.passes, own.seconds) == (4500, 27.0)
 
 
 def test_the_comparison_takes_molecules_beside_the_plane(results: Path) -> None:
@@ -159,7 +168,7 @@ def test_experiments_that_were_not_run_again_are_kept_in_the_comparison(
 def test_a_missing_run_is_named(results: Path) -> None:
     (results / "runs/molecules_qm9/am/seed0/metrics.json").unlink()
     with pytest.raises(ResultsError, match=r"molecules_qm9/am/seed0/metrics\.json: no such file"):
-        levels(results, [molecule_experiment(case) for case in load_file(SWEEP).values()])
+        levels(results, list(load_file(SWEEP).values()))
 
 
 def test_names_of_energies_in_tables() -> None:
@@ -184,7 +193,7 @@ def test_costs_of_tfft_include_what_comes_before(tmp_path: Path) -> None:
         write_benchmark(tmp_path, f"molecules_sample/molecules_qm9/{method}/seed0", 30.0)
         write_benchmark(tmp_path, f"molecules_evaluate/molecules_qm9/{method}/seed0", 20.0)
     write_benchmark(tmp_path, "molecules_threshold/molecules_qm9/tfft/seed0", 2.0)
-    write_benchmark(tmp_path, "molecules_offline/molecules_qm9/pretrained/seed0", 18.0)
+    write_benchmark(tmp_path, "molecules_offline/molecules_qm9/seed0", 18.0)
     lines = {line.method: line for line in costs_of(tmp_path, [experiment])}
     assert (lines["am"].relative, lines["fdc"].relative, lines["tfft"].relative) == (1.0, 1.5, 1.1)
     assert lines["tfft"].threshold == 20.0

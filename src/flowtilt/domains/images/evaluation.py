@@ -1,4 +1,4 @@
-"""Stages of pictures that run no denoiser: thresholds, and the metrics of a run."""
+"""The metrics of a run on images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowtilt.pipeline.files import (
     write_rows,
 )
 
-if TYPE_CHECKING:  # a threshold takes less time than importing torch
+if TYPE_CHECKING:
     from torch import Tensor
 
     from flowtilt.rewards import Reward
@@ -43,7 +43,7 @@ def evaluate(
     Args:
         experiment: of the run.
         method: of the run.
-        model: file of the stage images-model.
+        model: file of the stage model.
         pictures: folder of the run's pictures.
         output: JSON file of metrics to write.
         scores: npz file to write, of ``prompt`` (n,), ``reward`` (n,), ``clip`` (n,), ``design`` (n,), -1

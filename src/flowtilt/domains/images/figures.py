@@ -120,7 +120,7 @@ def exploration_strips(results: str | Path, experiment: ImageExperiment) -> list
     strips = []
     for method in runs.methods:
         scores = load_scores(results, runs, method.name, seed)
-        folder = run_folder(results, runs, method.name, "network", seed) / "pictures"
+        folder = run_folder(results, runs, method.name, "network", seed) / "images"
         cells = []
         for number in range(count):
             design = int(scores.design[scores.of(0, number)])
@@ -146,7 +146,7 @@ def tail_strips(results: str | Path, experiment: ImageExperiment) -> tuple[list[
     strips = []
     for method in runs.methods:
         scores = load_scores(results, runs, method.name, seed)
-        folder = run_folder(results, runs, method.name, "network", seed) / "pictures"
+        folder = run_folder(results, runs, method.name, "network", seed) / "images"
         cells = []
         for prompt in prompts:
             reward = float(scores.reward[scores.of(prompt, 0)])
@@ -394,7 +394,7 @@ def _shades(methods: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def draw_experiment(results: str | Path, experiment: ImageExperiment, prefix: str | Path) -> None:
-    """Draw ``{prefix}_pictures.png`` and ``{prefix}_scores.png`` of an experiment on pictures.
+    """Draw ``{prefix}_images.png`` and ``{prefix}_scores.png`` of an experiment on pictures.
 
     Args:
         results: root of the results.
@@ -411,4 +411,4 @@ def draw_experiment(results: str | Path, experiment: ImageExperiment, prefix: st
     else:
         scores = exploration_figure(experiment, collect_runs(results, [runs]))
     save_figure(scores, f"{prefix}_scores.png")
-    save_figure(pictures_of(results, experiment), f"{prefix}_pictures.png")
+    save_figure(pictures_of(results, experiment), f"{prefix}_images.png")

@@ -116,7 +116,7 @@ def _record(
         "model": experiment.model.name,
         "sha256": contents_of(folder),
         "commit": commit(),
-        "command": "flowtilt images-pretrain, the rule images_pretrain, with retrain: true",
+        "command": "flowtilt pretrain-pipeline and pretrain-alignment, with retrain: true",
         "seed": SEED,
         "configuration": _embedded(experiment).model_dump(mode="json"),
         "versions": versions(),
@@ -202,7 +202,7 @@ def read_model(file: Path) -> Folders:
         return Folders(Path(data["pipeline"]["path"]), Path(data["alignment"]["path"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{file}: not a file of the stage images-model ({type(error).__name__}); delete it and run again"
+            f"{file}: not a file of the stage model ({type(error).__name__}); delete it and run again"
         ) from None
 
 

@@ -35,7 +35,7 @@ def load_base(experiment: ImageExperiment, model: Path, weights: Path | None = N
 
     Args:
         experiment: whose model.
-        model: file of the stage images-model.
+        model: file of the stage model.
         weights: of a fine-tuning; without them, the pretrained model.
 
     Raises:
@@ -89,7 +89,7 @@ def sample(
         experiment: of the run.
         method: of the run.
         seed: of the run.
-        model: file of the stage images-model.
+        model: file of the stage model.
         output: folder to write, of a picture for every prompt and number, see
             :func:`flowtilt.domains.images.files.picture_name`.
         weights: of the fine-tuning; without them, the pretrained model's pictures.
@@ -144,7 +144,7 @@ def read_pictures(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         if (match := _NAME.fullmatch(file.name))
     }
     if not places:
-        raise StageError(f"{folder}: no pictures; make them by the stage images-sample")
+        raise StageError(f"{folder}: no pictures; make them by the stage sample")
     order = sorted(places)  # by number: as text the thousandth prompt comes before the 101st
     pictures = [_read(places[place]) for place in order]
     if len({picture.shape for picture in pictures}) > 1:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NoRepeats, NotNegative, Positive, Section
+from flowtilt.pipeline.sections import MethodConfig
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -316,7 +317,7 @@ class EntropyObjective(Section):
     """KL weight of am, which raises the expected reward, in units of the reward a nat."""
 
 
-class ImageMethodConfig(Section):
+class ImageMethodConfig(MethodConfig):
     """One method of an experiment on pictures."""
 
     kind: Literal["pretrained", "am", "fdc", "tfft"]
@@ -329,18 +330,9 @@ class ImageMethodConfig(Section):
     alpha: Positive | None = None
     """The method's own KL weight, by default that of ``objective``; for ``fdc``."""
 
-    iterations: Count | None = None
-    """Linearisations, each with a solve; for ``fdc``, which must have it."""
-
     step: Annotated[float, Field(gt=0, le=1)] | None = None
     """Size of a step, 1 being the largest in theory: 1 + alpha, by which the objective is smooth relative to
     the entropy, over the step's KL weight; for ``fdc``, which must have it."""
-
-    updates: Count | None = None
-    """Optimiser steps of each of the method's solves, instead of the solver's."""
-
-    solver: dict[str, Any] = Field(default_factory=dict)
-    """Keys of ``solver`` that are changed for this method alone."""
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> ImageMethodConfig:
@@ -354,11 +346,6 @@ class ImageMethodConfig(Section):
         if not self.tuned and (self.solver or self.updates is not None):
             raise ValueError(f"solver and updates belong to methods that are fine-tuned, not to {self.kind}")
         return self
-
-    @property
-    def tuned(self) -> bool:
-        """Whether the method has a fine-tuned model of its own."""
-        return self.kind != "pretrained"
 
 
 class FactorConfig(Section):

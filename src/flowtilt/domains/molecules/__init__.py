@@ -171,7 +171,7 @@ class MoleculesDomain:
         """A run's metrics; for a study of levels also its costs, and what its cases are compared with."""
         if table is None:
             return [run.file("metrics.json")]
-        case = run.experiment
+        case: Any = run.experiment
         others = {"pretrained": ["metrics.json"], "am": ["metrics.json", "history.csv"]}
         others |= {method: ["metrics.json", "history.csv"] for method in case.also}
         own = [run.file("metrics.json"), run.file("history.csv")]

@@ -1,4 +1,4 @@
-"""Stages of molecules that run no network: QM9 as arrays, thresholds, and the metrics of a run."""
+"""The metrics of a run on molecules."""
 
 from __future__ import annotations
 
@@ -21,19 +21,6 @@ from flowtilt.pipeline.files import (
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.998)
 """Of the tails that every run reports, beside the levels of its experiment."""
-
-
-def prepare(output: Path) -> None:
-    """Parse QM9 from the installed package."""
-    from flowtilt.domains.molecules import data
-
-    data.prepare(output)
-
-
-# -------------------------------------------------------------------------------- thresholds
-
-
-# ----------------------------------------------------------------------------------- metrics
 
 
 def evaluate(

@@ -175,7 +175,7 @@ def _record(
         "sha256": sha256_of(weights),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "commit": commit(),
-        "command": "flowtilt molecules-pretrain, the rule molecules_pretrain, with checkpoint.retrain: true",
+        "command": "flowtilt pretrain, the rule molecules_pretrain, with checkpoint.retrain: true",
         "seed": SEED,
         "configuration": experiment.flow.model_dump(mode="json"),
         "data": {"package": "qm9pack", "molecules": len(subset), "trained_on": len(subset.of_split("train"))},

@@ -78,11 +78,11 @@ def sample(
     generator = generator_of(experiment.base, "sample", seed)
     if method_of(experiment, method).kind == "data":
         if molecules is None:
-            raise StageError(f"method {method!r} needs --molecules, the file of the training data")
+            raise StageError(f"method {method!r} needs the file of the training data")
         coordinates, numbers = _drawn(build.subset_of(experiment.flow, molecules), count, generator)
     else:
         if model is None:
-            raise StageError(f"method {method!r} needs --model, the weights to sample")
+            raise StageError(f"method {method!r} needs the weights to sample")
         base = load_base(experiment, model)
         settings = OdeSettings(steps=experiment.evaluation.ode_steps)
         coordinates, numbers = generated(base, count, settings, generator)

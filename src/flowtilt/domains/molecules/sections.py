@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Section, Share
+from flowtilt.pipeline.sections import MethodConfig
 
 Level = Annotated[float, Field(gt=0, lt=1)]
 
@@ -223,7 +224,7 @@ class MoleculeObjective(Section):
     """KL weight of every method's objective, in hartree a nat."""
 
 
-class MoleculeMethodConfig(Section):
+class MoleculeMethodConfig(MethodConfig):
     """One method of an experiment on molecules."""
 
     kind: Literal["data", "pretrained", "am", "fdc", "tfft"]
@@ -238,18 +239,9 @@ class MoleculeMethodConfig(Section):
     """Share of the updates over which the level rises to it from one half, the mass of the tail falling
     geometrically; for ``tfft``."""
 
-    iterations: Count | None = None
-    """Linearisations, each with a solve; for ``fdc``, which must have it."""
-
     step: Annotated[float, Field(gt=0, le=1)] | None = None
     """KL weight of the objective over that of a step, 1 being the largest step in theory; for ``fdc``,
     which must have it."""
-
-    updates: Count | None = None
-    """Optimiser steps of each of the method's solves, instead of the solver's."""
-
-    solver: dict[str, Any] = Field(default_factory=dict)
-    """Keys of ``solver`` that are changed for this method alone."""
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MoleculeMethodConfig:
@@ -263,11 +255,6 @@ class MoleculeMethodConfig(Section):
         if not self.tuned and (self.solver or self.updates is not None):
             raise ValueError(f"solver and updates belong to methods that are fine-tuned, not to {self.kind}")
         return self
-
-    @property
-    def tuned(self) -> bool:
-        """Whether the method has a fine-tuned model of its own."""
-        return self.kind not in ("data", "pretrained")
 
 
 class MoleculeEvaluationConfig(Section):

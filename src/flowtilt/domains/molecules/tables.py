@@ -25,6 +25,7 @@ from flowtilt.pipeline.report.measurements import (
     run_folder,
     runs_of,
     summarise,
+    totals_of,
 )
 from flowtilt.pipeline.report.panels import Panel, describe, over_seeds, pretty
 from flowtilt.pipeline.report.tables import VERDICTS, listed, panels_of, reported_columns, table_frame
@@ -230,22 +231,22 @@ def _line(
         validity=mean("validity_pct"),
         active=mean("active_share"),
         inactive=mean("inactive_updates"),
-        seconds=_last(results, runs, method, "seconds"),
-        passes=_last(results, runs, method, "network_passes"),
+        seconds=_counted(results, runs, method, "seconds"),
+        passes=_counted(results, runs, method, "network_passes"),
         energies=mean("training_energies"),
         seeds=len(runs.seeds),
     )
 
 
-def _last(results: str | Path, runs: Runs, method: str, column: str) -> float:
-    """Mean over seeds of a column's last value in the trainings' histories; NaN for the pretrained model."""
+def _counted(results: str | Path, runs: Runs, method: str, column: str) -> float:
+    """Mean over seeds of what the trainings' histories count; NaN for the pretrained model."""
     if method == "pretrained":
         return math.nan
-    last = []
+    counted = []
     for seed in runs.seeds:
         path = run_folder(results, runs, method, "network", seed) / "history.csv"
-        last.append(float(read_history(path, [column])[column].iloc[-1]))
-    return float(np.mean(last))
+        counted.append(float(totals_of(read_history(path, [column]), column)[column]))
+    return float(np.mean(counted))
 
 
 def levels_panel(lines: Sequence[LevelLine], title: str) -> Panel:

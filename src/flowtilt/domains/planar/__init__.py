@@ -31,7 +31,8 @@ def _is_functional(experiment: Experiment) -> bool:
 def _finetune_reads(run: Run) -> dict[str, str]:
     """The pretrained model, and a threshold or the model of an earlier run."""
     files = {"pretrained": run.pretrained("model.safetensors")}
-    start = run.experiment.methods[run.method].continue_from
+    method: Any = run.experiment.methods[run.method]
+    start = method.continue_from
     if run.kind == "tfft":
         files["threshold"] = run.file("threshold.json")
     elif start is not None:
@@ -214,7 +215,7 @@ class Planar:
         """One figure of a study; of an experiment its densities, and what it is judged by."""
         if table is not None:
             return {"": "study"}
-        kinds = ("landscape", "densities", "histograms")
+        kinds: tuple[str, ...] = ("landscape", "densities", "histograms")
         if not isinstance(experiments[0], TailExperiment):
             kinds = ("densities", "metrics")
         return {f"_{kind}": kind for kind in kinds}

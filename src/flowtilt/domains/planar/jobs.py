@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from flowtilt.domains.planar import am_runs
 from flowtilt.pipeline.domain import Job
@@ -30,7 +31,7 @@ def measure(job: Job) -> None:
 def measure_resolution(job: Job) -> None:
     from flowtilt.domains.planar.solving import measure_resolution
 
-    runs = [run for experiment in job.experiments for run in am_runs(str(job.results), experiment)]
+    runs: list[Any] = [run for experiment in job.experiments for run in am_runs(str(job.results), experiment)]
     files = ((Path(run.file("samples.npz")), Path(run.pretrained("density.npz"))) for run in runs)
     measure_resolution(
         ((run.experiment, *both) for run, both in zip(runs, files, strict=True)), job.outputs["resolution"]

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowtilt.domains.planar.evaluation import evaluate
-from flowtilt.domains.planar.experiment import FunctionalExperiment
+from flowtilt.domains.planar.experiment import FunctionalExperiment, PlanarExperiment
 from flowtilt.domains.planar.files import RunFiles
 from flowtilt.domains.planar.functionals import measure_run
 from flowtilt.domains.planar.training import sample
-from flowtilt.pipeline.experiment import Experiment
 
 
-def measure(experiments: Sequence[Experiment], seed: int, results: Path) -> None:
+def measure(experiments: Sequence[PlanarExperiment], seed: int, results: Path) -> None:
     """Sample and measure all runs of some experiments for one seed, and solve problems on functionals.
 
     All in one stage, since each takes less time than to start another. Every run's folder gets its samples

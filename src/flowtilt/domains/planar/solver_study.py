@@ -21,6 +21,7 @@ from flowtilt.pipeline.report.measurements import (
     row_name,
     run_folder,
     runs_of,
+    totals_of,
     with_gaps,
 )
 from flowtilt.pipeline.report.panels import Panel, over_seeds, pretty
@@ -99,9 +100,7 @@ def costs_of(history: Path) -> Costs:
         ResultsError: if the file is missing or malformed.
     """
     table = read_history(history, ("network_passes", "seconds"))
-    solve = table["iteration"] if "iteration" in table else pd.Series(0, index=table.index)
-    totals = table.groupby(solve)[["network_passes", "seconds"]].max().sum()
-
+    totals = totals_of(table, "network_passes", "seconds")
     return Costs(
         float(totals["network_passes"]),
         float(totals["seconds"]),

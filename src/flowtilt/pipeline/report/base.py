@@ -28,7 +28,7 @@ class Shown:
 
     name: str
     study: Study | None
-    experiments: Sequence[Experiment]
+    experiments: Sequence[Any]
     results: Path
     reported: pd.DataFrame
 

@@ -21,7 +21,7 @@ import pandas as pd
 from flowtilt.files import read_text
 from flowtilt.pipeline.domain import Run, domain_of
 from flowtilt.pipeline.experiment import Experiment, load_file, read_study
-from flowtilt.pipeline.report.measurements import ResultsError, read_history
+from flowtilt.pipeline.report.measurements import ResultsError, read_history, totals_of
 from flowtilt.pipeline.report.panels import Panel, over_seeds, pretty
 from flowtilt.pipeline.report.tables import write_panels
 from flowtilt.pipeline.rules import benchmark_of
@@ -251,10 +251,11 @@ def _passes(results: Path, run: Run) -> float:
     experiment = run.experiment
     if not experiment.counts_passes or not experiment.methods[run.method].tuned:
         return math.nan
+    column = "network_passes"
     runs = (replace(run, results=str(results), seed=seed) for seed in experiment.seeds)
     histories = [file for one in runs if (file := Path(one.file("history.csv"))).is_file()]
     counted = _mean_sd(
-        [read_history(file, ["network_passes"])["network_passes"].iloc[-1] for file in histories]
+        [float(totals_of(read_history(file, [column]), column)[column]) for file in histories]
     )[0]
     return counted + (experiment.offline_passes if run.kind == "tfft" else 0)
 

@@ -34,8 +34,8 @@ def discretisation_note(experiments: Sequence[Experiment]) -> str:
             if solver.kind != "adjoint_matching":
                 continue
             settings = adjoint_matching_settings(solver, solver.updates)
-            process = imported(domain_of(experiment).process)(experiment, solver.steps)
-            weight = discretisation_bias(*process, settings)
+            path, times, variance = imported(domain_of(experiment).process)(experiment, solver.steps)
+            weight = discretisation_bias(path, times, variance, settings)
             place = f"{experiment.name} {method}" if len(experiments) > 1 else method
             places.setdefault(weight, []).append(place)
             counts.add(solver.steps)

@@ -275,6 +275,12 @@ def read_history(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         raise ResultsError(f"{path}: not a history ({one_line(error)}); {_again(path)}") from None
 
 
+def totals_of(history: pd.DataFrame, *columns: str) -> pd.Series:
+    """What a run's history counts: within a solve counts are cumulative, and those of solves add up."""
+    solve = history["iteration"] if "iteration" in history else pd.Series(0, index=history.index)
+    return history.groupby(solve)[list(columns)].max().sum()
+
+
 # -------------------------------------------------------------------------------- arrays
 
 
