@@ -157,7 +157,7 @@ def test_it_can_be_a_part_of_a_sum(module: ModuleType) -> None:
     ("kind", "words"),
     [
         ("my_functional:ENTROPIC_RISK", ["No module named 'my_functional'", "PYTHONPATH"]),
-        ("my_functionals:ENTROPIC", ["no attribute 'ENTROPIC'", "PYTHONPATH"]),
+        ("my_functionals:ENTROPIC", ["no attribute 'ENTROPIC'", "correct the name"]),
         ("my_functionals:EntropicRisk", ["must be an Entry", "got EntropicRisk", "NAME = Entry("]),
         ("my_functionals:math", ["must be an Entry", "got module"]),
         ("broken:ENTRY", ["cannot load", "invalid syntax"]),

@@ -230,8 +230,8 @@ def test_files_of_other_stages_are_refused(folder: Folder, capsys: pytest.Captur
     fails(capsys, folder.finetune("tfft"), "threshold.json", "not a threshold file")
     assert folder.run("density") == 0
     samples = folder.file("am", "samples.npz")
-    samples.parent.mkdir()
-    np.savez(samples, x=np.zeros((3, 2)))
+    samples.parent.mkdir(parents=True)
+    np.savez(samples, y=np.zeros((3, 2)))
     fails(capsys, folder.run("resolution"), "samples.npz", "not a complete file")
 
 

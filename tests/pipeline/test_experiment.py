@@ -310,5 +310,6 @@ def test_reading_a_configuration_needs_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import flowtilt.pipeline.experiment, flowtilt.domains.planar.evaluation, sys; sys.exit('torch' in sys.modules)"
+    modules = "flowtilt.pipeline.experiment, flowtilt.domains.planar.evaluation"
+    code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,18 +11,11 @@ import pytest
 
 from by_hand import pretrained
 from flowtilt import thresholds
-from flowtilt.domains.planar.landscapes import Slope
 from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.pipeline.files import read_density
 from small import tiny
 
 SMALL = {"grid": {"cells": 16}}
-
-
-class Rough(Slope):
-    """A reward that has no gradient to give."""
-
-    differentiable = False
 
 
 @pytest.mark.parametrize(
@@ -107,11 +100,18 @@ def test_a_tail_in_a_row(tmp_path: Path, utility: dict[str, Any]) -> None:
         assert exact["functional"] == optimum["functional"] > exact["functional_before"]
 
 
-def test_a_method_s_own_solver_decides_what_it_takes_of_a_reward() -> None:
+def test_a_method_s_own_solver_decides_what_it_takes_of_a_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A reward without a gradient will do for weighted fitting, and for no other method."""
     from flowtilt.domains.planar.problems import check_problems
 
-    landscape = {"landscape": "test_functional_experiments:Rough"}
+    (tmp_path / "rough_rewards.py").write_text(
+        "from flowtilt.domains.planar.landscapes import Slope\n"
+        "class Rough(Slope):\n    differentiable = False\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    landscape = {"landscape": "rough_rewards:Rough"}
     changes = {method: {"solver": {"kind": "weighted_fitting"}} for method in ("am", "fdc_dA", "fdc_dB")}
     check_problems(tiny("ot_2d", **SMALL, reward=landscape, methods=changes))  # type: ignore[arg-type]
     for method in changes:
