@@ -28,7 +28,7 @@ from flowtilt.domains.planar.studies import (
 )
 from flowtilt.domains.planar.tables import experiment_panels
 from flowtilt.files import atomic_path
-from flowtilt.pipeline.experiment import load_file, planar_experiment, read_study
+from flowtilt.pipeline.experiment import load_file, read_study
 from flowtilt.pipeline.report.measurements import (
     LAYERS,
     LONG_COLUMNS,
@@ -656,7 +656,7 @@ def test_tables_of_all_the_projects_experiments(tmp_path: Path) -> None:
     overrides = {"seeds": 2}
     names = []
     for file in files:
-        for experiment in map(planar_experiment, load_file(file, overrides).values()):
+        for experiment in load_file(file, overrides).values():
             runs = runs_of(experiment)
             tails = {row_name(m.name, layer): 90.0 for m in runs.methods for layer in LAYERS}
             metrics = plain_metrics(runs, tails) if runs.has_tail else functional_metrics
