@@ -20,6 +20,7 @@ class Folder:
 
     def __init__(self, path: Path, experiment: Experiment) -> None:
         self.path, self.experiment = path, experiment
+        path.mkdir(parents=True, exist_ok=True)
         self.config = path / "config.yaml"
         self.write(experiment)
         self.base = self.folder("pretrained", experiment.base)
