@@ -25,7 +25,7 @@ from flowtilt.devices import seeded
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.energies import XTBReward
 from flowtilt.domains.molecules.sampling import load_base
-from flowtilt.pipeline.experiment import load_file, molecule_experiment
+from flowtilt.pipeline.experiment import load_file
 from flowtilt.sampling import memoryless_steps, sample_sde
 
 FILE = Path(__file__).parents[1] / "config" / "experiments" / "molecules_qm9.yaml"
@@ -49,7 +49,7 @@ def main() -> None:
     count = parser.parse_known_args()[0].trajectories
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    (experiment,) = map(molecule_experiment, load_file(FILE).values())
+    (experiment,) = load_file(FILE).values()
     base = load_base(experiment, FILE.parents[2] / experiment.checkpoint.path)
     flow, alpha, steps = base.flow.requires_grad_(False), experiment.objective.alpha, experiment.solver.steps
     separated = build.separated_atoms(base.types)

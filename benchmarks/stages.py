@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from flowtilt.pipeline.report.provenance import stage_costs
+from flowtilt.pipeline.report.costs import stage_costs
 
 
 def main() -> None:
