@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +53,65 @@ class Driven:
     def shared(self, name: str) -> Path:
         """A file of the pretrained model that all seeds start from."""
         return self.path / "runs" / self.experiment.base / "pretrained" / name
+
+
+class Folder:
+    """The files of an experiment's runs of seed 0; which ones a command reads and writes, it knows itself.
+
+    Args:
+        path: of all results; the experiment's file is ``config.yaml`` there.
+        experiment: that is run.
+    """
+
+    def __init__(self, path: Path, experiment: Experiment) -> None:
+        self.path, self.experiment = path, experiment
+        path.mkdir(parents=True, exist_ok=True)
+        self.config = path / "config.yaml"
+        self.write(experiment)
+        self.base = self.folder("pretrained", experiment.base)
+        self.model = self.base / "model.safetensors"
+
+    def write(self, experiment: Experiment) -> None:
+        """Go on with another experiment."""
+        self.config.write_text(dump(experiment))
+
+    def folder(self, method: str, experiment: str | None = None) -> Path:
+        return self.path / "runs" / (experiment or self.experiment.name) / method / "seed0"
+
+    def file(self, method: str, name: str) -> Path:
+        return self.folder(method) / name
+
+    def run(self, stage: str, method: str = "") -> int:
+        words = [stage, self.config, *(["--method", method] if method else [])]
+        return main([*map(str, words), "--seed", "0", "--results", str(self.path)])
+
+    def pretrain(self) -> None:
+        """A pretrained model and its density."""
+        assert self.run("pretrain") == 0
+        assert self.run("density") == 0
+
+    def finetune(self, method: str) -> int:
+        return self.run("finetune", method)
+
+    def rows(self) -> dict[str, dict[str, float]]:
+        """The networks' rows and the solved ones of all methods, measured in one go.
+
+        A method that was not fine-tuned is measured as the pretrained model; its solved rows are its own.
+        """
+        for method, config in self.experiment.methods.items():
+            if config.kind != "pretrained" and not self.folder(method).exists():
+                self.folder(method).mkdir(parents=True)
+                shutil.copy(self.model, self.folder(method))
+                self.file(method, "history.csv").write_text("update,active_share\n0,1.0\n")
+        assert self.run("measure") == 0
+        rows: dict[str, dict[str, float]] = {}
+        for method in self.experiment.methods:
+            rows |= json.loads(self.file(method, "metrics.json").read_text())["rows"]
+        return rows
+
+
+def pretrained(path: Path, experiment: Experiment) -> Folder:
+    """A folder with a pretrained model and its density."""
+    folder = Folder(path, experiment)
+    folder.pretrain()
+    return folder

@@ -111,15 +111,26 @@ def make_environment(file: Path, prefix: Path) -> None:
 
 
 def rules() -> dict[str, tuple[str, str]]:
-    """Stage of the command line and name of the environment of every rule, by name."""
+    """Stage of the command line and name of the environment of every rule, by name.
+
+    Rules that are of one file each stand under the name of its domain: ``figures_planar``.
+    """
+    from flowtilt.pipeline.domain import domain_named, sources  # not there for the stand-in of conda
+    from flowtilt.pipeline.rules import rule_name
+
     found = {}
     for file in sorted((ROOT / "workflow" / "rules").glob("*.smk")):
-        for text in re.split(r"^(?=rule |for name in )", file.read_text(), flags=re.MULTILINE)[1:]:
-            name = re.match(r"rule (\w+):", text) or re.search(r'f"(\w+)_\{name\}"', text)
+        for text in re.split(r"^(?=rule )", file.read_text(), flags=re.MULTILINE)[1:]:
+            name = re.match(r"rule (\w+):", text)
             stage = re.search(r"flowtilt ([\w-]+)", text)
             environment = re.search(r'conda:\s+"\.\./\.\./envs/(\w+)\.yaml"', text)
-            assert None not in (name, stage, environment), text
+            assert name is not None, text
+            assert stage is not None, text
+            assert environment is not None, text
             found[name[1]] = stage[1], environment[1]
+    for domain in map(domain_named, sources()):
+        found[f"figures_{domain.name}"] = "figures", domain.environment
+        found |= {rule_name(domain, one): (one.name, domain.environment) for one in domain.stages}
     return found
 
 

@@ -20,9 +20,14 @@ TINY: dict[str, Any] = {
 }
 
 
+def in_plane(**changes: Any) -> dict[str, Any]:
+    """Overrides that change keys of every experiment in the plane."""
+    return {"planar": changes}
+
+
 def tiny(name: str = "risk_averse_2d", **changes: Any) -> Experiment:
     """A shipped experiment at a size of seconds, with some keys changed."""
     (experiment,) = load_file(
-        CONFIG / "experiments" / f"{name}.yaml", {"planar": merge(TINY, changes)}
+        CONFIG / "experiments" / f"{name}.yaml", in_plane(**merge(TINY, changes))
     ).values()
     return experiment

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_functional_experiments import Folder
 
+from by_hand import pretrained
 from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.problems import check_problems
 from flowtilt.functionals.checks import check_entry
@@ -23,7 +23,7 @@ from flowtilt.functionals.divergences import Renyi
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Entry, Registry
 from flowtilt.pipeline.configuration import ConfigError, merge
 from flowtilt.pipeline.experiment import Experiment, load_file
-from small import CONFIG, TINY
+from small import CONFIG, TINY, in_plane
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adding-a-functional.md").read_text()
 *MODULE, REGISTRATION = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -61,7 +61,7 @@ def registered(module: ModuleType) -> Iterator[None]:
 def cases(folder: Path, **changes: Any) -> dict[str, Experiment]:
     """The page's experiment at a size of seconds, by the label of the case."""
     overrides = merge(TINY, {"grid": {"cells": 24}, **changes})
-    loaded = load_file(folder / "own_functionals_2d.yaml", overrides)
+    loaded = load_file(folder / "own_functionals_2d.yaml", in_plane(**overrides))
     return {name.partition("/")[2]: case for name, case in loaded.items()}
 
 
@@ -118,7 +118,7 @@ def test_the_experiment_runs(folder: Path, label: str, solver: str) -> None:
     case = cases(folder, solver={"kind": solver, "bank": 200})[label]
     assert isinstance(case, FunctionalExperiment)
     check_problems(case)
-    stages = Folder(folder, case)
+    stages = pretrained(folder, case)
     assert stages.finetune("fdc") == 0
     history = stages.file("fdc", "history.csv").read_text().splitlines()
     assert len(history) == 1 + 3 * TINY["solver"]["updates"]
@@ -127,7 +127,7 @@ def test_the_experiment_runs(folder: Path, label: str, solver: str) -> None:
 
 @pytest.mark.parametrize("label", ["entropic_risk", "chi_squared"])
 def test_its_exact_steps_raise_the_objective(folder: Path, label: str) -> None:
-    rows = Folder(folder, cases(folder)[label]).rows()
+    rows = pretrained(folder, cases(folder)[label]).rows()
     exact, optimum = rows["fdc_exact"], rows["fdc_optimum"]
     assert exact["functional_before"] < exact["functional"] <= optimum["functional"] + 1e-9
     gap = optimum["functional"] - exact["functional_before"]

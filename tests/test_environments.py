@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from environments import FILES, MOLECULES, ROOT, Package, make_environment, packages_of, required, rules
+from flowtilt.pipeline.domain import domain_named, sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = {
@@ -186,21 +187,35 @@ def run(prefix: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 
 def handlers() -> dict[str, str]:
-    """Name of the function that runs each stage, by stage and file."""
-    found = {}
-    for file, prefix in (("cli", ""), ("cli_molecules", "molecules-"), ("cli_images", "")):
-        text = (SOURCES / f"{file}.py").read_text()
-        for stage, handler in re.findall(r'"([a-z-]+)",\s+(_\w+),\s+"', text):
-            found[prefix + stage] = f"{file}.{handler}"
+    """Functions of the command line that run its own stages, by stage."""
+    text = (SOURCES / "pipeline" / "cli.py").read_text(encoding="utf-8")
+    return dict(re.findall(r'"([a-z-]+)",\s+(_\w+),\s+"', text))
+
+
+def modules_of(rule: str) -> set[str]:
+    """Modules of the package that a rule's job imports."""
+    stage, _ = rules()[rule]
+    if stage in handlers():
+        found = {*imported_by("flowtilt.pipeline.cli", handlers()[stage])}
+        if rule.startswith("figures_"):
+            report = domain_named(rule.removeprefix("figures_")).report
+            found |= {report, *imported_by(report, "draw")}
+        return found
+    domain = domain_named(rule.partition("_")[0])
+    (found,) = (
+        {action.partition(":")[0], *imported_by(*action.split(":"))}
+        for action in {one.action for one in domain.stages if one.name == stage}
+    )
+    if "flowtilt.pipeline.stages" in found:
+        found.add(domain.workbench.partition(":")[0])
     return found
 
 
-def modules_of(stage: str) -> Iterator[str]:
-    """Modules of the package that a stage's handler imports, in functions that it calls too."""
-    file, handler = handlers()[stage].split(".")
-    tree = ast.parse((SOURCES / f"{file}.py").read_text())
+def imported_by(module: str, function: str) -> Iterator[str]:
+    """Modules of the package that a function imports, and those of its module that it calls."""
+    tree = ast.parse((ROOT / "src" / Path(*module.split("."))).with_suffix(".py").read_text(encoding="utf-8"))
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    left, seen = [handler], set()
+    left, seen = [function], set()
     while left:
         name = left.pop()
         if name in seen or name not in functions:
@@ -217,15 +232,18 @@ def modules_of(stage: str) -> Iterator[str]:
 
 
 def test_every_stage_of_a_rule_has_its_handler() -> None:
-    stages = {stage for stage, _ in rules().values()}
-    assert stages <= handlers().keys()
-    assert all(list(modules_of(stage)) for stage in stages)
+    for rule, (stage, _) in rules().items():
+        assert (stage in handlers()) != (stage in OF_DOMAINS), rule
+        assert modules_of(rule), rule
+
+
+OF_DOMAINS = {stage.name for name in sources() for stage in domain_named(name).stages}
 
 
 @pytest.mark.slow
 def test_every_stage_can_be_imported_where_its_rules_run(environment: Path) -> None:
-    stages = {stage for stage, name in rules().values() if name == environment.name}
-    modules = sorted({module for stage in stages for module in modules_of(stage)})
+    own = [rule for rule, (_, name) in rules().items() if name == environment.name]
+    modules = sorted({module for rule in own for module in modules_of(rule)})
     assert len(modules) > 5
     done = run(environment, f"import {', '.join(modules)}")
     assert done.returncode == 0, done.stderr
@@ -257,6 +275,9 @@ def imports(file: Path) -> Iterator[tuple[str, str]]:
                 yield name, ast.unparse(node)
 
 
+PARTS = {"pydantic-core": "pydantic"}
+"""Distributions that are halves of others: each version needs one of theirs, and no other."""
+
 distributions_of_modules = cache(packages_distributions)
 
 
@@ -266,7 +287,8 @@ def test_all_that_the_sources_import_is_listed(file: Path) -> None:
     provided = distributions_of_modules()
     for source in sources_of(file.stem):
         for module in {name for name, _ in imports(source)}:
-            assert {canonicalize_name(own) for own in provided[module]} & listed, f"{source}: {module}"
+            found = {canonicalize_name(own) for own in provided[module]}
+            assert {PARTS.get(own, own) for own in found} & listed, f"{source}: {module}"
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from by_hand import Folder
 from flowtilt.pipeline.cli import main
-from flowtilt.pipeline.experiment import load_file
-from small import CONFIG, TINY
+from flowtilt.pipeline.experiment import load_file, load_resolved
+from small import CONFIG, TINY, in_plane
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -31,28 +32,14 @@ def test_the_worked_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file = folder / "rings_2d.yaml"
     file.write_text(block("yaml", "rings_2d"))
     (name,) = load_file(file)
-    config, out = tmp_path / "config.yaml", {n: str(tmp_path / n) for n in ("pre", "am", "npz", "json", "d")}
-    resolve = ["resolve", str(file), "--name", name, "--override", json.dumps(TINY)]
-    stages = [
-        [*resolve, "--output", str(config)],
-        ["pretrain", str(config), "--seed", "0", "--output", out["pre"], "--history", out["pre"] + ".csv"],
-        ["density", str(config), "--model", out["pre"], "--output", out["d"]],
-        [
-            *("finetune", str(config), "--method", "am", "--seed", "0", "--pretrained", out["pre"]),
-            *("--output", out["am"], "--history", out["am"] + ".csv"),
-        ],
-        [
-            *("sample", str(config), "--method", "am", "--seed", "0", "--model", out["am"]),
-            *("--output", out["npz"]),
-        ],
-        [
-            *("evaluate", str(config), "--method", "am", "--samples", out["npz"]),
-            *("--density", out["d"], "--output", out["json"]),
-        ],
-    ]
-    for words in stages:
-        assert main(words) == 0
-    row = json.loads(Path(out["json"]).read_text(encoding="utf-8"))["rows"]["am"]
+    config, results = str(tmp_path / "config.yaml"), tmp_path / "results"
+    override = json.dumps(in_plane(**TINY))
+    assert main(["resolve", str(file), "--name", name, "--override", override, "--output", config]) == 0
+    stages = Folder(results, load_resolved(config))
+    stages.pretrain()
+    for stage, method in (("offline", ""), ("threshold", "tfft"), ("finetune", "am"), ("finetune", "tfft")):
+        assert stages.run(stage, method) == 0
+    row = stages.rows()["am"]
     assert row["worst_1pct_cost"] > row["mean_cost"]
 
 

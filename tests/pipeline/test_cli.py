@@ -6,62 +6,39 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
-from flowtilt.pipeline.cli import main
-from flowtilt.pipeline.experiment import Experiment, dump
+from by_hand import Folder
+from flowtilt.pipeline.cli import _parser, main
 from small import tiny
 
-STAGES = (
-    *("resolve", "calibrate", "pretrain", "density", "offline", "threshold", "finetune", "sample"),
-    *("evaluate", "exact", "resolution", "measure", "table", "compare", "figures", "provenance"),
-    *("theory", "theory-report", "costs", "config-reference"),
-    *(f"molecules-{stage}" for stage in ("data", "pretrain", "offline", "threshold", "finetune")),
-    *("molecules-sample", "molecules-evaluate"),
+OWN = (
+    *("doctor", "resolve", "check", "table", "figures", "compare", "costs", "theory", "theory-report"),
+    *("provenance", "page", "overview", "config-reference"),
 )
-
-
-class Folder:
-    """A results folder driven by hand, one command a stage."""
-
-    def __init__(self, path: Path, experiment: Experiment) -> None:
-        self.path = path
-        self.config = path / "config.yaml"
-        self.config.write_text(dump(experiment))
-
-    def run(self, stage: str, **options: Any) -> int:
-        words = [stage, str(self.config)]
-        for name, value in options.items():
-            words += [f"--{name.replace('_', '-')}", str(value)]
-        return main(words)
-
-    def file(self, name: str) -> Path:
-        return self.path / name
-
-    def pretrain(self) -> None:
-        options = {"seed": 0, "output": self.file("pre.safetensors"), "history": self.file("pre.csv")}
-        assert self.run("pretrain", **options) == 0
-
-    def finetune(self, method: str, **more: Any) -> int:
-        model, history = self.file(f"{method}.safetensors"), self.file(f"{method}.csv")
-        base = self.file("pre.safetensors")
-        return self.run(
-            "finetune", method=method, seed=0, pretrained=base, output=model, history=history, **more
-        )
+OF_DOMAINS = (
+    *("pretrain", "density", "offline", "threshold", "finetune", "measure", "resolution", "exact"),
+    *("data", "sample", "evaluate", "fetch", "model", "pretrain-pipeline", "pretrain-alignment"),
+)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     made = Folder(tmp_path, tiny())
-    made.pretrain()
+    assert made.run("pretrain") == 0
     return made
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def test_stages_are_those_of_the_domains_and_its_own() -> None:
+    (subcommands,) = (action for action in _parser([])._actions if isinstance(action.choices, dict))
+    assert {*subcommands.choices} == {*OWN, *OF_DOMAINS}
+    assert len(subcommands.choices) == len(OWN) + len(OF_DOMAINS)
+
+
+@pytest.mark.parametrize("stage", [*OWN, *OF_DOMAINS])
 def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([stage, "--help"])
@@ -70,45 +47,42 @@ def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_all_stages_in_a_row(folder: Folder) -> None:
-    pre, density, offline = folder.file("pre.safetensors"), folder.file("density.npz"), folder.file("off.npz")
-    threshold = folder.file("threshold.json")
-    assert folder.run("density", model=pre, output=density) == 0
-    assert folder.run("offline", seed=0, model=pre, output=offline) == 0
-    assert folder.run("threshold", method="tfft", offline=offline, output=threshold) == 0
-    assert json.loads(threshold.read_text())["offline_active_share"] > 0
-    for method, more in (("am", {}), ("fdc", {}), ("tfft", {"threshold": threshold})):
-        assert folder.finetune(method, **more) == 0
-        samples = folder.file(f"{method}.npz")
-        model = folder.file(f"{method}.safetensors")
-        assert folder.run("sample", method=method, seed=0, model=model, output=samples) == 0
-        metrics = folder.file(f"{method}.json")
-        history = folder.file(f"{method}.csv")
-        options = {"samples": samples, "density": density, "history": history, "output": metrics}
-        assert folder.run("evaluate", method=method, **options) == 0
-        row = json.loads(metrics.read_text())["rows"][method]
-        assert {"worst_1pct_cost", "mean_cost", "kl", "objective", "active_share"} <= row.keys()
-    exact, laws = folder.file("exact.json"), folder.file("laws.npz")
-    assert folder.run("exact", density=density, output=exact, laws=laws) == 0
-    rows = json.loads(exact.read_text())["rows"]
-    assert set(rows) == {"pretrained_exact", "am_exact", "fdc_exact", "tfft_exact"}
-    resolution = folder.file("resolution.json")
-    words = ["--config", folder.config, "--samples", folder.file("am.npz"), "--density", density]
-    assert main(["resolution", *map(str, words), "--output", str(resolution)]) == 0
-    resolved = folder.file("resolved.json")
-    at_resolution = ["--resolution", resolution, "--resolved-output", resolved, "--resolved-laws", laws]
-    words = ["exact", folder.config, "--density", density, "--output", exact, "--laws", laws, *at_resolution]
-    assert main([*map(str, words)]) == 0
-    assert json.loads(exact.read_text())["rows"] == rows
-    assert set(json.loads(resolved.read_text())["rows"]) == {row.replace("exact", "resolved") for row in rows}
-    assert main([*map(str, words[:-2])]) == 1
-    assert not list(folder.path.glob("*.tmp*"))
+    for stage in ("density", "offline"):
+        assert folder.run(stage) == 0
+    assert folder.run("threshold", "tfft") == 0
+    assert json.loads(folder.file("tfft", "threshold.json").read_text())["offline_active_share"] > 0
+    for method in ("am", "fdc", "tfft"):
+        assert folder.finetune(method) == 0
+    rows = folder.rows()
+    for method in ("am", "fdc", "tfft"):
+        assert {"worst_1pct_cost", "mean_cost", "kl", "objective", "active_share"} <= rows[method].keys()
+    assert folder.run("exact") == 1  # without a resolution
+    assert folder.run("resolution") == 0
+    assert folder.run("exact") == 0
+    exact = solved(folder, "exact")
+    assert set(exact) == {"pretrained_exact", "am_exact", "fdc_exact", "tfft_exact"}
+    resolved = solved(folder, "resolved")
+    assert set(resolved) == {row.replace("exact", "resolved") for row in exact}
+    width = folder.path / "resolution.json"
+    found = json.loads(width.read_text())
+    width.write_text(json.dumps({**found, "width": 2 * found["width"] + 0.2}))
+    assert folder.run("exact") == 0
+    assert solved(folder, "exact") == exact
+    assert solved(folder, "resolved") != resolved
+    assert not list(folder.path.rglob("*.tmp*"))
+
+
+def solved(folder: Folder, layer: str) -> dict[str, dict[str, float]]:
+    """The rows that are solved on the grid."""
+    rows: dict[str, dict[str, float]] = json.loads(folder.file(layer, "metrics.json").read_text())["rows"]
+    return rows
 
 
 def test_the_same_seed_gives_the_same_bytes(folder: Folder) -> None:
     assert folder.finetune("am") == 0
-    first = folder.file("am.safetensors").read_bytes()
+    first = folder.file("am", "model.safetensors").read_bytes()
     assert folder.finetune("am") == 0
-    assert folder.file("am.safetensors").read_bytes() == first
+    assert folder.file("am", "model.safetensors").read_bytes() == first
 
 
 def test_a_continued_fdc_is_the_same_as_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -117,12 +91,12 @@ def test_a_continued_fdc_is_the_same_as_an_uninterrupted_one(tmp_path: Path) -> 
         "rest": {"kind": "fdc", "iterations": 2, "step": 0.25, "continue_from": "half"},
     }
     folder = Folder(tmp_path, tiny(methods=both))
-    folder.pretrain()
+    assert folder.run("pretrain") == 0
     assert folder.finetune("half") == 0
-    assert folder.finetune("rest", start=folder.file("half.safetensors")) == 0
+    assert folder.finetune("rest") == 0
     assert folder.finetune("fdc") == 0
-    rest, whole = folder.file("rest.safetensors"), folder.file("fdc.safetensors")
-    assert rest.read_bytes() == whole.read_bytes()
+    rest, whole = (folder.file(method, "model.safetensors").read_bytes() for method in ("rest", "fdc"))
+    assert rest == whole
 
 
 def fails(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
@@ -136,34 +110,73 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
 
 
 def test_missing_checkpoint(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    folder.file("pre.safetensors").unlink()
-    fails(capsys, folder.finetune("am"), "pre.safetensors", "no such checkpoint", "run the stage")
-    assert not folder.file("am.safetensors").exists()
+    folder.model.unlink()
+    fails(
+        capsys,
+        folder.finetune("am"),
+        "pretrained/seed0/model.safetensors",
+        "no such checkpoint",
+        "run the stage",
+    )
+    assert not folder.file("am", "model.safetensors").exists()
 
 
 def test_truncated_checkpoint(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    file = folder.file("pre.safetensors")
+    file = folder.model
     file.write_bytes(file.read_bytes()[:-100])
-    fails(capsys, folder.finetune("am"), "pre.safetensors", "not a complete safetensors file", "delete it")
+    fails(
+        capsys,
+        folder.finetune("am"),
+        "pretrained/seed0/model.safetensors",
+        "not a complete safetensors file",
+        "delete it",
+    )
 
 
 def test_checkpoint_of_another_network(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    folder.config.write_text(dump(tiny(network={"widths": [16, 32]})))
-    fails(capsys, folder.finetune("am"), "pre.safetensors", "section network", "(16,)", "(32,)")
+    folder.write(tiny(network={"widths": [16, 32]}))
+    fails(
+        capsys,
+        folder.finetune("am"),
+        "pretrained/seed0/model.safetensors",
+        "section network",
+        "(16,)",
+        "(32,)",
+    )
 
 
 def test_a_failed_run_leaves_the_earlier_result(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     assert folder.finetune("am") == 0
-    before = folder.file("am.safetensors").read_bytes()
-    folder.file("pre.safetensors").write_bytes(b"")
-    fails(capsys, folder.finetune("am"), "pre.safetensors")
-    assert folder.file("am.safetensors").read_bytes() == before
+    before = folder.file("am", "model.safetensors").read_bytes()
+    folder.model.write_bytes(b"")
+    fails(capsys, folder.finetune("am"), "pretrained/seed0/model.safetensors")
+    assert folder.file("am", "model.safetensors").read_bytes() == before
 
 
-def test_unknown_method_and_wrong_kind(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    fails(capsys, folder.finetune("ppo"), "unknown method 'ppo'", "it has pretrained, am, fdc, tfft")
-    fails(capsys, folder.finetune("pretrained"), "'pretrained' is not fine-tuned")
-    fails(capsys, folder.finetune("tfft"), "needs --threshold")
+@pytest.mark.parametrize(
+    ("stage", "method", "words"),
+    [
+        ("finetune", "ppo", "unknown method 'ppo'; it has am, fdc, tfft"),
+        ("finetune", "", "unknown method ''; it has am, fdc, tfft"),
+        ("finetune", "pretrained", "method 'pretrained' has no finetune; those that have: am, fdc, tfft"),
+        ("threshold", "am", "method 'am' has no threshold; those that have: tfft"),
+        ("evaluate", "am", "planar has no stage evaluate; it has pretrain, density, offline, threshold"),
+    ],
+)
+def test_a_run_that_a_stage_does_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, method: str, words: str
+) -> None:
+    fails(capsys, Folder(tmp_path, tiny()).run(stage, method), "experiment risk_averse_2d: ", words)
+
+
+def test_a_stage_of_a_seed_asks_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Folder(tmp_path, tiny()).config
+    words = ["pretrain", str(config), "--results", str(tmp_path)]
+    fails(capsys, main(words), "the stage pretrain is of a seed; give it --seed")
+
+
+def test_a_threshold_that_is_not_there(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, folder.finetune("tfft"), "threshold.json", "run the threshold stage first")
 
 
 def test_bad_level_and_alpha_reach_the_user_whole(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,64 +201,46 @@ def test_bad_rewards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = f"bad_{abs(hash(body))}"
-    folder.file(f"{name}.py").write_text(
+    (folder.path / f"{name}.py").write_text(
         "import torch\n"
         "from flowtilt.domains.planar.landscapes import Stripes\n"
         f"class Bad(Stripes):\n    def value(self, x, context=None):\n        return {body}\n"
     )
     monkeypatch.syspath_prepend(str(folder.path))
-    folder.config.write_text(dump(tiny(reward={"landscape": f"{name}:Bad"})))
+    folder.write(tiny(reward={"landscape": f"{name}:Bad"}))
     fails(capsys, folder.finetune("am"), "reward Bad", *words)
-    assert not folder.file("am.safetensors").exists()
+    assert not folder.file("am", "model.safetensors").exists()
 
 
 def test_unknown_landscape_module(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    folder.config.write_text(dump(tiny(reward={"landscape": "no_such_module:Hills"})))
+    folder.write(tiny(reward={"landscape": "no_such_module:Hills"}))
     fails(capsys, folder.finetune("am"), "reward.landscape", "no_such_module", "PYTHONPATH")
 
 
 def test_a_loss_that_is_not_finite_names_its_step(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    folder.config.write_text(dump(tiny(solver={"learning_rate": 1e30, "updates": 50})))
+    folder.write(tiny(solver={"learning_rate": 1e30, "updates": 50}))
     fails(capsys, folder.finetune("am"), "at update", "of 50", "lower learning_rate")
-    assert not folder.file("am.safetensors").exists()
+    assert not folder.file("am", "model.safetensors").exists()
 
 
 def test_files_of_other_stages_are_refused(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    threshold = folder.file("threshold.json")
+    threshold = folder.file("tfft", "threshold.json")
+    threshold.parent.mkdir(parents=True)
     threshold.write_text('{"threshold": null}')
-    fails(capsys, folder.finetune("tfft", threshold=threshold), "threshold.json", "not a threshold file")
-    samples = folder.file("samples.npz")
-    np.savez(samples, x=np.zeros((3, 2)))
-    density = folder.file("density.npz")
-    assert folder.run("density", model=folder.file("pre.safetensors"), output=density) == 0
-    options = {"samples": samples, "density": density, "output": folder.file("m.json")}
-    fails(capsys, folder.run("evaluate", method="am", **options), "samples.npz", "not a complete file")
-
-
-def test_the_log_file_holds_the_traceback(folder: Folder) -> None:
-    folder.file("pre.safetensors").unlink()
-    log = folder.file("run.log")
-    assert folder.finetune("am", log=log) == 1
-    assert "Traceback" in log.read_text()
+    fails(capsys, folder.finetune("tfft"), "threshold.json", "not a threshold file")
+    assert folder.run("density") == 0
+    samples = folder.file("am", "samples.npz")
+    samples.parent.mkdir(parents=True)
+    np.savez(samples, y=np.zeros((3, 2)))
+    fails(capsys, folder.run("resolution"), "samples.npz", "not a complete file")
 
 
 def test_handlers_of_the_root_logger_repeat_nothing(tmp_path: Path) -> None:
-    """As libraries set them up: each message once, and the advice is the last line, also in the log file."""
+    """As libraries set them up: each message once."""
     code = "import logging; logging.basicConfig(level=logging.DEBUG)"
     code += "; from flowtilt.pipeline.cli import run; raise SystemExit(run())"
-    words = ["page", tmp_path / "no.csv", "--output", tmp_path / "no.html", "--log", tmp_path / "log"]
+    words = ["page", tmp_path / "no.csv", "--output", tmp_path / "no.html"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("page: ")
     assert len(done.stderr.splitlines()) == 1
-    log = (tmp_path / "log").read_text()
-    assert "Traceback" in log
-    assert log.splitlines()[-1].endswith(done.stderr.strip())
-
-
-def test_a_log_file_that_cannot_be_written_is_an_error_too(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("")
-    assert main(["page", "no.csv", "--output", "no.html", "--log", str(tmp_path / "file" / "log")]) == 1
-    assert str(tmp_path / "file") in caplog.text

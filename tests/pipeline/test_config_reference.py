@@ -21,7 +21,7 @@ from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Entry
 from flowtilt.pipeline import config_reference
 from flowtilt.pipeline.cli import main
 from flowtilt.pipeline.config import OverridesConfig, WorkflowConfig
-from flowtilt.pipeline.config_reference import CHAPTERS, anchor, field_texts, reference
+from flowtilt.pipeline.config_reference import anchor, chapters, field_texts, reference
 from flowtilt.pipeline.configuration import Section
 from flowtilt.pipeline.experiment import load_file
 from small import CONFIG
@@ -173,8 +173,8 @@ class Undescribed(Section):
 
 
 def test_a_key_without_a_sentence_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    chapter = CHAPTERS[0]._replace(kind=Undescribed)
-    monkeypatch.setattr(config_reference, "CHAPTERS", (chapter,))
+    chapter = chapters()[0]._replace(kind=Undescribed)
+    monkeypatch.setattr(config_reference, "chapters", lambda: (chapter,))
     config_reference._all_sections.cache_clear()
     try:
         with pytest.raises(ValueError, match="key nameless of Undescribed has no description"):
@@ -185,5 +185,6 @@ def test_a_key_without_a_sentence_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_it_needs_no_torch(tmp_path: Path) -> None:
     words = ["config-reference", "--output", str(tmp_path / "README.md")]
-    code = f"import sys; from flowtilt.pipeline.cli import main; main({words!r}); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from flowtilt.pipeline.cli import main; main({words!r})"
+    code += "; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

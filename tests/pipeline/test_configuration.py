@@ -25,8 +25,8 @@ from flowtilt.pipeline.experiment import load_file, load_resolved
 from flowtilt.pipeline.sections import check_methods
 from flowtilt.pipeline.theory.config import load_theory
 from flowtilt.yaml_files import dump_yaml
+from small import CONFIG, in_plane
 
-CONFIG = Path(__file__).parents[1] / "config"
 EXPERIMENTS = CONFIG / "experiments"
 
 
@@ -261,9 +261,20 @@ def test_an_unknown_domain_is_refused_wherever_it_is_read(domain: Any, tmp_path:
         for load in (load_file, load_resolved):
             with pytest.raises(ConfigError) as caught:
                 load(file)  # type: ignore[operator]
-            assert str(caught.value).startswith(
-                f"{file}: key domain: must be molecules or images, or left out"
-            )
+            unknown = f"unknown domain {domain!r}; known here: images, molecules, planar"
+            said = unknown if isinstance(domain, str) else "must be images or molecules or planar, got"
+            assert str(caught.value).startswith(f"{file}: key domain: {said}")
+
+
+def test_an_experiment_without_a_domain_is_refused_wherever_it_is_read(tmp_path: Path) -> None:
+    file = changed(tmp_path, "risk_averse_2d", {})
+    data = read_yaml(file)
+    del data["domain"]
+    file.write_text(dump_yaml(data))
+    for load in (load_file, load_resolved):
+        with pytest.raises(ConfigError) as caught:
+            load(file)  # type: ignore[operator]
+        assert str(caught.value) == f"{file}: key domain: missing; add one: images or molecules or planar"
 
 
 @pytest.mark.parametrize(
@@ -337,7 +348,7 @@ def test_a_switch_is_true_or_false(value: Any, tmp_path: Path) -> None:
 def test_whole_numbers_may_be_written_with_a_power_of_ten(tmp_path: Path) -> None:
     file = changed(tmp_path, "risk_averse_2d", {})
     file.write_text(file.read_text().replace("updates: 400", "updates: 4e2"))
-    loaded = load_file(file, {"solver": {"updates": 1e3}})["risk_averse_2d"]
+    loaded = load_file(file, in_plane(solver={"updates": 1e3}))["risk_averse_2d"]
     assert loaded.solver.updates == 1000
     assert type(loaded.solver.updates) is int
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -20,12 +21,15 @@ from flowtilt.pipeline.report.costs import (
     stage_costs,
 )
 from flowtilt.pipeline.report.measurements import ResultsError
-from small import CONFIG
+from small import CONFIG, in_plane
 
 HEADER = "s\th:m:s\tmax_rss\tmax_vms\tmax_uss\tmax_pss\tio_in\tio_out\tmean_load\tcpu_time\n"
 RISK, HIERARCHY, ITERATIONS = (
     CONFIG / "experiments" / f"{name}.yaml" for name in ("risk_averse_2d", "hierarchy_2d", "iterations_2d")
 )
+FINETUNE = "planar_finetune"
+MEASURE, MEASURES = (f"planar_measure_{name}/{name}" for name in ("risk_averse_2d", "hierarchy_2d"))
+"""Benchmarks of the rules that measure the runs of a file together."""
 
 
 def write(folder: Path, job: str, seconds: float, memory: object = "-") -> Path:
@@ -45,14 +49,19 @@ def benchmarks(tmp_path: Path) -> Path:
     """Two seeds of the risk-averse experiment; seed s of each job took s seconds more than seed 0."""
     for seed in (0, 1):
         for method, seconds in (("am", 20.0), ("fdc", 40.0), ("tfft", 20.0)):
-            write(tmp_path, f"finetune/risk_averse_2d/{method}/seed{seed}", seconds + seed, 500 + 10 * seed)
-        write(tmp_path, f"measure/risk_averse_2d/seed{seed}", 4.0 + seed, 600)
-        write(tmp_path, f"exact/risk_averse_2d/exact/seed{seed}", 7.0 + seed, 800)
+            write(
+                tmp_path,
+                f"planar_finetune/risk_averse_2d/{method}/seed{seed}",
+                seconds + seed,
+                500 + 10 * seed,
+            )
+        write(tmp_path, f"{MEASURE}/seed{seed}", 4.0 + seed, 600)
+        write(tmp_path, f"planar_exact/risk_averse_2d/seed{seed}", 7.0 + seed, 800)
     return tmp_path
 
 
 def test_means_over_seeds(benchmarks: Path) -> None:
-    lines = by_name(costs_of(benchmarks, load_file(RISK, {"seeds": 2}).values()))
+    lines = by_name(costs_of(benchmarks, load_file(RISK, in_plane(seeds=2)).values()))
     am, fdc = lines["risk_averse_2d", "am"], lines["risk_averse_2d", "fdc"]
     assert (am.finetune, am.relative, am.memory, am.seeds, am.updates) == (20.5, 1.0, 510.0, 2, 200)
     assert am.finetune_sd == pytest.approx(math.sqrt(0.5))
@@ -64,8 +73,8 @@ def test_means_over_seeds(benchmarks: Path) -> None:
 
 
 def test_what_was_not_measured_is_empty(benchmarks: Path, tmp_path: Path) -> None:
-    (benchmarks / "finetune/risk_averse_2d/am/seed0.tsv").unlink()
-    (benchmarks / "measure/risk_averse_2d/seed1.tsv").unlink()
+    (benchmarks / "planar_finetune/risk_averse_2d/am/seed0.tsv").unlink()
+    (benchmarks / f"{MEASURE}/seed1.tsv").unlink()
     (am,) = (line for line in costs_of(benchmarks, load_file(RISK).values()) if line.method == "am")
     assert (am.seeds, am.finetune, am.assess) == (1, 21.0, 4.0)
     assert math.isnan(am.finetune_sd)
@@ -84,9 +93,8 @@ def test_experiments_that_were_not_run_again_are_kept(benchmarks: Path, tmp_path
         (tmp_path / folder / "runs" / "risk_averse_2d").mkdir(parents=True)
     (tmp_path / "first" / "runs" / "hierarchy_2d" / "am").mkdir(parents=True)
     for folder, more in (("first", 0.0), ("second", 1.0)):
-        write(tmp_path, f"{folder}/benchmarks/finetune/risk_averse_2d/am/seed0", 20.0 + more, 500)
-    am = next(iter(load_file(HIERARCHY)))
-    write(tmp_path, f"first/benchmarks/measure/{am.partition('/')[0]}/seed0", 9.0, 700)
+        write(tmp_path, f"{folder}/benchmarks/planar_finetune/risk_averse_2d/am/seed0", 20.0 + more, 500)
+    write(tmp_path, f"first/benchmarks/{MEASURES}/seed0", 9.0, 700)
 
     def table(folder: str, *more: str) -> pd.DataFrame:
         prefix = tmp_path / folder / "costs"
@@ -103,8 +111,12 @@ def test_experiments_that_were_not_run_again_are_kept(benchmarks: Path, tmp_path
     assert kept[0]["assess"].notna().any()
     assert second[second["method"] == "am"]["finetune"].iloc[0] == 21.0
     totals = second[second["part"] == "rules"].set_index("rule")
-    assert totals.loc["finetune", ["jobs", "wall_seconds", "peak_memory_mb"]].tolist() == [2, 41.0, 500.0]
-    assert totals.loc["measure", "wall_seconds"] == 9.0
+    assert totals.loc[FINETUNE, ["jobs", "wall_seconds", "peak_memory_mb"]].tolist() == [
+        2,
+        41.0,
+        500.0,
+    ]
+    assert totals.loc["planar_measure_hierarchy_2d", "wall_seconds"] == 9.0
     assert "kept from an earlier one" in (tmp_path / "second" / "costs.md").read_text()
     with pytest.raises(ResultsError, match=r"RISK\.csv: not a table of costs"):
         read_costs(tmp_path / "RISK.csv")
@@ -132,7 +144,7 @@ def test_memory_of_a_short_job_is_unknown(tmp_path: Path) -> None:
 def test_a_malformed_benchmark_is_named(
     benchmarks: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = benchmarks / "finetune/risk_averse_2d/am/seed0.tsv"
+    file = benchmarks / "planar_finetune/risk_averse_2d/am/seed0.tsv"
     file.write_text(text)
     for read in (lambda: stage_costs(benchmarks), lambda: costs_of(benchmarks, load_file(RISK).values())):
         with pytest.raises(ResultsError, match="not a benchmark of Snakemake") as caught:
@@ -148,8 +160,8 @@ def test_a_malformed_benchmark_is_named(
 
 def test_functionals_are_relative_to_the_expected_reward(tmp_path: Path) -> None:
     for case, seconds in (("expected_reward", 10.0), ("renyi", 60.0), ("wasserstein1", 25.0)):
-        write(tmp_path, f"finetune/hierarchy_2d/{case}/fdc/seed0", seconds, 700)
-    write(tmp_path, "measure/hierarchy_2d/seed0", 4.0, 600)
+        write(tmp_path, f"planar_finetune/hierarchy_2d/{case}/fdc/seed0", seconds, 700)
+    write(tmp_path, f"{MEASURES}/seed0", 4.0, 600)
     cases = load_file(HIERARCHY)
     lines = costs_of(tmp_path, cases.values())
     assert list(dict.fromkeys(line.experiment for line in lines)) == list(cases)
@@ -175,11 +187,22 @@ def test_a_method_that_continues_another_counts_its_own_updates(tmp_path: Path) 
 
 def test_totals_by_rule(benchmarks: Path) -> None:
     prefix = benchmarks / "out" / "costs"
-    words = ["--benchmarks", str(benchmarks), "--override", '{"seeds": 2}', "--output-prefix", str(prefix)]
+    words = [
+        "--benchmarks",
+        str(benchmarks),
+        "--override",
+        json.dumps(in_plane(seeds=2)),
+        "--output-prefix",
+        str(prefix),
+    ]
     assert main(["costs", str(RISK), *words]) == 0
     table = pd.read_csv(prefix.with_suffix(".csv")).query("part == 'rules'").set_index("rule")
-    assert table.loc["finetune", ["jobs", "wall_seconds", "peak_memory_mb"]].tolist() == [6, 163.0, 510.0]
-    assert table.loc["exact", "wall_seconds"] == 15.0
+    assert table.loc[FINETUNE, ["jobs", "wall_seconds", "peak_memory_mb"]].tolist() == [
+        6,
+        163.0,
+        510.0,
+    ]
+    assert table.loc["planar_exact", "wall_seconds"] == 15.0
     text = prefix.with_suffix(".md").read_text()
     assert f"| all | 10 | {163 + 9 + 15:.1f} | 800.0 |" in text
     assert "booktabs" in prefix.with_suffix(".tex").read_text()

@@ -1,6 +1,6 @@
 """The sentence under a table on what the time steps of its experiments leave of a tilt."""
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,12 +9,11 @@ from flowtilt.control.discretisation import discretisation_bias
 from flowtilt.interpolants import Linear, VariancePreserving, time_grid
 from flowtilt.pipeline.experiment import load_file
 from flowtilt.pipeline.report.discretisation import discretisation_note
+from small import CONFIG, in_plane
 
-EXPERIMENTS = Path(__file__).parents[1] / "config" / "experiments"
 
-
-def note_of(name: str, **changes) -> str:
-    return discretisation_note(list(load_file(EXPERIMENTS / f"{name}.yaml", changes).values()))
+def note_of(name: str, **changes: Any) -> str:
+    return discretisation_note(list(load_file(CONFIG / "experiments" / f"{name}.yaml", changes).values()))
 
 
 def test_a_planar_experiment_has_its_own_path_steps_and_target() -> None:
@@ -23,7 +22,7 @@ def test_a_planar_experiment_has_its_own_path_steps_and_target() -> None:
     note = note_of("risk_averse_2d")
     assert f"to {weight.exact:.3f} is solved by Adjoint Matching to {weight.reached:.3f}, at the path" in note
     assert "the 20 time steps" in note
-    assert f"to {weight.reached:.3f}," not in note_of("risk_averse_2d", solver={"target": "step"})
+    assert f"to {weight.reached:.3f}," not in note_of("risk_averse_2d", **in_plane(solver={"target": "step"}))
 
 
 def test_molecules_have_their_time_grid_and_name_methods_that_differ() -> None:

@@ -13,7 +13,7 @@ from flowtilt.pipeline.report.measurements import ResultsError
 from flowtilt.pipeline.report.pages import comparison_page, page, write_page
 from flowtilt.pipeline.report.panels import Panel, markdown
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 class Cells(HTMLParser):

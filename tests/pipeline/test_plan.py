@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ import pytest
 import yaml
 
 from flowtilt.pipeline.checks import check_folder, read_plan
+from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.domain import Job, Run, domain_named, job_of, sources
 from flowtilt.pipeline.experiment import load_resolved
-from flowtilt.pipeline.plan import IMAGES, MOLECULES, PLANAR, Plan
-from flowtilt.pipeline.resources import RULES, TARGETS
+from flowtilt.pipeline.plan import Plan
+from flowtilt.pipeline.resources import REPORT, TARGETS, Needs
+from flowtilt.pipeline.rules import StageRule, benchmark_of
 from flowtilt.pipeline.starting import write_configs
 from workflow_copy import ROOT
 
@@ -28,10 +33,11 @@ SMALL: dict[str, Any] = {
     "resolution": "resolution_2d",
     "overrides": {
         "skip": {"resolution_2d": {"cases": ["stripes-0.48", "spikes-0.6", "spikes-2.4"]}},
-        "seeds": 2,
+        "planar": {"seeds": 2},
     },
 }
 TAIL = "text_to_image_left_tail"
+ENTROPY = "text_to_image_entropy"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,30 @@ def planned(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pla
     """Plans of the small configuration with some keys changed."""
     monkeypatch.chdir(project)
     return lambda **changes: read_plan({**SMALL, **changes}, "config/my.yaml")
+
+
+@pytest.fixture(scope="module")
+def embedded(project: Path) -> Plan:
+    """The plan of all experiments, with files for the shipped models in their places."""
+    for name in ("molecules/qm9_12.safetensors", "molecules/qm9_12.json", *SHIPPED):
+        file = project / "resources" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        return read_plan(
+            yaml.safe_load(Path("config/config.yaml").read_text(encoding="utf-8")), "config.yaml"
+        )
+
+
+SHIPPED = ("images/bridges/unet/config.json", "images/bridges_clip/tokenizer.json")
+
+
+@pytest.fixture
+def whole(embedded: Plan, project: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """The same, in its folder."""
+    monkeypatch.chdir(project)
+    return embedded
 
 
 @pytest.fixture
@@ -66,11 +96,24 @@ def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     return change
 
 
+def committed(*names: str) -> dict[str, Any]:
+    """Committed configurations, of which the last one wins."""
+    merged: dict[str, Any] = {}
+    for name in names:
+        merged |= yaml.safe_load((ROOT / "config" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return merged
+
+
 def refused(data: Mapping[str, Any], *words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_plan(data, "config/my.yaml")
     for word in words:
         assert word in str(caught.value)
+
+
+def rule_of(plan: Plan, name: str) -> StageRule:
+    (found,) = (rule for rule in plan.rules if rule.name == name)
+    return found
 
 
 # -------------------------------------------------------------------------------------- the plan itself
@@ -79,7 +122,8 @@ def refused(data: Mapping[str, Any], *words: str) -> None:
 def test_it_imports_neither_the_numerics_nor_snakemake() -> None:
     heavy = "{'torch', 'numpy', 'scipy', 'pandas', 'snakemake'}"
     program = (
-        f"import sys, flowtilt.pipeline.starting, flowtilt.pipeline.checks; print({heavy} & set(sys.modules))"
+        "import sys, flowtilt.pipeline.starting, flowtilt.pipeline.checks, flowtilt.pipeline.domain as d; "
+        f"[d.domain_named(name) for name in d.sources()]; print({heavy} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
@@ -87,17 +131,10 @@ def test_it_imports_neither_the_numerics_nor_snakemake() -> None:
 
 def test_it_reads_every_committed_configuration(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    whole = yaml.safe_load(Path("config/config.yaml").read_text(encoding="utf-8"))
-    paper = yaml.safe_load(Path("config/paper.yaml").read_text(encoding="utf-8"))
-    plan = read_plan({**whole, **paper}, "config/paper.yaml")
-    assert plan.config.experiments == whole["experiments"]
-    assert {*plan.of_kind(PLANAR), *plan.of_kind(MOLECULES), *plan.of_kind(IMAGES)} == set(plan.experiments)
-    assert plan.gpus("finetune") == 1
-    assert plan.gpus("threshold") == plan.gpus("molecules_evaluate") == 0
-    assert plan.minutes("finetune") == 480
-    assert plan.minutes("finetune", attempt=2) == 960
-    assert plan.group("finetune") is None
-    assert plan.group("threshold") == "pretrain"
+    for scale in ("paper", "smoke"):
+        plan = read_plan(committed("config", scale), f"config/{scale}.yaml")
+        assert plan.config.experiments == committed("config")["experiments"]
+        assert [domain.name for domain in plan.domains] == ["planar", "molecules", "images"]
 
 
 def test_files_of_a_tail_in_the_plane(planned: Callable[..., Plan]) -> None:
@@ -105,124 +142,568 @@ def test_files_of_a_tail_in_the_plane(planned: Callable[..., Plan]) -> None:
     run = "results/runs/risk_averse_2d"
     files = plan.run_files("risk_averse_2d")
     assert len(files) == len(set(files))
-    assert [file for file in files if "/tfft/seed1/" in file] == [
+    assert {file for file in files if "/tfft/seed1/" in file} == {
         f"{run}/tfft/seed1/{name}"
         for name in ("threshold.json", "model.safetensors", "history.csv", "samples.npz", "metrics.json")
-    ]
+    }
     for rows in ("exact", "resolved"):
         assert {f"{run}/{rows}/seed0/metrics.json", f"{run}/{rows}/seed0/laws.npz"} <= set(files)
     assert f"{run}/pretrained/seed0/density.npz" in files
+    assert f"{run}/pretrained/seed0/offline.npz" not in files  # made where a threshold takes it, and no more
     assert not [file for file in files if "seed2" in file]
-    assert plan.run_files("risk_averse_2d", "history.csv") == [
-        f"{run}/{method}/seed{seed}/history.csv" for seed in (0, 1) for method in ("am", "fdc", "tfft")
-    ]
+    assert {*plan.run_files("risk_averse_2d", "history.csv")} == {
+        f"{run}/{method}/seed{seed}/history.csv"
+        for seed in (0, 1)
+        for method in ("pretrained", "am", "fdc", "tfft")
+    }
     assert plan.figures_of("risk_averse_2d") == [
         f"results/figures/risk_averse_2d_{kind}.png" for kind in ("landscape", "densities", "histograms")
     ]
+    assert plan.captions("risk_averse_2d")["_landscape"] == "landscape"
     assert plan.figures_of("resolution_2d") == ["results/figures/resolution_2d.png"]
+    assert plan.captions("resolution_2d") == {"": "study"}
     assert plan.pretrained_models == [f"{run}/pretrained/seed{seed}/model.safetensors" for seed in (0, 1)]
-    assert plan.measured_files("risk_averse_2d")[:2] == [
-        f"{run}/pretrained/seed{{seed}}/samples.npz",
-        f"{run}/pretrained/seed{{seed}}/metrics.json",
+
+
+def test_files_of_other_kinds_of_experiments(whole: Plan) -> None:
+    run = "results/runs/ot_2d/fdc_dA/seed0"
+    made = ("model.safetensors", "history.csv", "samples.npz", "metrics.json", "laws.npz")
+    assert [file for file in whole.run_files("ot_2d") if file.startswith(f"{run}/")] == [
+        f"{run}/{name}" for name in made
     ]
-    made = {*plan.measured_runs("risk_averse_2d"), *plan.measured_files("risk_averse_2d")}
-    assert {file.format(seed=0) for file in made} == {
-        file for file in files if "seed0" in file and "/exact/" not in file and "/resolved/" not in file
-    }
-
-
-def test_inputs_in_the_plane(planned: Callable[..., Plan]) -> None:
-    plan = planned(experiments=["iterations_2d"])
-    case = next(name for name, cases in plan.experiments.items() if "tfft" in cases.methods)
-    assert plan.base_model(case, "1").endswith("/pretrained/seed1/model.safetensors")
-    assert plan.finetune_inputs(case, "tfft", "1") == {
-        "threshold": f"results/runs/{case}/tfft/seed1/threshold.json"
-    }
-    assert plan.finetune_inputs("risk_averse_2d", "am", "0") == {}
-    continued = [
-        (name, method, settings.continue_from)
-        for name, cases in plan.experiments.items()
-        for method, settings in cases.methods.items()
-        if settings.continue_from is not None
+    assert whole.figures_of("ot_2d") == [
+        f"results/figures/ot_2d_{kind}.png" for kind in ("densities", "metrics")
     ]
-    assert continued
-    for name, method, start in continued:
-        assert plan.finetune_inputs(name, method, "0") == {
-            "start": f"results/runs/{name}/{start}/seed0/model.safetensors"
-        }
-    with pytest.raises(ConfigError, match="unknown method 'amm'; it has pretrained, am"):
-        plan.finetune_inputs("risk_averse_2d", "amm", "0")
 
-
-def test_files_and_inputs_of_molecules(planned: Callable[..., Plan]) -> None:
-    plan = planned(experiments=["molecules_qm9", "molecules_tail_sweep"])
-    base, case = "results/runs/molecules_qm9", "molecules_tail_sweep/rising"
-    files = plan.run_files("molecules_tail_sweep")
+    base, case = "results/runs/molecules_qm9", "results/runs/molecules_tail_sweep/rising/tfft_0.95/seed0"
+    files = whole.run_files("molecules_tail_sweep")
     assert files[:2] == [f"{base}/pretrained/model.safetensors", f"{base}/pretrained/training.json"]
-    method = next(
-        name for name, settings in plan.experiments[case].methods.items() if settings.kind == "tfft"
+    made = (
+        *("threshold.json", "model.safetensors", "history.csv"),
+        *("samples.npz", "metrics.json", "molecules.sdf", "energies.npz"),
     )
-    run = f"results/runs/{case}/{method}/seed0"
-    assert [file for file in files if file.startswith(f"{run}/")] == [
-        f"{run}/{name}"
-        for name in (
-            *("threshold.json", "model.safetensors", "history.csv"),
-            *("samples.npz", "metrics.json", "molecules.sdf", "energies.npz"),
-        )
-    ]
-    assert plan.molecules_sample_inputs(case, method, "0") == {"model": f"{run}/model.safetensors"}
-    assert plan.molecules_sample_inputs("molecules_qm9", "pretrained", "0") == {"model": files[0]}
-    assert plan.molecules_sample_inputs("molecules_qm9", "data", "0") == {"molecules": "results/data/qm9.npz"}
-    assert plan.training_inputs("molecules_qm9", "data", "0") == {}
-    assert plan.training_inputs(case, method, "0") == {
-        "history": f"{run}/history.csv",
-        "threshold": f"{run}/threshold.json",
-    }
-    assert plan.shared_offline(case, "1") == f"{base}/pretrained/seed1/offline.npz"
-    assert {f"{base}/am/seed0/history.csv", f"{base}/tfft/seed0/metrics.json"} <= set(
-        plan.read_by_table("molecules_tail_sweep")
-    )
+    assert [file for file in files if file.startswith(f"{case}/")] == [f"{case}/{name}" for name in made]
+    assert whole.figures_of("molecules_tail_sweep") == ["results/figures/molecules_tail_sweep.png"]
+    assert whole.captions("molecules_qm9") == {"_energies": "energies", "_molecules": "molecules"}
 
-
-def test_files_and_inputs_of_pictures(planned: Callable[..., Plan]) -> None:
-    plan = planned(experiments=[TAIL])
     run = f"results/runs/{TAIL}"
-    assert plan.run_files(TAIL)[0] == f"{run}/pretrained/model.json"
-    assert plan.images_sample_inputs(TAIL, "pretrained", "0") == {}
-    assert plan.images_sample_inputs(TAIL, "tfft", "0") == {"weights": f"{run}/tfft/seed0/model.safetensors"}
-    assert plan.image_models == ["bridges"]
-    assert plan.image_model_file(TAIL) == "config/models/bridges.yaml"
-    assert plan.figures_of(TAIL) == [f"results/figures/{TAIL}_{kind}.png" for kind in ("pictures", "scores")]
+    files = whole.run_files(TAIL)
+    assert files[0] == f"{run}/pretrained/model.json"
+    made = ("threshold.json", "model.safetensors", "history.csv", "images", "metrics.json", "scores.npz")
+    assert {file for file in files if file.startswith(f"{run}/tfft/seed0/")} == {
+        f"{run}/tfft/seed0/{name}" for name in made
+    }
+    assert whole.figures_of(TAIL) == [f"results/figures/{TAIL}_{kind}.png" for kind in ("images", "scores")]
+
+
+def test_targets_hold_what_is_made_of_every_experiment(whole: Plan) -> None:
+    for name in whole.config.experiments:
+        assert {*whole.tables_of(name)} <= {*whole.tables}
+        assert {*whole.figures_of(name)} <= {*whole.figures}
+        assert {*whole.run_files(name)} <= {*whole.runs}
+        assert f"results/pages/{name}.html" in whole.pages
+    for name in whole.theory:
+        assert f"results/theory/{name}.json" in whole.runs
+        assert {f"results/tables/theory_{name}.md", f"results/figures/theory_{name}.png"} <= {*whole.theories}
+    assert "results/resolution.json" in whole.runs
+    assert {"results/tables/comparison.csv", "results/tables/by_seed.csv"} <= {*whole.tables}
+    assert len(whole.tables) == len(set(whole.tables))
+    assert "results/runs/molecules_qm9/pretrained/model.safetensors" in whole.pretrained_models
+    assert f"results/runs/{TAIL}/pretrained/model.json" in whole.pretrained_models
+
+
+def test_what_tables_are_made_from(whole: Plan) -> None:
+    run = "results/runs/risk_averse_2d"
+    assert {*whole.read_by_table("risk_averse_2d")} == {
+        f"{run}/{rows}/seed{seed}/metrics.json"
+        for rows in ("pretrained", "am", "fdc", "tfft", "exact", "resolved")
+        for seed in range(5)
+    }
+    solvers = whole.read_by_table("solvers_2d")
+    weighted = "results/runs/solvers_2d/entropy/weighted_fitting_500/seed0"
+    assert {f"{weighted}/metrics.json", f"{weighted}/history.csv"} <= {*solvers}
+    base = "results/runs/molecules_qm9"
+    levels = {f"{base}/{run}/seed0/metrics.json" for run in ("pretrained", "am", "tfft", "tfft_0.8_fitted")}
+    assert levels <= {*whole.read_by_table("molecules_tail_sweep")}
+    assert {*whole.read_by_table("ot_2d")} == {*whole.run_files("ot_2d", "metrics.json")}
+    assert {*whole.run_files("ot_2d"), "results/resolution.json"} <= {*whole.read_by_figures("ot_2d")}
+
+
+# ------------------------------------------------------------------------------------- jobs of every stage
+
+RISK, QM9 = "results/runs/risk_averse_2d", "results/runs/molecules_qm9"
+IMAGE, MODEL = f"results/runs/{TAIL}", f"results/runs/{TAIL}/pretrained/model.json"
+RISING = "results/runs/molecules_tail_sweep/rising/tfft_0.95/seed1"
+WEIGHTS, HISTORY = "model.safetensors", "history.csv"
+
+JOBS: list[tuple[str, dict[str, str], dict[str, Any], dict[str, str]]] = [
+    (
+        "planar_pretrain",
+        {"experiment": "risk_averse_2d", "seed": "1"},
+        {},
+        {
+            name: f"{RISK}/pretrained/seed1/{file}"
+            for name, file in (("model", WEIGHTS), ("history", HISTORY))
+        },
+    ),
+    (
+        "planar_density",
+        {"experiment": "risk_averse_2d", "seed": "1"},
+        {"model": f"{RISK}/pretrained/seed1/{WEIGHTS}"},
+        {"density": f"{RISK}/pretrained/seed1/density.npz"},
+    ),
+    (
+        "planar_offline",
+        {"experiment": "iterations_2d/risk_averse", "seed": "1"},
+        {"pretrained": f"{RISK}/pretrained/seed1/{WEIGHTS}"},
+        {"offline": "results/runs/iterations_2d/risk_averse/pretrained/seed1/offline.npz"},
+    ),
+    (
+        "planar_threshold",
+        {"experiment": "risk_averse_2d", "method": "tfft", "seed": "1"},
+        {"offline": f"{RISK}/pretrained/seed1/offline.npz"},
+        {"threshold": f"{RISK}/tfft/seed1/threshold.json"},
+    ),
+    (
+        "planar_finetune",
+        {"experiment": "risk_averse_2d", "method": "tfft", "seed": "1"},
+        {
+            "pretrained": f"{RISK}/pretrained/seed1/{WEIGHTS}",
+            "threshold": f"{RISK}/tfft/seed1/threshold.json",
+        },
+        {"model": f"{RISK}/tfft/seed1/{WEIGHTS}", "history": f"{RISK}/tfft/seed1/{HISTORY}"},
+    ),
+    (
+        "planar_exact",
+        {"experiment": "risk_averse_2d", "seed": "1"},
+        {"density": f"{RISK}/pretrained/seed1/density.npz", "resolution": "results/resolution.json"},
+        {
+            "metrics": f"{RISK}/exact/seed1/metrics.json",
+            "laws": f"{RISK}/exact/seed1/laws.npz",
+            "resolved_metrics": f"{RISK}/resolved/seed1/metrics.json",
+            "resolved_laws": f"{RISK}/resolved/seed1/laws.npz",
+        },
+    ),
+    ("molecules_data", {}, {}, {"molecules": "results/data/qm9.npz"}),
+    (
+        "molecules_pretrain",
+        {"experiment": "molecules_qm9"},
+        {
+            "molecules": "results/data/qm9.npz",
+            "shipped": ["resources/molecules/qm9_12.safetensors", "resources/molecules/qm9_12.json"],
+        },
+        {"model": f"{QM9}/pretrained/{WEIGHTS}", "record": f"{QM9}/pretrained/training.json"},
+    ),
+    (
+        "molecules_offline",
+        {"experiment": "molecules_qm9", "seed": "1"},
+        {"pretrained": f"{QM9}/pretrained/{WEIGHTS}"},
+        {"offline": f"{QM9}/pretrained/seed1/offline.npz"},
+    ),
+    (
+        "molecules_threshold",
+        {"experiment": "molecules_tail_sweep/rising", "method": "tfft_0.95", "seed": "1"},
+        {"offline": f"{QM9}/pretrained/seed1/offline.npz"},
+        {"threshold": f"{RISING}/threshold.json"},
+    ),
+    (
+        "molecules_finetune",
+        {"experiment": "molecules_tail_sweep/rising", "method": "tfft_0.95", "seed": "1"},
+        {"pretrained": f"{QM9}/pretrained/{WEIGHTS}", "threshold": f"{RISING}/threshold.json"},
+        {"model": f"{RISING}/{WEIGHTS}", "history": f"{RISING}/{HISTORY}"},
+    ),
+    (
+        "molecules_sample",
+        {"experiment": "molecules_tail_sweep/rising", "method": "tfft_0.95", "seed": "1"},
+        {"model": f"{RISING}/{WEIGHTS}"},
+        {"samples": f"{RISING}/samples.npz"},
+    ),
+    (
+        "molecules_sample",
+        {"experiment": "molecules_qm9", "method": "pretrained", "seed": "1"},
+        {"model": f"{QM9}/pretrained/{WEIGHTS}"},
+        {"samples": f"{QM9}/pretrained/seed1/samples.npz"},
+    ),
+    (
+        "molecules_sample",
+        {"experiment": "molecules_qm9", "method": "data", "seed": "1"},
+        {"molecules": "results/data/qm9.npz"},
+        {"samples": f"{QM9}/data/seed1/samples.npz"},
+    ),
+    (
+        "molecules_evaluate",
+        {"experiment": "molecules_tail_sweep/rising", "method": "tfft_0.95", "seed": "1"},
+        {
+            "samples": f"{RISING}/samples.npz",
+            "molecules": "results/data/qm9.npz",
+            "history": f"{RISING}/{HISTORY}",
+            "threshold": f"{RISING}/threshold.json",
+        },
+        {
+            "metrics": f"{RISING}/metrics.json",
+            "sdf": f"{RISING}/molecules.sdf",
+            "energies": f"{RISING}/energies.npz",
+        },
+    ),
+    ("images_fetch", {"experiment": TAIL}, {}, {"fetched": f"{IMAGE}/pretrained/fetched.json"}),
+    (
+        "images_pretrain_pipeline",
+        {"model": "bridges"},
+        {},
+        {"pipeline": "results/models/bridges/pipeline/weights"},
+    ),
+    (
+        "images_pretrain_alignment",
+        {"model": "bridges"},
+        {},
+        {"alignment": "results/models/bridges/alignment/weights"},
+    ),
+    (
+        "images_model",
+        {"experiment": TAIL},
+        {"shipped": [f"resources/{file}" for file in SHIPPED]},
+        {"model": MODEL},
+    ),
+    (
+        "images_offline",
+        {"experiment": TAIL, "seed": "1"},
+        {"pretrained": MODEL},
+        {"offline": f"{IMAGE}/pretrained/seed1/offline.npz"},
+    ),
+    (
+        "images_threshold",
+        {"experiment": TAIL, "method": "tfft_0.5", "seed": "1"},
+        {"offline": f"{IMAGE}/pretrained/seed1/offline.npz"},
+        {"threshold": f"{IMAGE}/tfft_0.5/seed1/threshold.json"},
+    ),
+    (
+        "images_finetune",
+        {"experiment": TAIL, "method": "tfft", "seed": "1"},
+        {"pretrained": MODEL, "threshold": f"{IMAGE}/tfft/seed1/threshold.json"},
+        {"model": f"{IMAGE}/tfft/seed1/{WEIGHTS}", "history": f"{IMAGE}/tfft/seed1/{HISTORY}"},
+    ),
+    (
+        "images_sample",
+        {"experiment": TAIL, "method": "tfft", "seed": "1"},
+        {"pretrained": MODEL, "model": f"{IMAGE}/tfft/seed1/{WEIGHTS}"},
+        {"images": f"{IMAGE}/tfft/seed1/images"},
+    ),
+    (
+        "images_sample",
+        {"experiment": TAIL, "method": "pretrained", "seed": "1"},
+        {"pretrained": MODEL},
+        {"images": f"{IMAGE}/pretrained/seed1/images"},
+    ),
+    (
+        "images_evaluate",
+        {"experiment": TAIL, "method": "tfft", "seed": "1"},
+        {
+            "pretrained": MODEL,
+            "images": f"{IMAGE}/tfft/seed1/images",
+            "history": f"{IMAGE}/tfft/seed1/{HISTORY}",
+            "threshold": f"{IMAGE}/tfft/seed1/threshold.json",
+        },
+        {"metrics": f"{IMAGE}/tfft/seed1/metrics.json", "scores": f"{IMAGE}/tfft/seed1/scores.npz"},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "wildcards", "inputs", "outputs"), JOBS, ids=[f"{job[0]}-{i}" for i, job in enumerate(JOBS)]
+)
+def test_a_job_s_files_and_command(
+    whole: Plan, name: str, wildcards: dict[str, str], inputs: dict[str, Any], outputs: dict[str, str]
+) -> None:
+    rule = rule_of(whole, name)
+    assert rule.wildcards == list(wildcards)
+    for field, value in wildcards.items():
+        if field != "seed":
+            assert re.fullmatch(rule.constraints[field], value)
+    assert rule.inputs(**wildcards) == inputs
+    assert {role: str(file).format(**wildcards) for role, file in rule.outputs.items()} == outputs
+    experiment = rule.run(**wildcards).experiment.name
+    options = [
+        word for key in ("method", "seed") if key in wildcards for word in (f"--{key}", wildcards[key])
+    ]
+    threads = "3" if rule.stage.needs.threaded else "1"
+    assert rule.command(3, **wildcards) == " ".join(
+        [
+            f"OMP_NUM_THREADS={threads} flowtilt {rule.stage.name} {whole.config_files[experiment]}",
+            *options,
+            "--results results --workers 3",
+        ]
+    )
+
+
+def test_every_stage_of_every_domain_is_tried_above() -> None:
+    """But for those on several experiments, which have tests of their own."""
+    tried = {name for name, *_ in JOBS} | {"planar_measure", "planar_resolution"}
+    domains = [domain_named(name) for name in ("planar", "molecules", "images")]
+    named = {f"{d.name}_{s.name}".replace("-", "_") for d in domains for s in d.stages}
+    assert named == tried
+
+
+def test_the_runs_of_a_file_are_measured_together(whole: Plan) -> None:
+    rule = rule_of(whole, "planar_measure_risk_averse_2d")
+    assert rule.wildcards == ["seed"]
+    tuned = [f"{RISK}/{m}/seed3/{name}" for m in ("am", "fdc", "tfft") for name in (WEIGHTS, HISTORY)]
+    base = [f"{RISK}/pretrained/seed3/{name}" for name in (WEIGHTS, "density.npz")]
+    assert rule.inputs(seed="3") == {"runs": [*base, *tuned, f"{RISK}/tfft/seed3/threshold.json"]}
+    assert rule.outputs == {
+        role: [f"{RISK}/{m}/seed{{seed}}/{name}" for m in ("pretrained", "am", "fdc", "tfft")]
+        for role, name in (("samples", "samples.npz"), ("metrics", "metrics.json"))
+    }
+    (config,) = rule._of({"seed": "3"})
+    assert rule.command(seed="3") == (
+        f"OMP_NUM_THREADS=1 flowtilt measure {whole.config_files[config.name]} --seed 3 --results results "
+        "--workers 1"
+    )
+    assert set(rule_of(whole, "planar_measure_ot_2d").outputs) == {"samples", "metrics", "laws"}
+    cases = rule_of(whole, "planar_measure_iterations_2d")
+    assert f"{RISK}/pretrained/seed3/density.npz" in cases.inputs(seed="3")["runs"]
+
+
+def test_the_resolution_is_measured_from_runs_of_adjoint_matching(planned: Callable[..., Plan]) -> None:
+    plan = planned()
+    rule = rule_of(plan, "planar_resolution")
+    assert rule.outputs == {"resolution": "results/resolution.json"}
+    assert (rule.wildcards, rule.constraints) == ([], {})
+    cases = ["stripes-0.05", "stripes-0.16", "spikes-0.15"]
+    runs = [f"results/runs/resolution_2d/{case}/am" for case in cases]
+    read = rule.inputs()["runs"]
+    assert {file for file in read if file.endswith("samples.npz")} == {
+        f"{run}/seed{seed}/samples.npz" for run in runs for seed in (0, 1)
+    }
+    assert {Path(file).name for file in read} == {"samples.npz", "density.npz"}
+    files = " ".join(plan.config_files[f"resolution_2d/{case}"] for case in cases)
+    assert rule.command() == f"OMP_NUM_THREADS=1 flowtilt resolution {files} --results results --workers 1"
+
+
+def test_fdc_goes_on_from_an_earlier_run(whole: Plan) -> None:
+    rule, found = rule_of(whole, "planar_finetune"), 0
+    for name, case in whole.experiments.items():
+        for method, settings in case.methods.items():
+            if start := getattr(settings, "continue_from", None):
+                read = rule.inputs(experiment=name, method=method, seed="0")
+                assert read["start"] == f"results/runs/{name}/{start}/seed0/{WEIGHTS}"
+                found += 1
+    assert found
+
+
+def test_what_an_images_model_waits_for(planned: Callable[..., Plan], whole: Plan) -> None:
     trained = planned(experiments=[TAIL], overrides={"images": {"retrain": True}})
-    assert trained.image_model_inputs(TAIL) == {
+    assert rule_of(trained, "images_model").inputs(experiment=TAIL) == {
         part: f"results/models/bridges/{part}/weights" for part in ("pipeline", "alignment")
     }
+    hub = {"repository": "someone/model", "revision": "0" * 40, "files": ["unet/*"]}
+    elsewhere = {"name": "other", "pipeline": {"path": "a", "hub": hub}, "alignment": {"path": "b"}}
+    fetched = planned(experiments=[TAIL], overrides={"files": {TAIL: {"model": elsewhere}}})
+    assert rule_of(fetched, "images_model").inputs(experiment=TAIL) == {
+        "fetched": f"{IMAGE}/pretrained/fetched.json"
+    }
+
+
+def test_a_checkpoint_that_is_trained_anew_is_not_read(planned: Callable[..., Plan]) -> None:
+    trained = planned(
+        experiments=["molecules_qm9"], overrides={"molecules": {"checkpoint": {"retrain": True}}}
+    )
+    read = rule_of(trained, "molecules_pretrain").inputs(experiment="molecules_qm9")
+    assert read == {"molecules": "results/data/qm9.npz"}
+
+
+def jobs_of(rule: StageRule) -> Iterator[dict[str, str]]:
+    """The wildcards of all jobs of a rule."""
+    for experiment in rule.experiments:
+        values: dict[str, list[Any]] = {
+            "experiment": [experiment.name],
+            "method": [name for name in experiment.methods if rule.stage.has(experiment, name)],
+            "seed": experiment.seeds,
+            **{field: [value] for field, value in rule.stage.fields(experiment).items()},
+        }
+        for found in product(*(values[field] for field in rule.wildcards)):
+            yield dict(zip(rule.wildcards, map(str, found), strict=True))
+
+
+def listed(files: Mapping[str, Any]) -> Iterator[str]:
+    for value in files.values():
+        yield from [value] if isinstance(value, str) else value
+
+
+def test_every_file_is_written_by_one_job_and_read_where_it_is(whole: Plan) -> None:
+    """And the command finds the files that the workflow waits for."""
+    written: dict[str, str] = {}
+    read: set[str] = set()
+    for rule in whole.rules:
+        for wildcards in {tuple(job.items()): job for job in jobs_of(rule)}.values():
+            job = f"{rule.name} {wildcards}"
+            read |= {*listed(rule.inputs(**wildcards))}
+            for pattern in listed(rule.outputs):
+                file = pattern.format(**wildcards)
+                assert written.setdefault(file, job) == job
+            if rule.stage.scope == "run":
+                same_as_by_hand(whole, rule, wildcards)
+    assert {file for file in read - written.keys() if not file.startswith("resources/")} == set()
+    assert {*whole.runs} - written.keys() == {f"results/theory/{name}.json" for name in whole.theory}
+
+
+def same_as_by_hand(plan: Plan, rule: StageRule, wildcards: Mapping[str, str]) -> None:
+    experiment = rule.run(**wildcards).experiment
+    seed = int(wildcards["seed"]) if "seed" in wildcards else None
+    method = wildcards.get("method", "")
+    job: Job = job_of(rule.stage.name, [experiment], method, seed, Path(plan.config.results))[1]
+    assert {role: _text(path) for role, path in job.inputs.items()} == rule.inputs(**wildcards)
+    outputs = {role: str(file).format(**wildcards) for role, file in rule.outputs.items()}
+    assert {role: _text(path) for role, path in job.outputs.items()} == outputs
+    run = Run(plan.config.results, experiment, method, wildcards.get("seed", ""))
+    assert benchmark_of(rule.domain, rule.stage, run) == f"{rule.name}/{rule.log().format(**wildcards)}"
+
+
+def _text(path: Path | list[Path]) -> str | list[str]:
+    return [str(file) for file in path] if isinstance(path, list) else str(path)
+
+
+def test_what_starts_from_a_base_is_written_there_by_hand_too(planned: Callable[..., Plan]) -> None:
+    case = next(iter(planned(experiments=["iterations_2d"]).files["iterations_2d"].values()))
+    _, job = job_of("pretrain", [case], "", 0, Path("results"))
+    assert job.outputs["model"] == Path(f"{RISK}/pretrained/seed0/{WEIGHTS}")
+
+
+def test_jobs_of_no_experiment_are_none(whole: Plan) -> None:
+    """What is done once for all cases of a study has jobs of their base alone, by its rule."""
+    assert re.fullmatch(rule_of(whole, "planar_pretrain").constraints["experiment"], "risk_averse_2d")
+    for name in ("iterations_2d/risk_averse", "ot-2d", "risk_averse_2dx"):
+        assert not re.fullmatch(rule_of(whole, "planar_pretrain").constraints["experiment"], name)
+    assert not re.fullmatch(rule_of(whole, "planar_threshold").constraints["method"], "am")
+    assert not re.fullmatch(rule_of(whole, "planar_exact").constraints["experiment"], "ot_2d")
+
+
+# ------------------------------------------------------------------------------------ resources and groups
+
+
+def test_resources_follow_the_configuration(planned: Callable[..., Plan]) -> None:
+    short, long = planned(), planned(job_length="long", gpu=2, processes=3)
+    finetune, threshold, exact = (
+        rule_of(short, f"planar_{name}").stage.needs for name in ("finetune", "threshold", "exact")
+    )
+    assert (finetune.memory(short.config), finetune.minutes(short.config)) == (1500, 10)
+    assert (finetune.memory(long.config), finetune.minutes(long.config)) == (3 * 8000, 480)
+    assert (finetune.gpus(short.config), finetune.gpus(long.config)) == (0, 6)
+    assert (finetune.processes(short.config), finetune.processes(long.config)) == (1, 3)
+    for one in (threshold, exact):
+        assert (one.gpus(long.config), one.processes(long.config)) == (0, 1)
+    assert (finetune.group_in(short.config), finetune.group_in(long.config)) == ("finetune", None)
+    assert threshold.group_in(short.config) == threshold.group_in(long.config) == "pretrain"
+    assert finetune.group_in(planned(gpu=1).config) is None
+
+
+def test_the_paper_s_scale_has_long_jobs_of_a_gpu_each() -> None:
+    config = WorkflowConfig.model_validate(committed("config", "paper"))
+    needs = {
+        f"{name}_{stage.name}": stage.needs
+        for name in ("planar", "molecules")
+        for stage in domain_named(name).stages
+    }
+    assert needs["planar_finetune"].gpus(config) == 1
+    assert needs["planar_threshold"].gpus(config) == needs["molecules_evaluate"].gpus(config) == 0
+    assert needs["planar_finetune"].minutes(config) == 480
+    assert needs["planar_finetune"].group_in(config) is None
+    assert needs["planar_threshold"].group_in(config) == "pretrain"
+
+
+def test_a_job_that_several_processes_share_is_started_by_torchrun(planned: Callable[..., Plan]) -> None:
+    plan = planned(gpu=2, processes=3)
+    wildcards = {"experiment": "risk_averse_2d", "method": "am", "seed": "0"}
+    assert rule_of(plan, "planar_finetune").command(6, **wildcards) == (
+        "OMP_NUM_THREADS=2 torchrun --standalone --nproc-per-node 3 --no-python "
+        f"flowtilt finetune {plan.config_files['risk_averse_2d']} --method am --seed 0 --results results "
+        "--workers 2 --gpu 2"
+    )
+    del wildcards["method"]
+    assert (
+        rule_of(plan, "planar_density")
+        .command(6, **wildcards)
+        .startswith("OMP_NUM_THREADS=6 flowtilt density")
+    )
+    assert "--gpu" not in rule_of(plan, "planar_density").command(6, **wildcards)
+
+
+def test_what_a_stage_asks_for_can_be_met() -> None:
+    for name in sources():
+        for stage in domain_named(name).stages:
+            assert isinstance(stage.needs, Needs)
+            assert all(mb >= 500 for mb in stage.needs.mb)
+            assert stage.needs.mb[0] <= stage.needs.mb[1]
+            assert stage.needs.time[0] <= stage.needs.time[1]
+            assert not (stage.needs.local and (stage.needs.gpu or stage.needs.group))
+            assert not (stage.needs.shared and not stage.needs.gpu)
+
+
+# ------------------------------------------------------------------------------------ digests and addresses
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    """The overrides of the small configuration with more keys in the plane."""
+    return {**SMALL["overrides"], "planar": {**SMALL["overrides"]["planar"], **changes}}
+
+
+def of_risk(**changes: Any) -> dict[str, Any]:
+    """The same with keys of the one experiment's file changed."""
+    return {**SMALL["overrides"], "files": {"risk_averse_2d": changes}}
 
 
 @pytest.mark.parametrize(
     ("overrides", "changed", "kept"),
     [
         (
-            {"objective": {"alpha": 3.0}},
+            small(objective={"alpha": 3.0}),
             {"threshold", "finetune", "exact", "measure"},
             {"pretrain", "density"},
         ),
-        ({"solver": {"updates": 9}}, {"finetune", "offline"}, {"pretrain", "density", "exact", "threshold"}),
-        ({"grid": {"cells": 120}}, {"density", "measure", "exact"}, {"pretrain", "offline", "finetune"}),
-        ({"title": "Another title"}, set(), {"pretrain", "offline", "finetune", "measure", "exact"}),
+        (
+            small(solver={"updates": 9}),
+            {"finetune", "offline"},
+            {"pretrain", "density", "exact", "threshold"},
+        ),
+        (small(grid={"cells": 120}), {"density", "measure", "exact"}, {"pretrain", "offline", "finetune"}),
+        (
+            of_risk(methods={"am": {"updates": 9}}),
+            {"finetune", "measure", "exact"},
+            {"pretrain", "offline", "threshold"},
+        ),
+        (of_risk(methods={"fdc": {"iterations": 7}}), {"measure", "exact"}, {"finetune", "threshold"}),
+        (
+            small(title="Another title"),
+            set(),
+            {"pretrain", "density", "offline", "threshold", "finetune", "measure", "exact"},
+        ),
     ],
 )
 def test_a_digest_changes_with_what_its_stage_reads_alone(
     planned: Callable[..., Plan], overrides: dict[str, Any], changed: set[str], kept: set[str]
 ) -> None:
-    before, after = planned(), planned(overrides={**SMALL["overrides"], **overrides})
-    differ = {
-        stage: before.digest(stage, "risk_averse_2d", "am") != after.digest(stage, "risk_averse_2d", "am")
-        for stage in changed | kept
-    }
+    before, after = planned(), planned(overrides=overrides)
+
+    def digest(plan: Plan, stage: str) -> list[str]:
+        rule = rule_of(plan, "planar_measure_risk_averse_2d" if stage == "measure" else f"planar_{stage}")
+        method = "tfft" if stage == "threshold" else "am"
+        values = {"experiment": "risk_averse_2d", "method": method, "seed": "0"}
+        return rule.digest(**{field: values[field] for field in rule.wildcards})
+
+    differ = {stage: digest(before, stage) != digest(after, stage) for stage in changed | kept}
     assert {stage for stage, other in differ.items() if other} == changed
-    assert before.config_file("risk_averse_2d") != after.config_file("risk_averse_2d")
+    assert before.config_files["risk_averse_2d"] != after.config_files["risk_averse_2d"]
     assert before.config_hash() != after.config_hash()
+    assert before.file_digest("risk_averse_2d") != after.file_digest("risk_averse_2d")
+
+
+@pytest.mark.parametrize("name", ["planar", "molecules", "images"])
+def test_stages_read_sections_that_there_are(whole: Plan, name: str) -> None:
+    for stage in domain_named(name).stages:
+        for experiment in whole.experiments.values():
+            if experiment.domain == name and stage.of(experiment):
+                sections = (*stage.sections, *experiment.reads_too.get(stage.name, ()))
+                assert {*sections} <= {*type(experiment).model_fields}
+                assert len(sections) == len(set(sections))
 
 
 def test_what_is_merged_is_handed_on_as_it_was_given(planned: Callable[..., Plan]) -> None:
@@ -233,22 +714,22 @@ def test_what_is_merged_is_handed_on_as_it_was_given(planned: Callable[..., Plan
 def test_configurations_are_written_once_at_their_contents_address(
     planned: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = planned(), planned(overrides={**SMALL["overrides"], "title": "Another title"})
+    first, second = planned(), planned(overrides=small(title="Another title"))
     monkeypatch.chdir(tmp_path)
     write_configs(first)
-    file = tmp_path / first.config_file("risk_averse_2d")
+    file = tmp_path / first.config_files["risk_averse_2d"]
     assert load_resolved(file) == first.experiments["risk_averse_2d"]
     written = file.stat().st_mtime_ns
     write_configs(second)
     write_configs(first)
     assert file.stat().st_mtime_ns == written
-    assert load_resolved(second.config_file("risk_averse_2d")) == second.experiments["risk_averse_2d"]
+    assert load_resolved(second.config_files["risk_averse_2d"]) == second.experiments["risk_averse_2d"]
 
 
 def test_a_job_whose_configuration_is_not_there_says_why(
     planned: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = planned().config_file("risk_averse_2d")
+    file = planned().config_files["risk_averse_2d"]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="the configuration has changed since the run was started"):
         load_resolved(file)
@@ -257,19 +738,26 @@ def test_a_job_whose_configuration_is_not_there_says_why(
 def test_rules_are_those_of_the_workflow() -> None:
     texts = [path.read_text() for path in [ROOT / "Snakefile", *(ROOT / "workflow" / "rules").glob("*.smk")]]
     rules = {line[5:-1] for text in texts for line in text.splitlines() if line.startswith("rule ")}
-    assert rules == {*RULES, *TARGETS} - {"measure"}
+    assert rules == {*REPORT, *TARGETS}
 
 
 def test_the_shell_gets_every_name_and_path_quoted() -> None:
-    """But for commands and options that are made of quoted parts, and numbers."""
-    plain = {"threads", "resources.gpu", "params.gpu", "params.each", "params.options", "params.together"}
+    """But for a command that is quoted as it is made, and numbers."""
     shells = 0
     for file in (ROOT / "workflow" / "rules").glob("*.smk"):
         for shell in re.findall(r"^ +shell:\n(.*?)(?:\n\n|\Z)", file.read_text(), re.DOTALL | re.MULTILINE):
             fields = re.findall(r"{([^}]*)}", shell)
-            assert {field for field in fields if not field.endswith(":q")} <= plain, f"{file.name}: {shell}"
+            plain = {field for field in fields if not field.endswith(":q")}
+            assert plain <= {"threads", "params.command"}, f"{file.name}: {shell}"
             shells += 1
-    assert shells == len(RULES)
+    assert shells == len(REPORT) + 1
+
+
+def test_commands_of_stages_are_quoted_as_they_are_made(planned: Callable[..., Plan]) -> None:
+    plan = planned(results="/tmp/a")
+    plan.config_files["risk_averse_2d"] = "a b;c"
+    command = rule_of(plan, "planar_pretrain").command(experiment="risk_averse_2d", seed="$x")
+    assert shlex.split(command)[3:] == ["a b;c", "--seed", "$x", "--results", "/tmp/a", "--workers", "1"]
 
 
 # ------------------------------------------------------------------------------------ what is refused
@@ -283,10 +771,6 @@ def test_the_shell_gets_every_name_and_path_quoted() -> None:
         ({"experiments": ["a", "a"]}, ("key experiments: 'a' occurs twice",)),
         ({"experiments": ["my experiment"]}, ("key experiments.0:",)),
         ({"experiments": ["risk_averse_3d"]}, ("key experiments: unknown", "risk_averse_3d", "novelty_2d")),
-        ({"experiments": ["pretrain"]}, ("key experiments: pretrain: the workflow has a rule of this name",)),
-        ({"experiments": ["tables"]}, ("a rule of this name", "config/experiments/tables.yaml")),
-        ({"experiments": ["comparison"]}, ("a table of this name",)),
-        ({"experiments": ["theory_threshold"]}, ("a table of this name",)),
         ({"results": "-out"}, ("key results:", "-out")),
         ({"results": "my results"}, ("key results:",)),
         ({"results": "."}, ("key results: must be a folder of its own",)),
@@ -306,9 +790,20 @@ def test_the_shell_gets_every_name_and_path_quoted() -> None:
             {"theory_overrides": {"mirrors": {}}},
             ("key theory_overrides.mirrors:", "mirror_descent, threshold"),
         ),
-        ({"overrides": {"seeds": 0}}, ("key overrides: merged into", "key seeds")),
-        ({"overrides": {"objective": {"alpha": 0}}}, ("key overrides: merged into", "key objective.alpha")),
-        ({"overrides": {"solvr": {"updates": 3}}}, ("key overrides: merged into", "key solvr")),
+        ({"overrides": {"planar": {"seeds": 0}}}, ("key overrides: merged into", "key seeds")),
+        (
+            {"overrides": {"planar": {"objective": {"alpha": 0}}}},
+            ("key overrides: merged into", "key objective.alpha"),
+        ),
+        (
+            {"overrides": {"planar": {"solvr": {"updates": 3}}}},
+            ("key overrides: merged into", "key solvr: unknown"),
+        ),
+        (
+            {"overrides": {"solver": {"updates": 3}}},
+            ("key overrides: merged into", "key solver: ", "under their domain (images, molecules, planar)"),
+        ),
+        ({"overrides": {"planar": 3}}, ("key overrides: merged into", "key planar: must map keys")),
         ({"overrides": {"skip": {"nothing": {}}}}, ("key overrides.skip.nothing: there is no",)),
         ({"overrides": {"files": {"nothing": {}}}}, ("key overrides.files.nothing: there is no",)),
         ({"overrides": {"skip": 3}}, ("key overrides.skip:",)),
@@ -318,6 +813,29 @@ def test_a_bad_configuration_is_refused(
     planned: Callable[..., Plan], changes: dict[str, Any], words: tuple[str, ...]
 ) -> None:
     refused({**SMALL, "overrides": {}, **changes}, "config/my.yaml: key ", *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("planar_pretrain", "rule"),
+        ("planar_measure_risk_averse_2d", "rule"),
+        ("figures_risk_averse_2d", "rule"),
+        ("compare", "rule"),
+        ("tables", "rule"),
+        ("comparison", "table"),
+        ("theory_threshold", "table"),
+    ],
+)
+def test_names_that_the_workflow_has_are_refused(edited: Callable[..., None], name: str, what: str) -> None:
+    file = Path(f"config/experiments/{name}.yaml")
+    shutil.copy("config/experiments/risk_averse_2d.yaml", file)
+    edited(name, "name", name)
+    refused(
+        {**SMALL, "experiments": ["risk_averse_2d", name]},
+        f"config/my.yaml: key experiments: {name}: the workflow has a {what} of this name",
+        f"rename the experiment, in its key name and its file {file}",
+    )
 
 
 def test_what_says_nothing_is_taken_from_the_folder_of_the_results(planned: Callable[..., Plan]) -> None:
@@ -345,6 +863,21 @@ def test_a_bad_experiment_is_refused(
 ) -> None:
     edited(name, key, value)
     refused({**SMALL, "overrides": {}}, f"config/experiments/{name}.yaml", *words)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("plane", ("unknown domain 'plane'; known here: images, molecules, planar", "is installed")),
+        (3, ("must be images or molecules or planar, got 3",)),
+        ("molecules", ("key subset: missing",)),
+    ],
+)
+def test_an_experiment_of_a_domain_that_is_not_there_is_refused(
+    edited: Callable[..., None], value: Any, words: tuple[str, ...]
+) -> None:
+    edited("risk_averse_2d", "domain", value)
+    refused({**SMALL, "overrides": {}}, "config/experiments/risk_averse_2d.yaml: key ", *words)
 
 
 def test_an_unknown_parent_of_a_case_is_refused(edited: Callable[..., None]) -> None:

@@ -26,9 +26,9 @@ from flowtilt.domains.planar.studies import (
     study_points,
     study_runs_of,
 )
-from flowtilt.domains.planar.tables import experiment_panels
+from flowtilt.domains.planar.tables import experiment_panels, experiment_table, study_table
 from flowtilt.files import atomic_path
-from flowtilt.pipeline.experiment import load_file, planar_experiment, read_study
+from flowtilt.pipeline.experiment import load_file, read_study
 from flowtilt.pipeline.report.measurements import (
     LAYERS,
     LONG_COLUMNS,
@@ -52,8 +52,7 @@ from flowtilt.pipeline.report.tables import (
     table_frame,
     verdict,
     write_comparison,
-    write_experiment_table,
-    write_study_table,
+    write_panels,
     write_table,
 )
 from made_up import (
@@ -64,8 +63,8 @@ from made_up import (
     write_histories,
     write_metrics,
 )
+from small import CONFIG, in_plane
 
-CONFIG = Path(__file__).parents[1] / "config"
 REPORTED = CONFIG / "reported_results.csv"
 TAILS = {
     row_name(method, layer): tail
@@ -436,7 +435,7 @@ def test_two_sources_give_two_columns(long: pd.DataFrame) -> None:
 
 
 def test_written_table_reads_back_in_full_precision(results: Path, long: pd.DataFrame) -> None:
-    write_experiment_table(results, made_up_runs(), results / "tables/risk", read_reported(REPORTED))
+    write_panels(results / "tables/risk", *experiment_table(results, made_up_runs(), read_reported(REPORTED)))
     frame = table_frame(long, read_reported(REPORTED))
     with (results / "tables/risk.csv").open(newline="") as stream:
         read = list(csv.DictReader(stream))
@@ -451,7 +450,7 @@ def test_written_table_reads_back_in_full_precision(results: Path, long: pd.Data
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     runs = made_up_runs(seeds=(3,))
     write_metrics(tmp_path, runs, plain_metrics(runs, TAILS))
-    write_experiment_table(tmp_path, runs, tmp_path / "t", read_reported(REPORTED))
+    write_panels(tmp_path / "t", *experiment_table(tmp_path, runs, read_reported(REPORTED)))
     assert pd.read_csv(tmp_path / "t.csv")["sd"].isna().all()
     text = (tmp_path / "t.md").read_text(encoding="utf-8")
     assert "one seed" in text
@@ -459,11 +458,11 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
 
 
 def test_failure_leaves_the_earlier_table(results: Path) -> None:
-    write_experiment_table(results, made_up_runs(), results / "t", read_reported(REPORTED))
+    write_panels(results / "t", *experiment_table(results, made_up_runs(), read_reported(REPORTED)))
     before = {p.name: p.read_bytes() for p in results.glob("t.*")}
     (results / "runs/risk_averse_2d/am/seed0/metrics.json").write_text("{")
     with pytest.raises(ResultsError):
-        write_experiment_table(results, made_up_runs(), results / "t", read_reported(REPORTED))
+        write_panels(results / "t", *experiment_table(results, made_up_runs(), read_reported(REPORTED)))
     assert {p.name: p.read_bytes() for p in results.glob("t.*")} == before
 
 
@@ -485,7 +484,7 @@ def functional_runs(results: Path, changes: dict[str, float]) -> Runs:
 def test_a_network_that_lowers_its_own_objective_is_named(tmp_path: Path) -> None:
     """Under the gap that is closed on average, a seed on which G falls would not be seen."""
     runs = functional_runs(tmp_path, {"fdc": -0.5, "tfft": 0.5})
-    write_experiment_table(tmp_path, runs, tmp_path / "t", read_reported(REPORTED))
+    write_panels(tmp_path / "t", *experiment_table(tmp_path, runs, read_reported(REPORTED)))
     text = (tmp_path / "t.md").read_text()
     assert "- fdc lowers its own G on 1 of 2 seeds: it changes by 3.8 ± 6.0 from that" in text
     assert "- G rises over that of the pretrained law on every seed under am, tfft." in text
@@ -493,7 +492,7 @@ def test_a_network_that_lowers_its_own_objective_is_named(tmp_path: Path) -> Non
 
 def test_on_a_tail_the_objective_is_compared_with_the_pretrained_one(results: Path) -> None:
     """Costs: the made-up am has a mean of 144.5 where 131 is that of the pretrained model; G is 10 less."""
-    write_experiment_table(results, made_up_runs(), results / "t", read_reported(REPORTED))
+    write_panels(results / "t", *experiment_table(results, made_up_runs(), read_reported(REPORTED)))
     text = (results / "t.md").read_text()
     assert "- am lowers its own G on 2 of 2 seeds" in text
     assert "every seed under fdc, tfft." in text
@@ -505,7 +504,7 @@ def test_studies_name_what_lowers_its_own_objective(tmp_path: Path) -> None:
     for runs, tail in zip(with_base.cases, (300.0, 100.0), strict=True):
         tails = {row_name(m, layer): 262.0 for m in ("pretrained", "am") for layer in LAYERS}
         write_metrics(tmp_path, runs, plain_metrics(runs, tails | {"am": tail}))
-    write_study_table(tmp_path, with_base, tmp_path / "t")
+    write_panels(tmp_path / "t", *study_table(tmp_path, with_base))
     text = (tmp_path / "t.md").read_text()
     assert text.count("lowers its own G") == 1
     assert f"- {with_base.cases[0].name.split('/')[-1]}: am lowers its own G on 2 of 2 seeds" in text
@@ -639,7 +638,7 @@ def test_iterations_stand_beside_the_line_of_reference(tmp_path: Path) -> None:
         "novelty_2d: fdc has its best G of the tail at K = 2: 290.50 ± 0.71, 50.00 above tfft."
     )
     assert len(said) == 3
-    write_study_table(tmp_path, study, tmp_path / "tables/iterations")
+    write_panels(tmp_path / "tables/iterations", *study_table(tmp_path, study))
     frame = pd.read_csv(tmp_path / "tables/iterations.csv")
     assert frame.loc[frame["row"] == "tfft", "axis"].isna().all()
     assert set(frame.loc[frame["series"] == "fdc", "axis"]) == {1.0, 2.0, 10.0}
@@ -653,10 +652,10 @@ def test_iterations_stand_beside_the_line_of_reference(tmp_path: Path) -> None:
 def test_tables_of_all_the_projects_experiments(tmp_path: Path) -> None:
     other = ("molecules", "text_to_image")  # their own tests are elsewhere
     files = [f for f in sorted((CONFIG / "experiments").glob("*.yaml")) if not f.stem.startswith(other)]
-    overrides = {"seeds": 2}
+    overrides = in_plane(seeds=2)
     names = []
     for file in files:
-        for experiment in map(planar_experiment, load_file(file, overrides).values()):
+        for experiment in load_file(file, overrides).values():
             runs = runs_of(experiment)
             tails = {row_name(m.name, layer): 90.0 for m in runs.methods for layer in LAYERS}
             metrics = plain_metrics(runs, tails) if runs.has_tail else functional_metrics

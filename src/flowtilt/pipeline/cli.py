@@ -110,6 +110,13 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         stage.set_defaults(handler=handler)
         return stage
 
+    stage = add("doctor", _doctor, "Say what this machine, or the cluster it submits to, can run of a plan.")
+    stage.add_argument(
+        "--configfile", type=Path, nargs="+", default=[], help="as for Snakemake: over config/config.yaml"
+    )
+    stage.add_argument("--partition", default=None, help="of SLURM (default: $SBATCH_PARTITION)")
+    stage.add_argument("--gpu", type=int, default=None, help="GPUs of a job, over the configuration's")
+
     stage = add("resolve", _resolve, "Validate a file and write one of its experiments, overrides merged in.")
     stage.add_argument("file", type=Path, help="a file of config/experiments")
     stage.add_argument("--name", help="the experiment or case; may be left out for an ordinary file")

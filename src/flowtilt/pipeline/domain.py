@@ -132,9 +132,13 @@ class Stage:
             return False
         return not method or experiment.methods[method].kind in self.kinds
 
+    def folder_of(self, experiment: Experiment) -> str:
+        """The experiment whose folder a job writes to."""
+        return experiment.base if self.before else experiment.name
+
     def written(self, run: Run) -> dict[str, str]:
         """The files of a run's job by their role."""
-        own = {"experiment": run.experiment.name, "method": run.method, "seed": run.seed}
+        own = {"experiment": self.folder_of(run.experiment), "method": run.method, "seed": run.seed}
         return {
             role: f"{run.results}/{pattern.format(**own, **self.fields(run.experiment))}"
             for role, pattern in self.writes.items()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -359,9 +360,18 @@ def _leave_out(methods: dict[str, Any], skip: Skip, path: Path) -> None:
         del methods[name]
 
 
+_ADDRESS = re.compile(r"[0-9a-f]{16}")
+"""Name of a resolved configuration's file, as :attr:`flowtilt.pipeline.plan.Plan.config_files` has them."""
+
+
 def load_resolved(path: str | Path) -> Experiment:
     """An experiment from a file that :func:`dump` wrote, or from an ordinary experiment file."""
     path = Path(path)
+    if _ADDRESS.fullmatch(path.stem) and not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file: the configuration has changed since the run was started, or this machine "
+            "does not see the folder that it was started in; start the run again"
+        )
     data = read_yaml(path)
     if "study" in data:
         raise ConfigError(f"{path}: is a study; name one of its cases' resolved files instead")

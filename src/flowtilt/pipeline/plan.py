@@ -138,15 +138,13 @@ class Plan:
 
     def _written(self, experiment: Experiment) -> Iterator[str]:
         """What the stages of an experiment write, and those of what it starts from."""
-        base = self.files[experiment.base][experiment.base]
         for stage in domain_of(experiment).stages:
-            of = base if stage.before else experiment
             if not stage.wanted or stage.scope == "resolution":
                 continue
             for seed in experiment.seeds:
                 for method in experiment.methods if stage.kinds else [""]:
-                    if stage.has(of, method):
-                        yield from stage.written(Run(self.config.results, of, method, seed)).values()
+                    if stage.has(experiment, method):
+                        yield from stage.written(Run(self.config.results, experiment, method, seed)).values()
 
     def read_by_table(self, name: str) -> list[str]:
         """What the table of a file is made from: metrics, and what its domain adds to them."""

@@ -171,13 +171,11 @@ def benchmark_of(domain: Domain, stage: Stage, run: Run) -> str:
     file = run.experiment.name.partition("/")[0]
     if stage.scope == "file":
         return f"{rule_name(domain, stage)}_{file}/{file}/seed{run.seed}"
-    experiment = run.experiment.base if stage.before else run.experiment.name
+    experiment = stage.folder_of(run.experiment)
     places = {"experiment": experiment, "method": run.method, "seed": f"seed{run.seed}"}
     places |= stage.fields(run.experiment)
     fields = unique(field for pattern in stage.writes.values() for field in _FIELD.findall(pattern))
-    return "/".join(
-        [rule_name(domain, stage), *(places[field] for field in fields)] if fields else [stage.name]
-    )
+    return "/".join([rule_name(domain, stage), *([places[field] for field in fields] or [stage.name])])
 
 
 def stage_rules(plan: Plan) -> list[StageRule]:
@@ -186,7 +184,7 @@ def stage_rules(plan: Plan) -> list[StageRule]:
     for domain in plan.domains:
         own = [one for one in plan.experiments.values() if one.domain == domain.name]
         for stage in domain.stages:
-            served = [one for one in own if stage.of(one)]
+            served = [one for one in own if stage.of(one) and stage.folder_of(one) == one.name]
             if stage.scope == "file":
                 for name, cases in plan.files.items():
                     if found := [case for case in cases.values() if case in served]:

@@ -34,8 +34,8 @@ from made_up import (
     write_histories,
     write_metrics,
 )
+from small import CONFIG, in_plane
 
-CONFIG = Path(__file__).parents[1] / "config"
 REPORTED = CONFIG / "reported_results.csv"
 
 
@@ -223,7 +223,7 @@ def test_study_of_iterations_is_drawn(tmp_path: Path, seeds: tuple[int, ...]) ->
 @pytest.mark.parametrize("name", ["novelty_2d", "resolution_2d"])
 def test_figures_of_the_projects_experiments(tmp_path: Path, name: str) -> None:
     file = CONFIG / "experiments" / f"{name}.yaml"
-    overrides = {"seeds": 1, "grid": {"cells": 96}}
+    overrides = in_plane(seeds=1, grid={"cells": 96})
     for experiment in load_file(file, overrides).values():
         write_arrays(tmp_path, runs_of(experiment), height_of(experiment), cells=96, samples=500)
     write_figures(file, overrides, tmp_path, REPORTED, tmp_path / "figures" / name)
@@ -237,7 +237,7 @@ def test_figures_of_the_projects_experiments(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["entropy_2d", "ot_2d", "hierarchy_2d", "solvers_2d"])
 def test_figures_of_the_experiments_on_functionals(tmp_path: Path, name: str) -> None:
     file = CONFIG / "experiments" / f"{name}.yaml"
-    overrides = {"seeds": 2}
+    overrides = in_plane(seeds=2)
     for experiment in load_file(file, overrides).values():
         write_functional_arrays(tmp_path, runs_of(experiment), cells=24, samples=400)
         write_histories(tmp_path, experiment)

@@ -3,82 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from by_hand import pretrained
 from flowtilt import thresholds
-from flowtilt.domains.planar.landscapes import Slope
-from flowtilt.pipeline.cli import main
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.experiment import Experiment, dump
 from flowtilt.pipeline.files import read_density
 from small import tiny
 
 SMALL = {"grid": {"cells": 16}}
-
-
-class Rough(Slope):
-    """A reward that has no gradient to give."""
-
-    differentiable = False
-
-
-class Folder:
-    """A results folder driven by hand, one command a stage."""
-
-    def __init__(self, path: Path, experiment: Experiment) -> None:
-        self.path, self.experiment = path, experiment
-        self.config = path / "config.yaml"
-        self.config.write_text(dump(experiment))
-        self.base = path / "runs" / experiment.base / "pretrained" / "seed0"
-        self.base.mkdir(parents=True)
-        self.model = self.base / "model.safetensors"
-        assert self.run("pretrain", seed=0, output=self.model, history=self.base / "history.csv") == 0
-        assert self.run("density", model=self.model, output=self.base / "density.npz") == 0
-
-    def folder(self, method: str) -> Path:
-        return self.path / "runs" / self.experiment.name / method / "seed0"
-
-    def file(self, method: str, name: str) -> Path:
-        return self.folder(method) / name
-
-    def run(self, stage: str, **options: Any) -> int:
-        words = [stage, str(self.config)]
-        for name, value in options.items():
-            words += [f"--{name.replace('_', '-')}", str(value)]
-        return main(words)
-
-    def finetune(self, method: str, **more: Path) -> int:
-        self.folder(method).mkdir(parents=True, exist_ok=True)
-        return self.run(
-            "finetune",
-            method=method,
-            seed=0,
-            pretrained=self.model,
-            output=self.file(method, "model.safetensors"),
-            history=self.file(method, "history.csv"),
-            **more,
-        )
-
-    def rows(self) -> dict[str, dict[str, float]]:
-        """The networks' rows and the solved ones of all methods, measured in one go.
-
-        A method that was not fine-tuned is measured as the pretrained model; its solved rows are its own.
-        """
-        for method, config in self.experiment.methods.items():
-            if config.kind != "pretrained" and not self.folder(method).exists():
-                self.folder(method).mkdir(parents=True)
-                shutil.copy(self.model, self.folder(method))
-                self.file(method, "history.csv").write_text("update,active_share\n0,1.0\n")
-        assert self.run("measure", seed=0, results=self.path) == 0
-        rows = {}
-        for method in self.experiment.methods:
-            rows |= json.loads(self.file(method, "metrics.json").read_text())["rows"]
-        return rows
 
 
 @pytest.mark.parametrize(
@@ -94,7 +31,7 @@ def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
         methods={"fdc_dA": fdc},
         evaluation={"transport": {"samples": 100}},
     )
-    folder = Folder(tmp_path, experiment)
+    folder = pretrained(tmp_path, experiment)
     for method in ("am", "fdc_dA"):
         assert folder.finetune(method) == 0
     rows = folder.rows()
@@ -140,19 +77,19 @@ def test_a_tail_in_a_row(tmp_path: Path, utility: dict[str, Any]) -> None:
     )
     of_the_tail = {m: experiment.methods[m] for m in ("pretrained", "am", "weighted")}
     experiment = experiment.model_copy(update={"methods": of_the_tail})
-    folder = Folder(tmp_path, experiment)
+    folder = pretrained(tmp_path, experiment)
     offline = folder.base / "offline.npz"
-    assert folder.run("offline", seed=0, model=folder.model, output=offline) == 0
+    assert folder.run("offline") == 0
     rewards = np.load(offline)["reward"]
     assert folder.finetune("weighted") == 1  # without a threshold
     for method, alpha in (("am", 9.0), ("weighted", 8.0)):
         file = folder.file(method, "threshold.json")
-        assert folder.run("threshold", method=method, offline=offline, output=file) == 0
+        assert folder.run("threshold", method) == 0
         said = json.loads(file.read_text())
         side = "lower" if utility["kind"] == "cvar" else "upper"
         mass = 0.8 if side == "lower" else 0.5
         assert said["threshold"] == thresholds.threshold(rewards, alpha, mass, side)  # type: ignore[arg-type]
-        assert folder.finetune(method, threshold=file) == 0
+        assert folder.finetune(method) == 0
         history = folder.file(method, "history.csv").read_text()
         assert ("effective_sample_size" in history) == (method == "weighted")
     rows = folder.rows()
@@ -163,11 +100,18 @@ def test_a_tail_in_a_row(tmp_path: Path, utility: dict[str, Any]) -> None:
         assert exact["functional"] == optimum["functional"] > exact["functional_before"]
 
 
-def test_a_method_s_own_solver_decides_what_it_takes_of_a_reward() -> None:
+def test_a_method_s_own_solver_decides_what_it_takes_of_a_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A reward without a gradient will do for weighted fitting, and for no other method."""
     from flowtilt.domains.planar.problems import check_problems
 
-    landscape = {"landscape": "test_functional_experiments:Rough"}
+    (tmp_path / "rough_rewards.py").write_text(
+        "from flowtilt.domains.planar.landscapes import Slope\n"
+        "class Rough(Slope):\n    differentiable = False\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    landscape = {"landscape": "rough_rewards:Rough"}
     changes = {method: {"solver": {"kind": "weighted_fitting"}} for method in ("am", "fdc_dA", "fdc_dB")}
     check_problems(tiny("ot_2d", **SMALL, reward=landscape, methods=changes))  # type: ignore[arg-type]
     for method in changes:
@@ -177,7 +121,7 @@ def test_a_method_s_own_solver_decides_what_it_takes_of_a_reward() -> None:
 
 
 def test_the_network_row_of_the_pretrained_model_is_its_own_grid_row(tmp_path: Path) -> None:
-    folder = Folder(tmp_path, tiny("entropy_2d", **SMALL))
+    folder = pretrained(tmp_path, tiny("entropy_2d", **SMALL))
     solved = folder.rows()
     row = solved["pretrained"]
     assert row["functional"] == solved["pretrained_exact"]["functional"]
@@ -201,18 +145,17 @@ def test_coverage_is_the_cell_of_the_lightest_component() -> None:
 def test_a_stage_for_tails_refuses_other_functionals(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Folder(tmp_path, tiny("entropy_2d", **SMALL))
-    files = {"output": tmp_path / "e.json", "laws": tmp_path / "e.npz"}
-    assert folder.run("exact", density=folder.base / "density.npz", **files) == 1
-    assert "key objective must have tail" in capsys.readouterr().err
+    folder = pretrained(tmp_path, tiny("entropy_2d", **SMALL))
+    assert folder.run("exact") == 1
+    assert "the stage exact is not for experiments of its kind" in capsys.readouterr().err
 
 
 def test_runs_on_tails_are_measured_together_too(tmp_path: Path) -> None:
-    folder = Folder(tmp_path, tiny())
+    folder = pretrained(tmp_path, tiny())
     assert folder.finetune("am") == 0
     tuned = {m: folder.experiment.methods[m] for m in ("am", "pretrained")}  # in any order
-    folder.config.write_text(dump(folder.experiment.model_copy(update={"methods": tuned})))
-    assert folder.run("measure", seed=0, results=tmp_path) == 0
+    folder.write(folder.experiment.model_copy(update={"methods": tuned}))
+    assert folder.run("measure") == 0
     (row,) = json.loads(folder.file("am", "metrics.json").read_text())["rows"].values()
     assert {"worst_1pct_cost", "kl", "floored_mass", "active_share", "dominance_violation"} <= row.keys()
 
@@ -221,7 +164,7 @@ def test_methods_of_one_step_share_their_noise(tmp_path: Path) -> None:
     """With alpha 0.5 given twice the two methods are one: they end in the same weights."""
     same = {"kind": "fdc", "iterations": 1, "step_weight": 2.0}
     methods = {"a": same, "b": {**same, "objective": {"alpha": 0.5}}}
-    folder = Folder(tmp_path, tiny("entropy_2d", **SMALL, methods=methods))
+    folder = pretrained(tmp_path, tiny("entropy_2d", **SMALL, methods=methods))
     assert folder.finetune("a") == 0
     assert folder.finetune("b") == 0
     first, second = (folder.file(method, "model.safetensors").read_bytes() for method in "ab")
@@ -237,10 +180,10 @@ def test_modes_in_a_row(tmp_path: Path, solver: str) -> None:
     pretrain = {"updates": 150, "batch": 256, "learning_rate": 0.01}
     changes = {"reward": reward, "data": data, "pretrain": pretrain, "solver": {"kind": solver, "bank": 500}}
     experiment = tiny("modes_2d", **SMALL, **changes, methods={"fdc": {"iterations": 2}})
-    folder = Folder(tmp_path, experiment)
+    folder = pretrained(tmp_path, experiment)
     assert np.load(folder.base / "density.npz")["log_density"].shape == (2, 16, 16)
     offline = folder.base / "offline.npz"
-    assert folder.run("offline", seed=0, model=folder.model, output=offline) == 0
+    assert folder.run("offline") == 0
     assert np.load(offline)["x"].shape == (500, 2)
     assert folder.finetune("fdc") == 0
     rows = folder.rows()

@@ -12,7 +12,7 @@ from flowtilt.functionals.registry import DIVERGENCES, UTILITIES
 from flowtilt.pipeline.experiment import load_file
 from flowtilt.pipeline.report.measurements import collect_runs, runs_of
 from made_up import functional_metrics, write_metrics
-from small import CONFIG
+from small import CONFIG, in_plane
 
 FILE = CONFIG / "experiments" / "hierarchy_2d.yaml"
 
@@ -20,7 +20,7 @@ FILE = CONFIG / "experiments" / "hierarchy_2d.yaml"
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     results = tmp_path_factory.mktemp("results")
-    cases = list(load_file(FILE, {"seeds": 2}).values())
+    cases = list(load_file(FILE, in_plane(seeds=2)).values())
     for case in cases:
         write_metrics(results, runs_of(case), functional_metrics)
     found = reached(collect_runs(results, map(runs_of, cases)), cases)
@@ -35,7 +35,7 @@ def test_every_registered_functional_has_a_line(lines: pd.DataFrame) -> None:
 
 
 def test_a_functional_without_a_case_has_a_tier_and_no_numbers(tmp_path: Path) -> None:
-    without = {"seeds": 1, "skip": {"hierarchy_2d": {"cases": ["diverse_modes"]}}}
+    without = {**in_plane(seeds=1), "skip": {"hierarchy_2d": {"cases": ["diverse_modes"]}}}
     cases = list(load_file(FILE, without).values())
     for case in cases:
         write_metrics(tmp_path, runs_of(case), functional_metrics)
@@ -97,9 +97,9 @@ def test_tiers_and_curvatures(
 def test_table_is_written(tmp_path: Path) -> None:
     from flowtilt.pipeline.report.tables import write_table
 
-    for case in load_file(FILE, {"seeds": 1}).values():
+    for case in load_file(FILE, in_plane(seeds=1)).values():
         write_metrics(tmp_path, runs_of(case), functional_metrics)
-    write_table(FILE, {"seeds": 1}, tmp_path, CONFIG / "reported_results.csv", tmp_path / "hierarchy_2d")
+    write_table(FILE, in_plane(seeds=1), tmp_path, CONFIG / "reported_results.csv", tmp_path / "hierarchy_2d")
     frame = pd.read_csv(tmp_path / "hierarchy_2d.csv")
     assert {"label", "tier", "curvature", "before", "after", "optimum", "closed", "verdict"} <= set(frame)
     text = (tmp_path / "hierarchy_2d.md").read_text()

@@ -19,14 +19,14 @@ from flowtilt.pipeline.experiment import Experiment, load_file
 from flowtilt.pipeline.report.measurements import ResultsError, collect_runs, runs_of
 from flowtilt.pipeline.report.tables import write_table
 from made_up import functional_metrics, write_histories, write_metrics
-from small import CONFIG
+from small import CONFIG, in_plane
 
 FILE = CONFIG / "experiments" / "solvers_2d.yaml"
 (SOLVES,) = {method.iterations for method in load_file(FILE)["solvers_2d/entropy"].methods.values()}
 
 
 def write_study(results: Path, seeds: int) -> list[Experiment]:
-    cases = list(load_file(FILE, {"seeds": seeds}).values())
+    cases = list(load_file(FILE, in_plane(seeds=seeds)).values())
     for case in cases:
         write_metrics(results, runs_of(case), functional_metrics)
         write_histories(results, case)
@@ -85,7 +85,7 @@ def test_points_are_means_over_seeds_but_for_the_worst_bank(runs: list[SolverRun
 
 def test_table_is_written_with_its_note(tmp_path: Path) -> None:
     write_study(tmp_path, 1)
-    write_table(FILE, {"seeds": 1}, tmp_path, CONFIG / "reported_results.csv", tmp_path / "solvers_2d")
+    write_table(FILE, in_plane(seeds=1), tmp_path, CONFIG / "reported_results.csv", tmp_path / "solvers_2d")
     frame = pd.read_csv(tmp_path / "solvers_2d.csv")
     assert {"gap", "closed", "network_passes", "seconds", "effective_sample_size"} <= set(frame)
     assert "one core of the machine" in (tmp_path / "solvers_2d.md").read_text()

@@ -102,7 +102,7 @@ class PlanarExperiment(Experiment):
     def own_updates_of(self, method: str) -> int:
         """Optimiser steps of all solves of a method, without those of another one that it continues."""
         start = self.methods[method].continue_from
-        earlier = self.own_updates_of(start) if start else 0
+        earlier = super().own_updates_of(start) if start else 0  # all that it has, whatever it continues
         return super().own_updates_of(method) - earlier
 
     @abstractmethod

@@ -12,7 +12,7 @@ from flowtilt.pipeline.configuration import ConfigError
 
 def check_terms(name: str, case: FunctionalExperiment) -> None:
     """Refuse functionals and parameters that nobody knows; what needs torch to be told is checked as a run
-    begins, by :func:`flowtilt.pipeline.starting.check_functionals`."""
+    begins, by :func:`flowtilt.pipeline.starting.check_experiments`."""
     for method, settings in case.methods.items():
         problem = case.problem_of(method)
         terms: Sequence[tuple[str, TermConfig, Mapping[str, FunctionalKeys]]] = (

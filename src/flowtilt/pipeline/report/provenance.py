@@ -14,7 +14,7 @@ from typing import Any
 from flowtilt.files import one_line, read_json, read_text, write_text
 from flowtilt.pipeline.domain import known_domains
 
-SOURCES = Path(__file__).resolve().parent
+SOURCES = Path(__file__).resolve().parents[2]
 """Folder of the package that runs."""
 
 REDIRECTING = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR")
