@@ -1,4 +1,4 @@
-"""Draw the workflow's rules as an SVG picture, from what ``snakemake --rulegraph`` prints.
+"""Draw the workflow's rules as an SVG drawing, from what ``snakemake --rulegraph`` prints.
 
 snakemake --rulegraph | python workflow/scripts/rulegraph.py docs/rulegraph.svg
 
@@ -18,15 +18,10 @@ from xml.sax.saxutils import escape
 RULES = Path(__file__).resolve().parents[1] / "rules"
 
 COLOURS = {
-    "pretrain": "#cfe3f7",
-    "finetune": "#fbd9b5",
-    "evaluate": "#cdeccb",
     "report": "#f3ecb3",
     "theory": "#e3d3f2",
-    "molecules": "#f7ccd6",
-    "images": "#b9e6e1",
 }
-"""By rule file; rules of the Snakefile itself are grey."""
+"""By rule file; rules of the Snakefile itself, and those of stages, are grey."""
 
 OTHER = "#e4e4e4"
 
@@ -223,11 +218,11 @@ def _height(name: str) -> float:
     return len(label(name)) * LINE + PADDING
 
 
-# ------------------------------------------------------------------------------------ picture
+# ------------------------------------------------------------------------------------ drawing
 
 
 def draw(graph: Graph, known: dict[str, str]) -> str:
-    """The picture as SVG; each box and each arrow has a title that says what it is."""
+    """The drawing as SVG; each box and each arrow has a title that says what it is."""
     graph = reduced(graph)
     levels, ways = routed(graph, rows_of(graph))
     x = placed(levels, ways)
@@ -300,16 +295,16 @@ def _legend(files: list[str], height: float) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Draw what `snakemake --rulegraph` prints.")
-    parser.add_argument("output", type=Path, help="picture to write (svg)")
+    parser.add_argument("output", type=Path, help="drawing to write (svg)")
     output = parser.parse_args().output
     known = files_of(RULES)
     try:
-        picture = draw(parse(sys.stdin.read(), known), known)
+        drawing = draw(parse(sys.stdin.read(), known), known)
     except ValueError as error:
         print(f"rulegraph: {error}", file=sys.stderr)
         return 1
     temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_text(picture, encoding="utf-8")
+    temporary.write_text(drawing, encoding="utf-8")
     temporary.replace(output)
     return 0
 

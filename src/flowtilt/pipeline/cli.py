@@ -154,7 +154,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     stage = add("theory-report", _theory_report, "Write a theory study's table and figure.")
     stage.add_argument("file", type=Path, help="output of the stage theory")
     stage.add_argument("--output-prefix", type=Path, required=True, help="of the table's files")
-    stage.add_argument("--figure", type=Path, required=True, help="picture to write (png)")
+    stage.add_argument("--figure", type=Path, required=True, help="figure to write (png)")
 
     stage = add("provenance", _provenance, "Record what made the results.")
     stage.add_argument("--config-hash", required=True)

@@ -1,6 +1,6 @@
 """What a domain brings to the pipeline, and how domains are found.
 
-A domain is what experiments are on: points of the plane, or anything else that a flow draws. It is one object
+A domain is what experiments are on: anything that a flow draws. It is one object
 with the attributes of :class:`Domain`, in a package of its own. Those in :mod:`flowtilt.domains` are there; a
 package of somebody else brings one by an entry point of the group ``flowtilt.domains``::
 
@@ -215,7 +215,7 @@ class Domain(Protocol):
     """As experiments name it by their key ``domain``."""
 
     words: str
-    """Where its experiments are, in a sentence: ``in the plane``."""
+    """Where its experiments are, in a sentence: ``on a circle``."""
 
     environment: str
     """Software of its jobs: a file of ``envs/`` without its ending."""
@@ -239,6 +239,10 @@ class Domain(Protocol):
 
     report: str
     """``module:object`` with the functions of :class:`flowtilt.pipeline.report.base.Report`."""
+
+    captions: str
+    """Folder with a caption ``{what is shown}.rst`` of each figure, for Snakemake's report, where
+    ``snakemake.params.name`` is the name of the file of experiments; empty for one that fits any figure."""
 
     assessment: tuple[str, ...]
     """Stages between a run's model and its metrics, whose times the table of costs adds up."""
@@ -264,7 +268,7 @@ class Domain(Protocol):
         """
 
     def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
-        """Figures of a file: the caption in ``workflow/report`` by what follows the file's name.
+        """Figures of a file: what each shows, in a word, by what follows the file's name.
 
         Args:
             experiments: of the file.
@@ -330,7 +334,7 @@ def domain_named(name: str) -> Domain:
     point = sources()[name]
     what = f"domain {name!r}{_package_of(point)}, {point.value}"
     try:
-        domain = point.load()
+        domain: Domain = point.load()
     except Exception as error:  # of somebody else's module, anything
         raise DomainError(
             f"{what}: cannot be imported ({type(error).__name__}: {error}); mend or uninstall its package"
@@ -342,7 +346,7 @@ def domain_named(name: str) -> Domain:
         )
     if domain.name != name:
         raise DomainError(f"{what}: calls itself {domain.name!r}; give both the same name")
-    return domain  # type: ignore[no-any-return]
+    return domain
 
 
 def _members() -> list[str]:

@@ -178,8 +178,13 @@ class Plan:
         return [f"{self.config.results}/tables/{name}.{extension}" for extension in ("csv", "md", "tex")]
 
     def captions(self, name: str) -> Mapping[str, str]:
-        """Captions of the figures of a file, by their endings."""
+        """What the figures of a file show, by their endings."""
         return self.domain_of_file(name).figures(list(self.files[name].values()), self.table_of(name))
+
+    def caption_file(self, name: str, shows: str) -> str:
+        """The caption of a figure in the report: its domain's own, or one that fits any figure."""
+        folder = self.domain_of_file(name).captions
+        return f"{folder}/{shows}.rst" if folder else "../report/figure.rst"
 
     def figures_of(self, name: str) -> list[str]:
         """Figures of an experiment file."""

@@ -193,8 +193,7 @@ def stage_rules(plan: Plan) -> list[StageRule]:
                         rules.append(StageRule(plan, domain, stage, found, name))
                 continue
             if stage.scope == "resolution":
-                cases = plan.files[plan.config.resolution].values()
-                served = [case for case in cases if case in served]
+                served = [case for case in plan.files[plan.config.resolution].values() if case in served]
             if served:
                 rules.append(StageRule(plan, domain, stage, served))
     return rules

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from flowtilt import thresholds
+from flowtilt.domains.planar.files import read_density
 from flowtilt.domains.planar.landscapes import Slope
 from flowtilt.pipeline.cli import main
 from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.pipeline.experiment import Experiment, dump
-from flowtilt.pipeline.files import read_density
 from small import tiny
 
 SMALL = {"grid": {"cells": 16}}

@@ -149,6 +149,7 @@ class Images:
     workbench = f"{_HERE}.bench:ImagesBench"
     process = f"{_HERE}.process:process"
     report = f"{_HERE}.report"
+    captions = str(Path(__file__).with_name("captions"))
     assessment = ("sample", "evaluate")
 
     def schema(self, data: Mapping[str, Any]) -> type[ImageExperiment]:

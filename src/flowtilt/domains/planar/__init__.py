@@ -191,6 +191,7 @@ class Planar:
     workbench = f"{_HERE}.bench:PlanarBench"
     process = f"{_HERE}.process:process"
     report = f"{_HERE}.report"
+    captions = str(Path(__file__).with_name("captions"))
     assessment = ("measure",)
 
     def schema(self, data: Mapping[str, Any]) -> type[PlanarExperiment]:
