@@ -47,10 +47,14 @@ def run() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage; returns 0, or 1 after an error that the user can mend."""
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser(given).parse_args(given)
+    _start_logging()
+    try:
+        arguments = _parser(given).parse_args(given)
+    except ValueError as error:  # of a domain that cannot be used
+        log.error("flowtilt: %s", error)
+        return 1
     gc.disable()  # importing torch makes a million objects that stay
     try:
-        _start_logging()
         arguments.handler(arguments)
         if "flowtilt.parallel" in sys.modules:  # which imports torch, and many stages do not
             sys.modules["flowtilt.parallel"].leave_processes()

@@ -7,6 +7,7 @@ package of somebody else brings one by an entry point of the group ``flowtilt.do
     [project.entry-points."flowtilt.domains"]
     circle = "circle_domain:DOMAIN"
 
+:class:`flowtilt.pipeline.usual.BaseDomain` has defaults; ``tests/toy_domain`` is an example of a whole one.
 A workflow is planned with domains: importing one takes neither torch nor the numerics. What its jobs need is
 named by ``module:function`` and imported by them.
 """
@@ -309,8 +310,8 @@ def sources() -> Mapping[str, EntryPoint]:
         other = found.setdefault(point.name, point)
         if other.value != point.value:
             raise DomainError(
-                f"two packages bring a domain {point.name!r}: {other.value} and {point.value}"
-                f"{_package_of(point)}; uninstall one of them"
+                f"two packages bring a domain {point.name!r}: {other.value}{_package_of(other)} and "
+                f"{point.value}{_package_of(point)}; uninstall one of them"
             )
     return found
 
@@ -328,17 +329,21 @@ def domain_named(name: str) -> Domain:
     """
     if name not in sources():
         raise DomainError(
-            f"unknown domain {name!r}; known here: {', '.join(sorted(sources()))}. A domain of another "
-            "package is there once that package is installed beside flowtilt"
+            f"unknown domain {name!r}; known here: {', '.join(sorted(sources()))}. Another is "
+            "there once the package that brings it is installed beside flowtilt"
         )
     point = sources()[name]
     what = f"domain {name!r}{_package_of(point)}, {point.value}"
     try:
         domain: Domain = point.load()
-    except Exception as error:  # of somebody else's module, anything
+    except (Exception, SystemExit) as error:  # of somebody else's module, anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DomainError(f"{what}: cannot be imported ({said}); mend its package, or uninstall it") from None
+    if isinstance(domain, type) or not hasattr(domain, "name"):
         raise DomainError(
-            f"{what}: cannot be imported ({type(error).__name__}: {error}); mend or uninstall its package"
-        ) from None
+            f"{what}: is {domain!r}, not a domain; name an object with the attributes of "
+            "flowtilt.pipeline.domain.Domain in the entry point"
+        )
     if lacking := [member for member in _members() if not hasattr(domain, member)]:
         raise DomainError(
             f"{what}: lacks {', '.join(lacking)}, which flowtilt.pipeline.domain.Domain says a domain has; "

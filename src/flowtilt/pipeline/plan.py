@@ -18,7 +18,7 @@ from typing import Any
 from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.domain import Domain, Run, domain_of
 from flowtilt.pipeline.experiment import Experiment, dump, read_study
-from flowtilt.pipeline.rules import StageRule, stage_rules, unique
+from flowtilt.pipeline.rules import StageRule, measures_resolution, stage_rules, unique
 from flowtilt.pipeline.theory.config import TheoryConfig
 
 Files = Mapping[str, Mapping[str, Experiment]]
@@ -170,7 +170,7 @@ class Plan:
     @property
     def _resolution(self) -> list[str]:
         """The measured resolution of networks, if a domain measures it."""
-        wanted = any(rule.stage.scope == "resolution" for rule in self.rules)
+        wanted = any(measures_resolution(self.domain_of_file(name)) for name in self.config.experiments)
         return [f"{self.config.results}/resolution.json"] if wanted else []
 
     def tables_of(self, name: str) -> list[str]:
