@@ -23,6 +23,7 @@ from flowtilt.domains.images import models as image_models
 from flowtilt.domains.images import sampling as image_sampling
 from flowtilt.domains.molecules import data, flowmol_weights, sdf
 from flowtilt.domains.molecules import pretraining as molecule_pretraining
+from flowtilt.domains.planar import measured
 from flowtilt.domains.planar import solving as truth
 from flowtilt.pipeline import files
 from flowtilt.pipeline.configuration import ConfigError, read_yaml
@@ -151,7 +152,7 @@ READERS = {
         lambda p: measurements.read_history(p, ["loss"]), "history.csv", HISTORY.encode(), False
     ),
     "arrays": Reader(measurements.read_arrays, "laws.npz", npz(axis=np.zeros(9))),
-    "resolution": Reader(measurements.read_resolution, "resolution.json", b'{"width": 0.25}'),
+    "resolution": Reader(measured.read_resolution, "resolution.json", b'{"width": 0.25}'),
     "benchmark": Reader(costs.read_benchmark, "seed0.tsv", BENCHMARK.encode(), False),
     "costs": Reader(
         costs.read_costs,

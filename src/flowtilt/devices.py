@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.seeding import seed_of
 
 
@@ -27,11 +26,11 @@ def check_gpus(wanted: int) -> None:
     """Refuse a job that was to have GPUs which torch does not see.
 
     Raises:
-        ConfigError: naming the key.
+        ValueError: naming the key.
     """
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted > found:
-        raise ConfigError(
+        raise ValueError(
             f"key gpu: the job was to have {wanted}, and torch sees {found}; run it where there are as many, "
             "install a torch that is built for them, or set gpu: 0, which takes much longer"
         )

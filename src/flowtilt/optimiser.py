@@ -13,7 +13,7 @@ class Adam:
     """Adam (Kingma and Ba 2015) by torch's own function, with its state in plain lists.
 
     The class ``torch.optim.Adam`` loads torch's compiler when it is made, which takes as much CPU time
-    as fifty updates of a planar network, once a job; the function behind it does not.
+    as fifty updates of a small network, once a job; the function behind it does not.
 
     Args:
         parameters: to optimise; those that do not require a gradient are left alone.

@@ -67,12 +67,12 @@ def drawn(name: str):
     return [
         shown(
             f"{PLAN.config.results}/figures/{name}{ending}.png",
-            caption=f"../report/{caption}.rst",
+            caption=PLAN.caption_file(name, shows),
             category="Experiments",
             subcategory=name,
-            labels={"shows": caption},
+            labels={"shows": shows},
         )
-        for ending, caption in PLAN.captions(name).items()
+        for ending, shows in PLAN.captions(name).items()
     ]
 
 

@@ -117,6 +117,7 @@ for name in PLAN.config.experiments:
             overrides=PLAN.overrides,
             digest=PLAN.file_digest(name),
             results=PLAN.config.results,
+            name=name,
             prefix=f"{PLAN.config.results}/figures/{name}",
         shell:
             "OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "

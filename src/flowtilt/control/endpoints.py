@@ -66,7 +66,7 @@ def likelihood_ratio_gradient(
 
     Returns:
         The estimates, (batch, ...): they stand at the states before the last. Where the tilt has no value at
-        an end, or at its mirror image, the estimate is zero.
+        an end, or at its reflection, the estimate is zero.
     """
     return _by_pairs(model, tilt, trajectories, steps, context)[0]
 

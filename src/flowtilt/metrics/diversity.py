@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowtilt.pipeline.configuration import ConfigError
-
 
 def vendi(features: ArrayLike) -> float:
     """Vendi score (Friedman and Dieng 2023, definition 3.1) of the cosine similarities of samples.
@@ -20,13 +18,13 @@ def vendi(features: ArrayLike) -> float:
 
     Raises:
         ValueError: for fewer than 2 samples, or for features that are zero or not finite.
-        ConfigError: if the package vendi-score is not installed.
+        ValueError: if the package vendi-score is not installed.
     """
     try:
         # Not score_X of the same package, which asks for a module that SciPy 2 will not have.
         from vendi_score.vendi import score_dual
     except ModuleNotFoundError:
-        raise ConfigError("vendi_score is not installed; pip install 'flowtilt[images]'") from None
+        raise ValueError("vendi_score is not installed; pip install vendi-score") from None
     rows = np.asarray(features, dtype=np.float64)
     if rows.ndim != 2 or len(rows) < 2:
         raise ValueError(f"a Vendi score needs features (n, d) of at least 2 samples, got shape {rows.shape}")

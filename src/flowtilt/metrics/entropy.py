@@ -29,7 +29,7 @@ def likelihood_entropy(log_density: ArrayLike) -> float:
 
 
 def histogram_entropy(samples: ArrayLike, extent: float, bins: int) -> float:
-    """Entropy in nats of a histogram of planar samples: ``bins`` x ``bins`` cells of ``[-extent, extent]^2``.
+    """Entropy in nats of a histogram of the plane: ``bins`` x ``bins`` cells of ``[-extent, extent]^2``.
 
     This is the entropy of the *cells*: that of the law is lower by the log of their number a unit
     of area, ``2 log(bins / (2 extent))``, once there are many samples a cell. With fewer it lies
@@ -42,7 +42,7 @@ def histogram_entropy(samples: ArrayLike, extent: float, bins: int) -> float:
         bins: cells along a side.
 
     Raises:
-        ValueError: if no sample lies on the square, one is not finite or not planar, or there is no cell.
+        ValueError: if no sample lies on the square, one is not finite or not (2,), or there is no cell.
     """
     points = np.asarray(samples, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 2:

@@ -9,9 +9,11 @@ from typing import Any
 
 from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError, validated
+from flowtilt.pipeline.domain import domain_of
 from flowtilt.pipeline.experiment import Experiment, load_file
 from flowtilt.pipeline.plan import Files, Plan, experiment_file, theory_file
 from flowtilt.pipeline.resources import REPORT, TARGETS
+from flowtilt.pipeline.rules import measures_resolution
 from flowtilt.pipeline.theory.config import TheoryConfig, load_theory
 
 TABLES = ("comparison", "by_seed")
@@ -71,13 +73,14 @@ def load_files(config: WorkflowConfig, where: str) -> Files:
         for name in changes.get(key, {}):
             if not Path(experiment_file(name)).is_file():
                 raise ConfigError(f"{where}: key overrides.{key}.{name}: there is no {experiment_file(name)}")
-    study = config.resolution
-    files.setdefault(study, load(study, changes, where, "resolution"))
-    if not any(method.kind == "am" for case in files[study].values() for method in case.methods.values()):
-        raise ConfigError(
-            f"{where}: key resolution: {study} has no method of kind am to measure the network's resolution "
-            "by; name a study that has"
-        )
+    if any(measures_resolution(domain_of(next(iter(cases.values())))) for cases in files.values()):
+        study = _resolution(config, where)
+        files.setdefault(study, load(study, changes, where, "resolution"))
+        if not any(method.kind == "am" for case in files[study].values() for method in case.methods.values()):
+            raise ConfigError(
+                f"{where}: key resolution: {study} has no method of kind am to measure the network's "
+                "resolution by; name a study that has"
+            )
     bases = {case.base: name for name, cases in files.items() for case in cases.values()}
     for base, name in bases.items():
         if base not in files:
@@ -85,6 +88,14 @@ def load_files(config: WorkflowConfig, where: str) -> Files:
         if base not in files[base]:
             raise ConfigError(f"{experiment_file(name)}: key base: {base} is a study; name one experiment")
     return files
+
+
+def _resolution(config: WorkflowConfig, where: str) -> str:
+    if config.resolution is None:
+        raise ConfigError(
+            f"{where}: key resolution: missing; name the study that the network's resolution is measured by"
+        )
+    return config.resolution
 
 
 def load(name: str, changes: Mapping[str, Any], where: str, key: str) -> dict[str, Experiment]:

@@ -47,10 +47,14 @@ def run() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage; returns 0, or 1 after an error that the user can mend."""
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser(given).parse_args(given)
+    _start_logging()
+    try:
+        arguments = _parser(given).parse_args(given)
+    except ValueError as error:  # of a domain that cannot be used
+        log.error("flowtilt: %s", error)
+        return 1
     gc.disable()  # importing torch makes a million objects that stay
     try:
-        _start_logging()
         arguments.handler(arguments)
         if "flowtilt.parallel" in sys.modules:  # which imports torch, and many stages do not
             sys.modules["flowtilt.parallel"].leave_processes()
@@ -161,7 +165,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     stage = add("theory-report", _theory_report, "Write a theory study's table and figure.")
     stage.add_argument("file", type=Path, help="output of the stage theory")
     stage.add_argument("--output-prefix", type=Path, required=True, help="of the table's files")
-    stage.add_argument("--figure", type=Path, required=True, help="picture to write (png)")
+    stage.add_argument("--figure", type=Path, required=True, help="figure to write (png)")
 
     stage = add("provenance", _provenance, "Record what made the results.")
     stage.add_argument("--config-hash", required=True)

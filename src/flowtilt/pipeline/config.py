@@ -45,8 +45,9 @@ class WorkflowConfig(Section):
     experiments: Annotated[Names, Field(min_length=1)]
     """Names of one or more files config/experiments/{name}.yaml, each once."""
 
-    resolution: Name
-    """Name of the study whose Adjoint Matching runs measure the network's resolution."""
+    resolution: Name | None = None
+    """Name of the study whose Adjoint Matching runs measure the network's resolution; experiments of a domain
+    that has rows at this resolution need it."""
 
     theory: Names = Field(default_factory=list)
     """Names of files config/theory/{name}.yaml, each once."""

@@ -37,7 +37,6 @@ INTRODUCTION = """\
 | `config.yaml` | what is run, at the embedded scale; Snakemake reads it |
 | `smoke.yaml`, `paper.yaml` | other scales, as overrides of it |
 | `experiments/{name}.yaml` | one experiment, or a study of several cases |
-| `models/{name}.yaml` | one text-to-image model, which experiments name |
 | `theory/{name}.yaml` | one study of the papers' guarantees |
 | `reported_results.csv` | the papers' values, which tables stand beside |
 
@@ -47,14 +46,14 @@ is refused with the file, the key and the known ones.
 ## Overriding
 
 A scale of your own is a file of what differs from `config.yaml`. What is under `overrides` is merged into
-every experiment of the domain whose name it stands under:
+every experiment whose key `domain` is the name that it stands under, here DOMAIN:
 
 ```yaml
 # config/mine.yaml
 results: results/mine
 experiments: [risk_averse_2d]
 overrides:
-  planar: {seeds: 2, solver: {updates: 400}}
+  DOMAIN: {seeds: 2, solver: {updates: 400}}
   skip: {risk_averse_2d: {methods: [fdc]}}
 ```
 

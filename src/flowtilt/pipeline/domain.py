@@ -1,12 +1,13 @@
 """What a domain brings to the pipeline, and how domains are found.
 
-A domain is what experiments are on: points of the plane, or anything else that a flow draws. It is one object
+A domain is what experiments are on: anything that a flow draws. It is one object
 with the attributes of :class:`Domain`, in a package of its own. Those in :mod:`flowtilt.domains` are there; a
 package of somebody else brings one by an entry point of the group ``flowtilt.domains``::
 
     [project.entry-points."flowtilt.domains"]
     circle = "circle_domain:DOMAIN"
 
+:class:`flowtilt.pipeline.usual.BaseDomain` has defaults; ``tests/toy_domain`` is an example of a whole one.
 A workflow is planned with domains: importing one takes neither torch nor the numerics. What its jobs need is
 named by ``module:function`` and imported by them.
 """
@@ -219,7 +220,7 @@ class Domain(Protocol):
     """As experiments name it by their key ``domain``."""
 
     words: str
-    """Where its experiments are, in a sentence: ``in the plane``."""
+    """Where its experiments are, in a sentence: ``on a circle``."""
 
     environment: str
     """Software of its jobs: a file of ``envs/`` without its ending."""
@@ -243,6 +244,10 @@ class Domain(Protocol):
 
     report: str
     """``module:object`` with the functions of :class:`flowtilt.pipeline.report.base.Report`."""
+
+    captions: str
+    """Folder with a caption ``{what is shown}.rst`` of each figure, for Snakemake's report, where
+    ``snakemake.params.name`` is the name of the file of experiments; empty for one that fits any figure."""
 
     assessment: tuple[str, ...]
     """Stages between a run's model and its metrics, whose times the table of costs adds up."""
@@ -268,7 +273,7 @@ class Domain(Protocol):
         """
 
     def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
-        """Figures of a file: the caption in ``workflow/report`` by what follows the file's name.
+        """Figures of a file: what each shows, in a word, by what follows the file's name.
 
         Args:
             experiments: of the file.
@@ -309,8 +314,8 @@ def sources() -> Mapping[str, EntryPoint]:
         other = found.setdefault(point.name, point)
         if other.value != point.value:
             raise DomainError(
-                f"two packages bring a domain {point.name!r}: {other.value} and {point.value}"
-                f"{_package_of(point)}; uninstall one of them"
+                f"two packages bring a domain {point.name!r}: {other.value}{_package_of(other)} and "
+                f"{point.value}{_package_of(point)}; uninstall one of them"
             )
     return found
 
@@ -328,17 +333,21 @@ def domain_named(name: str) -> Domain:
     """
     if name not in sources():
         raise DomainError(
-            f"unknown domain {name!r}; known here: {', '.join(sorted(sources()))}. A domain of another "
-            "package is there once that package is installed beside flowtilt"
+            f"unknown domain {name!r}; known here: {', '.join(sorted(sources()))}. Another is "
+            "there once the package that brings it is installed beside flowtilt"
         )
     point = sources()[name]
     what = f"domain {name!r}{_package_of(point)}, {point.value}"
     try:
         domain: Domain = point.load()
-    except Exception as error:  # of somebody else's module, anything
+    except (Exception, SystemExit) as error:  # of somebody else's module, anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DomainError(f"{what}: cannot be imported ({said}); mend its package, or uninstall it") from None
+    if isinstance(domain, type) or not hasattr(domain, "name"):
         raise DomainError(
-            f"{what}: cannot be imported ({type(error).__name__}: {error}); mend or uninstall its package"
-        ) from None
+            f"{what}: is {domain!r}, not a domain; name an object with the attributes of "
+            "flowtilt.pipeline.domain.Domain in the entry point"
+        )
     if lacking := [member for member in _members() if not hasattr(domain, member)]:
         raise DomainError(
             f"{what}: lacks {', '.join(lacking)}, which flowtilt.pipeline.domain.Domain says a domain has; "

@@ -196,8 +196,8 @@ class Case(Section):
     """Methods of the case, merged into those of the study."""
 
     also: Annotated[list[str], NoRepeats] = Field(default_factory=list)
-    """Methods of that experiment that belong to the case as they are, and are not run again; for
-    molecules."""
+    """Methods of that experiment that belong to the case as they are, and are not run again;
+    for tables that compare a case with them."""
 
 
 class StudyConfig(Section):
@@ -207,10 +207,9 @@ class StudyConfig(Section):
     """What varies, with its unit if it has one: the title of the axis."""
 
     table: str = "axis"
-    """Table and figure, of those that the domain of the cases has: in the plane ``axis``, rows along the
-    axis, for cases on tails, and ``hierarchy``, what FDC reaches of each functional, or ``solvers``, what
-    each solver reaches at what cost, for cases on functionals; elsewhere ``levels``, what each level of the
-    tail reaches at what cost."""
+    """Table and figure, of those that the domain of the cases has: ``axis``, rows along the axis; ``levels``,
+    what each level of the tail reaches at what cost; for cases on functionals ``hierarchy``, what FDC reaches
+    of each, or ``solvers``, what each solver reaches at what cost."""
 
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys that are changed in the experiment of every case."""

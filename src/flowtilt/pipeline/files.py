@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from flowtilt.domains.planar.rows import GriddedDensity
 from flowtilt.files import atomic_path, read_json, read_npz, read_text, write_text
 
 Metrics = dict[str, float | None]
@@ -66,18 +65,6 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
                 f"{path}: its array {name} has the type {array.dtype}, no number; delete it and run again"
             )
     return found
-
-
-def write_density(density: GriddedDensity, path: Path) -> None:
-    """Write the gridded log-density that divergences are measured from."""
-    nowhere = np.zeros(density.log_density.shape, dtype=bool)
-    floored = nowhere if density.floored is None else density.floored
-    write_arrays(path, axis=density.axis, log_density=density.log_density, floored=floored)
-
-
-def read_density(path: Path) -> GriddedDensity:
-    """The gridded log-density of a pretrained model from a file of :func:`write_density`."""
-    return GriddedDensity(*read_arrays(path, "axis", "log_density", "floored"))
 
 
 def read_history(path: Path, column: str) -> np.ndarray:

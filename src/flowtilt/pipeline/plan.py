@@ -18,7 +18,7 @@ from typing import Any
 from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.domain import Domain, Run, domain_of
 from flowtilt.pipeline.experiment import Experiment, dump, read_study
-from flowtilt.pipeline.rules import StageRule, stage_rules, unique
+from flowtilt.pipeline.rules import StageRule, measures_resolution, stage_rules, unique
 from flowtilt.pipeline.theory.config import TheoryConfig
 
 Files = Mapping[str, Mapping[str, Experiment]]
@@ -168,7 +168,7 @@ class Plan:
     @property
     def _resolution(self) -> list[str]:
         """The measured resolution of networks, if a domain measures it."""
-        wanted = any(rule.stage.scope == "resolution" for rule in self.rules)
+        wanted = any(measures_resolution(self.domain_of_file(name)) for name in self.config.experiments)
         return [f"{self.config.results}/resolution.json"] if wanted else []
 
     def tables_of(self, name: str) -> list[str]:
@@ -176,8 +176,13 @@ class Plan:
         return [f"{self.config.results}/tables/{name}.{extension}" for extension in ("csv", "md", "tex")]
 
     def captions(self, name: str) -> Mapping[str, str]:
-        """Captions of the figures of a file, by their endings."""
+        """What the figures of a file show, by their endings."""
         return self.domain_of_file(name).figures(list(self.files[name].values()), self.table_of(name))
+
+    def caption_file(self, name: str, shows: str) -> str:
+        """The caption of a figure in the report: its domain's own, or one that fits any figure."""
+        folder = self.domain_of_file(name).captions
+        return f"{folder}/{shows}.rst" if folder else "../report/figure.rst"
 
     def figures_of(self, name: str) -> list[str]:
         """Figures of an experiment file."""

@@ -178,6 +178,11 @@ def benchmark_of(domain: Domain, stage: Stage, run: Run) -> str:
     return "/".join([rule_name(domain, stage), *([places[field] for field in fields] or [stage.name])])
 
 
+def measures_resolution(domain: Domain) -> bool:
+    """Whether rows of a domain are at the resolution that its networks are measured to have."""
+    return any(stage.scope == "resolution" for stage in domain.stages)
+
+
 def stage_rules(plan: Plan) -> list[StageRule]:
     """All rules that a plan needs, in the order of domains and stages."""
     rules = []
@@ -191,8 +196,8 @@ def stage_rules(plan: Plan) -> list[StageRule]:
                         rules.append(StageRule(plan, domain, stage, found, name))
                 continue
             if stage.scope == "resolution":
-                whole = plan.files[plan.config.resolution].values()
-                served = [case for case in whole if case in served]
+                study = plan.files.get(plan.config.resolution or "", {})
+                served = [case for case in study.values() if case in served]
             if served:
                 rules.append(StageRule(plan, domain, stage, served))
     return rules

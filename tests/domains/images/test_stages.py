@@ -97,7 +97,6 @@ def test_the_threshold_is_the_exact_dual_of_the_offline_batch(left_tail: Folder)
 def test_metrics_are_those_of_the_stored_pictures(left_tail: Folder, models: tuple[Path, Path]) -> None:
     """Recomputed from the PNG files with open_clip and vendi-score themselves."""
     import open_clip
-    import torch
     from PIL import Image
     from vendi_score import vendi
 
@@ -158,7 +157,6 @@ def test_exploration_runs_and_covers_designs(tmp_path: Path, models: tuple[Path,
 
 def test_diversity_is_the_mean_over_sets(tmp_path: Path, models: tuple[Path, Path]) -> None:
     """Vendi scores of each set by the package itself, and combinations by a Python set."""
-    import torch
     from vendi_score.vendi import score_dual
 
     from flowtilt.domains.images.sampling import as_pictures, load_scorer, read_pictures

@@ -12,15 +12,13 @@ from matplotlib.colors import TwoSlopeNorm
 from PIL import Image
 
 from flowtilt.domains.planar.figures import draw_experiment, draw_study, height_of, relief, window
+from flowtilt.domains.planar.measured import load_laws, load_samples, read_resolution
 from flowtilt.domains.planar.studies import StudyRuns
 from flowtilt.pipeline.experiment import load_file
 from flowtilt.pipeline.report.figures import write_figures
 from flowtilt.pipeline.report.measurements import (
     Method,
     ResultsError,
-    load_laws,
-    load_samples,
-    read_resolution,
     row_name,
     runs_of,
 )

@@ -11,8 +11,8 @@ import pytest
 
 from by_hand import pretrained
 from flowtilt import thresholds
+from flowtilt.domains.planar.files import read_density
 from flowtilt.pipeline.configuration import ConfigError
-from flowtilt.pipeline.files import read_density
 from small import tiny
 
 SMALL = {"grid": {"cells": 16}}

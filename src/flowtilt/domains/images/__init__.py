@@ -11,13 +11,13 @@ from flowtilt.domains.images.words import describe
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.resources import Needs
+from flowtilt.pipeline.sections import TUNED
+from flowtilt.pipeline.usual import RUN, BaseDomain, finetune_stage, offline_stage, threshold_stage
 
 _HERE = "flowtilt.domains.images"
 _PRETRAINED = "runs/{experiment}/pretrained"
-_RUN = "runs/{experiment}/{method}/seed{seed}"
 _MODEL = ("model", "retrain")
 _FLOW = (*_MODEL, "adapter", "guidance", "schedule", "compute", "prompts")
-_TUNED = ("am", "fdc", "tfft")
 _PARTS = ("pipeline", "alignment")
 
 
@@ -84,43 +84,28 @@ STAGES = (
         before=True,
         priority=30,
     ),
-    Stage(
-        "offline",
-        "flowtilt.pipeline.stages:offline",
-        writes={"offline": f"{_PRETRAINED}/seed{{seed}}/offline.npz"},
+    offline_stage(
         reads=_base,
         sections=("name", *_FLOW, "reward", "offline", "solver"),
         needs=Needs((2000, 16000), (20, 240), gpu=True, group="images"),
-        wanted=False,
-        priority=20,
     ),
-    Stage(
-        "threshold",
-        "flowtilt.pipeline.stages:threshold",
-        writes={"threshold": f"{_RUN}/threshold.json"},
+    threshold_stage(
         reads=lambda run: {"offline": run.file_of("pretrained", "offline.npz")},
         sections=("objective", "solver"),
-        kinds=("tfft",),
         needs=Needs((1000, 1000), (5, 5), group="images", always=True),
-        priority=20,
     ),
-    Stage(
-        "finetune",
-        "flowtilt.pipeline.stages:finetune",
-        writes={"model": f"{_RUN}/model.safetensors", "history": f"{_RUN}/history.csv"},
+    finetune_stage(
         reads=lambda run: _base(run) | run.taken(),
         sections=("name", *_FLOW, "reward", "objective", "solver"),
-        kinds=_TUNED,
         needs=Needs((2000, 48000), (60, 5760), gpu=True, shared=True),
-        priority=10,
     ),
     Stage(
         "sample",
         f"{_HERE}.jobs:sample",
-        writes={"images": f"{_RUN}/images"},
+        writes={"images": f"{RUN}/images"},
         reads=_sample_reads,
         sections=("name", *_FLOW, "solver", "evaluation"),
-        kinds=("pretrained", *_TUNED),
+        kinds=("pretrained", *TUNED),
         needs=Needs((2000, 16000), (30, 480), gpu=True),
         folders=("images",),
         priority=10,
@@ -128,16 +113,16 @@ STAGES = (
     Stage(
         "evaluate",
         f"{_HERE}.jobs:evaluate",
-        writes={"metrics": f"{_RUN}/metrics.json", "scores": f"{_RUN}/scores.npz"},
+        writes={"metrics": f"{RUN}/metrics.json", "scores": f"{RUN}/scores.npz"},
         reads=lambda run: _base(run) | {"images": run.file("images")} | run.trained(),
         sections=("model", "prompts", "reward", "objective", "evaluation", "methods"),
-        kinds=("pretrained", *_TUNED),
+        kinds=("pretrained", *TUNED),
         needs=Needs((2000, 16000), (30, 240), gpu=True),
     ),
 )
 
 
-class Images:
+class Images(BaseDomain):
     """The domain; see :class:`flowtilt.pipeline.domain.Domain`."""
 
     name = "images"
@@ -145,11 +130,10 @@ class Images:
     environment = "images"
     packages = ("torchvision", "diffusers", "transformers", "peft", "open_clip_torch", "vendi-score")
     stages: Sequence[Stage] = STAGES
-    verify = ""
     workbench = f"{_HERE}.bench:ImagesBench"
     process = f"{_HERE}.process:process"
     report = f"{_HERE}.report"
-    assessment = ("sample", "evaluate")
+    captions = str(Path(__file__).with_name("captions"))
 
     def schema(self, data: Mapping[str, Any]) -> type[ImageExperiment]:
         return ImageExperiment
@@ -164,9 +148,6 @@ class Images:
 
     def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
         return {"_images": "images", "_scores": "scores"}
-
-    def read_by_table(self, run: Run, table: str | None) -> list[str]:
-        return [run.file("metrics.json")]
 
     describe = staticmethod(describe)
 

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
+from flowtilt.pipeline.report import tables
 from flowtilt.pipeline.report.base import Table
 from flowtilt.pipeline.report.claims import decided, gains, keeps, raises, spread
-from flowtilt.pipeline.report.measurements import collect_runs, entries, of_row, runs_of, summarise
-from flowtilt.pipeline.report.panels import describe, over_seeds, pretty
-from flowtilt.pipeline.report.tables import (
-    ORDERINGS,
-    VERDICTS,
-    listed,
-    panels_of,
-    reported_columns,
-    table_frame,
-)
+from flowtilt.pipeline.report.measurements import of_row
+from flowtilt.pipeline.report.panels import describe, pretty
+from flowtilt.pipeline.report.tables import ORDERINGS, VERDICTS
 
 _NOTE = (
     "Rows: each method's model; pretrained is not fine-tuned. Models of one seed start from the same noise. "
@@ -227,12 +222,12 @@ def _days(experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
 
 def experiment_table(results: str | Path, experiment: ImageExperiment, reported: pd.DataFrame) -> Table:
     """The table of an experiment; the text says what holds of what should."""
-    runs = runs_of(experiment)
-    long = collect_runs(results, [runs])
-    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
-    panels = panels_of(
-        entries(summarise(long)), groups(experiment, caption), reported_columns(long, reported)
+    return tables.experiment_table(
+        results,
+        experiment,
+        reported,
+        partial(groups, experiment),
+        lambda long: findings(long, experiment, reported),
+        note(experiment),
+        VERDICTS if by_value(experiment) else ORDERINGS,
     )
-    verdicts = VERDICTS if by_value(experiment) else ORDERINGS
-    text = f"{listed(findings(long, experiment, reported))}{note(experiment)} {verdicts}"
-    return Table(table_frame(long, reported), panels, text)

@@ -12,12 +12,12 @@ from flowtilt.pipeline.configuration import ConfigError as ConfigError
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.resources import Needs
+from flowtilt.pipeline.sections import TUNED
+from flowtilt.pipeline.usual import RUN, BaseDomain, finetune_stage, offline_stage, threshold_stage
 
 _HERE = "flowtilt.domains.molecules"
-_RUN = "runs/{experiment}/{method}/seed{seed}"
 _FLOW = ("subset", "units", "network")
 _SOLVED = (*_FLOW, "time_power")
-_TUNED = ("am", "fdc", "tfft")
 _DATA = "data/qm9.npz"
 
 
@@ -80,44 +80,29 @@ STAGES = (
         before=True,
         priority=20,
     ),
-    Stage(
-        "offline",
-        "flowtilt.pipeline.stages:offline",
-        writes={"offline": "runs/{experiment}/pretrained/seed{seed}/offline.npz"},
+    offline_stage(
         reads=lambda run: {"pretrained": run.shared("model.safetensors")},
         sections=("base", "model", *_SOLVED, "reward", "offline", "solver"),
         needs=Needs((2000, 16000), (20, 120), gpu=True, group="molecules"),
-        wanted=False,
         before=True,
-        priority=20,
     ),
-    Stage(
-        "threshold",
-        "flowtilt.pipeline.stages:threshold",
-        writes={"threshold": f"{_RUN}/threshold.json"},
+    threshold_stage(
         reads=lambda run: {"offline": run.pretrained("offline.npz")},
         sections=("objective", "solver"),
-        kinds=("tfft",),
         needs=Needs((1000, 1000), (5, 5), group="molecules", always=True),
-        priority=20,
     ),
-    Stage(
-        "finetune",
-        "flowtilt.pipeline.stages:finetune",
-        writes={"model": f"{_RUN}/model.safetensors", "history": f"{_RUN}/history.csv"},
+    finetune_stage(
         reads=_finetune_reads,
         sections=("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
-        kinds=_TUNED,
         needs=Needs((2000, 16000), (60, 1440), gpu=True, shared=True),
-        priority=10,
     ),
     Stage(
         "sample",
         f"{_HERE}.jobs:sample",
-        writes={"samples": f"{_RUN}/samples.npz"},
+        writes={"samples": f"{RUN}/samples.npz"},
         reads=_sample_reads,
         sections=("base", "model", *_SOLVED, "evaluation"),
-        kinds=("data", "pretrained", *_TUNED),
+        kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 16000), (30, 120), gpu=True),
         priority=10,
     ),
@@ -125,19 +110,19 @@ STAGES = (
         "evaluate",
         f"{_HERE}.jobs:evaluate",
         writes={
-            "metrics": f"{_RUN}/metrics.json",
-            "sdf": f"{_RUN}/molecules.sdf",
-            "energies": f"{_RUN}/energies.npz",
+            "metrics": f"{RUN}/metrics.json",
+            "sdf": f"{RUN}/molecules.sdf",
+            "energies": f"{RUN}/energies.npz",
         },
         reads=_evaluate_reads,
         sections=("subset", "reward", "objective", "evaluation"),
-        kinds=("data", "pretrained", *_TUNED),
+        kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 8000), (30, 720)),
     ),
 )
 
 
-class MoleculesDomain:
+class MoleculesDomain(BaseDomain):
     """The domain; see :class:`flowtilt.pipeline.domain.Domain`."""
 
     name = "molecules"
@@ -145,18 +130,13 @@ class MoleculesDomain:
     environment = "molecules"
     packages = ("qm9pack", "rdkit", "tblite")
     stages: Sequence[Stage] = STAGES
-    verify = ""
     workbench = f"{_HERE}.bench:MoleculesBench"
     process = f"{_HERE}.process:process"
     report = f"{_HERE}.report"
-    assessment = ("sample", "evaluate")
+    captions = str(Path(__file__).with_name("captions"))
 
     def schema(self, data: Mapping[str, Any]) -> type[MoleculeExperiment]:
         return MoleculeExperiment
-
-    def completed(self, data: Mapping[str, Any], file: Path) -> dict[str, Any]:
-        """Nothing is kept in other files."""
-        return dict(data)
 
     def check(self, files: Mapping[str, Mapping[str, Experiment]]) -> None:
         """Refuse cases that would change what they share with the experiment that they derive from."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
+from flowtilt.pipeline.report import tables
 from flowtilt.pipeline.report.base import Table
 from flowtilt.pipeline.report.claims import raises
 from flowtilt.pipeline.report.measurements import (
@@ -19,16 +21,12 @@ from flowtilt.pipeline.report.measurements import (
     Runs,
     by_row,
     collect,
-    collect_runs,
-    entries,
     read_history,
     run_folder,
     runs_of,
-    summarise,
     totals_of,
 )
 from flowtilt.pipeline.report.panels import Panel, describe, over_seeds, pretty
-from flowtilt.pipeline.report.tables import VERDICTS, listed, panels_of, reported_columns, table_frame
 
 NOTE = (
     "Energies are GFN1-xTB total energies at the generated geometries, in hartree; a molecule without an "
@@ -293,13 +291,14 @@ LEVELS_NOTE = (
 
 def experiment_table(results: str | Path, experiment: MoleculeExperiment, reported: pd.DataFrame) -> Table:
     """The table of an experiment; the text says what holds of what should."""
-    runs = runs_of(experiment)
-    long = collect_runs(results, [runs])
-    summary = entries(summarise(long))
-    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
-    panels = panels_of(summary, groups(experiment, caption), reported_columns(long, reported))
-    note = f"{listed(findings(long, experiment, reported))}{NOTE} {VERDICTS}"
-    return Table(table_frame(long, reported), panels, note)
+    return tables.experiment_table(
+        results,
+        experiment,
+        reported,
+        partial(groups, experiment),
+        lambda long: findings(long, experiment, reported),
+        NOTE,
+    )
 
 
 def levels_table(results: str | Path, title: str, cases: Sequence[MoleculeExperiment]) -> Table:

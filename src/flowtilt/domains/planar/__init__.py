@@ -13,9 +13,15 @@ from flowtilt.pipeline.domain import Chapter, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.report.panels import Description as Description
 from flowtilt.pipeline.resources import Needs
+from flowtilt.pipeline.usual import (
+    PRETRAINED,
+    RUN,
+    BaseDomain,
+    finetune_stage,
+    offline_stage,
+    threshold_stage,
+)
 
-_PRETRAINED = "runs/{experiment}/pretrained/seed{seed}"
-_RUN = "runs/{experiment}/{method}/seed{seed}"
 _SHORT = "pretrain"
 """The group of the short jobs before a fine-tuning."""
 
@@ -70,7 +76,7 @@ def _resolution_reads(run: Run) -> dict[str, list[str]]:
     }
 
 
-_MEASURED = {"samples": f"{_RUN}/samples.npz", "metrics": f"{_RUN}/metrics.json"}
+_MEASURED = {"samples": f"{RUN}/samples.npz", "metrics": f"{RUN}/metrics.json"}
 _MEASURE = Needs((1500, 8000), (15, 120), group="measure", threaded=True)
 _SECTIONS = ("name", "path", "network", "reward", "objective", "grid", "evaluation", "methods")
 _HERE = "flowtilt.domains.planar"
@@ -79,7 +85,7 @@ STAGES = (
     Stage(
         "pretrain",
         f"{_HERE}.jobs:pretrain",
-        writes={"model": f"{_PRETRAINED}/model.safetensors", "history": f"{_PRETRAINED}/history.csv"},
+        writes={"model": f"{PRETRAINED}/model.safetensors", "history": f"{PRETRAINED}/history.csv"},
         reads=lambda run: {},
         sections=("base", "path", "network", "data", "pretrain"),
         needs=Needs((1500, 8000), (15, 120), gpu=True, group=_SHORT, threaded=True),
@@ -89,7 +95,7 @@ STAGES = (
     Stage(
         "density",
         f"{_HERE}.jobs:density",
-        writes={"density": f"{_PRETRAINED}/density.npz"},
+        writes={"density": f"{PRETRAINED}/density.npz"},
         reads=lambda run: {"model": run.pretrained("model.safetensors")},
         sections=("path", "network", "grid", "evaluation"),
         needs=Needs((1500, 8000), (10, 30), group=_SHORT, threaded=True),
@@ -97,35 +103,20 @@ STAGES = (
         before=True,
         priority=20,
     ),
-    Stage(
-        "offline",
-        "flowtilt.pipeline.stages:offline",
-        writes={"offline": f"{_PRETRAINED}/offline.npz"},
+    offline_stage(
         reads=lambda run: {"pretrained": run.pretrained("model.safetensors")},
         sections=("name", "path", "network", "reward", "offline", "solver"),
         needs=Needs((1500, 8000), (10, 30), gpu=True, group=_SHORT, threaded=True),
-        wanted=False,
-        priority=20,
     ),
-    Stage(
-        "threshold",
-        "flowtilt.pipeline.stages:threshold",
-        writes={"threshold": f"{_RUN}/threshold.json"},
+    threshold_stage(
         reads=lambda run: {"offline": run.file_of("pretrained", "offline.npz")},
         sections=("objective",),
-        kinds=("tfft",),
         needs=Needs((1000, 1000), (5, 5), group=_SHORT, always=True, threaded=True),
-        priority=20,
     ),
-    Stage(
-        "finetune",
-        "flowtilt.pipeline.stages:finetune",
-        writes={"model": f"{_RUN}/model.safetensors", "history": f"{_RUN}/history.csv"},
+    finetune_stage(
         reads=_finetune_reads,
         sections=("name", "path", "network", "reward", "objective", "offline", "solver"),
-        kinds=("am", "fdc", "tfft"),
         needs=Needs((1500, 8000), (10, 480), gpu=True, shared=True, group="finetune", threaded=True),
-        priority=10,
     ),
     Stage(
         "measure",
@@ -143,7 +134,7 @@ STAGES = (
     Stage(
         "measure",
         f"{_HERE}.jobs:measure",
-        writes={**_MEASURED, "laws": f"{_RUN}/laws.npz"},
+        writes={**_MEASURED, "laws": f"{RUN}/laws.npz"},
         reads=_measure_reads,
         sections=_SECTIONS,
         kinds=("pretrained", "am", "fdc", "tfft"),
@@ -180,18 +171,17 @@ STAGES = (
 )
 
 
-class Planar:
+class Planar(BaseDomain):
     """The domain; see :class:`flowtilt.pipeline.domain.Domain`."""
 
     name = "planar"
     words = "in the plane"
-    environment = "core"
-    packages = ()
     stages: Sequence[Stage] = STAGES
     verify = f"{_HERE}.checking:check_experiment"
     workbench = f"{_HERE}.bench:PlanarBench"
     process = f"{_HERE}.process:process"
     report = f"{_HERE}.report"
+    captions = str(Path(__file__).with_name("captions"))
     assessment = ("measure",)
 
     def schema(self, data: Mapping[str, Any]) -> type[PlanarExperiment]:
@@ -199,10 +189,6 @@ class Planar:
         objective = data.get("objective")
         functional = isinstance(objective, Mapping) and "utility" in objective
         return FunctionalExperiment if functional else TailExperiment
-
-    def completed(self, data: Mapping[str, Any], file: Path) -> dict[str, Any]:
-        """Nothing is kept in other files."""
-        return dict(data)
 
     def check(self, files: Mapping[str, Mapping[str, Experiment]]) -> None:
         """Refuse functionals and parameters that nobody knows."""

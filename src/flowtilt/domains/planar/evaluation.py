@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from flowtilt.domains.planar.experiment import PlanarExperiment, tail_experiment
+from flowtilt.domains.planar.files import read_density
 from flowtilt.domains.planar.rows import Metrics, reward_metrics, sample_divergence, zone_masses
 from flowtilt.metrics.tails import dominance_violation
 from flowtilt.pipeline.experiment import method_of
-from flowtilt.pipeline.files import read_arrays, read_density, read_history, read_threshold, write_rows
+from flowtilt.pipeline.files import read_arrays, read_history, read_threshold, write_rows
 
 
 def evaluate(

@@ -26,6 +26,7 @@ from scipy.ndimage import gaussian_filter, grey_opening
 from flowtilt.domains.planar.experiment import FunctionalExperiment, TailExperiment
 from flowtilt.domains.planar.figures_functionals import hierarchy_figure, metrics_figure, solvers_figure
 from flowtilt.domains.planar.hierarchy import reached
+from flowtilt.domains.planar.measured import Laws, load_laws, load_samples, read_resolution
 from flowtilt.domains.planar.solver_study import solver_runs
 from flowtilt.domains.planar.studies import (
     Point,
@@ -43,14 +44,10 @@ from flowtilt.metrics.tails import quantile
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.report.measurements import (
     Entry,
-    Laws,
     Method,
     Runs,
     collect_runs,
     entries,
-    load_laws,
-    load_samples,
-    read_resolution,
     row_name,
     runs_of,
     summarise,

@@ -1,12 +1,16 @@
-"""Where the files of a run in the plane are."""
+"""Where the files of a run in the plane are, and those that it alone has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from flowtilt.domains.planar.experiment import PlanarExperiment
+from flowtilt.domains.planar.rows import GriddedDensity
 from flowtilt.files import folder_of
+from flowtilt.pipeline.files import read_arrays, write_arrays
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,15 @@ class RunFiles:
             threshold=own / "threshold.json" if kind == "tfft" else None,
             reference=pretrained / "samples.npz" if compared else None,
         )
+
+
+def write_density(density: GriddedDensity, path: Path) -> None:
+    """Write the gridded log-density that divergences are measured from."""
+    nowhere = np.zeros(density.log_density.shape, dtype=bool)
+    floored = nowhere if density.floored is None else density.floored
+    write_arrays(path, axis=density.axis, log_density=density.log_density, floored=floored)
+
+
+def read_density(path: Path) -> GriddedDensity:
+    """The gridded log-density of a pretrained model from a file of :func:`write_density`."""
+    return GriddedDensity(*read_arrays(path, "axis", "log_density", "floored"))

@@ -10,7 +10,7 @@ from flowtilt.checkpoints import load_weights
 from flowtilt.domains.planar.build import build_model
 from flowtilt.domains.planar.evaluation import activity
 from flowtilt.domains.planar.experiment import FunctionalExperiment
-from flowtilt.domains.planar.files import RunFiles
+from flowtilt.domains.planar.files import RunFiles, read_density
 from flowtilt.domains.planar.laws import (
     Cloud,
     critic_metrics,
@@ -24,7 +24,6 @@ from flowtilt.domains.planar.training import sample
 from flowtilt.domains.planar.truth import gridded_density
 from flowtilt.pipeline.files import (
     read_arrays,
-    read_density,
     read_history,
     read_threshold,
     write_arrays,

@@ -12,6 +12,7 @@ import numpy as np
 from flowtilt.checkpoints import load_weights
 from flowtilt.domains.planar.build import build_model, build_reward
 from flowtilt.domains.planar.experiment import PlanarExperiment, TailExperiment, tail_experiment
+from flowtilt.domains.planar.files import read_density, write_density
 from flowtilt.domains.planar.rows import GriddedDensity
 from flowtilt.domains.planar.truth import (
     ExactRows,
@@ -25,9 +26,7 @@ from flowtilt.files import read_json
 from flowtilt.pipeline.files import (
     StageError,
     read_arrays,
-    read_density,
     write_arrays,
-    write_density,
     write_json,
     write_rows,
 )

@@ -171,7 +171,7 @@ def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
                 if row in rows:
                     records += [(runs.name, row, metric, seed, value) for metric, value in rows[row].items()]
                 elif method != "pretrained" or layer == "network":
-                    raise ResultsError(f"{path}: no row {row!r}, only {', '.join(rows)}; {_again(path)}")
+                    raise ResultsError(f"{path}: no row {row!r}, only {', '.join(rows)}; {again(path)}")
     return _long(records)
 
 
@@ -206,7 +206,7 @@ def read_metrics(path: Path) -> dict[str, dict[str, float]]:
         ResultsError: if the file is missing or malformed.
     """
     if not path.is_file():
-        raise ResultsError(_missing(path))
+        raise ResultsError(missing(path))
     try:
         data = read_json(path)
         return {
@@ -215,14 +215,14 @@ def read_metrics(path: Path) -> dict[str, dict[str, float]]:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         shape = '{"rows": {row: {metric: number or null}}}'
-        raise ResultsError(f"{path}: not of the form {shape} ({one_line(error)}); {_again(path)}") from None
+        raise ResultsError(f"{path}: not of the form {shape} ({one_line(error)}); {again(path)}") from None
 
 
-def _missing(path: Path) -> str:
+def missing(path: Path) -> str:
     return f"{path}: no such file; make it with `snakemake --cores all {path}`"
 
 
-def _again(path: Path) -> str:
+def again(path: Path) -> str:
     return f"make it again with `snakemake --cores all --force {path}`"
 
 
@@ -248,9 +248,9 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         raise ResultsError(
             f"{path}: not a CSV table ({one_line(error)}); restore it, or make it again"
         ) from None
-    if missing := [c for c in columns if c not in table.columns]:
+    if absent := [c for c in columns if c not in table.columns]:
         raise ResultsError(
-            f"{path}: no column {', '.join(missing)}, only {', '.join(map(str, table.columns))}; "
+            f"{path}: no column {', '.join(absent)}, only {', '.join(map(str, table.columns))}; "
             "restore it, or make it again"
         )
     return table
@@ -267,12 +267,12 @@ def read_history(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         ResultsError: if it is missing or malformed.
     """
     if not path.is_file():
-        raise ResultsError(_missing(path))
+        raise ResultsError(missing(path))
     table = read_csv(path, columns)
     try:
         return table.astype(float)
     except ValueError as error:
-        raise ResultsError(f"{path}: not a history ({one_line(error)}); {_again(path)}") from None
+        raise ResultsError(f"{path}: not a history ({one_line(error)}); {again(path)}") from None
 
 
 def totals_of(history: pd.DataFrame, *columns: str) -> pd.Series:
@@ -284,78 +284,6 @@ def totals_of(history: pd.DataFrame, *columns: str) -> pd.Series:
 # -------------------------------------------------------------------------------- arrays
 
 
-@dataclass(frozen=True)
-class Laws:
-    """Laws on a grid, averaged over seeds.
-
-    Attributes:
-        axis: cell centres along either side, (n,).
-        cells: cell probabilities by row name, each (n, n), the first axis along x.
-        edges: of the reward's histogram, rising, (m + 1,); none for functionals.
-        rewards: histogram probabilities by row name, each (m,); none for functionals.
-    """
-
-    axis: np.ndarray
-    cells: dict[str, np.ndarray]
-    edges: np.ndarray
-    rewards: dict[str, np.ndarray]
-
-
-def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
-    """The laws of one solved layer (``exact``, ``resolved`` or ``optimum``) of an experiment.
-
-    Raises:
-        ResultsError: if a file is missing, malformed, or on another grid than that of the first seed.
-    """
-    methods = [""] if runs.solved_apart else [m.name for m in runs.methods]
-    seeds = []
-    for seed in runs.seeds:
-        paths = [run_folder(results, runs, method, layer, seed) / "laws.npz" for method in methods]
-        seeds.append((paths[0], {name: a for path in paths for name, a in read_arrays(path).items()}))
-    first_path, first = seeds[0]
-    for path, arrays in seeds:
-        if missing := set(_frame(runs)) - arrays.keys():
-            raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; {_again(path)}")
-        if any(a.shape != first[name].shape for name, a in arrays.items() if name in first) or not all(
-            np.allclose(arrays[name], first[name]) for name in _frame(runs)
-        ):
-            raise ResultsError(f"{path}: not on the grid of {first_path}; {_again(path)}")
-    rows = [row_name(m.name, layer) for m in runs.methods if row_name(m.name, layer) in first]
-
-    def mean(name: str) -> np.ndarray:
-        for path, arrays in seeds:
-            if name not in arrays:
-                raise ResultsError(f"{path}: no array {name}; {_again(path)}")
-        stacked = np.stack([arrays[name] for _, arrays in seeds])
-        return np.asarray(stacked.mean(axis=0, dtype=np.float64))
-
-    return Laws(
-        axis=first["axis"],
-        cells={row: mean(row) for row in rows},
-        edges=first.get("reward_edges", np.zeros(0)),
-        rewards={row: mean(f"{row}__rewards") for row in rows if "reward_edges" in _frame(runs)},
-    )
-
-
-def _frame(runs: Runs) -> tuple[str, ...]:
-    """Arrays that all laws of an experiment share; functionals have no histogram of the reward."""
-    return ("axis", "reward_edges") if runs.has_tail else ("axis",)
-
-
-def load_samples(results: str | Path, runs: Runs, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """A network's samples, pooled over seeds: points (n, 2) and rewards (n,), 0 where there is no reward."""
-    needed = {"x", "reward"} if runs.has_tail else {"x"}
-    points, rewards = [], []
-    for seed in runs.seeds:
-        path = run_folder(results, runs, method, "network", seed) / "samples.npz"
-        arrays = read_arrays(path)
-        if missing := needed - arrays.keys():
-            raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; {_again(path)}")
-        points.append(arrays["x"])
-        rewards.append(arrays.get("reward", np.zeros(len(arrays["x"]))))
-    return np.concatenate(points), np.concatenate(rewards)
-
-
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an npz file by name.
 
@@ -363,25 +291,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         ResultsError: if it is missing or not whole.
     """
     if not path.is_file():
-        raise ResultsError(_missing(path))
+        raise ResultsError(missing(path))
     try:
         return read_npz(path)
     except ValueError as error:
-        raise ResultsError(f"{path}: {error}; {_again(path)}") from None
-
-
-def read_resolution(path: Path) -> float | None:
-    """The measured width of the network's resolution, or None if it was not measured.
-
-    Raises:
-        ResultsError: if the file is malformed.
-    """
-    if not path.is_file():
-        return None
-    try:
-        return float(read_json(path)["width"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ResultsError(f"{path}: not a resolution file ({one_line(error)}); {_again(path)}") from None
+        raise ResultsError(f"{path}: {error}; {again(path)}") from None
 
 
 # ---------------------------------------------------------------------------- statistics

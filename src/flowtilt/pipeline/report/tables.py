@@ -7,7 +7,7 @@ form, one a line; means, gaps and verdicts are computed here and nowhere else.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pandas as pd
 
 from flowtilt.files import atomic_path, write_text
 from flowtilt.pipeline.experiment import Experiment, load_file
-from flowtilt.pipeline.report.base import report_of, shown_file
+from flowtilt.pipeline.report.base import Table, report_of, shown_file
 from flowtilt.pipeline.report.discretisation import discretisation_note
 from flowtilt.pipeline.report.measurements import (
     LAYERS,
@@ -214,6 +214,38 @@ def table_frame(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     )
     head = ["experiment", "method", "layer", "row", "metric", "unit"]
     return frame[[*head, "value", "sd", "seeds", "source", "reported", "verdict"]]
+
+
+def experiment_table(
+    results: str | Path,
+    experiment: Experiment,
+    reported: pd.DataFrame,
+    groups: Callable[[str], Mapping[str, Sequence[str]]] | None = None,
+    findings: Callable[[pd.DataFrame], Sequence[str]] = lambda long: (),
+    note: str = "",
+    verdicts: str = VERDICTS,
+) -> Table:
+    """The table of an ordinary experiment.
+
+    Args:
+        results: root of the results to read.
+        experiment: of the table.
+        reported: values that the papers report, under the names of the experiment.
+        groups: metrics of each part by its caption, from the table's own; by default all under that.
+        findings: sentences on what holds of what should, from all metrics; they are above the note.
+        note: what the rows and metrics are.
+        verdicts: what the verdicts mean.
+
+    Raises:
+        ResultsError: if a file of results is missing or malformed.
+    """
+    runs = runs_of(experiment)
+    long = collect_runs(results, [runs])
+    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
+    shown = groups(caption) if groups else {caption: list(dict.fromkeys(long["metric"]))}
+    panels = panels_of(entries(summarise(long)), shown, reported_columns(long, reported))
+    text = f"{listed(findings(long))}{f'{note} ' if note else ''}{verdicts}"
+    return Table(table_frame(long, reported), panels, text)
 
 
 # ------------------------------------------------------------------------------- writing
