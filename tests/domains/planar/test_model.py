@@ -61,7 +61,7 @@ def test_layers_and_activations_are_those_asked_for():
     shapes = [tuple(p.shape) for p in model.parameters()]
     assert shapes == [(512, 3), (512,), (512, 512), (512,), (256, 512), (256,), (2, 256), (2,)]
     assert sum(isinstance(m, torch.nn.ReLU) for m in model.modules()) == 3
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="the activation must be relu or silu, got 'tanh'"):
         PlanarFlow(PATHS["vp"], activation="tanh")
 
 
