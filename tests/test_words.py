@@ -156,6 +156,9 @@ def test_words_are_told_from_what_is_no_text() -> None:
         tail_side(["lower"])
 
 
+PLANE, THEORY = "domains/planar", "pipeline/theory"
+
+
 def test_sides_are_compared_only_where_they_have_been_checked() -> None:
     """A bare comparison with one tail takes every other word for the other tail."""
     compared = {
@@ -168,11 +171,11 @@ def test_sides_are_compared_only_where_they_have_been_checked() -> None:
         (file, word) for file, word in compared if not word.startswith(("tail_side(", "(tail_side("))
     } == {
         ("thresholds.py", "side"),  # side = tail_side(side) stands before it
-        ("experiment.py", "side"),  # of the known tails of utilities
-        ("theory/thresholds.py", "side"),  # of the known tails, each in turn
+        (f"{PLANE}/experiment.py", "side"),  # of the known tails of utilities
+        (f"{THEORY}/thresholds.py", "side"),  # of the known tails, each in turn
         *((file, "self.side") for file in ("functionals/utilities.py", "theory/reward_laws.py")),
-        *(("theory/thresholds.py", of) for of in ("dual.side", "self.dual.side")),
-        *((file, "self.tail") for file in ("sections.py",)),  # checked as they were read
-        *((file, "self.objective.tail") for file in ("experiment.py",)),
-        *((file, "problem.tail") for file in ("stages/training.py",)),
+        *((f"{THEORY}/thresholds.py", of) for of in ("dual.side", "self.dual.side")),
+        (f"{PLANE}/sections.py", "self.tail"),  # checked as they were read
+        (f"{PLANE}/experiment.py", "self.objective.tail"),
+        (f"{PLANE}/bench.py", "problem.tail"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from flowtilt.pipeline.report.measurements import (
     row_name,
     runs_of,
 )
+from flowtilt.pipeline.report.style import figure_style
 from flowtilt.pipeline.report.tables import read_reported
 from made_up import (
     METHODS,
@@ -55,8 +57,15 @@ NOVELTY = made_up_runs("novelty_2d", "reward", seeds=(4,))
 FIGURES = ("densities", "histograms", "landscape")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def style() -> Iterator[None]:
+    """What the pipeline draws all figures in."""
+    with figure_style():
+        yield
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(style: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made-up results of both experiments, and the figures of the first."""
     root = tmp_path_factory.mktemp("results")
     write_arrays(root, made_up_runs(), stripes, cells=120, samples=2000)
