@@ -46,7 +46,7 @@ is refused with the file, the key and the known ones.
 ## Overriding
 
 A scale of your own is a file of what differs from `config.yaml`. What is under `overrides` is merged into
-every experiment whose key `domain` is the name that it stands under, here DOMAIN:
+every experiment whose key `domain` is the name that it stands under:
 
 ```yaml
 # config/mine.yaml
@@ -156,7 +156,8 @@ def write_reference(output: Path) -> None:
 
 def reference() -> str:
     """The whole document."""
-    parts = [INTRODUCTION, _workflow()]
+    light = next(domain.name for domain in known_domains() if not domain.packages)  # runs anywhere
+    parts = [INTRODUCTION.replace("DOMAIN", light), _workflow()]
     headings = _headings()
     for chapter in chapters():
         described = _described(chapter.kind)
