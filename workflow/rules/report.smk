@@ -1,6 +1,35 @@
 # Tables and figures of the experiments, the comparison with the papers, and where it all came from.
 
 
+def results_folder(wildcards) -> str:
+    return PLAN.config.results
+
+
+def prefix(end: str):
+    """The path of a job's first output without its end."""
+    return lambda wildcards, output: output[0].removesuffix(end)
+
+
+def figures_prefix(name: str):
+    """The path of a file's figures without their endings."""
+    return lambda wildcards: f"{PLAN.config.results}/figures/{name}"
+
+
+def drawn(name: str):
+    """The figures of a file, for the report."""
+    shown = report  # at the front of a line it would be Snakemake's keyword
+    return [
+        shown(
+            f"{PLAN.config.results}/figures/{name}{ending}.png",
+            caption=PLAN.caption_file(name, shows),
+            category="Experiments",
+            subcategory=name,
+            labels={"shows": shows},
+        )
+        for ending, shows in PLAN.captions(name).items()
+    ]
+
+
 rule table:
     input:
         file=ask(experiment_file),
@@ -23,7 +52,7 @@ rule table:
         gpu=0,
     params:
         overrides=PLAN.overrides,
-        results=PLAN.config.results,
+        results=results_folder,
         prefix=prefix(".csv"),
     shell:
         "OMP_NUM_THREADS={threads} flowtilt table {input.file:q} --override {params.overrides:q} "
@@ -52,7 +81,7 @@ rule compare:
         gpu=0,
     params:
         overrides=PLAN.overrides,
-        results=PLAN.config.results,
+        results=results_folder,
     shell:
         "OMP_NUM_THREADS={threads} flowtilt compare {input.files:q} --override {params.overrides:q} "
         "--results {params.results:q} --reported {input.reported:q} --output {output.comparison:q} "
@@ -82,7 +111,7 @@ rule costs:
         gpu=0,
     params:
         overrides=PLAN.overrides,
-        results=PLAN.config.results,
+        results=results_folder,
         prefix=prefix(".csv"),
     shell:
         "OMP_NUM_THREADS={threads} flowtilt costs {input.files:q} --override {params.overrides:q} "
@@ -105,10 +134,10 @@ for name in PLAN.config.experiments:
             f"<logs>/figures/{name}.log",
         benchmark:
             f"<benchmarks>/figures/{name}.tsv"
+        localrule: True
         conda:
             f"../../envs/{PLAN.environment(name)}.yaml"
         threads: 1
-        localrule: True
         resources:
             mem_mb=memory(REPORT["figures"]),
             runtime=minutes(REPORT["figures"]),
@@ -116,9 +145,9 @@ for name in PLAN.config.experiments:
         params:
             overrides=PLAN.overrides,
             digest=PLAN.file_digest(name),
-            results=PLAN.config.results,
+            results=results_folder,
             name=name,
-            prefix=f"{PLAN.config.results}/figures/{name}",
+            prefix=figures_prefix(name),
         shell:
             "OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
             "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
@@ -144,7 +173,7 @@ rule provenance:
         gpu=0,
     params:
         hash=PLAN.config_hash(),
-        results=PLAN.config.results,
+        results=results_folder,
     shell:
         "OMP_NUM_THREADS={threads} flowtilt provenance --config-hash {params.hash:q} "
         "--benchmarks {params.results:q}/benchmarks --output {output:q} > {log:q} 2>&1"

@@ -1,4 +1,17 @@
 # From pretraining to metrics: one rule for each stage of each domain, as the plan has them.
+
+
+def command(stage):
+    """The command of a job; no job is run again for it, as for a parameter that takes outputs."""
+    return lambda wildcards, output, threads: stage.command(threads, **wildcards)
+
+
+def written(stage):
+    """What a job of a stage writes, some of it folders."""
+    folders = stage.stage.folders
+    return {role: directory(file) if role in folders else file for role, file in stage.outputs.items()}
+
+
 for stage in PLAN.rules:
 
     rule:
@@ -17,10 +30,10 @@ for stage in PLAN.rules:
         priority: stage.stage.priority
         group:
             stage.stage.needs.group_in(PLAN.config)
+        localrule: stage.stage.needs.local
         conda:
             f"../../envs/{stage.domain.environment}.yaml"
         threads: stage.stage.needs.processes(PLAN.config)
-        localrule: stage.stage.needs.local
         resources:
             mem_mb=memory(stage.stage.needs),
             runtime=minutes(stage.stage.needs),
