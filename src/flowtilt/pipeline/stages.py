@@ -13,11 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt import thresholds
 from flowtilt.checkpoints import save_weights
 from flowtilt.control import adjoint_matching
 from flowtilt.control.base import Progress
@@ -31,12 +29,10 @@ from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.pipeline.domain import Job, domain_of, imported
 from flowtilt.pipeline.files import (
     StageError,
-    read_arrays,
     read_schedule,
     read_threshold,
     write_arrays,
     write_history,
-    write_json,
 )
 from flowtilt.pipeline.solvers import adjoint_matching_settings, build_solver
 from flowtilt.pipeline.states import resumption_of
@@ -141,37 +137,6 @@ def offline(job: Job) -> None:
     arrays = bench.offline_arrays(torch.cat(states), torch.cat(rewards))
     bench.close()
     write_arrays(job.outputs["offline"], **{name: array.numpy(force=True) for name, array in arrays.items()})
-
-
-# ----------------------------------------------------------------------------------- thresholds
-
-
-def threshold(job: Job) -> None:
-    """Solve TFFT's dual on the rewards of the offline batch; those that failed are left out and counted.
-
-    For a method whose level rises, the file has its mass and threshold at every update too.
-
-    Raises:
-        StageError: if no sample of the batch has a reward.
-    """
-    experiment, method = job.experiment, job.method
-    batch = job.read("offline")
-    (every,) = read_arrays(batch, "reward")
-    rewards = every[~np.isnan(every)].astype(np.float64)
-    if not rewards.size:
-        raise StageError(f"{batch}: no sample of the batch has a reward; look at the pretrained model")
-    tail = experiment.tail_of(method)
-    at = thresholds.threshold(rewards, tail.alpha, tail.mass, tail.side)
-    row: dict[str, Any] = {
-        "threshold": at,
-        "offline_active_share": thresholds.active_share(rewards, at, tail.side),
-        "offline_samples": len(rewards),
-        "offline_failed": len(every) - len(rewards),
-    }
-    if masses := experiment.masses_of(method):
-        found = (thresholds.threshold(rewards, tail.alpha, mass, tail.side) for mass in masses)
-        row["schedule"] = [{"mass": m, "threshold": t} for m, t in zip(masses, found, strict=True)]
-    write_json(row, job.outputs["threshold"])
 
 
 # ---------------------------------------------------------------------------------- fine-tuning
