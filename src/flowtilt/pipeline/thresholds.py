@@ -1,4 +1,4 @@
-"""The stage that solves TFFT's dual, for every domain. It only reads numbers: importing torch would take longer."""
+"""The stage that solves TFFT's dual, for every domain; it only reads numbers, and needs no torch."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def offline_stage(reads: Reads, sections: tuple[str, ...], needs: Needs, **other
 
 
 def threshold_stage(reads: Reads, sections: tuple[str, ...], needs: Needs) -> Stage:
-    """The thresholds of methods of kind tfft, by :func:`flowtilt.pipeline.stages.threshold`."""
+    """The thresholds of methods of kind tfft, by :func:`flowtilt.pipeline.thresholds.threshold`."""
     writes = {"threshold": f"{RUN}/threshold.json"}
     action = "flowtilt.pipeline.thresholds:threshold"
     return Stage("threshold", action, writes, reads, sections, ("tfft",), needs=needs, priority=20)
