@@ -13,6 +13,7 @@ report: "workflow/report/workflow.rst"
 
 # Validates the configuration and every experiment, before any job starts.
 include: "workflow/rules/common.smk"
+include: "workflow/rules/functions.smk"
 # In a file of its own: a Snakemake too old for path variables is refused above, before it reads this.
 include: "workflow/rules/paths.smk"
 

@@ -1,35 +1,6 @@
 # Tables and figures of the experiments, the comparison with the papers, and where it all came from.
 
 
-def results_folder(wildcards) -> str:
-    return PLAN.config.results
-
-
-def prefix(end: str):
-    """The path of a job's first output without its end."""
-    return lambda wildcards, output: output[0].removesuffix(end)
-
-
-def figures_prefix(name: str):
-    """The path of a file's figures without their endings."""
-    return lambda wildcards: f"{PLAN.config.results}/figures/{name}"
-
-
-def drawn(name: str):
-    """The figures of a file, for the report."""
-    shown = report  # at the front of a line it would be Snakemake's keyword
-    return [
-        shown(
-            f"{PLAN.config.results}/figures/{name}{ending}.png",
-            caption=PLAN.caption_file(name, shows),
-            category="Experiments",
-            subcategory=name,
-            labels={"shows": shows},
-        )
-        for ending, shows in PLAN.captions(name).items()
-    ]
-
-
 rule table:
     input:
         file=ask(experiment_file),

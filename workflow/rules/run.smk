@@ -1,17 +1,6 @@
 # From pretraining to metrics: one rule for each stage of each domain, as the plan has them.
 
 
-def command(stage):
-    """The command of a job; no job is run again for it, as for a parameter that takes outputs."""
-    return lambda wildcards, output, threads: stage.command(threads, **wildcards)
-
-
-def written(stage):
-    """What a job of a stage writes, some of it folders."""
-    folders = stage.stage.folders
-    return {role: directory(file) if role in folders else file for role, file in stage.outputs.items()}
-
-
 for stage in PLAN.rules:
 
     rule:
