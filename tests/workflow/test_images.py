@@ -39,13 +39,13 @@ def test_all_files_of_a_run_are_there(finished: Project) -> None:
     runs = finished.smoke / "runs" / LEFT_TAIL
     made = {path.name for path in (runs / "tfft" / "seed0").iterdir()}
     assert made == {
-        *("threshold.json", "model.safetensors", "history.csv", "pictures", "metrics.json", "scores.npz")
+        *("threshold.json", "model.safetensors", "history.csv", "images", "metrics.json", "scores.npz")
     }
     overrides = yaml.safe_load((finished.folder / "config" / "smoke.yaml").read_text())["overrides"]
     expected = overrides["images"]["evaluation"]["pictures"] * 20
-    assert len(list((runs / "tfft" / "seed0" / "pictures").glob("*.png"))) == expected
+    assert len(list((runs / "tfft" / "seed0" / "images").glob("*.png"))) == expected
     for name in (LEFT_TAIL, ENTROPY):
-        for kind in ("pictures", "scores"):
+        for kind in ("images", "scores"):
             figure = finished.smoke / "figures" / f"{name}_{kind}.png"
             assert figure.read_bytes().startswith(b"\x89PNG")
     assert "Vendi score" in (finished.smoke / "tables" / f"{ENTROPY}.md").read_text()
@@ -87,7 +87,7 @@ def test_a_folder_like_stable_diffusion_goes_through_every_rule(project: Project
         *small(project, model, LEFT_TAIL, schedule={"spacing": "leading"}, adapter={"rank": 2, "alpha": 2.0})
     )
     assert run.returncode == 0, run.stdout
-    for rule in ("fetch_checkpoint", "images_model", "images_offline", "images_threshold", "images_finetune"):
+    for rule in ("images_fetch", "images_model", "images_offline", "images_threshold", "images_finetune"):
         assert f"Rule: {rule})" in run.stdout
     results = project.folder / "results" / "small"
     fetched = json.loads((results / "runs" / LEFT_TAIL / "pretrained" / "fetched.json").read_text())
@@ -103,7 +103,7 @@ def test_what_is_not_there_is_named_with_where_to_place_it(
     model = {"pipeline": {"path": "models/none", "hub": hub}, "alignment": {"path": "models/none"}}
     run = project.snakemake(*small(project, model, ENTROPY))
     assert run.returncode != 0
-    log = project.folder / "results" / "small" / "logs" / "fetch_checkpoint" / f"{ENTROPY}.log"
+    log = project.folder / "results" / "small" / "logs" / "images_fetch" / f"{ENTROPY}.log"
     said = log.read_text()
     assert "nobody/nothing" in said
     assert str(Path("models") / "none") in said

@@ -26,7 +26,7 @@ RUNS = "results/smoke/runs/risk_averse_2d"
 WAIT = 300.0
 
 # Trainings of a second and more each, so that a busy machine still finds them at work.
-LONGER = "overrides: {pretrain: {updates: 600}, solver: {updates: 80}}\n"
+LONGER = "overrides: {planar: {pretrain: {updates: 600}, solver: {updates: 80}}}\n"
 LONG = (*SMOKE, "config/longer.yaml")
 
 
@@ -126,7 +126,7 @@ def test_a_stage_that_the_system_kills_is_explained_and_goes_on(longer: Project)
         os.kill(children_of(process.pid)[-1], signal.SIGKILL)
         output, _ = process.communicate(timeout=WAIT)
     assert process.returncode != 0
-    assert "Error in rule pretrain" in output
+    assert "Error in rule planar_pretrain" in output
     assert "killed from outside, mostly for want of memory; give it more" in output
     assert not (longer.folder / target).exists()
     kept = list((longer.folder / RUNS).rglob("state/*.safetensors"))
@@ -149,20 +149,20 @@ def test_a_second_pipeline_in_the_folder_is_refused_and_harms_nothing(longer: Pr
 
 def test_reading_the_workflow_changes_no_run_that_is_under_way(longer: Project) -> None:
     """Jobs that start after a dry run with another configuration still do what their own run planned."""
-    change = ("--config", "experiments=[risk_averse_2d]", "overrides={solver: {updates: 9}}")
+    change = ("--config", "experiments=[risk_averse_2d]", "overrides={planar: {solver: {updates: 9}}}")
     target = f"{RUNS}/am/seed0/model.safetensors"
     with started(longer, target) as process:
         wait_for(states(longer, "pretrained"), process)
         training = children_of(process.pid)[-1]
         os.kill(training, signal.SIGSTOP)  # so that nothing else starts before the dry run has ended
         jobs = longer.planned(*LONG, *change, "--nolock", "--", target)
-        assert jobs == {"pretrain": 1, "finetune": 1}
+        assert jobs == {"planar_pretrain": 1, "planar_finetune": 1}
         os.kill(training, signal.SIGCONT)
         output, _ = process.communicate(timeout=WAIT)
     assert process.returncode == 0, output
     assert len(pd.read_csv((longer.folder / target).with_name("history.csv"))) == 80
     assert longer.planned(*LONG, *ONE[:3], target) == {}
-    assert longer.planned(*LONG, *change, "--", target) == {"finetune": 1}
+    assert longer.planned(*LONG, *change, "--", target) == {"planar_finetune": 1}
 
 
 def test_coarse_times_of_a_file_system_leave_nothing_to_do(finished: Project) -> None:
@@ -178,6 +178,10 @@ def test_coarse_times_of_a_file_system_leave_nothing_to_do(finished: Project) ->
 
 
 COMMAND = (sys.executable, "-c", "from flowtilt.pipeline.cli import run; raise SystemExit(run())")
+
+
+RISK = Path("runs", "risk_averse_2d", "pretrained", "seed0", "model.safetensors")
+"""Where the pretrained model of the risk-averse experiment is, below the results."""
 
 
 def pretrain(
@@ -204,17 +208,19 @@ def pretrain(
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)),
         )
 
-    config, override = project.folder / "risk.yaml", f'{{"pretrain": {{"updates": 4, "batch": {batch}}}}}'
+    config, override = (
+        project.folder / "risk.yaml",
+        f'{{"planar": {{"pretrain": {{"updates": 4, "batch": {batch}}}}}}}',
+    )
     file = "config/experiments/risk_averse_2d.yaml"
     assert command("resolve", file, "--override", override, "--output", config).returncode == 0
-    history = output.with_name("history.csv")
-    run = command("pretrain", config, "--seed", "0", "--output", output, "--history", history)
+    run = command("pretrain", config, "--seed", "0", "--results", project.folder / "out")
     assert "Traceback" not in run.stdout
     return run.returncode, run.stdout
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(project: Project) -> None:
-    output = project.folder / "out" / "model.safetensors"
+    output = project.folder / "out" / RISK
     code, said = pretrain(project, output, largest_file=4096)
     assert code == 1
     assert "the disk is full; free space and run again" in said
@@ -227,13 +233,13 @@ def test_a_full_disk_is_said_and_leaves_nothing(project: Project) -> None:
 def test_a_folder_that_cannot_be_written_is_named(project: Project) -> None:
     """A file stands in its place, which stops the superuser as well."""
     (project.folder / "out").write_text("a file where a folder should be")
-    code, said = pretrain(project, project.folder / "out" / "model.safetensors")
+    code, said = pretrain(project, project.folder / "out" / RISK)
     assert code == 1
     assert f"{project.folder / 'out'}" in said
     assert "set the key results to a folder that you can write to" in said
 
 
 def test_a_stage_without_memory_says_what_to_give_it(project: Project) -> None:
-    code, said = pretrain(project, project.folder / "out" / "model.safetensors", batch=10**12)
+    code, said = pretrain(project, project.folder / "out" / RISK, batch=10**12)
     assert code == 1
     assert "not enough memory; lower solver.batch" in said

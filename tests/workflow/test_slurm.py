@@ -114,7 +114,7 @@ def watch(log: Path, seen: dict[str, list[str]]) -> None:
 def edit(path: Path, **overrides: object) -> None:
     """Add overrides of experiments to a configuration file."""
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config["overrides"].update(overrides)
+    config["overrides"]["planar"].update(overrides)
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
@@ -168,7 +168,7 @@ def test_tables_equal_those_of_a_local_run(cluster: bool, project: Project, tmp_
     target = (*SMOKE, *one, "--", "risk_averse_2d", "results/smoke/tables/comparison.csv")
     status, output, seen = submitted(project, *target)
     assert status == 0, output
-    for rules in ("pretrain", "finetune", "measure_risk_averse_2d", "exact"):
+    for rules in ("planar_pretrain", "planar_finetune", "planar_measure_risk_averse_2d", "planar_exact"):
         states = [line for comment, lines in seen.items() if rules in comment for line in lines]
         assert any(line.startswith("RUNNING") for line in states), (rules, seen)
     shared = output.count("has been submitted")
@@ -334,12 +334,19 @@ def test_a_dry_run_at_the_papers_scale_prints_what_each_job_asks_for(project: Pr
     assert planned <= asked.keys()
     for rule, resources in asked.items():
         needs_gpu = rule in {
-            *("pretrain", "density", "offline", "finetune", "molecules_pretrain", "molecules_offline"),
-            *("molecules_finetune", "molecules_sample", "images_pretrain", "images_offline"),
-            *("images_finetune", "images_sample", "images_evaluate"),
+            *(
+                "planar_pretrain",
+                "planar_offline",
+                "planar_finetune",
+                "molecules_pretrain",
+                "molecules_offline",
+            ),
+            *("molecules_finetune", "molecules_sample", "images_pretrain_pipeline"),
+            *("images_pretrain_alignment", "images_offline", "images_finetune", "images_sample"),
+            "images_evaluate",
         }
         if rule != "all":
-            assert resources["gpu"] == str(int(needs_gpu or rule.startswith("measure_"))), rule
+            assert resources["gpu"] == str(int(needs_gpu)), rule
             assert int(resources["mem_mb"]) >= 500
             assert int(resources["runtime"]) >= 5
-    assert int(asked["finetune"]["runtime"]) >= 240
+    assert int(asked["planar_finetune"]["runtime"]) >= 240
