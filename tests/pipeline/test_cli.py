@@ -157,7 +157,7 @@ def test_a_failed_run_leaves_the_earlier_result(folder: Folder, capsys: pytest.C
     ("stage", "method", "words"),
     [
         ("finetune", "ppo", "unknown method 'ppo'; it has am, fdc, tfft"),
-        ("finetune", "", "unknown method ''; it has am, fdc, tfft"),
+        ("finetune", "", "the stage finetune is of a method; give it --method, one of: am, fdc, tfft"),
         ("finetune", "pretrained", "method 'pretrained' has no finetune; those that have: am, fdc, tfft"),
         ("threshold", "am", "method 'am' has no threshold; those that have: tfft"),
         ("evaluate", "am", "planar has no stage evaluate; it has pretrain, density, offline, threshold"),
