@@ -425,7 +425,10 @@ def _check_run(stage: Stage, run: Run) -> None:
     if stage.kinds:
         known = ", ".join(name for name in methods if stage.has(experiment, name))
         if not run.method:
-            raise ConfigError(f"the stage {stage.name} is of a method; give it --method, one of: {known}")
+            raise ConfigError(
+                f"experiment {experiment.name}: the stage {stage.name} is of a method; give it --method, one of: "
+                f"{known}"
+            )
         if run.method not in methods:
             raise ConfigError(f"experiment {experiment.name}: unknown method {run.method!r}; it has {known}")
         if not stage.has(experiment, run.method):
