@@ -426,8 +426,8 @@ def _check_run(stage: Stage, run: Run) -> None:
         known = ", ".join(name for name in methods if stage.has(experiment, name))
         if not run.method:
             raise ConfigError(
-                f"experiment {experiment.name}: the stage {stage.name} is of a method; give it --method, one of: "
-                f"{known}"
+                f"experiment {experiment.name}: the stage {stage.name} is of a method; give it --method, one "
+                f"of: {known}"
             )
         if run.method not in methods:
             raise ConfigError(f"experiment {experiment.name}: unknown method {run.method!r}; it has {known}")
