@@ -35,8 +35,8 @@ def rule_texts() -> dict[str, str]:
 def rules_of(project: Project) -> set[str]:
     """Every rule of the workflow that is no target, those of all files as one."""
     whole = yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8"))
-    listed = project.snakemake("--list-rules").stdout.split()
-    return kinds(listed) - TARGETS - {*whole["experiments"]}
+    listed = re.findall(r"^\w+$", project.snakemake("--list-rules").stdout, re.MULTILINE)
+    return kinds({*listed} - TARGETS - {*whole["experiments"]})
 
 
 def kinds(rules: Iterable[str]) -> set[str]:
