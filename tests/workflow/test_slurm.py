@@ -196,7 +196,8 @@ def test_a_failing_job_ends_the_run_with_its_message(cluster: bool, project: Pro
     target = "results/smoke/runs/risk_averse_2d/pretrained/seed0/offline.npz"
     status, output, seen = submitted(project, *SMOKE, "--retries", "1", "--", target, seconds=180)
     assert status != 0
-    assert "SLURM status is: 'FAILED'" in output
+    # Why SLURM ended a submission that jobs share, Snakemake does not print; docs/clusters.md says more.
+    assert "Error in group pretrain" in output
     assert "the training loss is" in output
     assert "lower learning_rate" in output
     # What was asked for at the second attempt: twice as much.
