@@ -31,9 +31,11 @@ class TailProblem:
         object.__setattr__(self, "side", tail_side(self.side))
         check(self, "a tail problem's ", mass=between(0, 1), alpha=POSITIVE)
 
-    def threshold(self, rewards: ArrayLike) -> float:
-        """The exact dual threshold of an offline batch of pretrained rewards."""
-        return threshold(rewards, self.alpha, self.mass, self.side)
+    def threshold(
+        self, rewards: ArrayLike, weights: ArrayLike | None = None, contexts: ArrayLike | None = None
+    ) -> float:
+        """The exact dual threshold of an offline batch; see :func:`flowtilt.thresholds.threshold`."""
+        return threshold(rewards, self.alpha, self.mass, self.side, weights, contexts)
 
     def pseudo_reward(self, reward: Reward, at: float) -> Hinge:
         """The hinge whose expected value, under KL weight ``alpha``, the fine-tuning raises."""

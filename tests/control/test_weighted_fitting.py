@@ -410,12 +410,20 @@ def test_a_solve_repeats_itself_leaves_the_base_alone_and_reports_every_update()
 def test_the_diagnostics_are_those_of_the_bank_s_weights():
     choice = settings(**QUICK)
     solution = solve(quick_flow(), Values(LINEAR), 1.0, choice, generator(7))
-    weights = draw_bank(quick_flow(), Values(LINEAR), 1.0, choice, generator(7)).solution
+    bank = draw_bank(quick_flow(), Values(LINEAR), 1.0, choice, generator(7))
+    weights = bank.solution
     plan = plan_draws(weights.probabilities)
     assert solution.diagnostics == {
         "bank": 64,
         "failed": 0,
+        "contexts": 1,
+        "groups": 1,
+        "pooled": 0,
         "effective_sample_size": weights.effective_sample_size,
+        "least_effective_share": pytest.approx(weights.effective_sample_size / 64),
+        "kl": pytest.approx((weights.probabilities * np.log(64 * weights.probabilities)).sum()),
+        "mean_before": pytest.approx(bank.values.mean()),
+        "mean_promised": pytest.approx(weights.probabilities @ bank.values),
         "largest_probability": weights.probabilities.max(),
         "nu": weights.nu,
         "primal": weights.primal,
@@ -547,9 +555,7 @@ def test_a_low_effective_sample_size_is_a_warning_with_the_number(caplog):
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_an_unusable_effective_sample_size_is_an_error_with_the_number_and_the_fix(penalty):
     choice = settings(bank=2000, penalty=penalty)
-    message = (
-        r"is 10?(\.\d+)? of a bank of 2000, below the minimum of 50; draw a larger bank, or raise the KL"
-    )
+    message = r"is 10?(\.\d+)? of a bank of 2000, below the minimum of 50; draw a larger bank, raise the KL"
     with pytest.raises(UnusableBank, match=message):
         solve(quick_flow(), Values(LINEAR), 1e-5, choice, generator(0))
 
