@@ -9,9 +9,9 @@ pretrained samples, weights ``w_i`` that sum to 1 and the mass ``m`` of the tail
 
 Where samples have contexts (numbers of atoms, prompts, modes), whose probabilities ``pi_c`` no fine-tuning
 changes, each context has a normaliser of its own: ``alpha log sum_i w_i exp(..)`` becomes
-``alpha sum_c pi_c log E[exp(..) | c]``, in which ``t`` is still one threshold for all. A sum of convex functions
-is convex: what is said of ``t`` holds as before. Weights that are normalised over all contexts together
-would promise mass that a model cannot move, and put the threshold where no model gets.
+``alpha sum_c pi_c log E[exp(..) | c]``, in which ``t`` is still one threshold for all. A sum of convex
+functions is convex: what is said of ``t`` holds as before. Weights that are normalised over all contexts
+together would promise mass that a model cannot move, and put the threshold where no model gets.
 
 A reward that is NaN is that of an evaluation that failed: it is left out, as if it had not been drawn, and
 the log says how many were. Everything is computed in the log domain: neither extreme ``alpha`` nor extreme

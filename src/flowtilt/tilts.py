@@ -99,12 +99,18 @@ class Groups:
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sums of ``values`` (N,) over each group, (groups,)."""
+        if len(self) == 1:
+            return values.sum(keepdims=True)
         return np.bincount(self.labels, values, minlength=len(self))
+
+    def each(self, values: np.ndarray) -> np.ndarray:
+        """What each sample has of ``values`` (groups,) of the groups: (N,), or (1,) for a single group."""
+        return values if len(self) == 1 else values[self.labels]
 
     def log_sums(self, exponents: np.ndarray) -> np.ndarray:
         """``log sum exp`` of ``exponents`` (N,) over each group, (groups,)."""
         top = self.largest(exponents)
-        return top + np.log(self.sums(np.exp(exponents - top[self.labels])))
+        return top + np.log(self.sums(np.exp(exponents - self.each(top))))
 
     def largest(self, values: np.ndarray) -> np.ndarray:
         """The largest of ``values`` (N,) in each group, (groups,)."""
@@ -153,14 +159,14 @@ class Tilted:
         return float(self.probabilities @ np.asarray(values, dtype=np.float64))
 
 
-def tilted(exponents: ArrayLike, groups: Groups, probabilities: ArrayLike | None = None) -> Tilted:
+def tilted(exponents: ArrayLike, groups: Groups, log_p: ArrayLike | None = None) -> Tilted:
     """The bank with probabilities proportional to ``p_i exp(exponents_i)`` within each group.
 
     Args:
         exponents: of the samples, in nats, finite, (N,).
         groups: of the samples.
-        probabilities: of the samples before, not negative and of sum 1, with some in each group; those of the
-            groups if not given.
+        log_p: log probabilities of the samples before, of sum 1 and with some in each group; those of
+            the groups if not given.
 
     Raises:
         ValueError: for exponents that are not one finite number a sample.
@@ -171,11 +177,10 @@ def tilted(exponents: ArrayLike, groups: Groups, probabilities: ArrayLike | None
             f"a tilt needs one finite exponent for each of {groups.labels.size} samples, got shape "
             f"{e.shape} with {int((~np.isfinite(e)).sum())} that are not finite"
         )
-    p = groups.probabilities if probabilities is None else np.asarray(probabilities, dtype=np.float64)
-    e = e - groups.largest(e)[groups.labels]  # beside large exponents log p would be lost in rounding
-    with np.errstate(divide="ignore"):
-        log_p, log_held = np.log(p), np.log(groups.sums(p))
-    log_w = e - (groups.log_sums(log_p + e) - log_held)[groups.labels]
+    e = e - groups.each(groups.largest(e))  # beside large exponents log p would be lost in rounding
+    log_p = np.log(groups.probabilities) if log_p is None else np.asarray(log_p, dtype=np.float64)
+    log_held = np.log(groups.sums(np.exp(log_p)))
+    log_w = e - groups.each(groups.log_sums(log_p + e) - log_held)
     q = np.exp(log_p + log_w)
     spread = groups.sums(np.exp(log_p + 2 * log_w)) / np.exp(log_held)  # E_q[q / p] of each group
     share = 1 / float(np.exp(log_held) @ spread)
@@ -186,7 +191,7 @@ def strongest(
     exponents: ArrayLike,
     groups: Groups,
     share: float,
-    probabilities: ArrayLike | None = None,
+    log_p: ArrayLike | None = None,
     most: float = 1.0,
 ) -> float:
     """The largest strength ``s`` up to ``most`` at which the tilt by ``s exponents`` keeps its samples.
@@ -199,14 +204,14 @@ def strongest(
         exponents: in nats at strength 1, (N,).
         groups: of the samples.
         share: to be kept, in (0, 1].
-        probabilities: of the samples before, as in :func:`tilted`.
+        log_p: log probabilities of the samples before, as in :func:`tilted`.
         most: the strength that is wanted, positive.
     """
     check_value("the effective share of a tilt", share, MASS)
     e = np.asarray(exponents, dtype=np.float64)
 
     def keeps(strength: float) -> bool:
-        return tilted(strength * e, groups, probabilities).effective_share >= share * (1 - 1e-12)
+        return tilted(strength * e, groups, log_p).effective_share >= share * (1 - 1e-12)
 
     if keeps(most):
         return most

@@ -9,6 +9,7 @@ from scipy.stats import multivariate_normal, norm
 
 from closed_forms import (
     PATHS,
+    AffinePolynomial,
     AffineTable,
     CorrectedFlow,
     Mixture,
@@ -16,12 +17,12 @@ from closed_forms import (
     Perceptron,
     Quadratic,
     Stacked,
-    affine_velocity,
+    Values,
     chain_law,
     generator,
+    ode_law,
     pushforward,
     relative_error,
-    tilt_gain,
 )
 from flowtilt.control.base import TrainingDiverged
 from flowtilt.control.penalties import PENALTIES, solve_weights
@@ -34,7 +35,6 @@ from flowtilt.control.weighted_fitting import (
     stratified_indices,
     stratified_uniforms,
 )
-from flowtilt.functionals.base import FirstVariation
 from flowtilt.functionals.utilities import Hinge, RewardVariation
 from flowtilt.model import FlowModel
 from flowtilt.rewards import Reward, RewardError
@@ -49,19 +49,6 @@ QUADRATIC = Quadratic([1.0, -0.5], [[1.5, 0.3], [0.3, 0.8]])
 KL_WEIGHT = 1.3
 
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
-
-
-class Values(FirstVariation):
-    """A reward whose gradient nobody may ask for."""
-
-    def __init__(self, reward):
-        self.reward = reward
-
-    def value(self, x, context=None):
-        return self.reward(x, context)
-
-    def gradient(self, x, context=None):
-        raise AssertionError("weighted fitting asks for values, never for gradients")
 
 
 class Waves(Reward):
@@ -263,39 +250,6 @@ def test_a_small_tilt_is_fitted_to_a_few_percent_of_itself(path, quadratic):
 
 
 # --- The fit against closed forms --------------------------------------------------------------
-
-
-class AffinePolynomial(torch.nn.Module):
-    """A correction ``gain(t) sum_j T_j(2t - 1) (B_j x + c_j)``, T_j Chebyshev's, zero at the start."""
-
-    def __init__(self, path, degree=4):
-        super().__init__()
-        self.path = path
-        self.matrices = torch.nn.Parameter(torch.zeros(degree + 1, 2, 2, dtype=torch.float64))
-        self.offsets = torch.nn.Parameter(torch.zeros(degree + 1, 2, dtype=torch.float64))
-
-    def forward(self, x, t):
-        t = t.expand(len(x))
-        angles = torch.acos((2 * t - 1).clamp(-1, 1))[:, None]
-        basis = torch.cos(angles * torch.arange(len(self.offsets)))
-        matrices = torch.einsum("nj,jab->nab", basis, self.matrices)
-        moved = torch.bmm(matrices, x[..., None])[..., 0] + basis @ self.offsets
-        return tilt_gain(self.path, t)[:, None] * moved
-
-
-def ode_law(model, steps=160):
-    """Mean and covariance at time 1 of the probability-flow ODE, for a velocity affine in the state.
-
-    By the implicit midpoint rule, of order 2 in the step.
-    """
-    mean, covariance = torch.zeros(2).double(), torch.eye(2).double()
-    for k in range(steps):
-        matrix, offset = affine_velocity(model, (k + 0.5) / steps)
-        half = torch.eye(2).double() - 0.5 / steps * matrix
-        step = torch.linalg.solve(half, torch.eye(2).double() + 0.5 / steps * matrix)
-        mean = step @ mean + torch.linalg.solve(half, offset / steps)
-        covariance = step @ covariance @ step.T
-    return mean, covariance
 
 
 @paths

@@ -12,8 +12,8 @@ and at the optimum ``w_i = (f*)'(s_i)`` at the slope ``s_i = (g_i - nu) / alpha`
 the mean weight 1. With KL these are the weights ``exp(g / alpha)``, normalised: the exponential tilt.
 The five penalties are those of the Fenchel-tilting comparison (Bobrin et al. 2026).
 
-Where samples have contexts of given probabilities, q has those of p (see :mod:`flowtilt.tilts`): the problem is
-then one for each context, with a ``nu`` of its own.
+Where samples have contexts of given probabilities, q has those of p (see :mod:`flowtilt.tilts`): the problem
+is then one for each context, with a ``nu`` of its own.
 
 All of them are of the power family of Cressie and Read (1984), of order k:
 

@@ -13,7 +13,8 @@ They are a control variate, which takes out most of the noise where weights are 
 not a square, the gradient at the base has that part.
 
 Weights are normalised within each context (:mod:`flowtilt.tilts`), whose probabilities no model changes. A
-sample whose value is NaN, of a reward that may fail, is left out of its context, as if the base never drew it.
+sample whose value is NaN, of a reward that may fail, is left out of its context, as if the base never drew
+it.
 
 What bounds the method is the bank: a distribution that the base hardly samples is carried by few samples.
 The effective sample size says how many; a low one is reported, an unusable one refused. Past that bound goes

@@ -137,6 +137,7 @@ class OptimalDesign(Functional):
     """
 
     tier = "convex"
+    by_values = True
 
     criterion: Criterion = "log_det"
     features: Features = PolynomialFeatures()
@@ -200,5 +201,8 @@ class OptimalDesign(Functional):
         return self._value(self._spectrum(self._features(law.points), law.p))
 
     def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        phi = self._features(law.points)
-        return ((phi @ self._matrix(self._spectrum(phi, law.p))) * phi).sum(1)
+        return self.variation_at(law).on(law)
+
+    def variation_at(self, law: FiniteLaw) -> FeatureForm:
+        matrix = self._matrix(self._spectrum(self._features(law.points), law.p))
+        return FeatureForm(self.features, torch.as_tensor(matrix))

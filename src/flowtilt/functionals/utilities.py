@@ -7,6 +7,7 @@ sign the paper prints the other way round: the log barrier's and that of diverse
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -56,7 +57,7 @@ def _finite_values(reward: Reward, law: FiniteLaw) -> np.ndarray:
     Raises:
         RewardError: if one failed: a point has its probability, and cannot be left out as a sample can.
     """
-    values = reward(law.points).double().numpy(force=True)
+    values = law.values_of(reward)
     if count := int(np.isnan(values).sum()):
         raise RewardError(
             f"reward {type(reward).__name__} failed on {count} of the {len(values)} points of a finite law, "
@@ -67,6 +68,10 @@ def _finite_values(reward: Reward, law: FiniteLaw) -> np.ndarray:
 
 class _OfRewards(FirstVariation):
     """A function of some rewards: active everywhere, but for samples on which one of them failed."""
+
+    @abstractmethod
+    def on(self, law: FiniteLaw) -> np.ndarray:
+        """By the rewards that the law keeps."""
 
     def _rewards(self) -> list[Reward]:
         return [value for value in vars(self).values() if isinstance(value, Reward)]
@@ -89,6 +94,9 @@ class RewardVariation(_OfRewards):
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         return self.reward(x, context)
+
+    def on(self, law: FiniteLaw) -> np.ndarray:
+        return law.values_of(self.reward)
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         return self.reward.gradient(x, context)
@@ -129,6 +137,9 @@ class Hinge(_OfRewards):
     def sparse(self) -> bool:
         return True
 
+    def on(self, law: FiniteLaw) -> np.ndarray:
+        return self.of_rewards(law.values_of(self.reward))
+
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         excess = self.reward(x, context) - self.threshold
         return (excess.clamp(max=0.0) if self.side == "lower" else excess.clamp(min=0.0)) / self.mass
@@ -145,8 +156,19 @@ class Hinge(_OfRewards):
         return gradient
 
 
+class _FunctionalOfRewards(Functional):
+    """A functional of the distribution of some rewards, which weights of samples are enough for."""
+
+    by_values = True
+
+    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
+        for reward in self.rewards:
+            _finite_values(reward, law)  # raises where one failed
+        return self.variation_at(law).on(law)
+
+
 @dataclass(frozen=True)
-class ExpectedReward(Functional):
+class ExpectedReward(_FunctionalOfRewards):
     """``E_p[r]``; linear in the law."""
 
     tier = "linear"
@@ -162,12 +184,12 @@ class ExpectedReward(Functional):
     def finite_value(self, law: FiniteLaw) -> float:
         return float(law.p @ self.finite_variation(law))
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        return _finite_values(self.reward, law)
+    def variation_at(self, law: FiniteLaw) -> RewardVariation:
+        return RewardVariation(self.reward)
 
 
 @dataclass(frozen=True)
-class _TailMean(Functional):
+class _TailMean(_FunctionalOfRewards):
     """A mean of one tail of the reward.
 
     Attributes:
@@ -199,10 +221,9 @@ class CVaR(_TailMean):
     def finite_value(self, law: FiniteLaw) -> float:
         return lower_tail_mean(_finite_values(self.reward, law), self.level, law.p)
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        rewards = _finite_values(self.reward, law)
-        at = quantile(rewards, self.level, law.p)
-        return Hinge(self.reward, at, self.level, "lower").of_rewards(rewards)
+    def variation_at(self, law: FiniteLaw) -> Hinge:
+        at = quantile(_finite_values(self.reward, law), self.level, law.p)
+        return Hinge(self.reward, at, self.level, "lower")
 
 
 @dataclass(frozen=True)
@@ -221,10 +242,9 @@ class SQ(_TailMean):
     def finite_value(self, law: FiniteLaw) -> float:
         return upper_tail_mean(_finite_values(self.reward, law), 1 - self.level, law.p)
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        rewards = _finite_values(self.reward, law)
-        at = quantile(rewards, self.level, law.p)
-        return Hinge(self.reward, at, 1 - self.level, "upper").of_rewards(rewards)
+    def variation_at(self, law: FiniteLaw) -> Hinge:
+        at = quantile(_finite_values(self.reward, law), self.level, law.p)
+        return Hinge(self.reward, at, 1 - self.level, "upper")
 
 
 @dataclass(frozen=True)
@@ -245,6 +265,10 @@ class CentredRisk(_OfRewards):
         rewards = self.reward(x, context)
         return rewards - self.risk * (rewards - 2 * self.mean) * rewards
 
+    def on(self, law: FiniteLaw) -> np.ndarray:
+        rewards = law.values_of(self.reward)
+        return rewards - self.risk * (rewards - 2 * self.mean) * rewards
+
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         rewards = self.reward(x, context)
         # NaN times the gradient 0 of a failed evaluation would be NaN.
@@ -253,7 +277,7 @@ class CentredRisk(_OfRewards):
 
 
 @dataclass(frozen=True)
-class MeanVariance(Functional):
+class MeanVariance(_FunctionalOfRewards):
     """``E r - risk Var r``; the variance is the samples' own, without Bessel's correction.
 
     The variance is concave in the law, so that this is convex for a positive ``risk``.
@@ -284,9 +308,9 @@ class MeanVariance(Functional):
         mean = law.p @ rewards
         return float(mean - self.risk * (law.p @ (rewards - mean) ** 2))
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        rewards = _finite_values(self.reward, law)
-        return rewards - self.risk * (rewards - 2 * (law.p @ rewards)) * rewards
+    def variation_at(self, law: FiniteLaw) -> CentredRisk:
+        mean = float(law.p @ _finite_values(self.reward, law))
+        return CentredRisk(self.reward, self.risk, mean)
 
 
 @dataclass(frozen=True)
@@ -373,6 +397,9 @@ class BarrierVariation(_OfRewards):
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         return self.reward(x, context) - self.slope * self.cost(x, context)
 
+    def on(self, law: FiniteLaw) -> np.ndarray:
+        return law.values_of(self.reward) - self.slope * law.values_of(self.cost)
+
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         gradient = self.reward.gradient(x, context) - self.slope * self.cost.gradient(x, context)
         # Where one of the two failed the other would pull alone.
@@ -380,7 +407,7 @@ class BarrierVariation(_OfRewards):
 
 
 @dataclass(frozen=True)
-class LogBarrier(Functional):
+class LogBarrier(_FunctionalOfRewards):
     """``E r + strength log(bound - E c)``: the expected reward with the expected cost kept below a bound.
 
     Attributes:
@@ -430,9 +457,9 @@ class LogBarrier(Functional):
         slack = self._slack(float(law.p @ _finite_values(self.cost, law)))
         return float(law.p @ _finite_values(self.reward, law)) + self.strength * math.log(slack)
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        costs = _finite_values(self.cost, law)
-        return _finite_values(self.reward, law) - self.strength / self._slack(float(law.p @ costs)) * costs
+    def variation_at(self, law: FiniteLaw) -> BarrierVariation:
+        slack = self._slack(float(law.p @ _finite_values(self.cost, law)))
+        return BarrierVariation(self.reward, self.cost, self.strength / slack)
 
 
 @dataclass(frozen=True)
