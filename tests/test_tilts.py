@@ -158,7 +158,7 @@ def test_the_strongest_tilt_keeps_just_the_share(share, scale):
 # --- Thresholds --------------------------------------------------------------------------------
 
 
-def common_dual(t, rewards, weights, labels, alpha, mass, side):
+def common_dual(t, rewards, weights, labels, alpha, mass, tail):
     """As section 8 of the derivation has it, one context after the other."""
     cut = np.minimum(rewards - t, 0) if side == "lower" else np.maximum(rewards - t, 0)
     value = t
@@ -181,12 +181,12 @@ def test_one_threshold_for_all_contexts_against_brute_force(side, weighted, tied
     rewards = np.round(rewards) if tied else rewards
     weights = rng.exponential(size=count) if weighted else np.ones(count)
     given_weights = weights if weighted else None
-    at = threshold(rewards, alpha, mass, side, given_weights, labels)
+    at = threshold(rewards, alpha, mass, tail, given_weights, labels)
 
     def value(t):
-        return common_dual(t, rewards, weights, labels, alpha, mass, side)
+        return common_dual(t, rewards, weights, labels, alpha, mass, tail)
 
-    assert dual_objective(at, rewards, alpha, mass, side, given_weights, labels) == pytest.approx(value(at))
+    assert dual_objective(at, rewards, alpha, mass, tail, given_weights, labels) == pytest.approx(value(at))
     if side == "lower":
         assert value(at) == pytest.approx(max(value(t) for t in rewards), rel=1e-12, abs=1e-12)
     else:
@@ -227,8 +227,10 @@ RATE, ALPHA = 1.0, 1.0
 
 
 def mode_flow(path="linear"):
-    laws = [Mixture.gaussian([m, 0.0], [[1.0, 0.0], [0.0, 1.0]]) for m in MEANS]
-    return LabelledModes([MixtureFlow(PATHS[path], law, trainable=True) for law in laws])
+    distributions = [Mixture.gaussian([m, 0.0], [[1.0, 0.0], [0.0, 1.0]]) for m in MEANS]
+    return LabelledModes(
+        [MixtureFlow(PATHS[path], distribution, trainable=True) for distribution in distributions]
+    )
 
 
 class LabelledModes(Modes):
@@ -278,14 +280,14 @@ def test_the_threshold_within_contexts_is_that_of_the_closed_form(side):
 
     labels = np.repeat(np.arange(3), 20_000)
     rewards = norm.ppf((np.arange(labels.size) % 20_000 + 0.5) / 20_000) + np.array(MEANS)[labels]
-    at = threshold(rewards, alpha, mass, side, contexts=labels)
+    at = threshold(rewards, alpha, mass, tail, contexts=labels)
     sign = -1.0 if side == "lower" else 1.0
     exact = minimize_scalar(dual, bounds=(-6, 8), args=(sign,), method="bounded", options={"xatol": 1e-10})
     assert dual(at) == pytest.approx(dual(exact.x), abs=2e-3)
-    assert dual_objective(at, rewards, alpha, mass, side, contexts=labels) == pytest.approx(
+    assert dual_objective(at, rewards, alpha, mass, tail, contexts=labels) == pytest.approx(
         dual(exact.x), abs=0.02
     )
     # Over all contexts together the dual promises more, and its threshold is another one.
-    pooled = threshold(rewards, alpha, mass, side)
+    pooled = threshold(rewards, alpha, mass, tail)
     assert abs(pooled - at) > 0.1
-    assert dual_objective(pooled, rewards, alpha, mass, side) > dual(exact.x) + 0.05
+    assert dual_objective(pooled, rewards, alpha, mass, tail) > dual(exact.x) + 0.05

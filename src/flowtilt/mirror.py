@@ -37,7 +37,7 @@ from functools import cached_property
 
 import numpy as np
 
-from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional
+from flowtilt.functionals.base import FiniteDistribution, FirstVariation, Functional
 from flowtilt.ranges import NOT_NEGATIVE, POSITIVE, SHARE, check_value
 from flowtilt.tilts import Groups, Tilted, strongest, tilted
 
@@ -74,7 +74,7 @@ class MirrorStep:
     """A step that was found, or that there is none.
 
     Attributes:
-        law: the distribution after it.
+        distribution: the distribution after it.
         eta: its KL weight, in units of the utility a nat; infinite for no step.
         gain: of G, not negative.
         added: exponents that it adds to ``h``, in nats, (n,).
@@ -83,7 +83,7 @@ class MirrorStep:
         under: the points' weights under the step.
     """
 
-    law: FiniteLaw
+    distribution: FiniteDistribution
     eta: float
     gain: float
     added: np.ndarray
@@ -92,35 +92,35 @@ class MirrorStep:
     under: Tilted
 
 
-def plane_at(utility: Functional, law: FiniteLaw) -> Plane:
+def plane_at(utility: Functional, distribution: FiniteDistribution) -> Plane:
     """The linear part of a utility at a distribution on points."""
-    variation = utility.variation_at(law) if utility.by_values else None
-    values = utility.finite_variation(law) if variation is None else variation.on(law)
-    return Plane(values, utility.finite_value(law) - float(law.p @ values), variation)
+    variation = utility.variation_at(distribution) if utility.by_values else None
+    values = utility.finite_variation(distribution) if variation is None else variation.on(distribution)
+    return Plane(values, utility.finite_value(distribution) - float(distribution.p @ values), variation)
 
 
-def groups_of(law: FiniteLaw) -> Groups:
+def groups_of(distribution: FiniteDistribution) -> Groups:
     """The groups of a distribution on points: its modes, whose probabilities no step changes."""
-    if law.modes is None:
-        return Groups.single(len(law.log_p))
-    return Groups(law.modes, np.bincount(law.modes, law.p))
+    if distribution.modes is None:
+        return Groups.single(len(distribution.log_p))
+    return Groups(distribution.modes, np.bincount(distribution.modes, distribution.p))
 
 
 def find_step(
     utility: Functional,
     alpha: float,
-    law: FiniteLaw,
+    distribution: FiniteDistribution,
     exponents: np.ndarray,
     share: float = 0.0,
     groups: Groups | None = None,
     trials: int = TRIALS,
 ) -> MirrorStep:
-    """The step from ``law`` that raises ``U - alpha KL`` most.
+    """The step from ``distribution`` that raises ``U - alpha KL`` most.
 
     Args:
         utility: U.
         alpha: weight of the divergence from the base, not negative.
-        law: the current distribution.
+        distribution: the current distribution.
         exponents: ``h`` at its points, in nats, (n,); a constant of each group does not matter.
         share: effective share of the points that a step must keep, in [0, 1); 0 for any.
         groups: points with a normaliser in common; by default those of one mode.
@@ -135,8 +135,8 @@ def find_step(
         raise ValueError(
             "without a divergence nothing bounds a step: give alpha, or the effective share that it keeps"
         )
-    search = _Search(utility, alpha, law, exponents, share, groups or groups_of(law))
-    planes, mix = [plane_at(utility, law)], np.ones(1)
+    search = _Search(utility, alpha, distribution, exponents, share, groups or groups_of(distribution))
+    planes, mix = [plane_at(utility, distribution)], np.ones(1)
     best, before = None, 0.0
     for trial in range(1, trials + 1):
         found, beyond, most = search.along(search.direction(planes, mix))
@@ -158,7 +158,7 @@ class _Search:
 
     utility: Functional
     alpha: float
-    law: FiniteLaw
+    distribution: FiniteDistribution
     exponents: np.ndarray
     share: float
     groups: Groups
@@ -169,17 +169,17 @@ class _Search:
         g, p = f - self.alpha * self.exponents, self.p
         return g - self.groups.each(self.groups.sums(p * g) / self.groups.sums(p))
 
-    def candidate(self, direction: np.ndarray, strength: float) -> tuple[float, Tilted, FiniteLaw]:
+    def candidate(self, direction: np.ndarray, strength: float) -> tuple[float, Tilted, FiniteDistribution]:
         """Gain of G, weights and distribution at ``strength = 1 / eta``."""
-        under = tilted(strength * direction, self.groups, log_p=self.law.log_p)
-        law = replace(self.law, log_p=self.law.log_p + under.log_weights)
+        under = tilted(strength * direction, self.groups, log_p=self.distribution.log_p)
+        distribution = replace(self.distribution, log_p=self.distribution.log_p + under.log_weights)
         try:
-            utility = self.utility.finite_value(law)
+            utility = self.utility.finite_value(distribution)
         except ValueError:  # outside of the functional's domain
-            return -math.inf, under, law
+            return -math.inf, under, distribution
         moved = float((under.probabilities - self.p) @ self.exponents)
         gain = utility - self.level - self.alpha * (under.kl + moved)
-        return gain if abs(gain) > ROUNDING * self.scale else 0.0, under, law
+        return gain if abs(gain) > ROUNDING * self.scale else 0.0, under, distribution
 
     @cached_property
     def scale(self) -> float:
@@ -189,14 +189,14 @@ class _Search:
     @cached_property
     def level(self) -> float:
         """U at the current distribution."""
-        return self.utility.finite_value(self.law)
+        return self.utility.finite_value(self.distribution)
 
     @cached_property
     def p(self) -> np.ndarray:
         """Its probabilities, (n,)."""
-        return self.law.p
+        return self.distribution.p
 
-    def along(self, direction: np.ndarray) -> tuple[MirrorStep | None, FiniteLaw, float]:
+    def along(self, direction: np.ndarray) -> tuple[MirrorStep | None, FiniteDistribution, float]:
         """The best step along a direction, if one rises; what is just beyond it; the largest strength."""
         largest = self._largest(direction)
         evaluate = _Kept(lambda strength: self.candidate(direction, strength))
@@ -208,8 +208,12 @@ class _Search:
                 break
             tried /= 2
         _, top, beyond = _golden(evaluate.gain, top / 2, top, min(2 * top, largest))
-        gain, under, law = evaluate(top)
-        step = MirrorStep(law, 1 / top, gain, top * direction, (), np.ones(1), under) if gain > 0 else None
+        gain, under, distribution = evaluate(top)
+        step = (
+            MirrorStep(distribution, 1 / top, gain, top * direction, (), np.ones(1), under)
+            if gain > 0
+            else None
+        )
         return step, evaluate(beyond)[2], largest
 
     def _largest(self, direction: np.ndarray) -> float:
@@ -219,7 +223,7 @@ class _Search:
         if self.share == 0:
             return most
         # At full precision the bisection would cost as much as the search itself.
-        return strongest(most * direction, self.groups, self.share, log_p=self.law.log_p) * most
+        return strongest(most * direction, self.groups, self.share, log_p=self.distribution.log_p) * most
 
     def least_bound(self, planes: list[Plane], strength: float) -> np.ndarray:
         """Weights of planes at which the largest bound of G near the current distribution is least.
@@ -230,7 +234,7 @@ class _Search:
         from scipy.optimize import minimize  # a third of a second, and smooth functionals do without
 
         values, constants = np.stack([p.values for p in planes]), np.array([p.constant for p in planes])
-        p_log, groups = self.law.log_p, self.groups
+        p_log, groups = self.distribution.log_p, self.groups
         log_share = np.log(groups.sums(self.p))
 
         def bound(mix: np.ndarray) -> tuple[float, np.ndarray]:
@@ -250,18 +254,18 @@ class _Search:
     def none(self, plane: Plane) -> MirrorStep:
         """No step."""
         still = np.zeros_like(self.exponents)
-        under = tilted(still, self.groups, log_p=self.law.log_p)
-        return MirrorStep(self.law, math.inf, 0.0, still, (plane,), np.ones(1), under)
+        under = tilted(still, self.groups, log_p=self.distribution.log_p)
+        return MirrorStep(self.distribution, math.inf, 0.0, still, (plane,), np.ones(1), under)
 
 
 class _Kept:
     """Candidates by strength, each computed once."""
 
-    def __init__(self, compute: Callable[[float], tuple[float, Tilted, FiniteLaw]]) -> None:
+    def __init__(self, compute: Callable[[float], tuple[float, Tilted, FiniteDistribution]]) -> None:
         self._compute = compute
         self._gains: dict[float, float] = {}
 
-    def __call__(self, strength: float) -> tuple[float, Tilted, FiniteLaw]:
+    def __call__(self, strength: float) -> tuple[float, Tilted, FiniteDistribution]:
         return self._compute(strength)
 
     def gain(self, strength: float) -> float:
@@ -288,41 +292,42 @@ def _golden(
 def ascend_exactly(
     utility: Functional,
     alpha: float,
-    law: FiniteLaw,
+    distribution: FiniteDistribution,
     steps: int,
     eta: float | None = None,
     share: float = 0.0,
 ) -> list[MirrorStep]:
-    """Steps of Flow Density Control from the base ``law``, each exact; fewer where one gains nothing.
+    """Steps of Flow Density Control from the base ``distribution``, each exact; fewer where one gains
+    nothing.
 
     Args:
         utility: U.
-        alpha: weight of the divergence from ``law``.
-        law: the base, and the start.
+        alpha: weight of the divergence from ``distribution``.
+        distribution: the base, and the start.
         steps: most steps.
         eta: fixed weight of all steps, at least alpha; by default it is searched for.
         share: effective share that a searched step keeps.
     """
-    h, taken = np.zeros(len(law.log_p)), []
+    h, taken = np.zeros(len(distribution.log_p)), []
     for _ in range(steps):
         if eta is None:
-            step = find_step(utility, alpha, law, h, share)
+            step = find_step(utility, alpha, distribution, h, share)
             if not step.gain > 0:
                 break
         else:
-            step = fixed_step(utility, alpha, law, h, eta)
+            step = fixed_step(utility, alpha, distribution, h, eta)
         taken.append(step)
-        law, h = step.law, h + step.added
+        distribution, h = step.distribution, h + step.added
     return taken
 
 
 def fixed_step(
-    utility: Functional, alpha: float, law: FiniteLaw, exponents: np.ndarray, eta: float
+    utility: Functional, alpha: float, distribution: FiniteDistribution, exponents: np.ndarray, eta: float
 ) -> MirrorStep:
     """The step of weight ``eta``, whatever it gains: the gain says whether it is an ascent."""
     check_value("the KL weight of a step", eta, POSITIVE)
-    search = _Search(utility, alpha, law, exponents, 0.0, groups_of(law))
-    plane = plane_at(utility, law)
+    search = _Search(utility, alpha, distribution, exponents, 0.0, groups_of(distribution))
+    plane = plane_at(utility, distribution)
     direction = search.direction([plane], np.ones(1))
     gain, under, after = search.candidate(direction, 1 / eta)
     return MirrorStep(after, eta, gain, direction / eta, (plane,), np.ones(1), under)

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowtilt.ranges import NOT_NEGATIVE, at_least, check_value
-from flowtilt.words import Side, tail_side
+from flowtilt.words import Tail, read_tail
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def dual_objective(
     rewards: ArrayLike,
     alpha: float,
     mass: float,
-    side: Side,
+    tail: Tail,
     weights: ArrayLike | None = None,
     contexts: ArrayLike | None = None,
 ) -> float:
@@ -114,7 +114,7 @@ def dual_objective(
 
     All other arguments are those of :func:`threshold`.
     """
-    cut = np.minimum if tail_side(side) == "lower" else np.maximum
+    cut = np.minimum if read_tail(tail) == "lower" else np.maximum
     value = t
     for batch in _prepare(rewards, alpha, mass, weights, contexts):
         exponents = cut(batch.rewards - t, 0.0) / batch.scale
@@ -140,27 +140,27 @@ def threshold(
     rewards: ArrayLike,
     alpha: float,
     mass: float,
-    side: Side,
+    tail: Tail,
     weights: ArrayLike | None = None,
     contexts: ArrayLike | None = None,
 ) -> float:
-    """Exact optimal threshold of one tail, in O(N log N); on the lower side times the number of contexts.
+    """Exact optimal threshold of one tail, in O(N log N); on the lower tail times the number of contexts.
 
     Args:
         rewards: of pretrained samples, (N,).
         alpha: KL weight, positive.
         mass: of the tail, in (0, 1): the level b of the lower tail, 1 - b of the upper.
-        side: the tail, ``lower`` (or ``left``) or ``upper`` (or ``right``).
+        tail: the tail, ``lower`` (or ``left``) or ``upper`` (or ``right``).
         weights: of the samples, not negative; equal if not given.
         contexts: a number for each sample, (N,), if they have contexts whose probabilities are given: those
             of the weights, failed samples included.
 
     Raises:
-        ValueError: for parameters out of range, another side, rewards that are infinite, or none that has a
+        ValueError: for parameters out of range, another tail, rewards that are infinite, or none that has a
             value.
     """
-    side, batches = tail_side(side), _prepare(rewards, alpha, mass, weights, contexts)
-    if side == "lower":
+    tail, batches = read_tail(tail), _prepare(rewards, alpha, mass, weights, contexts)
+    if tail == "lower":
         return _lower_threshold(batches)
     return _upper_threshold(batches[0], mass) if len(batches) == 1 else _upper_common(batches, mass)
 
@@ -202,7 +202,7 @@ def _lower_log_means(batch: _SortedBatch, at: np.ndarray) -> np.ndarray:
 
 
 def _upper_threshold(batch: _SortedBatch, mass: float) -> float:
-    """The point where the tilted law has exactly ``mass`` above the threshold, or a kink.
+    """The point where the tilted distribution has exactly ``mass`` above the threshold, or a kink.
 
     With the rewards after ``j`` active, the slope of the dual vanishes at
     ``scale (log sum_{i > j} w_i exp(r_i / scale) - log(mass / (1 - mass)) - log sum_{i <= j} w_i)``.
@@ -302,10 +302,10 @@ def _upper_slope(batch: _SortedBatch, t: float, mass: float) -> float:
     return 1.0 - np.exp(_logsumexp(exponents[active]) - _logsumexp(exponents)) / mass
 
 
-def active_share(rewards: ArrayLike, at: float, side: Side) -> float:
+def active_share(rewards: ArrayLike, at: float, tail: Tail) -> float:
     """Share of samples on which the hinge at ``at`` has a gradient, of those whose reward has not failed."""
     r = np.asarray(rewards, dtype=np.float64)
     r = r[~np.isnan(r)]
     if not r.size:
         raise ValueError("an active share needs at least one reward that has a value")
-    return float(np.mean(r < at if tail_side(side) == "lower" else r > at))
+    return float(np.mean(r < at if read_tail(tail) == "lower" else r > at))

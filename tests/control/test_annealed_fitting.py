@@ -43,15 +43,15 @@ def annealed(share=0.3, stages=20, settled=1e-3, **changes):
     return AnnealedFittingSettings(fitting(**changes), share, stages, settled)
 
 
-def divergence(law, base):
-    """``KL(law || base)`` of two Gaussians, in nats."""
-    own, other = (torch.distributions.MultivariateNormal(g.mean, g.covariance) for g in (law, base))
+def divergence(distribution, base):
+    """``KL(distribution || base)`` of two Gaussians, in nats."""
+    own, other = (torch.distributions.MultivariateNormal(g.mean, g.covariance) for g in (distribution, base))
     return float(torch.distributions.kl_divergence(own, other))
 
 
-def weight_of(law, reward, nats):
+def weight_of(distribution, reward, nats):
     """The KL weight at which the tilt of a Gaussian is so many nats from it."""
-    return brentq(lambda w: divergence(law.tilted(reward, w), law) - nats, 1e-3, 1e3)
+    return brentq(lambda w: divergence(distribution.tilted(reward, w), distribution) - nats, 1e-3, 1e3)
 
 
 ten_nats = pytest.mark.parametrize("nats", [2, 5, pytest.param(10, marks=pytest.mark.slow)])
@@ -124,8 +124,8 @@ MEANS = ([-1.0, 0.0], [0.0, 0.5], [1.5, 0.0])
 
 
 def mode_flow():
-    laws = [Mixture.gaussian(mean, [[1.0, 0.3], [0.3, 0.8]]) for mean in MEANS]
-    return LabelledModes([MixtureFlow(PATH, law, trainable=True) for law in laws])
+    distributions = [Mixture.gaussian(mean, [[1.0, 0.3], [0.3, 0.8]]) for mean in MEANS]
+    return LabelledModes([MixtureFlow(PATH, distribution, trainable=True) for distribution in distributions])
 
 
 def by_adjoint_matching(flow, tilt, weight):
@@ -153,11 +153,11 @@ def test_every_solver_tilts_each_context_by_itself(name, nats):
     A context has a third of the bank: five nats leave one bank nothing of it.
     """
     reward, flow = Quadratic([1.0, 0.5]), mode_flow()
-    weight = weight_of(flow.flows[0].law, reward, nats)
+    weight = weight_of(flow.flows[0].distribution, reward, nats)
     solution = SOLVERS[name](flow, RewardVariation(reward), weight)
     for own, before in zip(solution.model.flows, flow.flows, strict=True):
-        exact = before.law.tilted(reward, weight).means
-        move = float((exact - before.law.means).norm())
+        exact = before.distribution.tilted(reward, weight).means
+        move = float((exact - before.distribution.means).norm())
         assert float((own.means.detach() - exact).norm()) < 0.05 * move
 
 

@@ -295,7 +295,7 @@ def solve_tail(
         return problem.threshold(values, weights, labels)
 
     def active(at: float, values: np.ndarray) -> np.ndarray:
-        return values < at if problem.side == "lower" else values > at
+        return values < at if problem.tail == "lower" else values > at
 
     tilt, identity = RewardVariation(reward), (settings, problem)
     anneal = _Annealing(base, tilt, chain, threshold, settings, identity, active)

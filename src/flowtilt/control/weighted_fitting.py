@@ -1,4 +1,4 @@
-"""Weighted fitting (Bobrin et al. 2026): reach a tilted law without a gradient of the reward.
+"""Weighted fitting (Bobrin et al. 2026): reach a tilted distribution without a gradient of the reward.
 
 The problem ``max_p E_p[f] - lambda D(p || p_base)`` is first solved on a bank of samples of the base
 model, where it is a small convex problem whose solution is a weight for each sample
@@ -62,7 +62,8 @@ class WeightedFittingSettings:
     Attributes:
         bank: samples of the base model.
         sampler: how they are drawn: by the probability-flow ODE, or by the memoryless SDE. Where
-            ``alpha(0)`` is not 0 the ODE's law differs from the data's by about that share of its mean.
+            ``alpha(0)`` is not 0 the ODE's distribution differs from the data's by about that share of its
+            mean.
         steps: time steps of the sampler; the ODE takes four network passes each, the SDE one.
         penalty: name of the divergence from the base, of :data:`flowtilt.control.penalties.PENALTIES`.
         group: samples of a context below which it is pooled with its neighbours, see
@@ -274,10 +275,11 @@ class Plan:
 
     Attributes:
         cumulative: sums of the probabilities of the draw, ending in 1, (N,).
-        tilted: probability under the tilted law over that of the draw, (N,).
-        base: that under the base law, times the coefficient, (N,).
+        tilted: probability under the tilted distribution over that of the draw, (N,).
+        base: that under the base distribution, times the coefficient, (N,).
         coefficient: of the control variate, in [0, 1]; 0 for none.
-        noise: variance of the gradient over that of draws from the tilted law, for residuals of one size.
+        noise: variance of the gradient over that of draws from the tilted distribution, for residuals of one
+            size.
     """
 
     cumulative: Tensor
@@ -288,11 +290,11 @@ class Plan:
 
 
 def plan_draws(probabilities: np.ndarray, base: np.ndarray | None = None, price: float = FORWARD) -> Plan:
-    """Draw from the tilted law, or use the base's residuals as a control variate if that is better.
+    """Draw from the tilted distribution, or use the base's residuals as a control variate if that is better.
 
-    The gradient of the loss under the tilted law q is ``E_q[<dr, r>]``, and near the base it is noise of
-    the size of the residual. The base's own ``E_p[<dr, r_base>]`` vanishes, so any multiple c of it may
-    be subtracted. With both means over draws from ``m = (p + q) / 2`` the variance is
+    The gradient of the loss under the tilted distribution q is ``E_q[<dr, r>]``, and near the base it is
+    noise of the size of the residual. The base's own ``E_p[<dr, r_base>]`` vanishes, so any multiple c of it
+    may be subtracted. With both means over draws from ``m = (p + q) / 2`` the variance is
     ``sum (q - c p)^2 / m`` times that of a residual, least at ``c = sum(p q / m) / sum(p^2 / m)``; with
     draws from q alone it is 1. The control variate has a price, and is used where the variance falls by
     more than that.
@@ -352,7 +354,7 @@ def _native(model: FlowModel, batch: _Batch, weights: Tensor) -> Tensor:
 
 
 def _losses(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> tuple[Tensor, float]:
-    """What to minimise, and the native loss under the tilted law, which it is without a control variate."""
+    """What to minimise, and the native loss under the tilted distribution, which it is without a control variate."""
     if not model.quadratic_loss:
         native = _native(model, batch, plan.tilted)
         return native, float(native.detach())
@@ -371,7 +373,7 @@ def _losses(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> tup
 
 
 def _subtract_gradient_at_base(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> None:
-    """The control variate of any loss: its gradient at the base, whose mean under the base's law is zero."""
+    """The control variate of any loss: its gradient at the base, whose mean under the base's distribution is zero."""
     own = list(base.parameters())
     at_base = torch.autograd.grad(_native(base, batch, plan.base), own, allow_unused=True)
     for parameter, gradient in zip(model.parameters(), at_base, strict=True):
@@ -412,11 +414,12 @@ def solve(
     progress: Progress | None = None,
     slot: Slot | None = None,
 ) -> Solution:
-    """Fit a copy of ``base`` to the law that maximises ``E[tilt] - kl_weight D(law || base)``.
+    """Fit a copy of ``base`` to the distribution that maximises ``E[tilt] - kl_weight D(distribution ||
+    base)``.
 
-    Under the KL penalty that is the law proportional to ``p_base exp(tilt / kl_weight)``. Both models run in
-    evaluation mode all the while, in the fit too: the base's residuals are a control variate of the model's,
-    and a dropout of their own would undo it. The solution has the base's own mode.
+    Under the KL penalty that is the distribution proportional to ``p_base exp(tilt / kl_weight)``. Both
+    models run in evaluation mode all the while, in the fit too: the base's residuals are a control variate of
+    the model's, and a dropout of their own would undo it. The solution has the base's own mode.
 
     Args:
         base: the model to tilt; left unchanged.
@@ -429,9 +432,9 @@ def solve(
 
     Returns:
         The fitted model; its history: ``loss`` and ``active_share`` (the native loss, and the share of
-        samples on which the tilt is active, both under the tilted law; the latter exactly, from the weights
-        of the bank, and 0 if all values are equal), ``failed_share`` (of the bank, samples without a value),
-        ``gradient_norm``,
+        samples on which the tilt is active, both under the tilted distribution; the latter exactly, from the
+        weights of the bank, and 0 if all values are equal), ``failed_share`` (of the bank, samples without a
+        value), ``gradient_norm``,
         ``network_passes`` (states that have gone through the network since the start, the bank's
         included, a backward pass counted as two; what the tilt's own values take is not in it),
         ``seconds``; and as diagnostics the weights' ``effective_sample_size``, and the

@@ -132,7 +132,7 @@ def draw_molecules(path: str | Path, rows: Sequence[tuple[str, Sequence[tuple[Mo
     """Write structures as PNG, a row a method.
 
     Args:
-        path: of the picture.
+        path: of the image.
         rows: the method's name, and its molecules with what is written under each.
     """
     from rdkit.Chem.Draw import rdMolDraw2D

@@ -19,7 +19,7 @@ from flowtilt.pipeline.experiment import Experiment, load_file
 from flowtilt.pipeline.report.base import Table, report_of, shown_file
 from flowtilt.pipeline.report.discretisation import discretisation_note
 from flowtilt.pipeline.report.measurements import (
-    LAYERS,
+    SOLUTIONS,
     SUMMARY_COLUMNS,
     Entry,
     ResultsError,
@@ -204,15 +204,15 @@ def table_frame(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     """The table as data: one line per row, metric and source.
 
     Returns:
-        Columns experiment, method, layer, row, metric, unit, value, sd, seeds, source, reported,
+        Columns experiment, method, solution, row, metric, unit, value, sd, seeds, source, reported,
         verdict, in full precision.
     """
     compared = comparison(with_gaps(long), reported)
     split = [split_row(str(row)) for row in compared["method"]]
     frame = compared.rename(columns={"method": "row"}).assign(
-        method=[method for method, _ in split], layer=[layer for _, layer in split]
+        method=[method for method, _ in split], solution=[solution for _, solution in split]
     )
-    head = ["experiment", "method", "layer", "row", "metric", "unit"]
+    head = ["experiment", "method", "solution", "row", "metric", "unit"]
     return frame[[*head, "value", "sd", "seeds", "source", "reported", "verdict"]]
 
 
@@ -348,10 +348,10 @@ def headline(comparison_csv: str | Path) -> str:
 
 
 _OBJECTIVE = (
-    *(("functional", layer) for layer in ("network", "exact", "optimum")),
-    *(("kl", layer) for layer in ("network", "exact")),
+    *(("functional", solution) for solution in ("network", "exact", "optimum")),
+    *(("kl", solution) for solution in ("network", "exact")),
 )
-"""Metrics and layers that stand beside reported values where there is no reward: what was maximised."""
+"""Metrics and solutions that stand beside reported values where there is no reward: what was maximised."""
 
 
 def _headline_panel(table: pd.DataFrame, source: str, experiment: str, metric: str) -> Panel:
@@ -367,7 +367,9 @@ def _headline_panel(table: pd.DataFrame, source: str, experiment: str, metric: s
     header += [f"{'' if at == 'network' else at + ' '}{describe(what).header}" for what, at in more]
     lines = []
     for method in dict.fromkeys(split_row(row)[0] for row, _ in summary):
-        network, exact, resolved = (cells.get((row_name(method, layer), metric), "") for layer in LAYERS)
+        network, exact, resolved = (
+            cells.get((row_name(method, solution), metric), "") for solution in SOLUTIONS
+        )
         others = [cells.get((row_name(method, at), what), "") for what, at in more]
         lines.append([method, network, *beside.get(method, ["", ""]), exact, resolved, *others])
     seeds = over_seeds(max((e.seeds for e in summary.values()), default=1))
