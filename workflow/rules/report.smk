@@ -3,8 +3,8 @@
 
 rule table:
     input:
-        file=ask(experiment_file),
-        reported="config/reported_results.csv",
+        file=lambda wildcards: local(experiment_file(wildcards.name)),
+        reported=local(str(located("config/reported_results.csv"))),
         runs=ask(PLAN.read_by_table),
     output:
         csv="<results>/tables/{name}.csv",
@@ -14,6 +14,7 @@ rule table:
         "<logs>/table/{name}.log",
     benchmark:
         "<benchmarks>/table/{name}.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -23,19 +24,19 @@ rule table:
         gpu=0,
     params:
         overrides=PLAN.overrides,
-        results=results_folder,
+        results=results(1),
         prefix=prefix(".csv"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt table {input.file:q} --override {params.overrides:q} "
+        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt table {input.file:q} --override {params.overrides:q} "
         "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
         "> {log:q} 2>&1"
 
 
 rule compare:
     input:
-        files=[experiment_file(name) for name in PLAN.config.experiments],
+        files=[local(experiment_file(name)) for name in PLAN.config.experiments],
         metrics=PLAN.for_all(lambda name: PLAN.run_files(name, "metrics.json")),
-        reported="config/reported_results.csv",
+        reported=local(str(located("config/reported_results.csv"))),
     output:
         comparison="<results>/tables/comparison.csv",
         by_seed="<results>/tables/by_seed.csv",
@@ -43,6 +44,7 @@ rule compare:
         "<logs>/compare/comparison.log",
     benchmark:
         "<benchmarks>/compare/comparison.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -52,9 +54,9 @@ rule compare:
         gpu=0,
     params:
         overrides=PLAN.overrides,
-        results=results_folder,
+        results=results(1),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt compare {input.files:q} --override {params.overrides:q} "
+        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt compare {input.files:q} --override {params.overrides:q} "
         "--results {params.results:q} --reported {input.reported:q} --output {output.comparison:q} "
         "--by-seed {output.by_seed:q} > {log:q} 2>&1"
 
@@ -64,7 +66,7 @@ rule compare:
 rule costs:
     input:
         PLAN.runs,
-        files=[experiment_file(name) for name in PLAN.config.experiments],
+        files=[local(experiment_file(name)) for name in PLAN.config.experiments],
     output:
         csv="<results>/tables/costs.csv",
         md="<results>/tables/costs.md",
@@ -73,6 +75,7 @@ rule costs:
         "<logs>/costs/costs.log",
     benchmark:
         "<benchmarks>/costs/costs.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -82,10 +85,10 @@ rule costs:
         gpu=0,
     params:
         overrides=PLAN.overrides,
-        results=results_folder,
+        results=results(1),
         prefix=prefix(".csv"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt costs {input.files:q} --override {params.overrides:q} "
+        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt costs {input.files:q} --override {params.overrides:q} "
         "--benchmarks {params.results:q}/benchmarks --output-prefix {params.prefix:q} > {log:q} 2>&1"
 
 
@@ -96,8 +99,8 @@ for name in PLAN.config.experiments:
         name:
             f"figures_{name}"
         input:
-            file=experiment_file(name),
-            reported="config/reported_results.csv",
+            file=local(experiment_file(name)),
+            reported=local(str(located("config/reported_results.csv"))),
             runs=PLAN.read_by_figures(name),
         output:
             *drawn(name),
@@ -116,11 +119,11 @@ for name in PLAN.config.experiments:
         params:
             overrides=PLAN.overrides,
             digest=PLAN.file_digest(name),
-            results=results_folder,
+            results=results(1),
             name=name,
             prefix=figures_prefix(name),
         shell:
-            "OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
+            "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
             "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
             "> {log:q} 2>&1"
 
@@ -135,6 +138,7 @@ rule provenance:
         "<logs>/provenance/provenance.log",
     benchmark:
         "<benchmarks>/provenance/provenance.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -144,9 +148,9 @@ rule provenance:
         gpu=0,
     params:
         hash=PLAN.config_hash(),
-        results=results_folder,
+        results=results(0),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt provenance --config-hash {params.hash:q} "
+        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt provenance --config-hash {params.hash:q} "
         "--benchmarks {params.results:q}/benchmarks --output {output:q} > {log:q} 2>&1"
 
 
@@ -166,6 +170,7 @@ rule page:
         "<logs>/page/{name}.log",
     benchmark:
         "<benchmarks>/page/{name}.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -174,7 +179,7 @@ rule page:
         runtime=minutes(REPORT["page"]),
         gpu=0,
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt page {input:q} --title {wildcards.name:q} --output {output:q} > {log:q} 2>&1"
+        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt page {input:q} --title {wildcards.name:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule overview:
@@ -205,6 +210,7 @@ rule overview:
         "<logs>/overview/overview.log",
     benchmark:
         "<benchmarks>/overview/overview.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -215,4 +221,4 @@ rule overview:
     params:
         folder=lambda wildcards, output: Path(output.costs).parent,
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt overview {input:q} --output-folder {params.folder:q} > {log:q} 2>&1"
+        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt overview {input:q} --output-folder {params.folder:q} > {log:q} 2>&1"

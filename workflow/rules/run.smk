@@ -7,7 +7,7 @@ for stage in PLAN.rules:
         name:
             stage.name
         input:
-            unpack(ask(stage.inputs)),
+            unpack(read(stage)),
         output:
             **written(stage),
         log:
@@ -31,4 +31,4 @@ for stage in PLAN.rules:
             digest=ask(stage.digest),
             command=command(stage),
         shell:
-            "{params.command} > {log:q} 2>&1"
+            "{PRELUDE} {params.command} > {log:q} 2>&1"

@@ -3,7 +3,7 @@
 
 rule theory:
     input:
-        lambda wildcards: theory_file(wildcards.theory),
+        lambda wildcards: local(theory_file(wildcards.theory)),
     output:
         "<results>/theory/{theory}.json",
     log:
@@ -20,7 +20,7 @@ rule theory:
     params:
         overrides=ask(PLAN.theory_overrides),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt theory {input:q} --override {params.overrides:q} "
+        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt theory {input:q} --override {params.overrides:q} "
         "--output {output:q} > {log:q} 2>&1"
 
 
@@ -42,6 +42,7 @@ rule theory_report:
         "<logs>/theory_report/{theory}.log",
     benchmark:
         "<benchmarks>/theory_report/{theory}.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -52,7 +53,7 @@ rule theory_report:
     params:
         prefix=prefix(".csv"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt theory-report {input:q} --output-prefix {params.prefix:q} "
+        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt theory-report {input:q} --output-prefix {params.prefix:q} "
         "--figure {output.figure:q} > {log:q} 2>&1"
 
 
@@ -71,6 +72,7 @@ rule theory_page:
         "<logs>/theory_page/{theory}.log",
     benchmark:
         "<benchmarks>/theory_page/{theory}.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -79,5 +81,5 @@ rule theory_page:
         runtime=minutes(REPORT["theory_page"]),
         gpu=0,
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt page {input:q} --title 'Theory: '{wildcards.theory:q} "
+        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt page {input:q} --title 'Theory: '{wildcards.theory:q} "
         "--output {output:q} > {log:q} 2>&1"

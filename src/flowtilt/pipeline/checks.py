@@ -12,6 +12,7 @@ from flowtilt.pipeline.configuration import ConfigError, validated
 from flowtilt.pipeline.domain import domain_of
 from flowtilt.pipeline.experiment import Experiment, load_file
 from flowtilt.pipeline.plan import Files, Plan, experiment_file, theory_file
+from flowtilt.pipeline.places import names_in
 from flowtilt.pipeline.resources import REPORT, TARGETS
 from flowtilt.pipeline.rules import measures_resolution
 from flowtilt.pipeline.theory.config import TheoryConfig, load_theory
@@ -102,7 +103,7 @@ def load(name: str, changes: Mapping[str, Any], where: str, key: str) -> dict[st
     """The experiments of one file; ``where`` and ``key`` say what names it."""
     file = Path(experiment_file(name))
     if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+        known = names_in("config/experiments")
         raise ConfigError(
             f"{where}: key {key}: unknown experiment {name!r}, there is no {file} (known: {known})"
         )
@@ -118,7 +119,7 @@ def load_theories(config: WorkflowConfig, where: str) -> dict[str, TheoryConfig]
     """The studies of the theory, by name."""
     for name in config.theory_overrides:
         if not (file := Path(theory_file(name))).is_file():
-            known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+            known = names_in("config/theory")
             raise ConfigError(f"{where}: key theory_overrides.{name}: there is no {file} (known: {known})")
     studies = {}
     for name in config.theory:

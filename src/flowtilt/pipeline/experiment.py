@@ -34,6 +34,7 @@ from flowtilt.pipeline.configuration import (
     validated,
 )
 from flowtilt.pipeline.domain import Domain, domain_named, domain_of, sources
+from flowtilt.pipeline.places import preferred
 from flowtilt.pipeline.sections import MethodConfig, OfflineConfig, SolverConfig, TailSpec, check_methods
 from flowtilt.yaml_files import dump_yaml
 
@@ -317,7 +318,8 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     for case in study.study.cases:
         if case.label in skip.cases:
             continue
-        parent = read(path.parent / f"{case.of}.yaml")
+        name = f"{case.of}.yaml"
+        parent = read(preferred(path.parent / name, f"config/experiments/{name}"))
         name = f"{study.name}/{case.label}"
         changed = merge(merge(parent, study.study.set), case.set)
         own = {

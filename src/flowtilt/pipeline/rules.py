@@ -138,8 +138,18 @@ class StageRule:
         method = wildcards.get("method")
         return [stage_digest(experiment, self.stage.name, method) for experiment in self._of(wildcards)]
 
-    def command(self, threads: int = 1, **wildcards: str) -> str:
-        """The shell command of a job, quoted; its configuration is at its content's address."""
+    def command(self, threads: int = 1, output: str = "", **wildcards: str) -> str:
+        """The shell command of a job, quoted; its configuration is at its content's address.
+
+        Args:
+            threads: that the job has.
+            output: its first output, if that may lie in another folder than the plan says.
+            wildcards: of the job.
+        """
+        results = self.results
+        if output:
+            planned = next(file for files in self.outputs.values() for file in _listed(files))
+            results = output.removesuffix(planned.format(**wildcards)) + results
         config, needs = self.plan.config, self.stage.needs
         each = max(1, threads // needs.processes(config))
         words = ["flowtilt", self.stage.name]
@@ -147,7 +157,7 @@ class StageRule:
         for option in ("method", "seed"):
             if option in wildcards:
                 words += [f"--{option}", wildcards[option]]
-        words += ["--results", self.results, "--workers", str(each)]
+        words += ["--results", results, "--workers", str(each)]
         if needs.gpu and config.gpu:
             words += ["--gpu", str(config.gpu)]
         together = []

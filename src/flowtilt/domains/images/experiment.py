@@ -26,6 +26,7 @@ from flowtilt.domains.images.sections import (
 )
 from flowtilt.pipeline.configuration import ConfigError, Name, NoRepeats, ToldApart, check_name, read_yaml
 from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.places import names_in, preferred
 from flowtilt.pipeline.sections import TailSpec, check_methods
 
 
@@ -150,9 +151,9 @@ def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
         check_name(name)
     except ValueError as error:
         raise ConfigError(f"{path}: key model: {error} (got {name!r})") from None
-    file = path.parent.parent / "models" / f"{name}.yaml"
+    file = preferred(path.parent.parent / "models" / f"{name}.yaml", f"config/models/{name}.yaml")
     if not file.is_file():
-        known = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
+        known = names_in(file.parent, "config/models")
         raise ConfigError(f"{path}: key model: unknown model {name!r}, there is no {file} (known: {known})")
     return {**data, "model": {"name": name, **read_yaml(file)}}
 

@@ -17,6 +17,7 @@ from flowtilt.domains.images.sections import EmbeddedConfig
 from flowtilt.files import atomic_folder, read_json
 from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.pipeline.files import write_json
+from flowtilt.pipeline.places import located
 from flowtilt.pipeline.report.provenance import commit, versions
 from flowtilt.pipeline.states import resumption_of
 from flowtilt.words import check_word
@@ -167,7 +168,8 @@ def write_model(
         check_source(model.alignment, f"model {model.name}: key alignment")
     if experiment.reward.weights is not None:
         check_source(experiment.reward.weights, "key reward.weights")
-    folders = Folders(pipeline or Path(model.pipeline.path), alignment or Path(model.alignment.path))
+    places = Folders(pipeline or Path(model.pipeline.path), alignment or Path(model.alignment.path))
+    folders = Folders(*map(located, places))
     # Loaded once before any training: what is wrong is said now.
     base = load_text_to_image(
         folders.pipeline,
@@ -185,8 +187,8 @@ def write_model(
         ) from None
     load_alignment(*alignment_of(experiment, folders))
     found = {
-        part: {"path": str(folder), "sha256": contents_of(folder)}
-        for part, folder in folders._asdict().items()
+        part: {"path": str(folder), "sha256": contents_of(located(folder))}
+        for part, folder in places._asdict().items()
     }
     write_json({"model": model.name, **found}, output)
 
@@ -199,7 +201,7 @@ def read_model(file: Path) -> Folders:
     """
     try:
         data = read_json(file)
-        return Folders(Path(data["pipeline"]["path"]), Path(data["alignment"]["path"]))
+        return Folders(located(data["pipeline"]["path"]), located(data["alignment"]["path"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file}: not a file of the stage model ({type(error).__name__}); delete it and run again"

@@ -65,7 +65,7 @@ def load_reward(experiment: ImageExperiment, model: Path, decode: Decode) -> Rew
 
     weights = experiment.reward.weights
     if weights is not None:
-        return ImageReward(decode, experiment.prompts, Path(weights.path))
+        return ImageReward(decode, experiment.prompts, located(weights.path))
     return ClipReward(decode, load_scorer(experiment, model), experiment.prompts)
 
 

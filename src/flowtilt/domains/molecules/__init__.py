@@ -11,6 +11,7 @@ from flowtilt.domains.molecules.words import describe
 from flowtilt.pipeline.configuration import ConfigError as ConfigError
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.places import located
 from flowtilt.pipeline.resources import Needs
 from flowtilt.pipeline.sections import TUNED
 from flowtilt.pipeline.usual import RUN, BaseDomain, finetune_stage, offline_stage, threshold_stage
@@ -29,7 +30,7 @@ def _checkpoint(experiment: MoleculeExperiment) -> list[str]:
     """The shipped weights and their record, if the pretrained model is taken from them."""
     shipped = experiment.checkpoint
     files = [] if shipped.retrain else [Path(shipped.path), Path(shipped.path).with_suffix(".json")]
-    return [str(file) for file in files if file.is_file()]
+    return [str(located(file)) for file in files]  # one that is nowhere too: planning names it
 
 
 def _pretrain_reads(run: Run) -> Files:

@@ -25,6 +25,7 @@ from flowtilt.domains.molecules.workers import WorkerPool
 from flowtilt.files import atomic_path, one_line, read_json
 from flowtilt.model import FlowModel
 from flowtilt.pipeline.files import StageError, write_history, write_json
+from flowtilt.pipeline.places import located
 from flowtilt.pipeline.report.provenance import commit, versions
 from flowtilt.pipeline.states import resumption_of
 from flowtilt.pretraining import Watch
@@ -85,7 +86,7 @@ def record_of(weights: Path) -> Path:
 
 def _shipped(experiment: MoleculeExperiment) -> Path:
     """The shipped checkpoint, after a look whether it is the one that the configuration means."""
-    path = Path(experiment.checkpoint.path)
+    path = located(experiment.checkpoint.path)
     where = f"experiment {experiment.name}: key checkpoint"
     retrain = "or set checkpoint.retrain to true, which trains it anew"
     if experiment.model.kind == "flowmol":
