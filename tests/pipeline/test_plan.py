@@ -736,7 +736,8 @@ def test_a_job_whose_configuration_is_not_there_says_why(
 
 
 def test_rules_are_those_of_the_workflow() -> None:
-    texts = [path.read_text() for path in [ROOT / "Snakefile", *(ROOT / "workflow" / "rules").glob("*.smk")]]
+    folder = ROOT / "workflow"
+    texts = [path.read_text() for path in [folder / "Snakefile", *(folder / "rules").glob("*.smk")]]
     rules = {line[5:-1] for text in texts for line in text.splitlines() if line.startswith("rule ")}
     assert rules == {*REPORT, *TARGETS}
 
@@ -748,9 +749,9 @@ def test_the_shell_gets_every_name_and_path_quoted() -> None:
         for shell in re.findall(r"^ +shell:\n(.*?)(?:\n\n|\Z)", file.read_text(), re.DOTALL | re.MULTILINE):
             fields = re.findall(r"{([^}]*)}", shell)
             plain = {field for field in fields if not field.endswith(":q")}
-            assert plain <= {"threads", "params.command"}, f"{file.name}: {shell}"
+            assert plain <= {"threads", "params.path", "params.command"}, f"{file.name}: {shell}"
             shells += 1
-    assert shells == len(REPORT) + 1
+    assert shells == len(REPORT) + 2  # one for stages, and one for versions
 
 
 def test_commands_of_stages_are_quoted_as_they_are_made(planned: Callable[..., Plan]) -> None:

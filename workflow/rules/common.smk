@@ -10,13 +10,11 @@ from flowtilt.pipeline.resources import REPORT
 from flowtilt.pipeline.starting import cure, start, write_configs
 
 # What a module is given as its configuration stands instead of its own file.
-MODULE = not workflow.modifier.is_main_snakefile()
-GIVEN = MODULE and CONFIG_FILE not in workflow.configfiles
+MODULE, GIVEN = not workflow.modifier.is_main_snakefile(), workflow.modifier.skip_configfile
+FILES = [*workflow.config_settings.configfiles, CONFIG_FILE]
+WHERE = ", ".join(os.path.relpath(file) for file in (workflow.configfiles if GIVEN else FILES))
 if GIVEN:
-    WHERE = "the configuration that the module is given"
-else:
-    FILES = [*workflow.config_settings.configfiles, CONFIG_FILE]
-    WHERE = ", ".join(os.path.relpath(path) for path in FILES)
+    WHERE = f"the configuration that the module is given ({WHERE or 'of no file'})"
 
 # An error is one sentence, which says where to look.
 try:

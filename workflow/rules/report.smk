@@ -23,11 +23,12 @@ rule table:
         runtime=minutes(REPORT["table"]),
         gpu=0,
     params:
+        path=on_path,
         overrides=PLAN.overrides,
         results=results(1),
         prefix=prefix(".csv"),
     shell:
-        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt table {input.file:q} --override {params.overrides:q} "
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt table {input.file:q} --override {params.overrides:q} "
         "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
         "> {log:q} 2>&1"
 
@@ -53,10 +54,11 @@ rule compare:
         runtime=minutes(REPORT["compare"]),
         gpu=0,
     params:
+        path=on_path,
         overrides=PLAN.overrides,
         results=results(1),
     shell:
-        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt compare {input.files:q} --override {params.overrides:q} "
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt compare {input.files:q} --override {params.overrides:q} "
         "--results {params.results:q} --reported {input.reported:q} --output {output.comparison:q} "
         "--by-seed {output.by_seed:q} > {log:q} 2>&1"
 
@@ -84,11 +86,12 @@ rule costs:
         runtime=minutes(REPORT["costs"]),
         gpu=0,
     params:
+        path=on_path,
         overrides=PLAN.overrides,
         results=results(1),
         prefix=prefix(".csv"),
     shell:
-        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt costs {input.files:q} --override {params.overrides:q} "
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt costs {input.files:q} --override {params.overrides:q} "
         "--benchmarks {params.results:q}/benchmarks --output-prefix {params.prefix:q} > {log:q} 2>&1"
 
 
@@ -117,21 +120,52 @@ for name in PLAN.config.experiments:
             runtime=minutes(REPORT["figures"]),
             gpu=0,
         params:
+            path=on_path,
             overrides=PLAN.overrides,
             digest=PLAN.file_digest(name),
             results=results(1),
             name=name,
             prefix=figures_prefix(name),
         shell:
-            "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
+            "{params.path} OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
             "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
             "> {log:q} 2>&1"
+
+
+# Of environments that conda has made; without it all jobs run in one.
+for environment in PLAN.environments if CONDA else []:
+
+    rule:
+        name:
+            f"versions_{environment}"
+        input:
+            PLAN.tables,
+            PLAN.figures,
+        output:
+            f"<results>/versions/{environment}.json",
+        log:
+            f"<logs>/versions/{environment}.log",
+        benchmark:
+            f"<benchmarks>/versions/{environment}.tsv"
+        localrule: True
+        conda:
+            f"../../envs/{environment}.yaml"
+        threads: 1
+        resources:
+            mem_mb=memory(REPORT["provenance"]),
+            runtime=minutes(REPORT["provenance"]),
+            gpu=0,
+        params:
+            path=on_path,
+        shell:
+            "{params.path} OMP_NUM_THREADS={threads} flowtilt versions --output {output:q} > {log:q} 2>&1"
 
 
 rule provenance:
     input:
         PLAN.tables,
         PLAN.figures,
+        environments=[f"<results>/versions/{name}.json" for name in PLAN.environments if CONDA],
     output:
         "<results>/provenance.json",
     log:
@@ -147,11 +181,14 @@ rule provenance:
         runtime=minutes(REPORT["provenance"]),
         gpu=0,
     params:
+        path=on_path,
         hash=PLAN.config_hash(),
         results=results(0),
+        snakemake=lambda wildcards, output: snakemake_version,
     shell:
-        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt provenance --config-hash {params.hash:q} "
-        "--benchmarks {params.results:q}/benchmarks --output {output:q} > {log:q} 2>&1"
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt provenance --config-hash {params.hash:q} "
+        "--benchmarks {params.results:q}/benchmarks --environment {input.environments:q} "
+        "--snakemake {params.snakemake:q} --output {output:q} > {log:q} 2>&1"
 
 
 # Pages of what else is text, for the report: readable in it as they are, with nothing to load.
@@ -178,8 +215,10 @@ rule page:
         mem_mb=memory(REPORT["page"]),
         runtime=minutes(REPORT["page"]),
         gpu=0,
+    params:
+        path=on_path,
     shell:
-        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt page {input:q} --title {wildcards.name:q} --output {output:q} > {log:q} 2>&1"
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt page {input:q} --title {wildcards.name:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule overview:
@@ -219,6 +258,7 @@ rule overview:
         runtime=minutes(REPORT["overview"]),
         gpu=0,
     params:
+        path=on_path,
         folder=lambda wildcards, output: Path(output.costs).parent,
     shell:
-        "{PRELUDE} OMP_NUM_THREADS={threads} flowtilt overview {input:q} --output-folder {params.folder:q} > {log:q} 2>&1"
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt overview {input:q} --output-folder {params.folder:q} > {log:q} 2>&1"

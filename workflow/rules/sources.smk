@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from snakemake import __version__ as snakemake_version
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
@@ -42,18 +43,16 @@ if APPTAINER:
         )
 
 
-def prelude() -> str:
-    """What the command of a job begins with: the PATH on which it finds this clone's command, and its Python.
+def on_path(wildcards, output) -> str:
+    """What a job's command begins with: a PATH on which it finds this clone's own command, and its Python.
 
     Said by every job itself: `shell.prefix` belongs to the workflow that uses this one as a module, and what is put on
-    the PATH before an environment of conda is activated can stay ahead of it.
+    the PATH before an environment of conda is activated can stay ahead of it. No job is run again for it, as for a
+    parameter that takes outputs.
     """
     folders = [] if CLONE is None else [shlex.quote(str(CLONE / "workflow" / "bin"))]
     if CONDA:
-        folders.append('"$CONDA_PREFIX/bin"')
+        folders.append('"$CONDA_PREFIX"/bin')
     elif not APPTAINER:
         folders.append(shlex.quote(str(Path(sys.executable).parent)))
     return f'export PATH={":".join([*folders, "$PATH"])};' if folders else ""
-
-
-PRELUDE = prelude()

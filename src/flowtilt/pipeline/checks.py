@@ -11,8 +11,8 @@ from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError, validated
 from flowtilt.pipeline.domain import domain_of
 from flowtilt.pipeline.experiment import Experiment, load_file
-from flowtilt.pipeline.plan import Files, Plan, experiment_file, theory_file
 from flowtilt.pipeline.places import names_in
+from flowtilt.pipeline.plan import Files, Plan, experiment_file, theory_file
 from flowtilt.pipeline.resources import REPORT, TARGETS
 from flowtilt.pipeline.rules import measures_resolution
 from flowtilt.pipeline.theory.config import TheoryConfig, load_theory

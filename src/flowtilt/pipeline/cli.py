@@ -22,6 +22,7 @@ from typing import Any
 
 from flowtilt.environment import count
 from flowtilt.loading import message_of
+from flowtilt.pipeline.places import CURE, NEEDED
 
 Handler = Callable[[argparse.Namespace], None]
 
@@ -61,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("interrupted; outputs that were not finished were not written")
         return 130
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in NEEDED:
+            raise
+        log.error("%s: %s; %s lacks it: %s", arguments.stage, error, sys.executable, CURE)
+        return 1
     except Exception as error:
         message = message_of(error, ValueError, RuntimeError, ArithmeticError, OSError, MemoryError)
         log.debug("traceback", exc_info=True)
@@ -172,6 +178,14 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     stage.add_argument("--benchmarks", type=Path, required=True, help="folder of the workflow's benchmarks")
     stage.add_argument("--output", type=Path, required=True)
     stage.add_argument("--earlier", type=Path, help="provenance of an earlier run whose results are kept")
+
+    stage.add_argument(
+        "--environment", type=Path, nargs="*", default=[], help="versions of each environment of the run"
+    )
+    stage.add_argument("--snakemake", default="", help="its version, where it has an environment of its own")
+
+    stage = add("versions", _versions, "Record the versions of the packages of this environment.")
+    stage.add_argument("--output", type=Path, required=True)
 
     stage = add("page", _page, "Write a table, the comparison or the provenance as an HTML page.")
     stage.add_argument("source", type=Path, help="a table's .md, comparison.csv, or provenance.json")
@@ -335,7 +349,13 @@ def _theory_report(a: argparse.Namespace) -> None:
 def _provenance(a: argparse.Namespace) -> None:
     from flowtilt.pipeline.report.provenance import write_provenance
 
-    write_provenance(a.config_hash, a.benchmarks, a.output, a.earlier)
+    write_provenance(a.config_hash, a.benchmarks, a.output, a.earlier, a.environment, a.snakemake)
+
+
+def _versions(a: argparse.Namespace) -> None:
+    from flowtilt.pipeline.report.provenance import write_versions
+
+    write_versions(a.output)
 
 
 def _page(a: argparse.Namespace) -> None:

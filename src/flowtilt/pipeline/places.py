@@ -22,6 +22,12 @@ NEEDED = (
 )
 """Modules that jobs of every domain import, and planning does not but for the last two."""
 
+CURE = (
+    "add --use-conda, by which Snakemake makes environments for the jobs; or make one environment for all by "
+    "`make env` in the workflow's folder, and run its .venv/bin/snakemake"
+)
+"""What gives jobs the modules that they lack."""
+
 
 def is_clone(folder: Path = OWN) -> bool:
     """Whether the workflow lies beside the sources that run."""

@@ -2,7 +2,8 @@
 
 Plain functions of the validated configuration. The workflow's rules ask them, and unit tests call them in
 milliseconds: neither Snakemake nor numpy nor torch is imported here. Paths are relative to the folder of the
-run; of files that it does not have they are the workflow's own, absolute. What a domain's runs consist of, its stages say (:class:`flowtilt.pipeline.domain.Stage`).
+run; those of files that it lacks are the workflow's own, and absolute. What a domain's runs consist of, its
+stages say (:class:`flowtilt.pipeline.domain.Stage`).
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ class Plan:
     def domain_of_file(self, name: str) -> Domain:
         """The domain of a file's experiments."""
         return domain_of(next(iter(self.files[name].values())))
+
+    @cached_property
+    def environments(self) -> list[str]:
+        """The environments of all jobs: that of tables and pages, and the domains' own."""
+        return unique(["core", *(domain.environment for domain in self.domains)])
 
     def environment(self, name: str) -> str:
         """The environment that the figures of a file are drawn in."""

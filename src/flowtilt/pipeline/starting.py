@@ -10,7 +10,7 @@ from pathlib import Path
 from flowtilt.files import atomic_path
 from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.pipeline.domain import domain_of
-from flowtilt.pipeline.places import SOURCES, lacking
+from flowtilt.pipeline.places import CURE, SOURCES, lacking
 from flowtilt.pipeline.plan import Plan
 
 
@@ -32,11 +32,8 @@ def start(plan: Plan, here: bool = True) -> None:
 
 def cure() -> str:
     """What the Python that runs Snakemake lacks for jobs, and where they would have it."""
-    return (
-        f"the Python that runs Snakemake, {sys.executable}, lacks {', '.join(lacking())}, which jobs need. Add "
-        "--use-conda, by which Snakemake makes environments for them; or make one environment for all by "
-        "`make env` in the workflow's folder, and run its .venv/bin/snakemake"
-    )
+    lacks = ", ".join(lacking())
+    return f"the Python that runs Snakemake, {sys.executable}, lacks {lacks}, which jobs need: {CURE}"
 
 
 def write_configs(plan: Plan) -> None:
@@ -51,8 +48,8 @@ def write_configs(plan: Plan) -> None:
 def check_experiments(plan: Plan) -> None:
     """Refuse experiments that no job could use, where telling so takes torch.
 
-    In a process of its own: torch would stay in this one, which every job is started from. Where this Python has
-    no torch, each job says it itself.
+    In a process of its own: torch would stay in this one, which every job is started from. Where this Python
+    has no torch, each job says it itself.
     """
     if lacking():
         return

@@ -23,6 +23,7 @@ from flowtilt.domains.images.pipeline import TextToImage, load_text_to_image
 from flowtilt.domains.images.rewards import Decode
 from flowtilt.files import atomic_folder
 from flowtilt.pipeline.files import StageError
+from flowtilt.pipeline.places import located
 from flowtilt.rewards import Reward
 from flowtilt.sampling import sample_sde
 

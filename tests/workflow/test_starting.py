@@ -1,0 +1,296 @@
+"""Ways to start: Snakemake alone with conda, a module from an empty folder, a workflow that lies elsewhere.
+
+Each runs a few jobs, and gives the bytes of the smoke run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from environments import StandInConda
+from workflow_copy import ROOT, SMOKE, Project
+
+THEORY = "results/smoke/tables/theory_mirror_descent.csv"
+MODEL = "results/smoke/runs/risk_averse_2d/pretrained/seed0/model.safetensors"
+TABLE = "results/smoke/tables/ot_2d.csv"
+
+
+@pytest.fixture(scope="session")
+def plain(pytestconfig: pytest.Config) -> Path:
+    """The folder of commands of an environment with Snakemake and nothing else, kept in pytest's cache."""
+    cache = pytestconfig.cache.mkdir("plain-snakemake")
+    pins = ROOT / "envs" / "constraints.txt"
+    kept = cache / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    done = kept / "constraints.txt"
+    with FileLock(cache / "lock"):
+        if not (done.is_file() and done.read_bytes() == pins.read_bytes()):
+            shutil.rmtree(kept, ignore_errors=True)
+            venv.create(kept, with_pip=True, symlinks=True)
+            pip = [kept / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", pins, "snakemake"]
+            made = subprocess.run(pip, capture_output=True, text=True, timeout=600, check=False)
+            if made.returncode:
+                pytest.skip(f"Snakemake cannot be fetched: {made.stderr.strip().splitlines()[-1:]}")
+            shutil.copy(pins, done)
+    return kept / "bin"
+
+
+@pytest.fixture
+def conda(tmp_path: Path) -> StandInConda:
+    return StandInConda.in_folder(tmp_path / "conda")
+
+
+def start(
+    snakemake: Path, folder: Path, *arguments: str, conda: StandInConda | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Snakemake by its path in a folder, with nothing on the PATH but the system and a conda."""
+    held = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    places = [snakemake.parent, *([conda.bin] if conda else []), "/usr/local/bin", "/usr/bin", "/bin"]
+    return subprocess.run(
+        [snakemake, "--cores", "2", *arguments],
+        cwd=folder,
+        env={**held, "PATH": os.pathsep.join(map(str, places))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+HERE = Path(sys.executable).parent / "snakemake"
+"""Of an environment that holds what jobs need, which is not activated."""
+
+
+def assert_same(folder: Path, finished: Project, files: Iterable[str]) -> None:
+    for file in files:
+        assert (folder / file).read_bytes() == (finished.folder / file).read_bytes(), file
+
+
+# ----------------------------------------------------------------------------- Snakemake alone
+
+
+def test_snakemake_alone_plans_and_lints(plain: Path, project: Project) -> None:
+    absent = subprocess.run([plain / "python", "-c", "import torch"], capture_output=True, check=False)
+    assert absent.returncode == 1
+    for arguments in (("--dry-run", "--quiet", "all"), ("--lint",), ("--list-rules",), ("--summary",)):
+        run = start(plain / "snakemake", project.folder, *SMOKE, *arguments)
+        assert run.returncode == 0, run.stdout
+        assert "Only planning works here" in run.stdout
+
+
+def test_the_profile_is_found_without_an_option(plain: Path, project: Project, tmp_path: Path) -> None:
+    for arguments in (
+        (),
+        ("-s", "workflow/Snakefile"),
+        ("-s", f"{project.folder}/workflow/Snakefile"),
+        ("-s", f"{project.folder}/Snakefile"),
+    ):
+        folder = tmp_path if project.folder.name in str(arguments) else project.folder
+        run = start(plain / "snakemake", folder, *arguments, "--dry-run", "--config", "theory=[]")
+        assert run.returncode == 0, run.stdout
+        assert "Using workflow specific profile" in run.stdout
+
+
+def test_without_packages_and_without_conda_the_cures_are_named(plain: Path, project: Project) -> None:
+    run = start(plain / "snakemake", project.folder, *SMOKE, "--", THEORY)
+    assert run.returncode != 0
+    for word in ("lacks torch", "--use-conda", "make env", str(plain / "python")):
+        assert word in run.stdout, run.stdout
+    assert "Traceback" not in run.stdout
+    assert not project.smoke.exists()
+
+
+def test_snakemake_alone_with_conda_gives_the_same_tables(
+    plain: Path, project: Project, finished: Project, conda: StandInConda
+) -> None:
+    run = start(plain / "snakemake", project.folder, "--use-conda", *SMOKE, "--", TABLE, THEORY, conda=conda)
+    assert run.returncode == 0, run.stdout
+    made = [
+        str(file.relative_to(project.folder)) for file in project.smoke.glob("runs/ot_2d/*/*/metrics.json")
+    ]
+    assert len(made) == 3
+    assert_same(project.folder, finished, [TABLE, THEORY, *made])
+    again = start(plain / "snakemake", project.folder, "--sdm", "conda", *SMOKE, "--", TABLE, conda=conda)
+    assert "Nothing to be done" in again.stdout
+    report = ("--report", "one.html", "--", TABLE)
+    run = start(plain / "snakemake", project.folder, "--use-conda", *SMOKE, *report, conda=conda)
+    assert run.returncode == 0, run.stdout
+    assert "Unknown target" not in run.stdout
+
+
+def test_each_clone_runs_its_own_code_in_environments_that_it_shares(
+    tmp_path: Path, plain: Path, finished: Project, conda: StandInConda
+) -> None:
+    broken, whole = (Project.copied_to(tmp_path / name) for name in ("broken", "whole"))
+    stage = broken.folder / "src" / "flowtilt" / "pipeline" / "theory" / "stage.py"
+    stage.write_text("raise RuntimeError('the code of the first clone')\n", encoding="utf-8")
+    shared = ("--use-conda", "--conda-prefix", str(tmp_path / "shared"), *SMOKE, "--", THEORY)
+    run = start(plain / "snakemake", broken.folder, *shared, conda=conda)
+    assert run.returncode != 0
+    assert "the code of the first clone" in run.stdout
+    shutil.rmtree(broken.folder)
+    run = start(plain / "snakemake", whole.folder, *shared, conda=conda)
+    assert run.returncode == 0, run.stdout
+    assert_same(whole.folder, finished, [THEORY])
+    assert conda.record.read_text().count('["env", "create"') == 1
+
+
+# ----------------------------------------------------------------------------------- any folder
+
+
+DEPLOYED = """\
+configfile: "config/config.yaml"
+
+
+module flowtilt:
+    snakefile:
+        "{snakefile}"
+    config:
+        config
+    {prefix}
+
+
+use rule * from flowtilt{names}
+"""
+"""The file workflow/Snakefile as snakedeploy writes it, with the path of a clone."""
+
+
+def module(folder: Path, snakefile: Path, prefix: str = "", names: str = "") -> None:
+    """A folder that uses the workflow as a module, with the smoke configuration as its own."""
+    text = DEPLOYED.format(snakefile=snakefile, prefix=f'prefix: "{prefix}"' if prefix else "", names=names)
+    (folder / "workflow").mkdir()
+    (folder / "workflow" / "Snakefile").write_text(text, encoding="utf-8")
+    (folder / "config").mkdir()
+    whole, smoke = (
+        yaml.safe_load((ROOT / "config" / f"{name}.yaml").read_text(encoding="utf-8"))
+        for name in ("config", "smoke")
+    )
+    (folder / "config" / "config.yaml").write_text(yaml.safe_dump({**whole, **smoke}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("prefix", "names"), [("", ""), ("below", " as tilt_*")])
+def test_a_module_runs_from_an_empty_folder(
+    prefix: str, names: str, project: Project, finished: Project, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    module(folder, project.folder / "workflow" / "Snakefile", prefix, names)
+    targets = [str(Path(prefix) / file) for file in (THEORY, MODEL)]
+    run = start(HERE, folder, "--", *targets)
+    assert run.returncode == 0, run.stdout
+    assert_same(folder / prefix, finished, [THEORY, MODEL])
+    assert not (project.folder / "results").exists()
+
+
+def test_a_module_can_have_the_workflows_own_configuration(project: Project, tmp_path: Path) -> None:
+    text = f'module flowtilt:\n    snakefile: "{project.folder}/workflow/Snakefile"\n'
+    text += "\n\nuse rule * from flowtilt\n"
+    (tmp_path / "Snakefile").write_text(text, encoding="utf-8")
+    run = start(
+        HERE, tmp_path, "--dry-run", "--quiet", "rules", "--configfile", f"{project.folder}/config/smoke.yaml"
+    )
+    assert run.returncode == 0, run.stdout
+    assert "molecules_pretrain" in run.stdout
+
+
+def test_what_a_module_is_given_is_named(project: Project, tmp_path: Path) -> None:
+    module(tmp_path, project.folder / "workflow" / "Snakefile")
+    (tmp_path / "config" / "config.yaml").write_text("results: results\n", encoding="utf-8")
+    run = start(HERE, tmp_path, "--dry-run")
+    assert run.returncode != 0
+    said = "the configuration that the module is given (config/config.yaml): key experiments: missing; add it"
+    assert said in run.stdout
+
+
+def test_a_workflow_that_cannot_be_written_runs_in_another_folder(
+    project: Project, finished: Project, tmp_path: Path
+) -> None:
+    mount = f"mount --bind {project.folder} {project.folder} && mount -o remount,bind,ro {project.folder}"
+    if subprocess.run(["unshare", "--mount", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("this user cannot mount a folder for reading only")
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    words = f"{HERE} -s {project.folder}/workflow/Snakefile --cores 2 --directory {folder}"
+    words += f" --configfile {project.folder}/config/smoke.yaml -- {THEORY} {MODEL}"
+    run = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f"{mount} && cd / && {words}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout
+    assert_same(folder, finished, [THEORY, MODEL])
+
+
+def test_files_of_the_user_come_before_those_of_the_workflow(project: Project, tmp_path: Path) -> None:
+    """Experiments of one's own derive from the workflow's, or from another version of them."""
+    folder = tmp_path / "config" / "experiments"
+    folder.mkdir(parents=True)
+    base = yaml.safe_load((ROOT / "config/experiments/risk_averse_2d.yaml").read_text(encoding="utf-8"))
+    (folder / "risk_averse_2d.yaml").write_text(yaml.safe_dump({**base, "seeds": 7}), encoding="utf-8")
+    own = {"label": "mild", "of": "novelty_2d", "methods": {"pretrained": {"kind": "pretrained"}}}
+    study = {"name": "mine_2d", "title": "Mine", "seeds": 1, "study": {"axis": "mine", "cases": [own]}}
+    (folder / "mine_2d.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    given = ("--config", "experiments=[risk_averse_2d, mine_2d]", "theory=[]")
+    snakefile = str(project.folder / "workflow" / "Snakefile")
+    run = start(HERE, tmp_path, "-s", snakefile, "--dry-run", *given, "--", "risk_averse_2d", "mine_2d")
+    assert run.returncode == 0, run.stdout
+    assert "runs/risk_averse_2d/pretrained/seed6" in run.stdout
+    assert "input: config/experiments/mine_2d.yaml" in run.stdout
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+def refused(project: Project, folder: Path, *arguments: str) -> str:
+    run = start(HERE, folder, "-s", str(project.folder / "workflow" / "Snakefile"), "--dry-run", *arguments)
+    assert run.returncode != 0, run.stdout
+    assert "Traceback" not in run.stdout
+    return run.stdout
+
+
+def test_an_experiment_that_is_nowhere_is_named(project: Project, tmp_path: Path) -> None:
+    said = refused(project, tmp_path, "--config", "experiments=[mine_2d]")
+    assert "unknown experiment 'mine_2d', there is no config/experiments/mine_2d.yaml" in said
+    assert "risk_averse_2d" in said  # one that the workflow has
+
+
+@pytest.mark.parametrize("file", ["molecules/qm9_12.safetensors", "images/bridges"])
+def test_a_resource_that_is_nowhere_is_named_at_planning(file: str, project: Project, tmp_path: Path) -> None:
+    lost = project.folder / "resources" / file
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    assert f"resources/{file}" in refused(project, tmp_path)
+
+
+def test_apptainer_without_its_image_is_refused(project: Project, tmp_path: Path) -> None:
+    said = refused(project, tmp_path, "--sdm", "apptainer")
+    assert "envs/flowtilt.sif, which is not there: build it by `apptainer build" in said
+    (project.folder / "envs" / "flowtilt.sif").write_bytes(b"")
+    assert "ask for one of the two" in refused(project, tmp_path, "--sdm", "conda", "apptainer")
+
+
+def test_packages_that_a_job_lacks_are_named_in_its_log(plain: Path, project: Project) -> None:
+    """Of a module, which is not checked as its run begins."""
+    command = project.folder / "workflow" / "bin" / "flowtilt"
+    run = subprocess.run(
+        [command, "theory", str(ROOT / "config/theory/mirror_descent.yaml"), "--output", "x.json"],
+        env={**os.environ, "PATH": f"{plain}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "lacks it: add --use-conda" in run.stderr
+    assert "Traceback" not in run.stderr
