@@ -24,7 +24,7 @@ from flowtilt.pipeline.report.measurements import (
     runs_of,
 )
 from flowtilt.pipeline.report.style import figure_style
-from flowtilt.pipeline.report.tables import read_reported
+from flowtilt.pipeline.report.comparison import read_reported
 from made_up import (
     METHODS,
     made_up_runs,
