@@ -78,6 +78,18 @@ def report_of(experiment: Experiment) -> Report:
     return found
 
 
+def beside(reported: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+    """The papers' values, with those that belong beside an experiment under its own names.
+
+    Args:
+        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
+        experiment: its key ``same_as`` says of which sources levels are compared: the column ``same``.
+    """
+    values = report_of(experiment).reported(reported, experiment)
+    same = values["source"].isin(experiment.same_as) & (values["experiment"] == experiment.name)
+    return values.assign(same=same | (values["same"].eq(True) if "same" in values else False))
+
+
 def shown_file(
     file: str | Path, overrides: Mapping[str, Any] | None, results: str | Path, reported: pd.DataFrame
 ) -> Shown:
@@ -87,12 +99,12 @@ def shown_file(
         file: the experiment's or study's file.
         overrides: merged into every experiment last.
         results: root of the results to read.
-        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
+        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
 
     Raises:
         ConfigError: if the file is not a valid experiment or study.
     """
     experiments = list(load_file(file, overrides).values())
     for experiment in experiments:
-        reported = report_of(experiment).reported(reported, experiment)
+        reported = beside(reported, experiment)
     return Shown(Path(file).stem, read_study(Path(file)), experiments, Path(results), reported)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.pipeline.report.base import report_of, shown_file
+from flowtilt.pipeline.report.comparison import read_reported
 from flowtilt.pipeline.report.style import figure_style
-from flowtilt.pipeline.report.tables import read_reported
 
 
 def write_figures(
