@@ -47,7 +47,6 @@ def test_rates_are_derivatives_and_kappa_eta_sigma_follow_from_them(path):
     torch.testing.assert_close(path.beta_rate(t), beta_rate, **exact)
     torch.testing.assert_close(path.kappa(t), alpha_rate / alpha, **exact)
     torch.testing.assert_close(path.eta(t), beta * (alpha_rate / alpha * beta - beta_rate), **exact)
-    torch.testing.assert_close(path.sigma(t) ** 2, 2 * path.eta(t), **exact)
 
 
 def test_variance_preserving_keeps_the_variance_and_small_noise_exact():

@@ -204,10 +204,6 @@ def test_a_small_window_gives_batches_of_nearly_one_size():
         MoleculeSource(molecules, Units(), window=0.0)
 
 
-def test_the_shares_of_sizes():
-    assert data.size_histogram(np.array([3, 5, 3, 4])) == {3: 0.5, 4: 0.25, 5: 0.25}
-
-
 @pytest.mark.skipif(find_spec("qm9pack") is None, reason="needs the package qm9pack")
 def test_the_real_package_is_whole_and_begins_with_methane():
     paths = data.source_files()

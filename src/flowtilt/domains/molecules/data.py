@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -287,15 +286,3 @@ class MoleculeSource:
         mask = self.mask[chosen]
         atoms = int(mask.sum(1).max())
         return self.states[chosen, :atoms], mask[:, :atoms]
-
-
-def size_histogram(counts: np.ndarray) -> dict[int, float]:
-    """Shares of the numbers of atoms that occur.
-
-    Raises:
-        ValueError: if there is no molecule.
-    """
-    total = len(counts)
-    if not total:
-        raise ValueError("the shares of sizes need at least one molecule")
-    return {size: number / total for size, number in sorted(Counter(counts.tolist()).items())}
