@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,14 @@ def write_page(source: Path, title: str, output: Path) -> None:
 
     Args:
         source: ``.md``, ``.csv`` or ``.json``.
-        title: of a table; the other two have their own.
+        title: of a table, by default its file's name; the other two have their own.
         output: HTML file to write.
 
     Raises:
         ResultsError: if the file is missing or not what its ending says.
     """
     made = {
-        ".md": lambda: table_page(source, title),
+        ".md": lambda: table_page(source, title or source.stem),
         ".csv": lambda: comparison_page(source),
         ".json": lambda: provenance_page(source),
     }
@@ -124,3 +125,9 @@ def write_page(source: Path, title: str, output: Path) -> None:
         raise ResultsError(f"{source}: no page is made of this; give a file that ends in {', '.join(made)}")
     text = made[source.suffix]()
     write_text(output, text)
+
+
+def write_overview(sources: Sequence[Path], folder: Path) -> None:
+    """Write the pages of some files, under the files' names; see :func:`write_page`."""
+    for source in sources:
+        write_page(source, source.stem.capitalize(), folder / f"{source.stem}.html")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from flowtilt.files import read_json
 from flowtilt.pipeline.files import StageError, write_json
 from flowtilt.pipeline.theory import mirror_descent, thresholds
 from flowtilt.pipeline.theory.config import MirrorDescentConfig, load_theory
+
+log = logging.getLogger(__name__)
 
 
 def run(file: Path, overrides: Mapping[str, Any], output: Path) -> list[str]:
@@ -21,7 +24,7 @@ def run(file: Path, overrides: Mapping[str, Any], output: Path) -> list[str]:
         output: JSON file with the kind, the title and the tables.
 
     Returns:
-        What violates a bound, in words; empty if every bound holds.
+        What violates a bound, in words; the log has it too.
     """
     config = load_theory(file, overrides)
     try:
@@ -33,11 +36,11 @@ def run(file: Path, overrides: Mapping[str, Any], output: Path) -> list[str]:
         raise type(error)(f"{file}: {error}") from None
     write_json({"kind": config.kind, "title": config.title, "tables": tables}, output)
     judged = tables.get("iterations", []) + tables.get("shift", [])
-    return [_in_words(row) for row in judged if row["verdict"] != "holds"]
-
-
-def _in_words(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in row.items())
+    violated = [row for row in judged if row["verdict"] != "holds"]
+    words = [", ".join(f"{key} {value}" for key, value in row.items()) for row in violated]
+    for violation in words:
+        log.warning("a bound is violated: %s", violation)
+    return words
 
 
 def report(result: Path, prefix: Path, figure: Path) -> None:
