@@ -119,7 +119,7 @@ _LOADED = {"base": "its name"}
 @functools.cache
 def chapters() -> tuple[Chapter, ...]:
     """Of the kinds of files: those of every domain, studies, and the theory's."""
-    return (*(chapter for domain in known_domains() for chapter in domain.chapters()), *_OTHERS)
+    return (*(chapter for domain in known_domains() for chapter in domain.chapters), *_OTHERS)
 
 
 _OTHERS = (
@@ -224,14 +224,14 @@ class Found(NamedTuple):
     def of(self) -> str:
         """How it is told apart from sections of the same name."""
         first = domain_of_chapter(self.chapters[0])
-        own = list(first.chapters()) if first is not None else []
+        own = list(first.chapters) if first is not None else []
         everywhere = len(own) > 1 and all(chapter in self.chapters for chapter in own)
         return first.words if everywhere and first is not None else self.chapters[0].of
 
 
 def domain_of_chapter(chapter: Chapter) -> Domain | None:
     """The domain whose experiments a chapter is of; None for studies and the theory."""
-    return next((domain for domain in known_domains() if chapter in domain.chapters()), None)
+    return next((domain for domain in known_domains() if chapter in domain.chapters), None)
 
 
 @functools.cache

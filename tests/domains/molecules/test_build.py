@@ -15,8 +15,8 @@ from flowtilt.domains.molecules.build import (
     separated_atoms,
     type_shares,
 )
-from flowtilt.domains.molecules.sections import MoleculeConfig
-from flowtilt.domains.molecules.states import Units, pack
+from flowtilt.domains.molecules.sections import MoleculeConfig, UnitsConfig
+from flowtilt.domains.molecules.states import pack
 from flowtilt.domains.molecules.xtb import atomic_energy
 from flowtilt.pipeline.configuration import ConfigError, validated
 from flowtilt.resuming import Resumption
@@ -138,7 +138,7 @@ def test_a_type_column_has_no_gradient_of_what_is_decoded():
 def test_separated_atoms_have_their_energy_as_a_linear_function_of_the_types():
     """Exact differences between molecules of one size: a molecule of other elements, or halfway to it."""
     pytest.importorskip("tblite", reason="the extra 'molecules' is not installed")
-    units, mask = Units(), torch.tensor([[True, True, True, False]])
+    units, mask = UnitsConfig(), torch.tensor([[True, True, True, False]])
     energy = separated_atoms(type_shares(units), workers=1)
 
     def state(*types):

@@ -34,7 +34,7 @@ from flowtilt.domains.molecules.data import DataError, Molecules, MoleculeSource
 from flowtilt.domains.molecules.energies import attach, energy, evaluate, molecules_of, single_points
 from flowtilt.domains.molecules.relaxation import RelaxationSettings, relax, relax_one
 from flowtilt.domains.molecules.sdf import SdfError, describe, holds, read_sdf, write_sdf
-from flowtilt.domains.molecules.states import Units
+from flowtilt.domains.molecules.sections import UnitsConfig
 from flowtilt.domains.molecules.workers import WorkerPool
 from flowtilt.domains.molecules.xtb import (
     Failure,
@@ -191,7 +191,7 @@ REFUSED = [
         "without atoms has a reward",
     ),
     (gather, ([],), "no molecules"),
-    (MoleculeSource, (NONE, Units()), "no molecules to draw from"),
+    (MoleculeSource, (NONE, UnitsConfig()), "no molecules to draw from"),
     (NONE.of_size, (1, 9), "no molecule of 1 to 9 atoms"),
 ]
 

@@ -198,14 +198,7 @@ _ENLARGED = 256
 def pictures_figure(
     title: str, columns: Sequence[str], strips: Sequence[Strip], handles: Sequence[Any]
 ) -> Figure:
-    """Pictures in lines, the methods' names on the left.
-
-    Args:
-        title: of the figure.
-        columns: what is written above each column, or nothing.
-        strips: pictures of each method.
-        handles: of the legend.
-    """
+    """Pictures in lines, the methods' names on the left."""
     written = _TEXT if any(cell.text for strip in strips for line in strip.lines for cell in line) else 0.0
     step, between = _SIDE + _GAP + written, 0.1
     names = 0.3 + _LETTER * max(len(strip.name) for strip in strips)
@@ -394,13 +387,7 @@ def _shades(methods: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def draw_experiment(results: str | Path, experiment: ImageExperiment, prefix: str | Path) -> None:
-    """Draw ``{prefix}_images.png`` and ``{prefix}_scores.png`` of an experiment on pictures.
-
-    Args:
-        results: root of the results.
-        experiment: of which every run must be there.
-        prefix: of the files to write.
-    """
+    """Draw ``{prefix}_images.png`` and ``{prefix}_scores.png`` of an experiment on pictures."""
     runs = runs_of(experiment)
     if runs.has_tail:
         rewards = {

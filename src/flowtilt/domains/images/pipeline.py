@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from flowtilt.checkpoints import CheckpointError, check_loaded
-from flowtilt.domains.images.model import Guidance, LatentFlow, Target
+from flowtilt.domains.images.model import LatentFlow, Target
 from flowtilt.domains.images.rewards import Decode
 from flowtilt.domains.images.schedule import DiscreteSchedule
 from flowtilt.domains.images.sections import (
@@ -99,7 +99,7 @@ def load_text_to_image(
             settings["prediction_type"],
             schedule.spacing,
             settings["steps_offset"],
-            Guidance(**guidance.model_dump()),
+            guidance,
             compute.precision,
             compute.chunk,
             added,

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from flowtilt.domains.images import tables
+from functools import partial
+
+from flowtilt.domains.images.tables import by_value, findings, groups, note
 from flowtilt.domains.images.tables import with_reported as reported
 from flowtilt.pipeline.report.base import Shown, Table
+from flowtilt.pipeline.report.tables import ORDERINGS, VERDICTS, experiment_table
 
 __all__ = ["draw", "reported", "table"]
 
 
 def table(shown: Shown) -> Table:
-    """The table of an experiment; there are no studies."""
-    return tables.experiment_table(shown.results, shown.experiments[0], shown.reported)
+    """The table of an experiment, whose text says what holds of what should; there are no studies."""
+    experiment = shown.experiments[0]
+    return experiment_table(
+        shown.results,
+        experiment,
+        shown.reported,
+        partial(groups, experiment),
+        lambda long: findings(long, experiment, shown.reported),
+        note(experiment),
+        VERDICTS if by_value(experiment) else ORDERINGS,
+    )
 
 
 def draw(shown: Shown, prefix: str) -> None:

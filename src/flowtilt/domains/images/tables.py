@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
-from flowtilt.pipeline.report import tables
-from flowtilt.pipeline.report.base import Table
 from flowtilt.pipeline.report.claims import decided, gains, keeps, raises, spread
 from flowtilt.pipeline.report.measurements import of_row
 from flowtilt.pipeline.report.panels import describe, pretty
-from flowtilt.pipeline.report.tables import ORDERINGS, VERDICTS
 
 _NOTE = (
     "Rows: each method's model; pretrained is not fine-tuned. Models of one seed start from the same noise. "
@@ -215,19 +210,3 @@ def _days(experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
         "took is in the table of costs."
         for (source, unit), of in own.groupby(["source", "unit"], sort=False)
     ]
-
-
-# ------------------------------------------------------------------------------------- table
-
-
-def experiment_table(results: str | Path, experiment: ImageExperiment, reported: pd.DataFrame) -> Table:
-    """The table of an experiment; the text says what holds of what should."""
-    return tables.experiment_table(
-        results,
-        experiment,
-        reported,
-        partial(groups, experiment),
-        lambda long: findings(long, experiment, reported),
-        note(experiment),
-        VERDICTS if by_value(experiment) else ORDERINGS,
-    )

@@ -59,7 +59,7 @@ def _evaluate_reads(run: Run) -> Files:
 STAGES = (
     Stage(
         "data",
-        f"{_HERE}.jobs:prepare",
+        f"{_HERE}.data:prepare_job",
         writes={"molecules": _DATA},
         reads=lambda run: {},
         sections=(),
@@ -69,7 +69,7 @@ STAGES = (
     ),
     Stage(
         "pretrain",
-        f"{_HERE}.jobs:pretrain",
+        f"{_HERE}.pretraining:pretrain",
         writes={
             "model": "runs/{experiment}/pretrained/model.safetensors",
             "record": "runs/{experiment}/pretrained/training.json",
@@ -98,7 +98,7 @@ STAGES = (
     ),
     Stage(
         "sample",
-        f"{_HERE}.jobs:sample",
+        f"{_HERE}.sampling:sample",
         writes={"samples": f"{RUN}/samples.npz"},
         reads=_sample_reads,
         sections=("base", "model", *_SOLVED, "evaluation"),
@@ -108,7 +108,7 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        f"{_HERE}.jobs:evaluate",
+        f"{_HERE}.evaluation:evaluate",
         writes={
             "metrics": f"{RUN}/metrics.json",
             "sdf": f"{RUN}/molecules.sdf",
@@ -158,17 +158,15 @@ class MoleculesDomain(BaseDomain):
         return own + [run.file_of(m, file, case.base) for m, files in others.items() for file in files]
 
     describe = staticmethod(describe)
-
-    def chapters(self) -> Sequence[Chapter]:
-        return (
-            Chapter(
-                "Experiments on molecules",
-                "An `experiments/{name}.yaml` with `domain: molecules`: low energies of QM9's molecules. "
-                "`docs/molecules.md` says what is done, and why.",
-                MoleculeExperiment,
-                "on molecules",
-            ),
-        )
+    chapters = (
+        Chapter(
+            "Experiments on molecules",
+            "An `experiments/{name}.yaml` with `domain: molecules`: low energies of QM9's molecules. "
+            "`docs/molecules.md` says what is done, and why.",
+            MoleculeExperiment,
+            "on molecules",
+        ),
+    )
 
 
 DOMAIN = MoleculesDomain()

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, ELEMENTS, Units, pack
+from flowtilt.domains.molecules.sections import UnitsConfig
+from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, ELEMENTS, pack
 from flowtilt.domains.molecules.xtb import Molecule
 from flowtilt.files import atomic_path, read_npz, read_text
+from flowtilt.pipeline.domain import Job
 from flowtilt.seeding import seed_of
 
 PACKAGE = "qm9pack"
@@ -125,6 +127,11 @@ class Molecules:
 
 
 FIELDS = tuple(Molecules.__dataclass_fields__)
+
+
+def prepare_job(job: Job) -> None:
+    """The stage of :func:`prepare`."""
+    prepare(job.outputs["molecules"])
 
 
 def prepare(output: Path) -> None:
@@ -262,7 +269,7 @@ class MoleculeSource:
             molecule as likely as any other.
     """
 
-    def __init__(self, molecules: Molecules, units: Units, window: float = 1.0) -> None:
+    def __init__(self, molecules: Molecules, units: UnitsConfig, window: float = 1.0) -> None:
         if not 0 < window <= 1:
             raise ValueError(f"window must be in (0, 1], got {window}")
         if not len(molecules):

@@ -70,13 +70,7 @@ def load_generated(results: str | Path, runs: Runs, method: str) -> Generated:
 def energies_figure(
     runs: Runs, generated: Mapping[str, Generated], reported: Mapping[str, Mapping[str, float]]
 ) -> Figure:
-    """How minus the energies are distributed, a panel a method, with the best share marked.
-
-    Args:
-        runs: the experiment.
-        generated: by method.
-        reported: means of the best share by source and method.
-    """
+    """How minus the energies are distributed, a panel a method, with the best share marked."""
     every = np.concatenate([own.reward[np.isfinite(own.reward)] for own in generated.values()])
     edges = np.linspace(math.floor(every.min()), math.ceil(every.max()), 61)
     figure = Figure(figsize=(7.2, 1.6 * len(runs.methods) + 1.0))
@@ -129,12 +123,7 @@ SHOWN = 4
 
 
 def draw_molecules(path: str | Path, rows: Sequence[tuple[str, Sequence[tuple[Mol, str]]]]) -> None:
-    """Write structures as PNG, a row a method.
-
-    Args:
-        path: of the picture.
-        rows: the method's name, and its molecules with what is written under each.
-    """
+    """Write structures as PNG, a row a method."""
     from rdkit.Chem.Draw import rdMolDraw2D
 
     width, height = 230, 210

@@ -87,12 +87,7 @@ def _legend() -> list[Line2D]:
 
 
 def hierarchy_figure(found: Sequence[Reached], title: str) -> Figure:
-    """How much of the way from the pretrained law to the optimum each functional's network goes.
-
-    Args:
-        found: one line a functional.
-        title: of the figure.
-    """
+    """How much of the way from the pretrained law to the optimum each functional's network goes."""
     figure = Figure(figsize=(8.0, 0.42 * len(found) + 1.9))
     axes = figure.subplots()
     for place, line in enumerate(found):

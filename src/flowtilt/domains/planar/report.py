@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
 from flowtilt.domains.planar import tables
 from flowtilt.domains.planar.experiment import FunctionalExperiment, tail_experiment
 from flowtilt.domains.planar.studies import study_runs_of
-from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.report.base import Shown, Table
+from flowtilt.pipeline.report.base import as_named as reported
 from flowtilt.pipeline.report.measurements import runs_of
+
+__all__ = ["draw", "reported", "table"]
 
 
 def table(shown: Shown) -> Table:
@@ -40,8 +40,3 @@ def draw(shown: Shown, prefix: str) -> None:
     else:
         height = figures.height_of(tail_experiment(first))
         figures.draw_experiment(results, runs_of(first), height, shown.reported, prefix)
-
-
-def reported(values: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
-    """The papers name experiments in the plane as they are named here."""
-    return values

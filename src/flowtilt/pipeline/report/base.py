@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import pandas as pd
 
 from flowtilt.pipeline.domain import domain_of, imported
 from flowtilt.pipeline.experiment import Experiment, Study, load_file, read_study
+from flowtilt.pipeline.report.measurements import ResultsError, read_csv
 from flowtilt.pipeline.report.panels import Panel
+
+REPORTED_COLUMNS = ("source", "experiment", "method", "metric", "value", "unit")
 
 
 @dataclass(frozen=True)
@@ -78,21 +82,43 @@ def report_of(experiment: Experiment) -> Report:
     return found
 
 
-def shown_file(
-    file: str | Path, overrides: Mapping[str, Any] | None, results: str | Path, reported: pd.DataFrame
-) -> Shown:
+def read_reported(path: str | Path) -> pd.DataFrame:
+    """The table of reported values; it has the columns :data:`REPORTED_COLUMNS` and maybe others.
+
+    Raises:
+        ResultsError: if it is missing, lacks a column, repeats a line's names, or has a value that
+            is not a finite number.
+    """
+    path = Path(path)
+    table = read_csv(path, REPORTED_COLUMNS)
+    values = pd.to_numeric(table["value"], errors="coerce")
+    if (bad := np.flatnonzero(~np.isfinite(values))).size:
+        raise ResultsError(f"{path}: line {bad[0] + 2}: column value must be a finite number")
+    keys = ["source", "experiment", "method", "metric"]
+    if (twice := table.duplicated(keys)).any():
+        raise ResultsError(f"{path}: {', '.join(table.loc[twice, keys].iloc[0])} occurs twice; keep one line")
+    return table.assign(value=values.astype(float))
+
+
+def as_named(values: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+    """:meth:`Report.reported` where the papers name the experiments as they are named here."""
+    return values
+
+
+def shown_file(file: Path, overrides: Mapping[str, Any] | None, results: Path, reported: Path) -> Shown:
     """A file of experiments with its runs, and the papers' values beside them.
 
     Args:
         file: the experiment's or study's file.
         overrides: merged into every experiment last.
         results: root of the results to read.
-        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
+        reported: table of reported values.
 
     Raises:
         ConfigError: if the file is not a valid experiment or study.
+        ResultsError: if a file of results is missing or malformed, or the reported values are.
     """
-    experiments = list(load_file(file, overrides).values())
+    experiments, beside = list(load_file(file, overrides).values()), read_reported(reported)
     for experiment in experiments:
-        reported = report_of(experiment).reported(reported, experiment)
-    return Shown(Path(file).stem, read_study(Path(file)), experiments, Path(results), reported)
+        beside = report_of(experiment).reported(beside, experiment)
+    return Shown(file.stem, read_study(file), experiments, results, beside)

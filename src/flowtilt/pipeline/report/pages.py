@@ -38,12 +38,7 @@ VERDICTS = {"match": "good", "reached": "good", "holds": "good", "same ordering"
 
 
 def page(title: str, text: str) -> str:
-    """A page from Markdown, in which raw HTML is shown and not obeyed.
-
-    Args:
-        title: its heading.
-        text: of paragraphs, lists and tables.
-    """
+    """A page from Markdown, in which raw HTML is shown and not obeyed."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for verdict, colour in VERDICTS.items():
         body = re.sub(rf"(<td[^>]*)>{verdict}</td>", rf'\1 class="{colour}">{verdict}</td>', body)

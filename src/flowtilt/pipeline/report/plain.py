@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
-from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.report.base import Shown, Table
+from flowtilt.pipeline.report.base import as_named as reported
 from flowtilt.pipeline.report.measurements import collect_runs, of_row, runs_of
 from flowtilt.pipeline.report.panels import describe
 from flowtilt.pipeline.report.tables import experiment_table
+
+__all__ = ["draw", "reported", "table"]
 
 
 def table(shown: Shown) -> Table:
@@ -34,8 +34,3 @@ def draw(shown: Shown, prefix: str) -> None:
     axes.set_xticks(range(len(experiment.methods)), list(experiment.methods))
     axes.set_ylabel(describe(metric).header)
     save_figure(figure, f"{prefix}.png")
-
-
-def reported(values: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
-    """Papers name the experiments as they are named here."""
-    return values

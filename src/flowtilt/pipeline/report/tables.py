@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from flowtilt.files import atomic_path, write_text
 from flowtilt.pipeline.experiment import Experiment, load_file
-from flowtilt.pipeline.report.base import Table, report_of, shown_file
+from flowtilt.pipeline.report.base import REPORTED_COLUMNS, Table, read_reported, report_of, shown_file
 from flowtilt.pipeline.report.discretisation import discretisation_note
 from flowtilt.pipeline.report.measurements import (
     LAYERS,
     SUMMARY_COLUMNS,
     Entry,
-    ResultsError,
     collect_runs,
     entries,
     read_by_seed,
@@ -36,31 +34,12 @@ from flowtilt.pipeline.report.measurements import (
 )
 from flowtilt.pipeline.report.panels import Panel, describe, latex, markdown, over_seeds, pretty
 
-REPORTED_COLUMNS = ("source", "experiment", "method", "metric", "value", "unit")
 COMPARISON_COLUMNS = ("source", *SUMMARY_COLUMNS, "reported", "unit", "verdict")
 
 _OURS = "flowtilt"
 _WITHIN = 0.10
 _DEVIATIONS = 2.0
 _SLACK = 1 + 1e-12  # a difference of exactly 10 % counts as within, whatever its last bit
-
-
-def read_reported(path: str | Path) -> pd.DataFrame:
-    """The table of reported values; it has the columns :data:`REPORTED_COLUMNS` and maybe others.
-
-    Raises:
-        ResultsError: if it is missing, lacks a column, repeats a line's names, or has a value that
-            is not a finite number.
-    """
-    path = Path(path)
-    table = read_csv(path, REPORTED_COLUMNS)
-    values = pd.to_numeric(table["value"], errors="coerce")
-    if (bad := np.flatnonzero(~np.isfinite(values))).size:
-        raise ResultsError(f"{path}: line {bad[0] + 2}: column value must be a finite number")
-    keys = ["source", "experiment", "method", "metric"]
-    if (twice := table.duplicated(keys)).any():
-        raise ResultsError(f"{path}: {', '.join(table.loc[twice, keys].iloc[0])} occurs twice; keep one line")
-    return table.assign(value=values.astype(float))
 
 
 def verdict(
@@ -257,26 +236,13 @@ def listed(sentences: Sequence[str]) -> str:
 
 
 def write_table(
-    file: str | Path,
-    overrides: Mapping[str, Any] | None,
-    results: str | Path,
-    reported: str | Path,
-    prefix: str | Path,
+    file: Path, overrides: Mapping[str, Any] | None, results: Path, reported: Path, prefix: str | Path
 ) -> None:
     """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex`` of an experiment or a study.
 
-    Args:
-        file: the experiment's or study's file.
-        overrides: merged into every experiment last.
-        results: root of the results to read.
-        reported: table of reported values.
-        prefix: of the files to write.
-
-    Raises:
-        ConfigError: if the file is not a valid experiment or study.
-        ResultsError: if a file of results is missing or malformed, or the reported values are.
+    The other arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`.
     """
-    shown = shown_file(file, overrides, results, read_reported(reported))
+    shown = shown_file(file, overrides, results, reported)
     frame, panels, note = report_of(shown.experiments[0]).table(shown)
     write_panels(prefix, frame, panels, f"{note} {discretisation_note(shown.experiments)}".rstrip())
 
