@@ -25,6 +25,7 @@ from closed_forms import (
 from flowtilt.control.adjoint_matching import AdjointMatchingSettings, solve
 from flowtilt.domains.images.model import LatentFlow, Prompted
 from flowtilt.domains.images.pipeline import schedule_of
+from flowtilt.domains.images.sections import GuidanceConfig
 from flowtilt.functionals.utilities import RewardVariation
 from flowtilt.interpolants import convert, memoryless_step
 from flowtilt.model import FlowModel
