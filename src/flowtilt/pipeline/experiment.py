@@ -72,6 +72,10 @@ class Experiment(Section):
     seeds: Seeds
     """Seeds of the runs; a number n stands for 0 to n - 1."""
 
+    same_as: Annotated[list[str], NoRepeats] = Field(default_factory=list)
+    """Sources of reported values that have the data set, the model and the reward of this experiment: their
+    levels are compared. Of all others it is the gain over the pretrained model."""
+
     offline: OfflineConfig | None = None
     """Sizes of batches."""
 

@@ -153,8 +153,8 @@ def check_submissions(cluster: Cluster, partition: str, submissions: Iterable[Su
         if asked.gpus and not any(each.gpus for each in partitions):
             raise ClusterError(
                 f"{asked.name} asks for a GPU, and no node of the partition {names} has one; name a "
-                "partition that has (SBATCH_PARTITION=NAME, or --set-resources RULE:slurm_partition=NAME for single "
-                "rules), or do without: --config gpu=0"
+                "partition that has (SBATCH_PARTITION=NAME, or --set-resources RULE:slurm_partition=NAME for "
+                "single rules), or do without: --config gpu=0"
             )
         if all(each.minutes is not None and each.minutes < asked.minutes for each in partitions):
             raise ClusterError(

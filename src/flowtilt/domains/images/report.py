@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from flowtilt.domains.images.tables import by_value, findings, groups, note
+from flowtilt.domains.images.tables import findings, groups, note
 from flowtilt.domains.images.tables import with_reported as reported
 from flowtilt.pipeline.report.base import Shown, Table
-from flowtilt.pipeline.report.tables import ORDERINGS, VERDICTS, experiment_table
+from flowtilt.pipeline.report.tables import experiment_table
 
 __all__ = ["draw", "reported", "table"]
 
@@ -22,7 +22,6 @@ def table(shown: Shown) -> Table:
         partial(groups, experiment),
         lambda long: findings(long, experiment, shown.reported),
         note(experiment),
-        VERDICTS if by_value(experiment) else ORDERINGS,
     )
 
 

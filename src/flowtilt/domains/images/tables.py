@@ -80,28 +80,20 @@ _REPORTED: Mapping[str, tuple[str, Mapping[str, str]]] = {
 """By utility, the experiment of the papers, and what its metrics are called here."""
 
 
-def by_value(experiment: ImageExperiment) -> bool:
-    """Whether scores are on the papers' scales, and not only their directions can be compared."""
-    same_reward = experiment.objective.utility == "entropy" or experiment.reward.kind == "image_reward"
-    return experiment.model.embedded is None and same_reward
-
-
 def with_reported(reported: pd.DataFrame, experiment: ImageExperiment) -> pd.DataFrame:
     """The reported values, and once more those that belong beside an experiment, under its own names.
 
     Args:
-        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
+        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
         experiment: on pictures.
 
     Returns:
-        The lines of ``reported``, and those of the papers' experiment with the experiment's name, its names
-        of metrics, and in the column ``by_value`` whether values can be compared.
+        The lines of ``reported``, and those of the papers' experiment with the experiment's name and its
+        names of metrics.
     """
     papers, names = _REPORTED[experiment.objective.utility]
     own = reported[reported["experiment"] == papers]
-    own = own.assign(
-        experiment=experiment.name, metric=own["metric"].replace(dict(names)), by_value=by_value(experiment)
-    )
+    own = own.assign(experiment=experiment.name, metric=own["metric"].replace(dict(names)))
     return pd.concat([reported, own], ignore_index=True)
 
 
@@ -210,3 +202,18 @@ def _days(experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
         "took is in the table of costs."
         for (source, unit), of in own.groupby(["source", "unit"], sort=False)
     ]
+
+
+# ------------------------------------------------------------------------------------- table
+
+
+def experiment_table(results: str | Path, experiment: ImageExperiment, reported: pd.DataFrame) -> Table:
+    """The table of an experiment; the text says what holds of what should."""
+    return tables.experiment_table(
+        results,
+        experiment,
+        reported,
+        partial(groups, experiment),
+        lambda long: findings(long, experiment, reported),
+        note(experiment),
+    )

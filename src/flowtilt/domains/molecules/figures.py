@@ -235,7 +235,7 @@ def draw_experiment(
     Args:
         results: root of the results.
         experiment: of which every run must be there.
-        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
+        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
         prefix: of the files to write.
     """
     runs = runs_of(experiment)

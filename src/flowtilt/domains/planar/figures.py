@@ -529,7 +529,7 @@ def draw_experiment(
         results: root of the results.
         runs: the experiment.
         height: heights (n,) at points (n, 2).
-        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
+        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
         prefix: of the files to write.
     """
     samples = {m.name: load_samples(results, runs, m.name) for m in runs.methods}
@@ -559,7 +559,7 @@ def draw_functional(
         results: root of the results.
         runs: the experiment.
         height: rewards (n,) at points (n, 2), or None.
-        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
+        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
         prefix: of the files to write.
     """
     points = {m.name: load_samples(results, runs, m.name)[0] for m in runs.methods}

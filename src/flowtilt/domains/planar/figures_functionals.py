@@ -38,7 +38,7 @@ def metrics_figure(runs: Runs, long: pd.DataFrame, reported: pd.DataFrame) -> Fi
     Args:
         runs: the experiment.
         long: its metrics, with gaps; see :func:`flowtilt.pipeline.report.measurements.with_gaps`.
-        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
+        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
     """
     metrics = _shown_metrics(long)
     columns = 3

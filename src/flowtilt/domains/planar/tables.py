@@ -13,9 +13,10 @@ from flowtilt.domains.planar.rows import FLOOR
 from flowtilt.domains.planar.studies import Point, StudyRuns, findings, study_panels, study_points
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.report.base import Table
+from flowtilt.pipeline.report.comparison import comparison, reported_columns, verdict_note
 from flowtilt.pipeline.report.measurements import Runs, collect_runs, entries, runs_of, summarise, with_gaps
 from flowtilt.pipeline.report.panels import Panel, over_seeds
-from flowtilt.pipeline.report.tables import VERDICTS, listed, panels_of, reported_columns, table_frame
+from flowtilt.pipeline.report.tables import listed, panels_of, table_frame
 
 _FLOOR_NOTE = (
     "The reference of divergences is the pretrained network's own density, and e^-"
@@ -55,7 +56,7 @@ def experiment_panels(long: pd.DataFrame, runs: Runs, reported: pd.DataFrame) ->
         reported: see :func:`read_reported`.
     """
     summary = entries(summarise(with_gaps(long)))
-    beside = reported_columns(long, reported)
+    beside = reported_columns(comparison(long, reported))
     known = list(dict.fromkeys(e.metric for e in summary))
     first = [runs.tail_metric, "gap_closed", *beside, runs.mean_metric, "kl", "floored_mass"]
     first += ["objective", "gap"]
@@ -69,7 +70,8 @@ def experiment_table(results: str | Path, runs: Runs, reported: pd.DataFrame) ->
     """The table of an ordinary experiment."""
     long = collect_runs(results, [runs])
     said = listed(own_objective(long, runs))
-    note = f"{said}{ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE} {VERDICTS}"
+    rows = ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE
+    note = f"{said}{rows} {verdict_note(comparison(long, reported))}".rstrip()
     return Table(table_frame(long, reported), experiment_panels(long, runs, reported), note)
 
 

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import pandas as pd
 
 from flowtilt.pipeline.domain import domain_of, imported
 from flowtilt.pipeline.experiment import Experiment, Study, load_file, read_study
-from flowtilt.pipeline.report.measurements import ResultsError, read_csv
+from flowtilt.pipeline.report.comparison import read_reported
 from flowtilt.pipeline.report.panels import Panel
-
-REPORTED_COLUMNS = ("source", "experiment", "method", "metric", "value", "unit")
 
 
 @dataclass(frozen=True)
@@ -82,22 +79,16 @@ def report_of(experiment: Experiment) -> Report:
     return found
 
 
-def read_reported(path: str | Path) -> pd.DataFrame:
-    """The table of reported values; it has the columns :data:`REPORTED_COLUMNS` and maybe others.
+def beside(reported: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+    """The papers' values, with those that belong beside an experiment under its own names.
 
-    Raises:
-        ResultsError: if it is missing, lacks a column, repeats a line's names, or has a value that
-            is not a finite number.
+    Args:
+        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
+        experiment: its key ``same_as`` says of which sources levels are compared: the column ``same``.
     """
-    path = Path(path)
-    table = read_csv(path, REPORTED_COLUMNS)
-    values = pd.to_numeric(table["value"], errors="coerce")
-    if (bad := np.flatnonzero(~np.isfinite(values))).size:
-        raise ResultsError(f"{path}: line {bad[0] + 2}: column value must be a finite number")
-    keys = ["source", "experiment", "method", "metric"]
-    if (twice := table.duplicated(keys)).any():
-        raise ResultsError(f"{path}: {', '.join(table.loc[twice, keys].iloc[0])} occurs twice; keep one line")
-    return table.assign(value=values.astype(float))
+    values = report_of(experiment).reported(reported, experiment)
+    same = values["source"].isin(experiment.same_as) & (values["experiment"] == experiment.name)
+    return values.assign(same=same | (values["same"].eq(True) if "same" in values else False))
 
 
 def as_named(values: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
@@ -118,7 +109,7 @@ def shown_file(file: Path, overrides: Mapping[str, Any] | None, results: Path, r
         ConfigError: if the file is not a valid experiment or study.
         ResultsError: if a file of results is missing or malformed, or the reported values are.
     """
-    experiments, beside = list(load_file(file, overrides).values()), read_reported(reported)
+    experiments, values = list(load_file(file, overrides).values()), read_reported(reported)
     for experiment in experiments:
-        beside = report_of(experiment).reported(beside, experiment)
-    return Shown(file.stem, read_study(file), experiments, results, beside)
+        values = beside(values, experiment)
+    return Shown(file.stem, read_study(file), experiments, results, values)

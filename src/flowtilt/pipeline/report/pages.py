@@ -13,6 +13,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from flowtilt.files import read_text, write_text
+from flowtilt.pipeline.report.comparison import EFFECTS, LEVELS
 from flowtilt.pipeline.report.measurements import ResultsError
 from flowtilt.pipeline.report.panels import Panel, markdown
 from flowtilt.pipeline.report.tables import headline
@@ -33,7 +34,11 @@ tr:hover td { background: #f6f8fa; }
 .bad { color: #a40e26; font-weight: 600; }
 """
 
-VERDICTS = {"match": "good", "reached": "good", "holds": "good", "same ordering": "fair", "differs": "bad"}
+VERDICTS = {
+    **dict.fromkeys(("match", "reached", "holds", "same direction"), "good"),
+    **dict.fromkeys(("same ordering", "not decided"), "fair"),
+    **dict.fromkeys(("differs", "opposite direction"), "bad"),
+}
 """Cells that say how a number compares, and the class that colours them."""
 
 
@@ -61,8 +66,8 @@ def comparison_page(source: Path) -> str:
     said = ", ".join(f"{count} × {verdict}" for verdict, count in found.items())
     return page(
         "Beside the papers",
-        f"Values that the papers report: {said or 'none for what was run'}. A match is within 10 % or two "
-        f"standard deviations; all other metrics are in the experiments' tables.\n\n{text}",
+        f"Values that the papers report: {said or 'none for what was run'}. {LEVELS} Where gains are given: "
+        f"{EFFECTS} All other metrics are in the experiments' tables.\n\n{text}",
     )
 
 
