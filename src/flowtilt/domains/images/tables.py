@@ -202,18 +202,3 @@ def _days(experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
         "took is in the table of costs."
         for (source, unit), of in own.groupby(["source", "unit"], sort=False)
     ]
-
-
-# ------------------------------------------------------------------------------------- table
-
-
-def experiment_table(results: str | Path, experiment: ImageExperiment, reported: pd.DataFrame) -> Table:
-    """The table of an experiment; the text says what holds of what should."""
-    return tables.experiment_table(
-        results,
-        experiment,
-        reported,
-        partial(groups, experiment),
-        lambda long: findings(long, experiment, reported),
-        note(experiment),
-    )
