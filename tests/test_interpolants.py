@@ -271,7 +271,7 @@ def test_steps_of_a_cosine_path_are_finite_and_exact_in_single_precision(nu, las
 PARTS = ((Linear(), 2), (Cosine(1.5), 3), (VariancePreserving(), 1))
 SIDE_BY_SIDE = Columnwise(PARTS)
 RUNS = {Linear(): slice(0, 2), Cosine(1.5): slice(2, 5), VariancePreserving(): slice(5, 6)}
-COEFFICIENTS = ("alpha", "beta", "alpha_rate", "beta_rate", "kappa", "eta", "sigma")
+COEFFICIENTS = ("alpha", "beta", "alpha_rate", "beta_rate", "kappa", "eta")
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
