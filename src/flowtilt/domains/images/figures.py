@@ -69,9 +69,7 @@ def load_scores(results: str | Path, runs: Runs, method: str, seed: int) -> Scor
         ResultsError: if the file is missing or malformed.
     """
     path = run_folder(results, runs, method, "network", seed) / "scores.npz"
-    arrays = read_arrays(path)
-    if missing := {"prompt", "reward", "design"} - arrays.keys():
-        raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; delete it and run again")
+    arrays = read_arrays(path, "prompt", "reward", "design")
     return Scores(arrays["prompt"], arrays["reward"], arrays["design"])
 
 

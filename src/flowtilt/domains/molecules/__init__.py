@@ -37,10 +37,6 @@ def _pretrain_reads(run: Run) -> Files:
     return {"molecules": _data(run)} | ({"shipped": shipped} if shipped else {})
 
 
-def _finetune_reads(run: Run) -> Files:
-    return {"pretrained": run.shared("model.safetensors")} | run.taken()
-
-
 def _sample_reads(run: Run) -> Files:
     """What the molecules of a run are drawn from: data, the pretrained model, or the run's own."""
     if run.kind == "data":
@@ -50,10 +46,6 @@ def _sample_reads(run: Run) -> Files:
         if run.kind == "pretrained"
         else run.file("model.safetensors")
     }
-
-
-def _evaluate_reads(run: Run) -> Files:
-    return {"samples": run.file("samples.npz"), "molecules": _data(run)} | run.trained()
 
 
 STAGES = (
@@ -92,7 +84,7 @@ STAGES = (
         needs=Needs((1000, 1000), (5, 5), group="molecules", always=True),
     ),
     finetune_stage(
-        reads=_finetune_reads,
+        reads=lambda run: {"pretrained": run.shared("model.safetensors")} | run.taken(),
         sections=("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
         needs=Needs((2000, 16000), (60, 1440), gpu=True, shared=True),
     ),
@@ -114,7 +106,7 @@ STAGES = (
             "sdf": f"{RUN}/molecules.sdf",
             "energies": f"{RUN}/energies.npz",
         },
-        reads=_evaluate_reads,
+        reads=lambda run: {"samples": run.file("samples.npz"), "molecules": _data(run)} | run.trained(),
         sections=("subset", "reward", "objective", "evaluation"),
         kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 8000), (30, 720)),

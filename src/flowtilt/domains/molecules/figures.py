@@ -56,9 +56,7 @@ def load_generated(results: str | Path, runs: Runs, method: str) -> Generated:
     rewards, valid = [], []
     for seed in runs.seeds:
         path = run_folder(results, runs, method, "network", seed) / "energies.npz"
-        arrays = read_arrays(path)
-        if missing := {"reward", "valid"} - arrays.keys():
-            raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; delete it and run again")
+        arrays = read_arrays(path, "reward", "valid")
         rewards.append(arrays["reward"])
         valid.append(arrays["valid"])
     return Generated(np.concatenate(rewards), np.concatenate(valid).astype(bool))

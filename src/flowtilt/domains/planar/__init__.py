@@ -54,10 +54,6 @@ def _measure_reads(run: Run) -> dict[str, str]:
     return base | own | run.trained()
 
 
-def _exact_reads(run: Run) -> dict[str, str]:
-    return {"density": run.pretrained("density.npz"), "resolution": f"{run.results}/resolution.json"}
-
-
 def am_runs(results: str, experiment: Experiment) -> list[Run]:
     """The runs of Adjoint Matching, which the resolution of networks is measured from."""
     return [
@@ -151,7 +147,10 @@ STAGES = (
             "resolved_metrics": "runs/{experiment}/resolved/seed{seed}/metrics.json",
             "resolved_laws": "runs/{experiment}/resolved/seed{seed}/laws.npz",
         },
-        reads=_exact_reads,
+        reads=lambda run: {
+            "density": run.pretrained("density.npz"),
+            "resolution": f"{run.results}/resolution.json",
+        },
         sections=("reward", "objective", "grid", "methods"),
         of=_is_tail,
         needs=Needs((1500, 1500), (15, 15), group="exact", always=True, threaded=True),

@@ -17,6 +17,7 @@ import pandas as pd
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.report.measurements import (
     by_row,
+    mean_sd,
     read_history,
     row_name,
     run_folder,
@@ -159,21 +160,16 @@ def solver_points(runs: Sequence[SolverRun]) -> list[SolverPoint]:
         points.append(
             SolverPoint(
                 *(first.case, first.method, first.kind, first.solver, first.solves, first.updates),
-                *_spread([run.gap for run in group]),
-                *_spread([run.closed for run in group]),
+                *mean_sd([run.gap for run in group]),
+                *mean_sd([run.closed for run in group]),
                 float(np.mean([run.network_passes for run in group])),
-                *_spread([run.seconds for run in group]),
+                *mean_sd([run.seconds for run in group]),
                 min(run.effective_sample_size for run in group),
                 max(run.relative_gap for run in group),
                 len(group),
             )
         )
     return points
-
-
-def _spread(values: Sequence[float]) -> tuple[float, float]:
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), sd
 
 
 NOTE = (
