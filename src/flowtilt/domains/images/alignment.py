@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -134,20 +134,13 @@ class AlignmentModel(nn.Module):
         """
         if not prompts:
             raise ValueError("features of texts need at least one text")
-        self._warn_of_long(prompts)
+        warn_of_long(prompts, self._tokens, self.tokenizer.context_length)
         tokens = self.tokenizer(list(prompts)).to(self.mean.device)
         parts = [
             self.network.encode_text(part, normalize=True)  # type: ignore[operator]
             for part in tokens.split(CHUNK)
         ]
         return torch.cat(parts)
-
-    def _warn_of_long(self, prompts: Sequence[str]) -> None:
-        limit = self.tokenizer.context_length
-        for prompt in dict.fromkeys(prompts):
-            count = self._tokens(prompt)
-            if count > limit:
-                log.warning("prompt %r has %d tokens; the model sees %d of them", prompt, count, limit)
 
     def _tokens(self, prompt: str) -> int:
         """Tokens of a whole prompt with its two ends."""
@@ -173,6 +166,15 @@ class AlignmentModel(nn.Module):
         place = {prompt: i for i, prompt in enumerate(distinct)}
         texts = self.text_features(distinct)[[place[prompt] for prompt in prompts]]
         return similarity(features, texts)
+
+
+def warn_of_long(
+    prompts: Sequence[str], tokens: Callable[[str], int], limit: int, model: str = "model"
+) -> None:
+    """Say in the log which prompts have more tokens than a model sees."""
+    for prompt in dict.fromkeys(prompts):
+        if (count := tokens(prompt)) > limit:
+            log.warning("prompt %r has %d tokens; the %s sees %d of them", prompt, count, model, limit)
 
 
 def finite(pictures: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import write_json
 from flowtilt.pipeline.report.provenance import commit, versions
 from flowtilt.pipeline.states import resumption_of
+
+if TYPE_CHECKING:
+    from flowtilt.domains.images.pipeline import TextToImage
 
 RECORD = "training.json"
 """File in the folder of a trained model: what made it, and how that went."""
@@ -138,7 +141,6 @@ def write_model(job: Job) -> None:
         ConfigError: if its noise schedule has no memoryless form.
     """
     from flowtilt.domains.images.alignment import load_alignment
-    from flowtilt.domains.images.pipeline import load_text_to_image
 
     experiment, model = job.experiment, job.experiment.model
     pipeline, alignment = job.read_if_any("pipeline"), job.read_if_any("alignment")
@@ -150,14 +152,7 @@ def write_model(job: Job) -> None:
         check_source(experiment.reward.weights, "key reward.weights")
     folders = Folders(pipeline or Path(model.pipeline.path), alignment or Path(model.alignment.path))
     # Loaded once before any training: what is wrong is said now.
-    base = load_text_to_image(
-        folders.pipeline,
-        experiment.prompts,
-        experiment.guidance,
-        experiment.schedule,
-        experiment.compute,
-        experiment.adapter,
-    )
+    base = text_to_image_of(experiment, folders.pipeline)
     try:
         base.flow.time_grid(experiment.solver.steps)
     except ValueError as error:
@@ -170,6 +165,18 @@ def write_model(job: Job) -> None:
         for part, folder in folders._asdict().items()
     }
     write_json({"model": model.name, **found}, job.outputs["model"])
+
+
+def text_to_image_of(experiment: ImageExperiment, folder: Path) -> TextToImage:
+    """A folder of a pipeline as the experiment's flow, before any fine-tuning.
+
+    Raises:
+        CheckpointError, ConfigError: see :func:`flowtilt.domains.images.pipeline.load_text_to_image`.
+    """
+    from flowtilt.domains.images.pipeline import load_text_to_image
+
+    sections = (experiment.guidance, experiment.schedule, experiment.compute, experiment.adapter)
+    return load_text_to_image(folder, experiment.prompts, *sections)
 
 
 def read_model(file: Path) -> Folders:

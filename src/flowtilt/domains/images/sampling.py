@@ -18,8 +18,8 @@ from flowtilt.devices import generator_of
 from flowtilt.domains.images.alignment import AlignmentModel, load_alignment
 from flowtilt.domains.images.experiment import ImageExperiment
 from flowtilt.domains.images.files import picture_name
-from flowtilt.domains.images.models import alignment_of, read_model
-from flowtilt.domains.images.pipeline import TextToImage, load_text_to_image
+from flowtilt.domains.images.models import alignment_of, read_model, text_to_image_of
+from flowtilt.domains.images.pipeline import TextToImage
 from flowtilt.domains.images.rewards import Decode
 from flowtilt.files import atomic_folder
 from flowtilt.pipeline.domain import Job
@@ -42,14 +42,7 @@ def load_base(experiment: ImageExperiment, model: Path, weights: Path | None = N
     Raises:
         CheckpointError: if something is not there, or of another network.
     """
-    found = load_text_to_image(
-        read_model(model).pipeline,
-        experiment.prompts,
-        experiment.guidance,
-        experiment.schedule,
-        experiment.compute,
-        experiment.adapter,
-    )
+    found = text_to_image_of(experiment, read_model(model).pipeline)
     if weights is not None:
         load_weights(found.flow, weights)
     return found
