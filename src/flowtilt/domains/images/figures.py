@@ -317,12 +317,7 @@ _SHOWN = ("vendi", "clip", "effective_designs", "combinations_covered")
 
 
 def exploration_figure(experiment: ImageExperiment, long: pd.DataFrame) -> Figure:
-    """How diverse the pictures of every method are, and how many are of each design.
-
-    Args:
-        experiment: on the entropy.
-        long: its metrics; see :func:`flowtilt.pipeline.report.measurements.collect`.
-    """
+    """How diverse the pictures of every method are, and how many are of each design."""
     runs = runs_of(experiment)
     colours = _shades([(m.name, m.kind) for m in runs.methods])
     shown = [metric for metric in _SHOWN if (long["metric"] == metric).any()]

@@ -34,11 +34,6 @@ CHUNK = 50
 def load_base(experiment: ImageExperiment, model: Path, weights: Path | None = None) -> TextToImage:
     """The experiment's model, or a fine-tuned one.
 
-    Args:
-        experiment: whose model.
-        model: file of the stage model.
-        weights: of a fine-tuning; without them, the pretrained model.
-
     Raises:
         CheckpointError: if something is not there, or of another network.
     """

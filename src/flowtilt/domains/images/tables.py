@@ -83,10 +83,6 @@ _REPORTED: Mapping[str, tuple[str, Mapping[str, str]]] = {
 def with_reported(reported: pd.DataFrame, experiment: ImageExperiment) -> pd.DataFrame:
     """The reported values, and once more those that belong beside an experiment, under its own names.
 
-    Args:
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-        experiment: on pictures.
-
     Returns:
         The lines of ``reported``, and those of the papers' experiment with the experiment's name and its
         names of metrics.
@@ -101,13 +97,7 @@ def with_reported(reported: pd.DataFrame, experiment: ImageExperiment) -> pd.Dat
 
 
 def findings(long: pd.DataFrame, experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
-    """Sentences on what the methods should do, by differences of paired seeds, and on reported costs.
-
-    Args:
-        long: metrics of the experiment; see :func:`flowtilt.pipeline.report.measurements.collect`.
-        experiment: on pictures.
-        reported: see :func:`with_reported`.
-    """
+    """Sentences on what the methods should do, by differences of paired seeds, and on reported costs."""
     of = {kind: [n for n, c in experiment.methods.items() if c.kind == kind] for kind in _KINDS}
     mean = experiment.mean_metric
     said = [raises(long, am, base, mean) for am in of["am"] for base in of["pretrained"]]

@@ -125,17 +125,7 @@ def pretrain(
     progress: Progress | None = None,
     watch: Watch[FlowModel] | None = None,
 ) -> list[dict[str, float]]:
-    """Pretrain the configured flow on the training split; returns the history, a row an update.
-
-    Args:
-        config: of the flow.
-        molecules: file of :func:`flowtilt.domains.molecules.data.prepare`.
-        seed: of weights and draws.
-        output: where the weights go, the averaged ones.
-        slot: where the training keeps its state, and goes on from if it was stopped.
-        progress: called with each update's row.
-        watch: looks at the model now and then.
-    """
+    """Pretrain the configured flow on the training split; returns the history, a row an update."""
     chosen = subset_of(config, molecules)
     sizes = torch.zeros(config.subset.largest + 1, dtype=torch.float64)
     weights = chosen.size_weights()

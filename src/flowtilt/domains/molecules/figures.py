@@ -228,14 +228,7 @@ def levels_figure(lines: Sequence[LevelLine], title: str) -> Figure:
 def draw_experiment(
     results: str | Path, experiment: MoleculeExperiment, reported: pd.DataFrame, prefix: str | Path
 ) -> None:
-    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment on molecules.
-
-    Args:
-        results: root of the results.
-        experiment: of which every run must be there.
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-        prefix: of the files to write.
-    """
+    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment on molecules."""
     runs = runs_of(experiment)
     generated = {m.name: load_generated(results, runs, m.name) for m in runs.methods}
     figure = energies_figure(runs, generated, reported_tails(reported, runs))

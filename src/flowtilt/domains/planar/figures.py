@@ -396,13 +396,7 @@ def _histogram_legend(runs: Runs, laws: Mapping[str, Laws], reported: bool) -> l
 
 
 def study_figure(study: StudyRuns, points: list[Point], resolution: float | None = None) -> Figure:
-    """Tail and objective against the study's axis: a column a parent experiment.
-
-    Args:
-        study: the study.
-        points: its rows; see :func:`flowtilt.domains.planar.studies.study_points`.
-        resolution: width that the network is measured to resolve, marked if the axis is a length.
-    """
+    """Tail and objective against the study's axis: a column a parent experiment."""
     groups = parents(points)
     figure = Figure(figsize=(4.6 * len(groups) + 0.4, 6.8))
     grid = figure.subplots(2, len(groups), sharex="col", squeeze=False)
@@ -523,15 +517,7 @@ def slope_of(experiment: FunctionalExperiment) -> Height | None:
 def draw_experiment(
     results: str | Path, runs: Runs, height: Height, reported: pd.DataFrame, prefix: str | Path
 ) -> None:
-    """Draw ``{prefix}_landscape.png``, ``{prefix}_densities.png`` and ``{prefix}_histograms.png``.
-
-    Args:
-        results: root of the results.
-        runs: the experiment.
-        height: heights (n,) at points (n, 2).
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-        prefix: of the files to write.
-    """
+    """Draw ``{prefix}_landscape.png``, ``{prefix}_densities.png`` and ``{prefix}_histograms.png``."""
     samples = {m.name: load_samples(results, runs, m.name) for m in runs.methods}
     points = {name: x for name, (x, _) in samples.items()}
     laws = {layer: load_laws(results, runs, layer) for layer in ("exact", "resolved")}
@@ -553,15 +539,7 @@ def _tail_means(summary: Sequence[Entry], runs: Runs) -> dict[str, float]:
 def draw_functional(
     results: str | Path, runs: Runs, height: Height | None, reported: pd.DataFrame, prefix: str | Path
 ) -> None:
-    """Draw ``{prefix}_densities.png`` and ``{prefix}_metrics.png`` of an experiment on functionals.
-
-    Args:
-        results: root of the results.
-        runs: the experiment.
-        height: rewards (n,) at points (n, 2), or None.
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-        prefix: of the files to write.
-    """
+    """Draw ``{prefix}_densities.png`` and ``{prefix}_metrics.png`` of an experiment on functionals."""
     points = {m.name: load_samples(results, runs, m.name)[0] for m in runs.methods}
     laws = {layer: load_laws(results, runs, layer) for layer in runs.layers[1:]}
     half = min(window(list(points.values())), float(laws["exact"].axis[-1]))

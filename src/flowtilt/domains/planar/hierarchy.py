@@ -72,12 +72,7 @@ def solvers_of(problem: FunctionalObjective) -> str:
 
 
 def reached(long: pd.DataFrame, cases: Sequence[Experiment]) -> list[Reached]:
-    """One line a case and fdc method, in the order of the cases; then the functionals without a case.
-
-    Args:
-        long: metrics of all cases; see :func:`flowtilt.pipeline.report.measurements.collect_runs`.
-        cases: of the study; those that are not on functionals are left out.
-    """
+    """One line a case and fdc method, in the order of the cases; then the functionals without a case."""
     # These take torch, which the other tables do without.
     from flowtilt.domains.planar.problems import build_term
     from flowtilt.functionals.curvature import curvature, example_problem

@@ -114,11 +114,6 @@ def costs_of(history: Path) -> Costs:
 def solver_runs(results: str | Path, long: pd.DataFrame, cases: Sequence[Experiment]) -> list[SolverRun]:
     """Every run of the cases, in their order, by method and seed.
 
-    Args:
-        results: root of the results, for the histories.
-        long: metrics of all cases; see :func:`flowtilt.pipeline.report.measurements.collect_runs`.
-        cases: of the study.
-
     Raises:
         ResultsError: if a history is missing or malformed.
     """

@@ -48,13 +48,7 @@ FUNCTIONAL_ROW_NOTE = (
 
 
 def experiment_panels(long: pd.DataFrame, runs: Runs, reported: pd.DataFrame) -> list[Panel]:
-    """The table of one experiment: the results beside reported values, then the details.
-
-    Args:
-        long: see :func:`flowtilt.pipeline.report.measurements.collect`.
-        runs: the experiment.
-        reported: see :func:`read_reported`.
-    """
+    """The table of one experiment: the results beside reported values, then the details."""
     summary = entries(summarise(with_gaps(long)))
     beside = reported_columns(comparison(long, reported))
     known = list(dict.fromkeys(e.metric for e in summary))

@@ -259,10 +259,6 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 def read_history(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """A run's history, a line an update, as numbers.
 
-    Args:
-        path: of the file.
-        columns: that it must have; others are read as well.
-
     Raises:
         ResultsError: if it is missing or malformed.
     """

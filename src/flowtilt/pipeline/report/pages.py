@@ -108,11 +108,6 @@ def _read(source: Path) -> str:
 def write_page(source: Path, title: str, output: Path) -> None:
     """Write the page of a file: of a table's text, of the comparison, or of the provenance, by its ending.
 
-    Args:
-        source: ``.md``, ``.csv`` or ``.json``.
-        title: of a table, by default its file's name; the other two have their own.
-        output: HTML file to write.
-
     Raises:
         ResultsError: if the file is missing or not what its ending says.
     """

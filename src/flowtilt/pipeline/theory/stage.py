@@ -18,11 +18,6 @@ log = logging.getLogger(__name__)
 def run(file: Path, overrides: Mapping[str, Any], output: Path) -> list[str]:
     """Run the study of a configuration file and write its numbers.
 
-    Args:
-        file: of ``config/theory``.
-        overrides: merged into it last.
-        output: JSON file with the kind, the title and the tables.
-
     Returns:
         What violates a bound, in words; the log has it too.
     """
@@ -44,13 +39,7 @@ def run(file: Path, overrides: Mapping[str, Any], output: Path) -> list[str]:
 
 
 def report(result: Path, prefix: Path, figure: Path) -> None:
-    """Write the table and draw the figure of a study that was run.
-
-    Args:
-        result: file of :func:`run`.
-        prefix: of the table's three files.
-        figure: PNG file.
-    """
+    """Write the table and draw the figure of a study that was run."""
     # The drawing library is slow to import, and a study does not need it.
     from flowtilt.pipeline.theory.figures import draw_theory
     from flowtilt.pipeline.theory.tables import write_theory_table
