@@ -20,11 +20,11 @@ from PIL import Image
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
 from flowtilt.domains.images.files import picture_name
 from flowtilt.metrics.tails import lower_tail_mean, quantile
+from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.claims import spread
 from flowtilt.pipeline.report.measurements import (
     ResultsError,
     Runs,
-    collect_runs,
     of_row,
     read_arrays,
     run_folder,
@@ -379,8 +379,9 @@ def _shades(methods: Sequence[tuple[str, str]]) -> dict[str, str]:
     return {name: colours[name] for name, _ in methods}
 
 
-def draw_experiment(results: str | Path, experiment: ImageExperiment, prefix: str | Path) -> None:
+def draw(shown: Shown, prefix: str) -> None:
     """Draw ``{prefix}_images.png`` and ``{prefix}_scores.png`` of an experiment on pictures."""
+    results, experiment = shown.results, shown.experiments[0]
     runs = runs_of(experiment)
     if runs.has_tail:
         rewards = {
@@ -389,6 +390,6 @@ def draw_experiment(results: str | Path, experiment: ImageExperiment, prefix: st
         }
         scores = tail_figure(experiment, rewards)
     else:
-        scores = exploration_figure(experiment, collect_runs(results, [runs]))
+        scores = exploration_figure(experiment, shown.collected)
     save_figure(scores, f"{prefix}_scores.png")
     save_figure(pictures_of(results, experiment), f"{prefix}_images.png")

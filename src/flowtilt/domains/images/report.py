@@ -15,18 +15,12 @@ __all__ = ["draw", "reported", "table"]
 def table(shown: Shown) -> Table:
     """The table of an experiment, whose text says what holds of what should; there are no studies."""
     experiment = shown.experiments[0]
-    return experiment_table(
-        shown.results,
-        experiment,
-        shown.reported,
-        partial(groups, experiment),
-        lambda long: findings(long, experiment, shown.reported),
-        note(experiment),
-    )
+    said = partial(findings, experiment=experiment, reported=shown.reported)
+    return experiment_table(shown, partial(groups, experiment), said, note(experiment))
 
 
 def draw(shown: Shown, prefix: str) -> None:
     """Figures of an experiment."""
     from flowtilt.domains.images import figures
 
-    figures.draw_experiment(shown.results, shown.experiments[0], prefix)
+    figures.draw(shown, prefix)

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from flowtilt.domains.molecules.experiment import MoleculeExperiment
 from flowtilt.domains.molecules.tables import LevelLine, levels
 from flowtilt.files import atomic_path
 from flowtilt.metrics.tails import quantile, upper_tail_mean
+from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.measurements import ResultsError, Runs, read_arrays, run_folder, runs_of
 from flowtilt.pipeline.report.panels import describe, pretty
 from flowtilt.pipeline.report.style import COLOURS, SHADE, reported_tails, save_figure
@@ -225,21 +224,19 @@ def levels_figure(lines: Sequence[LevelLine], title: str) -> Figure:
     return figure
 
 
-def draw_experiment(
-    results: str | Path, experiment: MoleculeExperiment, reported: pd.DataFrame, prefix: str | Path
-) -> None:
-    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment on molecules."""
-    runs = runs_of(experiment)
+def draw(shown: Shown, prefix: str) -> None:
+    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment.
+
+    Of a study ``{prefix}.png``: what each level of the tail reaches.
+    """
+    results = shown.results
+    if shown.study is not None:
+        save_figure(levels_figure(levels(results, shown.experiments), shown.title), f"{prefix}.png")
+        return
+    runs = runs_of(shown.experiments[0])
     generated = {m.name: load_generated(results, runs, m.name) for m in runs.methods}
-    figure = energies_figure(runs, generated, reported_tails(reported, runs))
+    figure = energies_figure(runs, generated, reported_tails(shown.reported, runs))
     save_figure(figure, f"{prefix}_energies.png")
     folders = {m.name: run_folder(results, runs, m.name, "network", runs.seeds[0]) for m in runs.methods}
     rows = [(name, shown_molecules(folder / "molecules.sdf")) for name, folder in folders.items()]
     draw_molecules(f"{prefix}_molecules.png", rows)
-
-
-def draw_levels(
-    results: str | Path, title: str, cases: Sequence[MoleculeExperiment], prefix: str | Path
-) -> None:
-    """Draw ``{prefix}.png``: what each level of the tail reaches."""
-    save_figure(levels_figure(levels(results, cases), title), f"{prefix}.png")

@@ -29,21 +29,12 @@ def table(shown: Shown) -> Table:
         frame = pd.DataFrame(lines, columns=list(LevelLine._fields))
         return Table(frame, [levels_panel(lines, shown.title)], LEVELS_NOTE)
     experiment = shown.experiments[0]
-    return experiment_table(
-        shown.results,
-        experiment,
-        shown.reported,
-        partial(groups, experiment),
-        lambda long: findings(long, experiment, shown.reported),
-        NOTE,
-    )
+    said = partial(findings, experiment=experiment, reported=shown.reported)
+    return experiment_table(shown, partial(groups, experiment), said, NOTE)
 
 
 def draw(shown: Shown, prefix: str) -> None:
     """Figures of an experiment, or of a study of the level of the tail."""
     from flowtilt.domains.molecules import figures
 
-    if shown.study is None:
-        figures.draw_experiment(shown.results, shown.experiments[0], shown.reported, prefix)
-    else:
-        figures.draw_levels(shown.results, shown.title, shown.experiments, prefix)
+    figures.draw(shown, prefix)

@@ -41,7 +41,7 @@ from flowtilt.domains.planar.studies import (
     tail_metric,
 )
 from flowtilt.metrics.tails import quantile
-from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.measurements import (
     Entry,
     Method,
@@ -536,34 +536,28 @@ def _tail_means(summary: Sequence[Entry], runs: Runs) -> dict[str, float]:
     return {entry.row: entry.value for entry in summary if entry.metric == runs.tail_metric}
 
 
-def draw_functional(
-    results: str | Path, runs: Runs, height: Height | None, reported: pd.DataFrame, prefix: str | Path
-) -> None:
+def draw_functional(shown: Shown, prefix: str) -> None:
     """Draw ``{prefix}_densities.png`` and ``{prefix}_metrics.png`` of an experiment on functionals."""
+    results, runs, height = shown.results, runs_of(shown.experiments[0]), slope_of(shown.experiments[0])
     points = {m.name: load_samples(results, runs, m.name)[0] for m in runs.methods}
     laws = {layer: load_laws(results, runs, layer) for layer in runs.layers[1:]}
     half = min(window(list(points.values())), float(laws["exact"].axis[-1]))
     long = with_gaps(collect_runs(results, [runs]))
     save_figure(densities_figure(height, half, runs, points, laws), f"{prefix}_densities.png", 125)
-    save_figure(metrics_figure(runs, long, reported), f"{prefix}_metrics.png")
+    save_figure(metrics_figure(runs, long, shown.reported), f"{prefix}_metrics.png")
 
 
-def draw_hierarchy(
-    results: str | Path, title: str, experiments: Sequence[Experiment], prefix: str | Path
-) -> None:
+def draw_hierarchy(shown: Shown, prefix: str) -> None:
     """Draw ``{prefix}.png``: how much of the gap each functional's network closes."""
-    long = collect_runs(results, [runs_of(e) for e in experiments])
     # Functionals without a case have nothing to draw.
-    found = [line for line in reached(long, experiments) if line.seeds]
-    save_figure(hierarchy_figure(found, title), f"{prefix}.png")
+    found = [line for line in reached(shown.collected, shown.experiments) if line.seeds]
+    save_figure(hierarchy_figure(found, shown.title), f"{prefix}.png")
 
 
-def draw_solvers(
-    results: str | Path, title: str, experiments: Sequence[Experiment], prefix: str | Path
-) -> None:
+def draw_solvers(shown: Shown, prefix: str) -> None:
     """Draw ``{prefix}.png``: each solver's gap to the optimum against what it cost."""
-    runs = solver_runs(results, collect_runs(results, [runs_of(e) for e in experiments]), experiments)
-    save_figure(solvers_figure(runs, title), f"{prefix}.png")
+    runs = solver_runs(shown.results, shown.collected, shown.experiments)
+    save_figure(solvers_figure(runs, shown.title), f"{prefix}.png")
 
 
 def draw_study(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ import pandas as pd
 from flowtilt.pipeline.domain import domain_of, imported
 from flowtilt.pipeline.experiment import Experiment, Study, load_file, read_study
 from flowtilt.pipeline.report.comparison import read_reported
+from flowtilt.pipeline.report.measurements import collect_runs, runs_of
 from flowtilt.pipeline.report.panels import Panel
 
 
@@ -42,6 +44,11 @@ class Shown:
     def table(self) -> str | None:
         """The table of a study; None for an ordinary experiment."""
         return self.study.study.table if self.study is not None else None
+
+    @cached_property
+    def collected(self) -> pd.DataFrame:
+        """All metrics of its runs; see :func:`flowtilt.pipeline.report.measurements.collect_runs`."""
+        return collect_runs(self.results, [runs_of(experiment) for experiment in self.experiments])
 
 
 class Table(NamedTuple):
