@@ -286,7 +286,7 @@ def test_the_scales_of_the_loss_tend_to_those_of_the_continuous_problem(path):
         steps = memoryless_steps(flow, count)
         scale = loss_scale(flow, steps)
         inner = slice(count // 10, count - count // 10)
-        sigma = path.sigma(tensor(time_grid(count)[:-1]))[inner]
+        sigma = (2 * path.eta(tensor(time_grid(count)[:-1]))).sqrt()[inner]
         errors.append(
             max(
                 float((scale.mean[inner] * sigma / 2 - 1).abs().max()),

@@ -20,6 +20,11 @@ def gaussian(count, shift=SHIFT, scale=1.0, seed=5):
     return (shift + scale * noise).float()
 
 
+def dual_norms(potential, x):
+    """Of the gradient at points, at most 1 where the potential is feasible."""
+    return (potential.gradient(x).flatten(1).to(potential.root_weights) / potential.root_weights).norm(dim=1)
+
+
 def mean_difference(potential, samples, reference):
     return float(potential.value(samples).double().mean() - potential.value(reference).double().mean())
 
@@ -40,8 +45,8 @@ def test_the_critic_of_a_shift_against_exact_transport(weights):
     # The constraint holds at samples and between them up to the sampling, hence the small excess.
     assert 0.97 * exact < value < 1.005 * exact
     fresh = gaussian(3000, seed=6)
-    assert potential.dual_norms(samples).max() <= 1 + 1e-5
-    assert potential.dual_norms(fresh).max() <= 1.02
+    assert dual_norms(potential, samples).max() <= 1 + 1e-5
+    assert dual_norms(potential, fresh).max() <= 1.02
     direction = tensor(weights) * SHIFT
     expected = direction / (direction**2 / tensor(weights)).sum().sqrt()
     found = potential.gradient(fresh).double().mean(0)

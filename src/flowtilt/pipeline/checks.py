@@ -24,10 +24,6 @@ TABLES = ("comparison", "by_seed")
 def read_plan(data: Mapping[str, Any], where: str) -> Plan:
     """The plan of a configuration, checked: each file alone, and all against each other.
 
-    Args:
-        data: the configuration, merged from its files.
-        where: those files, for messages.
-
     Raises:
         ConfigError: naming the file, the key and the fix.
     """

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, get_args
 
 from flowtilt.files import write_text
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
-from flowtilt.pipeline.config import OverridesConfig, WorkflowConfig
+from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError, Section
 from flowtilt.pipeline.domain import Chapter, Domain, known_domains
-from flowtilt.pipeline.experiment import Skip, Study
+from flowtilt.pipeline.experiment import Study
 from flowtilt.pipeline.theory.config import MirrorDescentConfig, ThresholdStudyConfig
 
 Schema = Mapping[str, Any]
@@ -118,9 +118,16 @@ _LOADED = {"base": "its name"}
 
 @functools.cache
 def chapters() -> tuple[Chapter, ...]:
-    """Of the kinds of files: those of every domain, studies, and the theory's."""
-    return (*(chapter for domain in known_domains() for chapter in domain.chapters()), *_OTHERS)
+    """Of the kinds of files: the workflow's, those of every domain, studies, and the theory's."""
+    return (_WORKFLOW, *(chapter for domain in known_domains() for chapter in domain.chapters), *_OTHERS)
 
+
+_WORKFLOW = Chapter(
+    "The workflow: `config.yaml`",
+    "What Snakemake reads: `config.yaml`, and the scales that override it.",
+    WorkflowConfig,
+    "of the workflow",
+)
 
 _OTHERS = (
     Chapter(
@@ -157,7 +164,7 @@ def write_reference(output: Path) -> None:
 def reference() -> str:
     """The whole document."""
     light = next(domain.name for domain in known_domains() if not domain.packages)  # runs anywhere
-    parts = [INTRODUCTION.replace("DOMAIN", light), _workflow()]
+    parts = [INTRODUCTION.replace("DOMAIN", light)]
     headings = _headings()
     for chapter in chapters():
         described = _described(chapter.kind)
@@ -171,29 +178,6 @@ def reference() -> str:
 
 
 # ----------------------------------------------------------------------------------- chapters
-
-
-def _workflow() -> str:
-    """The chapter of ``config.yaml``, with the keys of ``overrides`` under their full names."""
-    rows = []
-    whole, below = _described(WorkflowConfig), _described(OverridesConfig)["properties"]
-    for key, own in whole["properties"].items():
-        # Its keys follow here, and not under a heading of their own.
-        flat = {**own, "$ref": None, "type": "object", "default": {}} if key == "overrides" else own
-        rows.append(_row(key, key in whole["required"], flat, {}))
-        if key == "overrides":
-            rows += [_row(f"overrides.{inner}", False, other, {}) for inner, other in below.items()]
-    text = "What Snakemake reads: `config.yaml`, and the scales that override it."
-    return "\n".join(
-        [
-            "## The workflow: `config.yaml`\n",
-            f"{text}\n",
-            _table(rows),
-            "### Each entry of `overrides.skip`\n",
-            f"{_prose(Skip)}\n",
-            _keys(_described(Skip), {}),
-        ]
-    )
 
 
 def _functionals(title: str, functionals: Mapping[str, FunctionalKeys]) -> str:
@@ -224,14 +208,14 @@ class Found(NamedTuple):
     def of(self) -> str:
         """How it is told apart from sections of the same name."""
         first = domain_of_chapter(self.chapters[0])
-        own = list(first.chapters()) if first is not None else []
+        own = list(first.chapters) if first is not None else []
         everywhere = len(own) > 1 and all(chapter in self.chapters for chapter in own)
         return first.words if everywhere and first is not None else self.chapters[0].of
 
 
 def domain_of_chapter(chapter: Chapter) -> Domain | None:
     """The domain whose experiments a chapter is of; None for studies and the theory."""
-    return next((domain for domain in known_domains() if chapter in domain.chapters()), None)
+    return next((domain for domain in known_domains() if chapter in domain.chapters), None)
 
 
 @functools.cache

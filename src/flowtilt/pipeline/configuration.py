@@ -152,12 +152,6 @@ def _taken_for_another(given: Any, found: Any) -> tuple[Any, Any] | None:
 def validated(kind: type[Model], data: Any, path: Path, case: str | None = None) -> Model:
     """Some data as a section of a configuration.
 
-    Args:
-        kind: of the section.
-        data: plain, from a file.
-        path: of the file, for messages.
-        case: of a study, for messages.
-
     Raises:
         ConfigError: naming the file, the key and the fix; of the first three errors.
     """

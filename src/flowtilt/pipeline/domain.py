@@ -249,6 +249,9 @@ class Domain(Protocol):
     """Folder with a caption ``{what is shown}.rst`` of each figure, for Snakemake's report, where
     ``snakemake.params.name`` is the name of the file of experiments; empty for one that fits any figure."""
 
+    chapters: Sequence[Chapter]
+    """What the reference of the configuration says of its experiments."""
+
     assessment: tuple[str, ...]
     """Stages between a run's model and its metrics, whose times the table of costs adds up."""
 
@@ -285,9 +288,6 @@ class Domain(Protocol):
 
     def describe(self, metric: str) -> Description | None:
         """Words and unit of one of its own metrics."""
-
-    def chapters(self) -> Sequence[Chapter]:
-        """What the reference of the configuration says of its experiments."""
 
 
 # -------------------------------------------------------------------------------- the registry
@@ -414,9 +414,14 @@ def job_of(
     if found.scope != "run":
         return found, Job(run, experiments, {}, _below(results, found), workers)
     _check_run(found, run)
-    inputs = {role: _paths(value) for role, value in found.reads(run).items()}
-    outputs = {role: Path(file) for role, file in found.written(run).items()}
-    return found, Job(run, experiments, inputs, outputs, workers)
+    return found, run_job(found, run, workers)
+
+
+def run_job(stage: Stage, run: Run, workers: int | None = None) -> Job:
+    """The job of a stage on one run."""
+    inputs = {role: _paths(value) for role, value in stage.reads(run).items()}
+    outputs = {role: Path(file) for role, file in stage.written(run).items()}
+    return Job(run, [run.experiment], inputs, outputs, workers)
 
 
 def _check_run(stage: Stage, run: Run) -> None:

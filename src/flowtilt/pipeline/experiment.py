@@ -283,14 +283,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     of_files = overrides.pop("files", {})
     if not isinstance(of_files, Mapping) or not all(isinstance(v, Mapping) for v in of_files.values()):
         raise ConfigError(f"{path}: key files: must map names of experiment files to their keys and values")
-    for name, changes in overrides.items():
-        if name not in sources():
-            raise ConfigError(
-                f"{path}: key {name}: what is merged into experiments stands under their domain "
-                f"({', '.join(sorted(sources()))}), beside skip and files; move it there"
-            )
-        if not isinstance(changes, Mapping):
-            raise ConfigError(f"{path}: key {name}: must map keys of its experiments to values")
+    _check_domains(overrides, path)
 
     def read(file: Path) -> dict[str, Any]:
         return merge(read_yaml(file), of_files.get(file.stem, {}))
@@ -324,20 +317,35 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
             continue
         name = f"{case.of}.yaml"
         parent = read(preferred(path.parent / name, f"config/experiments/{name}"))
-        name = f"{study.name}/{case.label}"
-        changed = merge(merge(parent, study.study.set), case.set)
-        own = {
-            "name": name,
-            "title": f"{study.title}: {case.label}",
-            "base": case.of,
-            "seeds": study.seeds,
-            "methods": merge(study.study.methods, case.methods),
-            "axis_value": case.value,
-        }
-        if case.also:
-            own["also"] = _methods_of(parent, case, path)
-        experiments[name] = finish({**changed, **own}, case.label)
+        data = _case_data(study, case, parent, path)
+        experiments[data["name"]] = finish(data, case.label)
     return experiments
+
+
+def _check_domains(overrides: Mapping[str, Any], path: Path) -> None:
+    """Refuse what is to be merged into experiments of no domain, or is no mapping."""
+    for name, changes in overrides.items():
+        if name not in sources():
+            raise ConfigError(
+                f"{path}: key {name}: what is merged into experiments stands under their domain "
+                f"({', '.join(sorted(sources()))}), beside skip and files; move it there"
+            )
+        if not isinstance(changes, Mapping):
+            raise ConfigError(f"{path}: key {name}: must map keys of its experiments to values")
+
+
+def _case_data(study: Study, case: Case, parent: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The experiment that a case derives from, with what study and case change."""
+    data = {
+        **merge(merge(parent, study.study.set), case.set),
+        "name": f"{study.name}/{case.label}",
+        "title": f"{study.title}: {case.label}",
+        "base": case.of,
+        "seeds": study.seeds,
+        "methods": merge(study.study.methods, case.methods),
+        "axis_value": case.value,
+    }
+    return {**data, "also": _methods_of(parent, case, path)} if case.also else data
 
 
 def _methods_of(parent: Mapping[str, Any], case: Case, path: Path) -> dict[str, Any]:

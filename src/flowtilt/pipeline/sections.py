@@ -188,10 +188,6 @@ TUNED = ("am", "fdc", "tfft")
 def check_methods(methods: Mapping[str, MethodConfig], layers: Sequence[str]) -> None:
     """Refuse methods whose names stand for something else in the results' files and rows.
 
-    Args:
-        methods: by name.
-        layers: rows of each method in the tables: its network's, and those that are solved on the grid.
-
     Raises:
         ValueError: naming the method and the fix.
     """

@@ -60,11 +60,7 @@ class Climb:
 
 
 class Workbench(ABC):
-    """A pretrained flow of a domain, with what its methods tilt it by.
-
-    Args:
-        job: on whose experiment, with the pretrained model among its inputs.
-    """
+    """A pretrained flow of a domain, with what its methods tilt it by."""
 
     chunk: int | None = None
     """Samples of the offline batch that are drawn together; None for all."""

@@ -10,7 +10,6 @@ from torch import nn
 from flowtilt.domains.images import alignment, rewards
 from flowtilt.domains.images.alignment import (
     AlignmentModel,
-    classify,
     classify_features,
     finite,
     fit,
@@ -67,10 +66,13 @@ def test_a_pixel_that_is_not_finite_costs_its_own_picture_alone(model, bad, size
     assert features[0].isnan().all()
     assert torch.equal(features[1], model.picture_features(pictures(size))[1])
     assert finite(features).tolist() == [False, True]
-    assert model.scores(pictures(size, bad=bad), ["b", "b"]).isnan().tolist() == [True, False]
+    assert model.scores_of(model.picture_features(pictures(size, bad=bad)), ["b", "b"]).isnan().tolist() == [
+        True,
+        False,
+    ]
     assert model.scores_of(features, ["b", "b"])[1] == 1
     with pytest.raises(ValueError, match="1 of 2 pictures have features of no class"):
-        classify(pictures(size, bad=bad), model, ["a", "b"], "{}")
+        classify_features(features, model, ["a", "b"], "{}")
 
 
 def test_no_direction_has_no_similarity(model):
@@ -84,8 +86,8 @@ def test_no_direction_has_no_similarity(model):
 
 
 def test_blank_pictures_of_one_colour_have_scores(model):
-    assert model.scores(pictures(), ["a", "a"]).tolist() == [1, 0]
-    assert classify(pictures(), model, ["a", "b"], "{}").tolist() == [0, 1]
+    assert model.scores_of(model.picture_features(pictures()), ["a", "a"]).tolist() == [1, 0]
+    assert classify_features(model.picture_features(pictures()), model, ["a", "b"], "{}").tolist() == [0, 1]
 
 
 def context(*positions):
@@ -128,10 +130,18 @@ REFUSED = [
         for x in (torch.zeros(0, 3, 4, 4), torch.zeros(1, 3, 4, 0), torch.zeros(1, 1, 4, 4), torch.zeros(3))
     ),
     (lambda model: model.text_features([]), (), "at least one text"),
-    (lambda model: model.scores(pictures(), ["a"]), (), "each picture needs its prompt; got 2 and 1"),
+    (
+        lambda model: model.scores_of(model.picture_features(pictures()), ["a"]),
+        (),
+        "each picture needs its prompt; got 2 and 1",
+    ),
     (lambda model: model.scores_of(torch.zeros(0, 3), []), (), "at least one text"),
-    (lambda model: classify(pictures(), model, [], "{}"), (), "without names"),
-    (lambda model: classify(pictures(), model, ["a"], "a"), (), "has no {}"),
+    (
+        lambda model: classify_features(model.picture_features(pictures()), model, [], "{}"),
+        (),
+        "without names",
+    ),
+    (lambda model: classify_features(model.picture_features(pictures()), model, ["a"], "a"), (), "has no {}"),
     (lambda model: ClipReward(lambda x: x, model, []), (), "at least one text"),
     *(
         (lambda model, c: ClipReward(lambda x: x, model, ["a", "b"]).value(pictures(), c), (c,), message)

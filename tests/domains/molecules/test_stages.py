@@ -19,12 +19,10 @@ from safetensors.torch import load_file as load_tensors
 from by_hand import Driven
 from flowtilt import thresholds
 from flowtilt.domains.molecules.experiment import rising
-from flowtilt.domains.molecules.sampling import sample
 from flowtilt.domains.molecules.sdf import read_sdf
 from flowtilt.domains.molecules.xtb import single_point
 from flowtilt.metrics.tails import upper_tail_mean
 from flowtilt.pipeline.cli import main
-from flowtilt.pipeline.files import StageError
 from flowtilt.pipeline.stages import finetune
 from flowtilt.resuming import SECONDS
 from small_molecules import tiny, write_checkpoint, write_molecules
@@ -310,10 +308,6 @@ def test_wrong_kinds(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None
     fails(capsys, folder.run("finetune"), "the stage finetune is of a method; give it --method, one of: am, ")
     words = ["sample", str(folder.config), "--results", str(folder.path), "--method", "data"]
     fails(capsys, main(words), "the stage sample is of a seed; give it --seed")
-    with pytest.raises(StageError, match="'data' needs the file of the training data"):
-        sample(folder.experiment, "data", 0, folder.path / "no.npz")
-    with pytest.raises(StageError, match="'am' needs the weights to sample"):
-        sample(folder.experiment, "am", 0, folder.path / "no.npz")
 
 
 def test_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,10 +137,6 @@ def tail_metric(mass: float) -> str:
 def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The data of an experiment with its model's file in the place of the model's name.
 
-    Args:
-        data: of the experiment; what names no model is left as it is.
-        path: of its file, ``config/experiments/{name}.yaml``.
-
     Raises:
         ConfigError: if there is no such model.
     """

@@ -215,7 +215,10 @@ class ImageModelConfig(Section):
 
 
 class GuidanceConfig(Section):
-    """Classifier-free guidance by use; 1 is without. See :class:`flowtilt.domains.images.model.Guidance`."""
+    """Classifier-free guidance (Ho and Salimans 2022) by use; 1 is without, at half the cost.
+
+    The prediction is ``e0 + scale (e - e0)`` of those with the prompt and with the empty one.
+    """
 
     sampling: Annotated[float, Field(ge=1)] = 1.0
     """Scale in the sampling of trajectories, of offline batches and of the pictures of a run."""

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
-from flowtilt.pipeline.report import tables
-from flowtilt.pipeline.report.base import Table
 from flowtilt.pipeline.report.claims import decided, gains, keeps, raises, spread
 from flowtilt.pipeline.report.measurements import of_row
 from flowtilt.pipeline.report.panels import describe, pretty
@@ -87,10 +83,6 @@ _REPORTED: Mapping[str, tuple[str, Mapping[str, str]]] = {
 def with_reported(reported: pd.DataFrame, experiment: ImageExperiment) -> pd.DataFrame:
     """The reported values, and once more those that belong beside an experiment, under its own names.
 
-    Args:
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-        experiment: on pictures.
-
     Returns:
         The lines of ``reported``, and those of the papers' experiment with the experiment's name and its
         names of metrics.
@@ -105,13 +97,7 @@ def with_reported(reported: pd.DataFrame, experiment: ImageExperiment) -> pd.Dat
 
 
 def findings(long: pd.DataFrame, experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
-    """Sentences on what the methods should do, by differences of paired seeds, and on reported costs.
-
-    Args:
-        long: metrics of the experiment; see :func:`flowtilt.pipeline.report.measurements.collect`.
-        experiment: on pictures.
-        reported: see :func:`with_reported`.
-    """
+    """Sentences on what the methods should do, by differences of paired seeds, and on reported costs."""
     of = {kind: [n for n, c in experiment.methods.items() if c.kind == kind] for kind in _KINDS}
     mean = experiment.mean_metric
     said = [raises(long, am, base, mean) for am in of["am"] for base in of["pretrained"]]
@@ -206,18 +192,3 @@ def _days(experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
         "took is in the table of costs."
         for (source, unit), of in own.groupby(["source", "unit"], sort=False)
     ]
-
-
-# ------------------------------------------------------------------------------------- table
-
-
-def experiment_table(results: str | Path, experiment: ImageExperiment, reported: pd.DataFrame) -> Table:
-    """The table of an experiment; the text says what holds of what should."""
-    return tables.experiment_table(
-        results,
-        experiment,
-        reported,
-        partial(groups, experiment),
-        lambda long: findings(long, experiment, reported),
-        note(experiment),
-    )

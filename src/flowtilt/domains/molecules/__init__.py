@@ -38,10 +38,6 @@ def _pretrain_reads(run: Run) -> Files:
     return {"molecules": _data(run)} | ({"shipped": shipped} if shipped else {})
 
 
-def _finetune_reads(run: Run) -> Files:
-    return {"pretrained": run.shared("model.safetensors")} | run.taken()
-
-
 def _sample_reads(run: Run) -> Files:
     """What the molecules of a run are drawn from: data, the pretrained model, or the run's own."""
     if run.kind == "data":
@@ -53,14 +49,10 @@ def _sample_reads(run: Run) -> Files:
     }
 
 
-def _evaluate_reads(run: Run) -> Files:
-    return {"samples": run.file("samples.npz"), "molecules": _data(run)} | run.trained()
-
-
 STAGES = (
     Stage(
         "data",
-        f"{_HERE}.jobs:prepare",
+        f"{_HERE}.data:prepare_job",
         writes={"molecules": _DATA},
         reads=lambda run: {},
         sections=(),
@@ -70,7 +62,7 @@ STAGES = (
     ),
     Stage(
         "pretrain",
-        f"{_HERE}.jobs:pretrain",
+        f"{_HERE}.pretraining:pretrain",
         writes={
             "model": "runs/{experiment}/pretrained/model.safetensors",
             "record": "runs/{experiment}/pretrained/training.json",
@@ -93,13 +85,13 @@ STAGES = (
         needs=Needs((1000, 1000), (5, 5), group="molecules", always=True),
     ),
     finetune_stage(
-        reads=_finetune_reads,
+        reads=lambda run: {"pretrained": run.shared("model.safetensors")} | run.taken(),
         sections=("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
         needs=Needs((2000, 16000), (60, 1440), gpu=True, shared=True),
     ),
     Stage(
         "sample",
-        f"{_HERE}.jobs:sample",
+        f"{_HERE}.sampling:sample",
         writes={"samples": f"{RUN}/samples.npz"},
         reads=_sample_reads,
         sections=("base", "model", *_SOLVED, "evaluation"),
@@ -109,13 +101,13 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        f"{_HERE}.jobs:evaluate",
+        f"{_HERE}.evaluation:evaluate",
         writes={
             "metrics": f"{RUN}/metrics.json",
             "sdf": f"{RUN}/molecules.sdf",
             "energies": f"{RUN}/energies.npz",
         },
-        reads=_evaluate_reads,
+        reads=lambda run: {"samples": run.file("samples.npz"), "molecules": _data(run)} | run.trained(),
         sections=("subset", "reward", "objective", "evaluation"),
         kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 8000), (30, 720)),
@@ -159,17 +151,15 @@ class MoleculesDomain(BaseDomain):
         return own + [run.file_of(m, file, case.base) for m, files in others.items() for file in files]
 
     describe = staticmethod(describe)
-
-    def chapters(self) -> Sequence[Chapter]:
-        return (
-            Chapter(
-                "Experiments on molecules",
-                "An `experiments/{name}.yaml` with `domain: molecules`: low energies of QM9's molecules. "
-                "`docs/molecules.md` says what is done, and why.",
-                MoleculeExperiment,
-                "on molecules",
-            ),
-        )
+    chapters = (
+        Chapter(
+            "Experiments on molecules",
+            "An `experiments/{name}.yaml` with `domain: molecules`: low energies of QM9's molecules. "
+            "`docs/molecules.md` says what is done, and why.",
+            MoleculeExperiment,
+            "on molecules",
+        ),
+    )
 
 
 DOMAIN = MoleculesDomain()

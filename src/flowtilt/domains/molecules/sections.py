@@ -29,7 +29,7 @@ class SubsetConfig(Section):
 
 
 class UnitsConfig(Section):
-    """What one unit of a state stands for; see :class:`flowtilt.domains.molecules.states.Units`."""
+    """What one unit of a state stands for; see :mod:`flowtilt.domains.molecules.states`."""
 
     length: Positive = 1.25
     """Ångström in a unit of a state's coordinates."""

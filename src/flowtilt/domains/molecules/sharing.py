@@ -15,9 +15,6 @@ Files = Mapping[str, Mapping[str, Experiment]]
 def check_shared(files: Files) -> None:
     """Refuse cases that would change what they share with the experiment that they derive from.
 
-    Args:
-        files: experiments by name, by the name of their file.
-
     Raises:
         ConfigError: naming file, key and fix.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,14 +12,13 @@ import numpy as np
 import pandas as pd
 
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
-from flowtilt.pipeline.report import tables
-from flowtilt.pipeline.report.base import Table
 from flowtilt.pipeline.report.claims import raises
 from flowtilt.pipeline.report.measurements import (
     Method,
     Runs,
     by_row,
     collect,
+    mean_sd,
     read_history,
     run_folder,
     runs_of,
@@ -222,7 +220,7 @@ def _line(
         method=method,
         level=level,
         tail=float(tail.mean()),
-        tail_sd=float(tail.std(ddof=1)) if len(tail) > 1 else math.nan,
+        tail_sd=mean_sd(tail)[1],
         gain=float(gain.mean()),
         best=mean(case.main_metric),
         mean=mean(case.mean_metric),
@@ -284,26 +282,3 @@ LEVELS_NOTE = (
     "input counted as one and to the parameters as two, which are counted and not timed; and energies beside "
     "them."
 )
-
-
-# ------------------------------------------------------------------------------------ tables
-
-
-def experiment_table(results: str | Path, experiment: MoleculeExperiment, reported: pd.DataFrame) -> Table:
-    """The table of an experiment; the text says what holds of what should."""
-    return tables.experiment_table(
-        results,
-        experiment,
-        reported,
-        partial(groups, experiment),
-        lambda long: findings(long, experiment, reported),
-        NOTE,
-    )
-
-
-def levels_table(results: str | Path, title: str, cases: Sequence[MoleculeExperiment]) -> Table:
-    """The table of a study of the level of the tail; histories are read as well."""
-    lines = levels(results, cases)
-    frame = pd.DataFrame(lines, columns=list(LevelLine._fields))
-    panels = [levels_panel(lines, title)]
-    return Table(frame, panels, LEVELS_NOTE)

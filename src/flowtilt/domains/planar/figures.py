@@ -41,7 +41,7 @@ from flowtilt.domains.planar.studies import (
     tail_metric,
 )
 from flowtilt.metrics.tails import quantile
-from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.measurements import (
     Entry,
     Method,
@@ -396,13 +396,7 @@ def _histogram_legend(runs: Runs, laws: Mapping[str, Laws], reported: bool) -> l
 
 
 def study_figure(study: StudyRuns, points: list[Point], resolution: float | None = None) -> Figure:
-    """Tail and objective against the study's axis: a column a parent experiment.
-
-    Args:
-        study: the study.
-        points: its rows; see :func:`flowtilt.domains.planar.studies.study_points`.
-        resolution: width that the network is measured to resolve, marked if the axis is a length.
-    """
+    """Tail and objective against the study's axis: a column a parent experiment."""
     groups = parents(points)
     figure = Figure(figsize=(4.6 * len(groups) + 0.4, 6.8))
     grid = figure.subplots(2, len(groups), sharex="col", squeeze=False)
@@ -523,15 +517,7 @@ def slope_of(experiment: FunctionalExperiment) -> Height | None:
 def draw_experiment(
     results: str | Path, runs: Runs, height: Height, reported: pd.DataFrame, prefix: str | Path
 ) -> None:
-    """Draw ``{prefix}_landscape.png``, ``{prefix}_densities.png`` and ``{prefix}_histograms.png``.
-
-    Args:
-        results: root of the results.
-        runs: the experiment.
-        height: heights (n,) at points (n, 2).
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-        prefix: of the files to write.
-    """
+    """Draw ``{prefix}_landscape.png``, ``{prefix}_densities.png`` and ``{prefix}_histograms.png``."""
     samples = {m.name: load_samples(results, runs, m.name) for m in runs.methods}
     points = {name: x for name, (x, _) in samples.items()}
     laws = {layer: load_laws(results, runs, layer) for layer in ("exact", "resolved")}
@@ -550,42 +536,28 @@ def _tail_means(summary: Sequence[Entry], runs: Runs) -> dict[str, float]:
     return {entry.row: entry.value for entry in summary if entry.metric == runs.tail_metric}
 
 
-def draw_functional(
-    results: str | Path, runs: Runs, height: Height | None, reported: pd.DataFrame, prefix: str | Path
-) -> None:
-    """Draw ``{prefix}_densities.png`` and ``{prefix}_metrics.png`` of an experiment on functionals.
-
-    Args:
-        results: root of the results.
-        runs: the experiment.
-        height: rewards (n,) at points (n, 2), or None.
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-        prefix: of the files to write.
-    """
+def draw_functional(shown: Shown, prefix: str) -> None:
+    """Draw ``{prefix}_densities.png`` and ``{prefix}_metrics.png`` of an experiment on functionals."""
+    results, runs, height = shown.results, runs_of(shown.experiments[0]), slope_of(shown.experiments[0])
     points = {m.name: load_samples(results, runs, m.name)[0] for m in runs.methods}
     laws = {layer: load_laws(results, runs, layer) for layer in runs.layers[1:]}
     half = min(window(list(points.values())), float(laws["exact"].axis[-1]))
     long = with_gaps(collect_runs(results, [runs]))
     save_figure(densities_figure(height, half, runs, points, laws), f"{prefix}_densities.png", 125)
-    save_figure(metrics_figure(runs, long, reported), f"{prefix}_metrics.png")
+    save_figure(metrics_figure(runs, long, shown.reported), f"{prefix}_metrics.png")
 
 
-def draw_hierarchy(
-    results: str | Path, title: str, experiments: Sequence[Experiment], prefix: str | Path
-) -> None:
+def draw_hierarchy(shown: Shown, prefix: str) -> None:
     """Draw ``{prefix}.png``: how much of the gap each functional's network closes."""
-    long = collect_runs(results, [runs_of(e) for e in experiments])
     # Functionals without a case have nothing to draw.
-    found = [line for line in reached(long, experiments) if line.seeds]
-    save_figure(hierarchy_figure(found, title), f"{prefix}.png")
+    found = [line for line in reached(shown.collected, shown.experiments) if line.seeds]
+    save_figure(hierarchy_figure(found, shown.title), f"{prefix}.png")
 
 
-def draw_solvers(
-    results: str | Path, title: str, experiments: Sequence[Experiment], prefix: str | Path
-) -> None:
+def draw_solvers(shown: Shown, prefix: str) -> None:
     """Draw ``{prefix}.png``: each solver's gap to the optimum against what it cost."""
-    runs = solver_runs(results, collect_runs(results, [runs_of(e) for e in experiments]), experiments)
-    save_figure(solvers_figure(runs, title), f"{prefix}.png")
+    runs = solver_runs(shown.results, shown.collected, shown.experiments)
+    save_figure(solvers_figure(runs, shown.title), f"{prefix}.png")
 
 
 def draw_study(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:

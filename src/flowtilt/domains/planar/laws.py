@@ -165,14 +165,7 @@ def sample_metrics(
     rewards: np.ndarray | None,
     reference: Cloud | None,
 ) -> Metrics:
-    """Metrics of a run's samples, by the same names as those of the grid.
-
-    Args:
-        experiment: of the run.
-        cloud: the samples.
-        rewards: of the samples, if the experiment has a reward.
-        reference: samples of the pretrained model, if distances are wanted.
-    """
+    """Metrics of a run's samples, by the same names as those of the grid."""
     metrics: Metrics = {}
     if rewards is not None:
         metrics["mean_reward"] = float(rewards.mean(dtype=np.float64))

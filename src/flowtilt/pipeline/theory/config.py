@@ -252,10 +252,6 @@ _KINDS: dict[str, type[MirrorDescentConfig] | type[ThresholdStudyConfig]] = {
 def load_theory(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TheoryConfig:
     """The study in a file.
 
-    Args:
-        path: the YAML file; its ``name`` must be the file's.
-        overrides: merged in last.
-
     Raises:
         ConfigError: naming the file, the key and the fix.
     """
