@@ -30,7 +30,7 @@ APPTAINER = DeploymentMethod.APPTAINER in workflow.deployment_settings.deploymen
 IMAGE = ""
 
 if APPTAINER:
-    IMAGE = str(located("envs/flowtilt.sif"))
+    IMAGE = os.path.abspath(located("envs/flowtilt.sif"))
     if CONDA or not os.path.exists(IMAGE):
         raise WorkflowError(
             "--software-deployment-method apptainer runs every job in the image envs/flowtilt.sif, "
