@@ -17,7 +17,7 @@ from small import tiny
 
 OWN = (
     *("doctor", "resolve", "check", "table", "figures", "compare", "costs", "theory", "theory-report"),
-    *("provenance", "page", "overview", "config-reference"),
+    *("provenance", "versions", "page", "overview", "config-reference"),
 )
 OF_DOMAINS = (
     *("pretrain", "density", "offline", "threshold", "finetune", "measure", "resolution", "exact"),

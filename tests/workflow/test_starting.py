@@ -27,22 +27,27 @@ MODEL = "results/smoke/runs/risk_averse_2d/pretrained/seed0/model.safetensors"
 TABLE = "results/smoke/tables/ot_2d.csv"
 
 
+PLAIN = ("snakemake", "snakemake-executor-plugin-slurm")
+"""What is installed where there is nothing else; the second one for clusters."""
+
+
 @pytest.fixture(scope="session")
 def plain(pytestconfig: pytest.Config) -> Path:
     """The folder of commands of an environment with Snakemake and nothing else, kept in pytest's cache."""
     cache = pytestconfig.cache.mkdir("plain-snakemake")
     pins = ROOT / "envs" / "constraints.txt"
-    kept = cache / f"python{sys.version_info.major}.{sys.version_info.minor}"
-    done = kept / "constraints.txt"
+    wanted = f"{sys.version}\n{PLAIN}\n{pins.read_text(encoding='utf-8')}"
+    kept = cache / "environment"
+    done = kept / "wanted.txt"
     with FileLock(cache / "lock"):
-        if not (done.is_file() and done.read_bytes() == pins.read_bytes()):
+        if not (done.is_file() and done.read_text(encoding="utf-8") == wanted):
             shutil.rmtree(kept, ignore_errors=True)
             venv.create(kept, with_pip=True, symlinks=True)
-            pip = [kept / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", pins, "snakemake"]
+            pip = [kept / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", pins, *PLAIN]
             made = subprocess.run(pip, capture_output=True, text=True, timeout=600, check=False)
             if made.returncode:
                 pytest.skip(f"Snakemake cannot be fetched: {made.stderr.strip().splitlines()[-1:]}")
-            shutil.copy(pins, done)
+            done.write_text(wanted, encoding="utf-8")
     return kept / "bin"
 
 
