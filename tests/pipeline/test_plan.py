@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flowtilt.pipeline import checks
 from flowtilt.pipeline.checks import check_folder, read_plan
 from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError
@@ -954,3 +956,42 @@ def test_a_folder_for_snakemakes_records_is_refused_where_it_is_a_file_that_nobo
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(ConfigError, match="copy the project to a folder that you can write to"):
         check_folder()
+
+
+def test_what_planning_imports_comes_with_snakemake() -> None:
+    program = (
+        "import sys; from pathlib import Path; from flowtilt.pipeline.checks import read_plan; "
+        "from flowtilt.pipeline.configuration import read_yaml; import flowtilt.pipeline.starting; "
+        "plan = read_plan(read_yaml(Path('config/config.yaml')), ''); plan.rules, plan.runs, plan.figures; "
+        "print(*{name.partition('.')[0] for name in sys.modules} - {*sys.stdlib_module_names})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    parts = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection", "yaml"}
+    built = {"__main__", "_yaml", "_cython", "cython_runtime", "_sysconfigdata"}
+    others = {name for name in run.stdout.split() if not name.startswith(tuple(built))}
+    assert others == {"flowtilt", *parts}
+
+
+def test_experiments_without_their_packages_are_left_out(
+    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    molecules = ["molecules_qm9", "molecules_tail_sweep"]
+    plan = planned(experiments=[molecules[0], "risk_averse_2d", molecules[1]])
+    monkeypatch.setattr(checks, "is_installed", lambda package: package != "tblite")
+    rest, said = checks.runnable(plan, "config/config.yaml")
+    assert rest.config.experiments == ["risk_averse_2d"]
+    assert len(said) == 1
+    assert said[0].startswith("molecules_qm9, molecules_tail_sweep: left out, since this Python")
+    assert "lacks tblite" in said[0]
+    monkeypatch.setattr(checks, "is_installed", lambda package: True)
+    assert checks.runnable(plan, "")[0] is plan
+    monkeypatch.setattr(checks, "is_installed", lambda package: False)
+    with pytest.raises(ConfigError, match="key experiments: none can run here"):
+        checks.runnable(planned(experiments=molecules), "config/config.yaml")

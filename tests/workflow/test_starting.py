@@ -6,6 +6,8 @@ Each runs a few jobs, and gives the bytes of the smoke run.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from environments import StandInConda
+from environments import StandInConda, make_environment
 from workflow_copy import ROOT, SMOKE, Project
 
 THEORY = "results/smoke/tables/theory_mirror_descent.csv"
@@ -25,22 +27,27 @@ MODEL = "results/smoke/runs/risk_averse_2d/pretrained/seed0/model.safetensors"
 TABLE = "results/smoke/tables/ot_2d.csv"
 
 
+PLAIN = ("snakemake", "snakemake-executor-plugin-slurm")
+"""What is installed where there is nothing else; the second one for clusters."""
+
+
 @pytest.fixture(scope="session")
 def plain(pytestconfig: pytest.Config) -> Path:
     """The folder of commands of an environment with Snakemake and nothing else, kept in pytest's cache."""
     cache = pytestconfig.cache.mkdir("plain-snakemake")
     pins = ROOT / "envs" / "constraints.txt"
-    kept = cache / f"python{sys.version_info.major}.{sys.version_info.minor}"
-    done = kept / "constraints.txt"
+    wanted = f"{sys.version}\n{PLAIN}\n{pins.read_text(encoding='utf-8')}"
+    kept = cache / "environment"
+    done = kept / "wanted.txt"
     with FileLock(cache / "lock"):
-        if not (done.is_file() and done.read_bytes() == pins.read_bytes()):
+        if not (done.is_file() and done.read_text(encoding="utf-8") == wanted):
             shutil.rmtree(kept, ignore_errors=True)
             venv.create(kept, with_pip=True, symlinks=True)
-            pip = [kept / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", pins, "snakemake"]
+            pip = [kept / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", pins, *PLAIN]
             made = subprocess.run(pip, capture_output=True, text=True, timeout=600, check=False)
             if made.returncode:
                 pytest.skip(f"Snakemake cannot be fetched: {made.stderr.strip().splitlines()[-1:]}")
-            shutil.copy(pins, done)
+            done.write_text(wanted, encoding="utf-8")
     return kept / "bin"
 
 
@@ -143,6 +150,100 @@ def test_each_clone_runs_its_own_code_in_environments_that_it_shares(
     assert run.returncode == 0, run.stdout
     assert_same(whole.folder, finished, [THEORY])
     assert conda.record.read_text().count('["env", "create"') == 1
+
+
+# ------------------------------------------------------------------------------ README's blocks
+
+
+def line(containing: str) -> list[str]:
+    """Words of the one line of README's shell blocks that contains some."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    found = {
+        line.partition("#")[0].strip()
+        for block in blocks
+        for line in block.splitlines()
+        if containing in line
+    }
+    assert len(found) == 1, found
+    return shlex.split(found.pop())
+
+
+def test_plain_snakemake_is_started_as_the_readme_says() -> None:
+    """What the tests above run; pip's line is that of the fixture, without pins."""
+    assert line("--use-conda") == ["snakemake", "--cores", "all", "--use-conda"]
+    assert line("pip install snakemake") == ["pip", "install", "snakemake"]
+
+
+def test_your_own_environment_is_started_as_the_readme_says(project: Project, finished: Project) -> None:
+    """What pip installs takes gigabytes: here it is what runs the tests."""
+    pip = line("-e '.[workflow,molecules,images]'")
+    assert pip[:4] == ["pip", "install", "-c", "envs/constraints.txt"]
+    assert "'.[workflow,molecules,images]'\nsnakemake --cores all\n```" in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
+    run = start(HERE, project.folder, *SMOKE, "--", THEORY, MODEL)
+    assert run.returncode == 0, run.stdout
+    assert_same(project.folder, finished, [THEORY, MODEL])
+
+
+def test_make_is_started_as_the_readme_says(project: Project, finished: Project) -> None:
+    words = line("make results")
+    shutil.copy(ROOT / "Makefile", project.folder)
+    environment = Path(sys.prefix)
+    # With the environment that is there; pip's part takes gigabytes.
+    given = [f"VENV={environment}", "--assume-old", f"{environment}/.complete", "CORES=2"]
+    shown = subprocess.run(
+        [*words, *given, "--dry-run"], cwd=project.folder, capture_output=True, text=True, check=True
+    )
+    command = shown.stdout.splitlines()[-1]
+    assert command.startswith(
+        f"{environment}/bin/snakemake --workflow-profile workflow/profiles/default --cores 2"
+    )
+    run = start(HERE, project.folder, *shlex.split(command)[1:], *SMOKE, "--", THEORY)
+    assert run.returncode == 0, run.stdout
+    assert_same(project.folder, finished, [THEORY])
+
+
+APPTAINER = """\
+#!/bin/sh
+# Runs what Snakemake asks apptainer for, in an environment in place of the image's.
+[ "$1" = --version ] && {{ echo "apptainer version 1.3.4"; exit; }}
+echo "$@" >> {calls}
+while [ "$1" != sh ] && [ "$1" != bash ]; do shift; done
+PATH={environment}/bin:/usr/bin:/bin exec "$@"
+"""
+
+
+def test_a_container_is_started_as_the_readme_says(
+    project: Project, finished: Project, plain: Path, tmp_path: Path
+) -> None:
+    """No engine is at hand to build the image: one that runs jobs with what it would hold."""
+    assert line("apptainer build") == ["apptainer", "build", "envs/flowtilt.sif", "envs/flowtilt.def"]
+    make_environment(ROOT / "envs" / "core.yaml", tmp_path / "image")
+    engine = StandInConda(tmp_path / "engine")
+    engine.bin.mkdir(parents=True)
+    text = APPTAINER.format(calls=engine.record, environment=tmp_path / "image")
+    (engine.bin / "apptainer").write_text(text, encoding="utf-8")
+    (engine.bin / "apptainer").chmod(0o755)
+    (project.folder / "envs" / "flowtilt.sif").write_bytes(b"")
+    run = start(
+        plain / "snakemake", project.folder, *line("--sdm apptainer")[3:], *SMOKE, "--", THEORY, conda=engine
+    )
+    assert run.returncode == 0, run.stdout
+    assert_same(project.folder, finished, [THEORY])
+    calls = engine.record.read_text(encoding="utf-8").splitlines()
+    assert len(calls) == 2
+    assert all(f"{project.folder}/envs/flowtilt.sif" in call for call in calls)
+
+
+def test_both_definitions_of_the_image_have_the_same_steps() -> None:
+    texts = [(ROOT / "envs" / name).read_text(encoding="utf-8") for name in ("Dockerfile", "flowtilt.def")]
+    for text in texts:
+        assert "python:3.13-slim" in text
+        assert "sh envs/install.sh" in text
+        for file in ("pyproject.toml", "envs/constraints.txt", "envs/install.sh"):
+            assert file in text
+    subprocess.run(["sh", "-n", ROOT / "envs" / "install.sh"], check=True)
 
 
 # ----------------------------------------------------------------------------------- any folder

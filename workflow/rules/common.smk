@@ -3,7 +3,7 @@
 import os
 import re
 
-from flowtilt.pipeline.checks import check_folder, read_plan
+from flowtilt.pipeline.checks import check_folder, read_plan, runnable
 from flowtilt.pipeline.configuration import ConfigError, workflow_config
 from flowtilt.pipeline.plan import experiment_file, theory_file
 from flowtilt.pipeline.resources import REPORT
@@ -16,11 +16,16 @@ WHERE = ", ".join(os.path.relpath(file) for file in (workflow.configfiles if GIV
 if GIVEN:
     WHERE = f"the configuration that the module is given ({WHERE or 'of no file'})"
 
+# Whether jobs run in the Python that runs Snakemake.
+HERE = not (CONDA or APPTAINER)
+
 # An error is one sentence, which says where to look.
 try:
     check_folder()
     FOUND = dict(config) if GIVEN else workflow_config(FILES, workflow.config_settings, config)
-    PLAN = read_plan(FOUND, WHERE)
+    PLAN, LEFT_OUT = read_plan(FOUND, WHERE), []
+    if HERE and not lacking():
+        PLAN, LEFT_OUT = runnable(PLAN, WHERE)
     if (
         MODULE
     ):  # whose onstart nobody calls; what the jobs read is at its content's address, and changes nothing
@@ -28,7 +33,8 @@ try:
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
-HERE = not (CONDA or APPTAINER)
+for said in LEFT_OUT:
+    print(said, file=sys.stderr)
 if HERE and lacking():
     print(f"Only planning works here: {cure()}", file=sys.stderr)
 

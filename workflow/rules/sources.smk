@@ -30,7 +30,7 @@ APPTAINER = DeploymentMethod.APPTAINER in workflow.deployment_settings.deploymen
 CONTAINER = ""
 
 if APPTAINER:
-    CONTAINER = str(located("envs/flowtilt.sif"))
+    CONTAINER = os.path.abspath(located("envs/flowtilt.sif"))
     if CONDA or not os.path.exists(CONTAINER):
         raise WorkflowError(
             "--software-deployment-method apptainer runs every job in the container envs/flowtilt.sif, "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,37 @@ def read_plan(data: Mapping[str, Any], where: str) -> Plan:
         domain.check(plan.files)
     check_names(plan, where)
     return plan
+
+
+def runnable(plan: Plan, where: str) -> tuple[Plan, list[str]]:
+    """The plan without experiments whose domain lacks packages in this Python, and a sentence on each domain.
+
+    Raises:
+        ConfigError: if no experiment is left.
+    """
+    said, left = [], list(plan.config.experiments)
+    for domain in plan.domains:
+        own = [name for name in left if plan.domain_of_file(name) is domain]
+        if own and (absent := [package for package in domain.packages if not is_installed(package)]):
+            left = [name for name in left if name not in own]
+            said.append(
+                f"{', '.join(own)}: left out, since this Python, {sys.executable}, lacks "
+                f"{', '.join(absent)}. Install the extra {domain.environment!r} of flowtilt, or add "
+                "--use-conda; the README says which machines a package has no build for"
+            )
+    if not said:
+        return plan, []
+    if not left:
+        raise ConfigError(f"{where}: key experiments: none can run here. {' '.join(said)}")
+    return read_plan({**plan.config.model_dump(exclude_unset=True), "experiments": left}, where), said
+
+
+def is_installed(package: str) -> bool:
+    """Whether this Python has a package, by its name on PyPI."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def check_folder() -> None:
