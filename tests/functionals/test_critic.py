@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from closed_forms import PATHS, Mixture, MixtureFlow, generator, tensor
+from exact_transport import wasserstein1
 from flowtilt.functionals.base import FiniteLaw, Law
 from flowtilt.functionals.critic import CriticSettings, _untrained, _values_and_gradients, train_critic
 from flowtilt.functionals.divergences import ReferenceDraw, Wasserstein1
-from flowtilt.metrics.transport import wasserstein1
 
 REFERENCE = MixtureFlow(PATHS["vp"], Mixture.gaussian([0.0, 0.0], np.eye(2)))
 DRAW = ReferenceDraw(samples=1000, steps=40)

@@ -104,7 +104,11 @@ def load_files(config: WorkflowConfig, where: str) -> Files:
             if not Path(experiment_file(name)).is_file():
                 raise ConfigError(f"{where}: key overrides.{key}.{name}: there is no {experiment_file(name)}")
     if any(measures_resolution(domain_of(next(iter(cases.values())))) for cases in files.values()):
-        study = _resolution(config, where)
+        if (study := config.resolution) is None:
+            raise ConfigError(
+                f"{where}: key resolution: missing; name the study that the network's resolution is measured "
+                "by"
+            )
         files.setdefault(study, load(study, changes, where, "resolution"))
         if not any(method.kind == "am" for case in files[study].values() for method in case.methods.values()):
             raise ConfigError(
@@ -118,14 +122,6 @@ def load_files(config: WorkflowConfig, where: str) -> Files:
         if base not in files[base]:
             raise ConfigError(f"{experiment_file(name)}: key base: {base} is a study; name one experiment")
     return files
-
-
-def _resolution(config: WorkflowConfig, where: str) -> str:
-    if config.resolution is None:
-        raise ConfigError(
-            f"{where}: key resolution: missing; name the study that the network's resolution is measured by"
-        )
-    return config.resolution
 
 
 def load(name: str, changes: Mapping[str, Any], where: str, key: str) -> dict[str, Experiment]:

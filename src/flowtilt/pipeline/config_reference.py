@@ -169,7 +169,7 @@ def reference() -> str:
     for chapter in chapters():
         described = _described(chapter.kind)
         parts += [f"## {chapter.title}\n", f"{chapter.text}\n", _keys(described, headings)]
-        for found in _sections(chapter.kind):
+        for found in (section for section in _all_sections() if section.chapters[0].kind is chapter.kind):
             parts += [f"### {headings[found.kind]}\n", f"{_prose(found.kind)}\n"]
             parts.append(_keys(_described(found.kind), headings))
         if chapter.functionals:
@@ -233,11 +233,6 @@ def _all_sections() -> tuple[Found, ...]:
     for chapter in chapters():
         walk(chapter.kind, "", chapter)
     return tuple(found.values())
-
-
-def _sections(kind: type[Section]) -> Iterator[Found]:
-    """The sections that are first met in the chapter of a file."""
-    return (found for found in _all_sections() if found.chapters[0].kind is kind)
 
 
 def _headings() -> dict[type[Section], str]:
@@ -355,7 +350,8 @@ def _row(key: str, required: bool, own: Schema, headings: Mapping[type[Section],
 def _default(own: Schema, required: bool) -> str:
     if required:
         return "*required*"
-    default = own.get("default", {} if _is_mapping(own) else [] if "items" in own else None)
+    mapping = own.get("type") == "object" or "additionalProperties" in own
+    default = own.get("default", {} if mapping else [] if "items" in own else None)
     if default is None:
         return "*none*"
     if default in ({}, []):
@@ -365,10 +361,6 @@ def _default(own: Schema, required: bool) -> str:
     return f"`{json.dumps(default)}`"
 
 
-def _is_mapping(own: Schema) -> bool:
-    return own.get("type") == "object" or "additionalProperties" in own
-
-
 def _words(own: Schema, headings: Mapping[type[Section], str], plural: bool = False) -> str:
     """Type and range of a JSON schema in words."""
     s = "s" if plural else ""
@@ -376,7 +368,8 @@ def _words(own: Schema, headings: Mapping[type[Section], str], plural: bool = Fa
         options = [option for option in own.get("anyOf", own.get("oneOf")) if option != {"type": "null"}]
         return " or ".join(_words(option, headings, plural) for option in options)
     if own.get("$ref"):
-        return _link(_kinds()[own["$ref"]], headings)
+        heading = headings[_kinds()[own["$ref"]]]
+        return f"[{heading}](#{anchor(heading)})"
     if "enum" in own or "const" in own:
         values = [f"`{value}`" for value in own.get("enum", [own.get("const")])]
         return " or ".join(filter(None, [", ".join(values[:-1]), values[-1]]))
@@ -390,11 +383,6 @@ def _words(own: Schema, headings: Mapping[type[Section], str], plural: bool = Fa
     if own["type"] == "boolean":
         return "`true` or `false`"
     return f"{'whole number' if own['type'] == 'integer' else 'number'}{s}{_range(own)}"
-
-
-def _link(kind: type[Section], headings: Mapping[type[Section], str]) -> str:
-    heading = headings[kind]
-    return f"[{heading}](#{anchor(heading)})"
 
 
 def anchor(heading: str) -> str:

@@ -98,9 +98,15 @@ class StageRule:
         if not self.whole:
             return dict(self.stage.reads(self.run(**wildcards)))
         seed = wildcards.get("seed", "")
-        runs = self._runs(seed) if self.stage.scope == "file" else self._starts()
-        files = [file for run in runs for value in self.stage.reads(run).values() for file in _listed(value)]
-        return {"runs": unique(files)}
+        runs = (
+            self._runs(seed)
+            if self.stage.scope == "file"
+            else [Run(self.results, one) for one in self.experiments]
+        )
+        read = [value for run in runs for value in self.stage.reads(run).values()]
+        return {
+            "runs": unique(file for value in read for file in ([value] if isinstance(value, str) else value))
+        }
 
     def run(self, **wildcards: str) -> Run:
         """The run that a job is of."""
@@ -117,10 +123,6 @@ class StageRule:
             for method in experiment.methods:
                 if self.stage.has(experiment, method):
                     yield Run(self.results, experiment, method, seed)
-
-    def _starts(self) -> Iterator[Run]:
-        for experiment in self.experiments:
-            yield Run(self.results, experiment)
 
     # ---------------------------------------------------------------------------------- the job
 
@@ -165,10 +167,6 @@ class StageRule:
             number = str(needs.processes(config))
             together = ["torchrun", "--standalone", "--nproc-per-node", number, "--no-python"]
         return f"OMP_NUM_THREADS={each if needs.threaded else 1} {shlex.join([*together, *words])}"
-
-
-def _listed(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
 
 
 def rule_name(domain: Domain, stage: Stage) -> str:

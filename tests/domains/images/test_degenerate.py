@@ -15,6 +15,7 @@ from flowtilt.domains.images.alignment import (
     fit,
     load_alignment,
     similarity,
+    warn_of_long,
 )
 from flowtilt.domains.images.model import Prompted
 from flowtilt.domains.images.rewards import ClipReward, ImageReward
@@ -160,6 +161,14 @@ def test_degenerate_input_is_refused(model, function, arguments, message):
     takes_model = "model" in inspect.signature(function).parameters
     with pytest.raises(ValueError, match=message):
         function(*((model,) if takes_model else ()), *arguments)
+
+
+def test_no_prompt_is_too_long_for_a_warning_of_its_length(caplog):
+    warn_of_long([], len, 1)
+    warn_of_long(["a", ""], len, 1)
+    assert not caplog.messages
+    warn_of_long(["ab", "ab"], len, 1, "text encoder")
+    assert caplog.messages == ["prompt 'ab' has 2 tokens; the text encoder sees 1 of them"]
 
 
 def test_every_public_function_is_tried_here():

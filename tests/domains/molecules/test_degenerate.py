@@ -275,7 +275,7 @@ def test_a_field_that_does_not_converge_is_a_failure():
 
 def test_every_public_function_is_tried_here():
     """Those that read QM9's package need its files, whose damage has tests of its own."""
-    package = {data.prepare, data.load, data.source_files}
+    package = {data.prepare, data.prepare_job, data.load, data.source_files}
     tried = {id(value) for value in (*globals().values(), *package, data.read_records)}
     for module in (assessment, chemistry, data, energies, relaxation, sdf, xtb):
         for name, function in inspect.getmembers(module, inspect.isfunction):

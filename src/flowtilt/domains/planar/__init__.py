@@ -31,10 +31,6 @@ def _is_tail(experiment: Experiment) -> bool:
     return isinstance(experiment, TailExperiment)
 
 
-def _is_functional(experiment: Experiment) -> bool:
-    return isinstance(experiment, FunctionalExperiment)
-
-
 def _finetune_reads(run: Run) -> dict[str, str]:
     """The pretrained model, and a threshold or the model of an earlier run."""
     files = {"pretrained": run.pretrained("model.safetensors")}
@@ -127,7 +123,11 @@ STAGES = (
         needs=Needs((1500, 8000), (10, 480), gpu=True, shared=True, group="finetune", threaded=True),
     ),
     _MEASURE_TAILS,
-    replace(_MEASURE_TAILS, writes={**_MEASURE_TAILS.writes, "laws": f"{RUN}/laws.npz"}, of=_is_functional),
+    replace(
+        _MEASURE_TAILS,
+        writes={**_MEASURE_TAILS.writes, "laws": f"{RUN}/laws.npz"},
+        of=lambda experiment: not _is_tail(experiment),
+    ),
     Stage(
         "resolution",
         f"{_HERE}.solving:measure_resolution",

@@ -43,7 +43,6 @@ from flowtilt.domains.planar.studies import (
 from flowtilt.metrics.tails import quantile
 from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.measurements import (
-    Entry,
     Method,
     Runs,
     collect_runs,
@@ -522,7 +521,8 @@ def draw_experiment(
     points = {name: x for name, (x, _) in samples.items()}
     laws = {layer: load_laws(results, runs, layer) for layer in ("exact", "resolved")}
     half = min(window(list(points.values())), float(laws["exact"].axis[-1]))
-    tails = _tail_means(entries(summarise(collect_runs(results, [runs]))), runs)
+    summary = entries(summarise(collect_runs(results, [runs])))
+    tails = {entry.row: entry.value for entry in summary if entry.metric == runs.tail_metric}
     title = runs.title or runs.name
     first = next((points[m.name] for m in runs.methods if m.kind == "pretrained"), None)
     save_figure(landscape_figure(height, half, runs.unit, title, first), f"{prefix}_landscape.png")
@@ -530,10 +530,6 @@ def draw_experiment(
     rewards = {name: values for name, (_, values) in samples.items()}
     figure = histograms_figure(runs, rewards, laws, tails, reported_tails(reported, runs))
     save_figure(figure, f"{prefix}_histograms.png")
-
-
-def _tail_means(summary: Sequence[Entry], runs: Runs) -> dict[str, float]:
-    return {entry.row: entry.value for entry in summary if entry.metric == runs.tail_metric}
 
 
 def draw_functional(shown: Shown, prefix: str) -> None:

@@ -18,7 +18,7 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from flowtilt.pipeline.experiment import Experiment
-from flowtilt.files import folder_of, one_line, read_json, read_npz, read_text
+from flowtilt.files import one_line, read_json, read_npz, read_text
 
 LAYERS = ("network", "exact", "resolved")
 _WORDS = {"network": "", "exact": ", exact", "resolved": ", at finite resolution", "optimum": ", optimum"}
@@ -144,7 +144,7 @@ def row_words(row: str) -> str:
 def run_folder(results: str | Path, runs: Runs, method: str, layer: str, seed: int) -> Path:
     """Where the files of a row's run are kept."""
     own = layer == "network" or not runs.solved_apart
-    return folder_of(results, runs.name, method if own else layer, seed)
+    return Path(results) / "runs" / runs.name / (method if own else layer) / f"seed{seed}"
 
 
 def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
