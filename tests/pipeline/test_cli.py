@@ -72,9 +72,9 @@ def test_all_stages_in_a_row(folder: Folder) -> None:
     assert not list(folder.path.rglob("*.tmp*"))
 
 
-def solved(folder: Folder, layer: str) -> dict[str, dict[str, float]]:
+def solved(folder: Folder, solution: str) -> dict[str, dict[str, float]]:
     """The rows that are solved on the grid."""
-    rows: dict[str, dict[str, float]] = json.loads(folder.file(layer, "metrics.json").read_text())["rows"]
+    rows: dict[str, dict[str, float]] = json.loads(folder.file(solution, "metrics.json").read_text())["rows"]
     return rows
 
 

@@ -224,7 +224,7 @@ def test_what_is_skipped_is_named_once(skip: dict[str, Any]) -> None:
     [
         ({"shift": {"deltas": [0.1, 0.1]}}, "key shift.deltas: 0.1 occurs twice"),
         ({"shift": {"deltas": [1, 1.0]}}, "key shift.deltas: 1.0 occurs twice"),
-        ({"problems": {"one law": {}}}, "key problems.one law"),
+        ({"problems": {"one distribution": {}}}, "key problems.one distribution"),
     ],
 )
 def test_studies_of_the_theory_are_held_to_the_same(change: dict[str, Any], said: str) -> None:

@@ -14,7 +14,7 @@ from small import CONFIG, in_plane
 
 EXPERIMENTS = CONFIG / "experiments"
 RISK = EXPERIMENTS / "risk_averse_2d.yaml"
-TAIL: dict[str, Any] = {"utility": {"kind": "cvar", "level": 0.2}, "divergence": {"kind": "kl"}}
+TAIL: dict[str, Any] = {"utility": {"kind": "cvar", "mass": 0.2}, "divergence": {"kind": "kl"}}
 
 
 def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
@@ -223,7 +223,7 @@ def test_a_study_changes_only_what_its_case_says() -> None:
     (parent,) = load_file(RISK).values()
     narrow, wide = cases["resolution_2d/stripes-0.05"], cases["resolution_2d/stripes-0.48"]
     assert narrow.reward == parent.reward
-    assert narrow.base == wide.base == "risk_averse_2d"
+    assert narrow.starts_from == wide.starts_from == "risk_averse_2d"
     assert wide.reward.width == 0.48
     assert wide.reward.bump == parent.reward.bump
     assert narrow.solver == parent.solver

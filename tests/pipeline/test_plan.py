@@ -149,7 +149,7 @@ def test_files_of_a_tail_in_the_plane(planned: Callable[..., Plan]) -> None:
         for name in ("threshold.json", "model.safetensors", "history.csv", "samples.npz", "metrics.json")
     }
     for rows in ("exact", "resolved"):
-        assert {f"{run}/{rows}/seed0/metrics.json", f"{run}/{rows}/seed0/laws.npz"} <= set(files)
+        assert {f"{run}/{rows}/seed0/metrics.json", f"{run}/{rows}/seed0/distributions.npz"} <= set(files)
     assert f"{run}/pretrained/seed0/density.npz" in files
     assert f"{run}/pretrained/seed0/offline.npz" not in files  # made where a threshold takes it, and no more
     assert not [file for file in files if "seed2" in file]
@@ -169,7 +169,7 @@ def test_files_of_a_tail_in_the_plane(planned: Callable[..., Plan]) -> None:
 
 def test_files_of_other_kinds_of_experiments(whole: Plan) -> None:
     run = "results/runs/ot_2d/fdc_dA/seed0"
-    made = ("model.safetensors", "history.csv", "samples.npz", "metrics.json", "laws.npz")
+    made = ("model.safetensors", "history.csv", "samples.npz", "metrics.json", "distributions.npz")
     assert [file for file in whole.run_files("ot_2d") if file.startswith(f"{run}/")] == [
         f"{run}/{name}" for name in made
     ]
@@ -281,9 +281,9 @@ JOBS: list[tuple[str, dict[str, str], dict[str, Any], dict[str, str]]] = [
         {"density": f"{RISK}/pretrained/seed1/density.npz", "resolution": "results/resolution.json"},
         {
             "metrics": f"{RISK}/exact/seed1/metrics.json",
-            "laws": f"{RISK}/exact/seed1/laws.npz",
+            "distributions": f"{RISK}/exact/seed1/distributions.npz",
             "resolved_metrics": f"{RISK}/resolved/seed1/metrics.json",
-            "resolved_laws": f"{RISK}/resolved/seed1/laws.npz",
+            "resolved_distributions": f"{RISK}/resolved/seed1/distributions.npz",
         },
     ),
     ("molecules_data", {}, {}, {"molecules": "results/data/qm9.npz"}),
@@ -460,7 +460,7 @@ def test_the_runs_of_a_file_are_measured_together(whole: Plan) -> None:
         f"OMP_NUM_THREADS=1 flowtilt measure {whole.config_files[config.name]} --seed 3 --results results "
         "--workers 1"
     )
-    assert set(rule_of(whole, "planar_measure_ot_2d").outputs) == {"samples", "metrics", "laws"}
+    assert set(rule_of(whole, "planar_measure_ot_2d").outputs) == {"samples", "metrics", "distributions"}
     cases = rule_of(whole, "planar_measure_iterations_2d")
     assert f"{RISK}/pretrained/seed3/density.npz" in cases.inputs(seed="3")["runs"]
 

@@ -344,7 +344,7 @@ DIVERGENCES = Registry(
         ),
     },
 )
-"""What keeps the law near the pretrained one."""
+"""What keeps the distribution near the pretrained one."""
 
 
 class UnmetNeed(ValueError):

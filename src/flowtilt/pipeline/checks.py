@@ -115,7 +115,7 @@ def load_files(config: WorkflowConfig, where: str) -> Files:
                 f"{where}: key resolution: {study} has no method of kind am to measure the network's "
                 "resolution by; name a study that has"
             )
-    bases = {case.base: name for name, cases in files.items() for case in cases.values()}
+    bases = {case.starts_from: name for name, cases in files.items() for case in cases.values()}
     for base, name in bases.items():
         if base not in files:
             files[base] = load(base, changes, experiment_file(name), "base")

@@ -152,7 +152,7 @@ COMMANDS = {
         ("files", "--override", "--benchmarks", "--output-prefix", "--earlier"),
     ),
     "theory": Command(
-        "Check the papers' guarantees on laws that are known exactly.",
+        "Check the papers' guarantees on distributions that are known exactly.",
         "flowtilt.pipeline.theory.stage:run",
         ("study", "--override", "--output"),
     ),

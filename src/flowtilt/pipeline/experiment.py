@@ -42,11 +42,11 @@ from flowtilt.yaml_files import dump_yaml
 class Experiment(Section):
     """What every experiment, or one case of a study, has; a domain adds its own."""
 
-    layers: ClassVar[tuple[str, ...]] = ("network",)
+    solutions: ClassVar[tuple[str, ...]] = ("network",)
     """Rows of each method in the tables: its network's, and those that are solved exactly."""
 
     solved_apart: ClassVar[bool] = True
-    """Whether rows solved exactly are made for all methods together, in a folder for each layer."""
+    """Whether rows solved exactly are made for all methods together, in a folder for each solution."""
 
     reads_too: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Sections that a stage reads in experiments of this kind only."""
@@ -91,7 +91,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _solvers_are_valid(self) -> Experiment:
-        check_methods(self.methods, self.layers)
+        check_methods(self.methods, self.solutions)
         for name in self.methods:
             self.solver_of(name)
         return self
@@ -113,7 +113,7 @@ class Experiment(Section):
         return self.updates_of(method) * (config.iterations or 1) if config.tuned else 0
 
     def tail_of(self, method: str) -> TailSpec:
-        """Side, mass and KL weight of a method's tail problem.
+        """Tail, mass and KL weight of a method's tail problem.
 
         Raises:
             ConfigError: if what the method maximises is no tail mean under KL.

@@ -187,11 +187,11 @@ def tilt_of(bench: Workbench, threshold_file: Path | None) -> tuple[Tilt, float]
     tail = experiment.tail_of(method)
     if not experiment.masses_of(method):
         at = read_threshold(threshold_file)["threshold"]
-        return Hinge(bench.reward, at, tail.mass, tail.side), tail.alpha
+        return Hinge(bench.reward, at, tail.mass, tail.tail), tail.alpha
     rungs = read_schedule(threshold_file)
 
     def rising(progress: float) -> FirstVariation:
         rung = rungs[min(len(rungs) - 1, int(progress * len(rungs)))]
-        return Hinge(bench.reward, rung["threshold"], rung["mass"], tail.side)
+        return Hinge(bench.reward, rung["threshold"], rung["mass"], tail.tail)
 
     return rising, tail.alpha

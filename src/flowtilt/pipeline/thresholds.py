@@ -26,14 +26,14 @@ def threshold(job: Job) -> None:
     if not rewards.size:
         raise StageError(f"{batch}: no sample of the batch has a reward; look at the pretrained model")
     tail = experiment.tail_of(method)
-    at = thresholds.threshold(rewards, tail.alpha, tail.mass, tail.side)
+    at = thresholds.threshold(rewards, tail.alpha, tail.mass, tail.tail)
     row: dict[str, Any] = {
         "threshold": at,
-        "offline_active_share": thresholds.active_share(rewards, at, tail.side),
+        "offline_active_share": thresholds.active_share(rewards, at, tail.tail),
         "offline_samples": len(rewards),
         "offline_failed": len(every) - len(rewards),
     }
     if masses := experiment.masses_of(method):
-        found = (thresholds.threshold(rewards, tail.alpha, mass, tail.side) for mass in masses)
+        found = (thresholds.threshold(rewards, tail.alpha, mass, tail.tail) for mass in masses)
         row["schedule"] = [{"mass": m, "threshold": t} for m, t in zip(masses, found, strict=True)]
     write_json(row, job.outputs["threshold"])

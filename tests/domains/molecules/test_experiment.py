@@ -95,8 +95,8 @@ def test_all_objectives_have_one_kl_weight() -> None:
     experiment = tiny()
     for method in ("fdc", "tfft_0.9"):
         tail = experiment.tail_of(method)
-        assert tail.side == "upper"
-        assert tail.mass == pytest.approx(1 - experiment.level_of(method))
+        assert tail.tail == "upper"
+        assert tail.mass == pytest.approx(1 - experiment.mass_of(method))
         assert tail.alpha == experiment.objective.alpha
     assert experiment.tail_of("tfft_0.9").mass == pytest.approx(0.1)
     assert experiment.main_metric == "top_0.2pct_negative_energy"
@@ -117,15 +117,15 @@ def test_a_study_of_levels_derives_from_its_experiment() -> None:
     assert list(cases) == [f"molecules_tail_sweep/{label}" for label in levels]
     for name, case in cases.items():
         own = case
-        assert own.base == "molecules_qm9"
+        assert own.starts_from == "molecules_qm9"
         assert own.offline.samples == 9
-        assert [own.level_of(method) for method in own.methods] == levels[name.partition("/")[2]]
+        assert [own.mass_of(method) for method in own.methods] == levels[name.partition("/")[2]]
         rises = {own.methods[method].rise for method in own.methods}
         assert rises == ({0.5} if name.endswith("rising") else {None})
     plain = cases["molecules_tail_sweep/plain"]
     assert plain.solver.pool == plain.solver.batch
     rising = cases["molecules_tail_sweep/rising"]
-    assert {name: rising.level_of(name) for name in rising.also} == {"tfft_0.9": 0.9, "tfft": 0.998}
+    assert {name: rising.mass_of(name) for name in rising.also} == {"tfft_0.9": 0.9, "tfft": 0.998}
 
 
 def test_a_case_has_methods_of_its_base_as_its_own(tmp_path: Path) -> None:

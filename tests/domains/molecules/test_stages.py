@@ -64,10 +64,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """With the pretrained model and the offline batch."""
     methods = {
         "tfft": {"level": 0.8},
-        "rising": {"kind": "tfft", "level": 0.9, "rise": 0.5},
+        "rising": {"kind": "tfft", "mass": 0.1, "narrowing": 0.5},
         "fdc": {"iterations": 2, "level": 0.5, "solver": {"pool": 8}},
         "am_fitted": {"kind": "am", "solver": FITTED},
-        "tfft_fitted": {"kind": "tfft", "level": 0.8, "solver": FITTED},
+        "tfft_fitted": {"kind": "tfft", "mass": 0.2, "solver": FITTED},
     }
     made = Folder(tmp_path_factory.mktemp("molecules"), methods=methods, **REACHABLE)
     assert made.run("pretrain") == 0
@@ -119,7 +119,7 @@ def test_finetuning_moves_the_model_and_counts_what_it_asked_for(folder: Folder,
     sampled = np.full(len(history), batch if method == "am" else pool)
     if method.endswith("_fitted"):  # the bank is drawn before the first update
         sampled = np.where(history["update"] == 0, FITTED["bank"], 0)
-    if method == "fdc":  # the law's samples are drawn before the first update of each iteration
+    if method == "fdc":  # the distribution's samples are drawn before the first update of each iteration
         sampled = sampled + np.where(history["update"] == 0, folder.experiment.offline.samples, 0)
     assert history["evaluated"].tolist() == sampled.tolist()
     assert (history["failed"] <= history["evaluated"]).all()
@@ -147,7 +147,7 @@ class Stopped(Exception):
 def test_a_stopped_finetuning_goes_on_exactly_where_it_was(
     method: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Energies asked for again after the stop, as for FDC's law or a bank, are not counted again."""
+    """Energies asked for again after the stop, as for FDC's distribution or a bank, are not counted again."""
     monkeypatch.setenv(SECONDS, "0")
     assert folder.run("finetune", method) == 0
     weights, history = (folder.file(method, name) for name in ("model.safetensors", "history.csv"))
@@ -311,7 +311,7 @@ def test_wrong_kinds(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    methods = {"rising": {"kind": "tfft", "level": 0.9, "rise": 0.5}}
+    methods = {"rising": {"kind": "tfft", "mass": 0.1, "narrowing": 0.5}}
     own = Folder(tmp_path, methods=methods, **REACHABLE)
     fails(capsys, own.run("offline"), "pretrained/model.safetensors: no such checkpoint", "run the stage")
     fails(capsys, own.run("threshold", "tfft"), "offline.npz: no such file")

@@ -282,9 +282,9 @@ def test_drawings_show_the_best_and_the_first(tmp_path: Path) -> None:
         "random no energy, invalid",
     ]
     draw_molecules(tmp_path / "m.png", [("am", shown), ("fdc", shown[:1])])
-    picture = (tmp_path / "m.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
+    image = (tmp_path / "m.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
     draw_molecules(tmp_path / "again.png", [("am", shown), ("fdc", shown[:1])])
-    assert (tmp_path / "again.png").read_bytes() == picture
+    assert (tmp_path / "again.png").read_bytes() == image
     with pytest.raises(ResultsError, match=r"none\.sdf: no such file"):
         shown_molecules(tmp_path / "none.sdf")

@@ -106,7 +106,7 @@ def pretrain(job: Job) -> None:
 
     model = new_flow(experiment, job.seed)
     settings = PretrainingSettings(config.updates, config.batch, config.learning_rate)
-    random = generator_of(experiment.base, "pretrain", job.seed)
+    random = generator_of(experiment.starts_from, "pretrain", job.seed)
     rows = fit_flow(model, data, settings, random, job.bar(config.updates, "pretrain"))
     write_history(rows, job.outputs["history"])
     save_weights(model, job.outputs["model"])

@@ -68,14 +68,14 @@ STAGES = (
             "record": "runs/{experiment}/pretrained/training.json",
         },
         reads=_pretrain_reads,
-        sections=("base", "model", *_FLOW, "pretrain", "checkpoint"),
+        sections=("starts_from", "model", *_FLOW, "pretrain", "checkpoint"),
         needs=Needs((3000, 16000), (300, 1440), gpu=True),
         before=True,
         priority=20,
     ),
     offline_stage(
         reads=lambda run: {"pretrained": run.shared("model.safetensors")},
-        sections=("base", "model", *_SOLVED, "reward", "offline", "solver"),
+        sections=("starts_from", "model", *_SOLVED, "reward", "offline", "solver"),
         needs=Needs((2000, 16000), (20, 120), gpu=True, group="molecules"),
         before=True,
     ),
@@ -94,7 +94,7 @@ STAGES = (
         f"{_HERE}.sampling:sample",
         writes={"samples": f"{RUN}/samples.npz"},
         reads=_sample_reads,
-        sections=("base", "model", *_SOLVED, "evaluation"),
+        sections=("starts_from", "model", *_SOLVED, "evaluation"),
         kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 16000), (30, 120), gpu=True),
         priority=10,
@@ -148,7 +148,7 @@ class MoleculesDomain(BaseDomain):
         others = {"pretrained": ["metrics.json"], "am": ["metrics.json", "history.csv"]}
         others |= {method: ["metrics.json", "history.csv"] for method in case.also}
         own = [run.file("metrics.json"), run.file("history.csv")]
-        return own + [run.file_of(m, file, case.base) for m, files in others.items() for file in files]
+        return own + [run.file_of(m, file, case.starts_from) for m, files in others.items() for file in files]
 
     describe = staticmethod(describe)
     chapters = (

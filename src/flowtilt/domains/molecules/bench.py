@@ -57,7 +57,7 @@ class MoleculesBench(Workbench):
         # Scores are compared at the last time where the solver trains the velocity.
         kl = KL(self.flow, score_time=self.flow.time_grid(solver.steps)[-2])
         return Climb(
-            Objective(SQ(self.reward, experiment.level_of(method)), kl, tail.alpha),
+            Objective(SQ(self.reward, experiment.mass_of(method)), kl, tail.alpha),
             MirrorAscent(tail.alpha / (config.step or 1.0), experiment.offline.samples, solver.steps),
             self.flow,
             lambda k: generator_of(experiment.name, method, self.job.seed, k),

@@ -101,7 +101,7 @@ def named(assessed: dict[str, float]) -> Metrics:
 def tails(experiment: MoleculeExperiment, rewards: np.ndarray) -> Metrics:
     """Means of the best shares at all levels, over the molecules that have an energy."""
     levels = {experiment.objective.level, *LEVELS}
-    levels |= {experiment.level_of(m) for m, c in experiment.methods.items() if c.kind in ("fdc", "tfft")}
+    levels |= {experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind in ("fdc", "tfft")}
     kept = rewards[~np.isnan(rewards)]
     return {
         tail_metric(level): upper_tail_mean(kept, 1 - level) if kept.size else None
@@ -110,7 +110,7 @@ def tails(experiment: MoleculeExperiment, rewards: np.ndarray) -> Metrics:
 
 
 OF_SOLVERS = {
-    "path_kl": "control_energy",
+    "path_kl": "path_kl",
     "clipped_share": "clipped_share",
     "effective_sample_size": "effective_sample_size",
 }

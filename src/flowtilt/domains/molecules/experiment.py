@@ -85,7 +85,7 @@ class MoleculeExperiment(Experiment):
 
     @model_validator(mode="after")
     def _solvers_fit(self) -> MoleculeExperiment:
-        check_methods(self.methods, self.layers)
+        check_methods(self.methods, self.solutions)
         for name, method in self.methods.items():
             solver = self.solver_of(name)
             if solver.kind == "weighted_fitting" and (method.kind == "fdc" or method.rise is not None):
@@ -133,13 +133,13 @@ class MoleculeExperiment(Experiment):
             time_power=self.time_power,
         )
 
-    def level_of(self, method: str) -> float:
+    def mass_of(self, method: str) -> float:
         """The level b of a method's tail, its best share being 1 - b; of those of the base as well."""
         return {**self.also, **self.methods}[method].level or self.objective.level
 
     def tail_of(self, method: str) -> TailSpec:
-        """Side, mass and KL weight of a method's tail problem."""
-        mass = 1 - self.level_of(method)
+        """Tail, mass and KL weight of a method's tail problem."""
+        mass = 1 - self.mass_of(method)
         return TailSpec("upper", mass, self.objective.alpha)
 
     def masses_of(self, method: str) -> list[float]:
@@ -155,7 +155,7 @@ class MoleculeExperiment(Experiment):
 
     @property
     def mass(self) -> float:
-        """Share of the law that the table is led by."""
+        """Share of the distribution that the table is led by."""
         return 1 - self.objective.level
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
-from flowtilt.pipeline.report.claims import raises
+from flowtilt.pipeline.report.claims import more_than
 from flowtilt.pipeline.report.measurements import (
     Method,
     Runs,
@@ -37,7 +37,7 @@ NOTE = (
 def groups(experiment: MoleculeExperiment, caption: str) -> dict[str, list[str]]:
     """The metrics of each table of an experiment, by the table's caption."""
     levels = sorted(
-        {experiment.level_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"}, reverse=True
+        {experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"}, reverse=True
     )
     main, mean = experiment.main_metric, experiment.mean_metric
     tails = dict.fromkeys([main, mean, *(tail_metric(level) for level in levels), "validity_pct"])
@@ -75,11 +75,11 @@ def findings(long: pd.DataFrame, experiment: MoleculeExperiment, reported: pd.Da
     for method, kind in kinds.items():
         if kind in ("data", "pretrained"):
             continue
-        own = main if kind == "fdc" else mean if kind == "am" else tail_metric(experiment.level_of(method))
+        own = main if kind == "fdc" else mean if kind == "am" else tail_metric(experiment.mass_of(method))
         am = _am_beside(experiment, method)
         others = [pretrained, None if kind == "am" else am]
         asked += [(method, other, own) for other in others if other is not None]
-    said = [raises(long, *comparison) for comparison in asked]
+    said = [more_than(long, *comparison) for comparison in asked]
     if data is not None:
         said += _cannot_be(long, experiment, data, reported)
     return said
@@ -167,7 +167,7 @@ REFERENCES = ("pretrained", "am")
 def parent_runs(case: MoleculeExperiment, methods: Mapping[str, str]) -> Runs:
     """Runs of the experiment that a case derives from: its methods by name, and their kinds."""
     chosen = tuple(Method(name, kind) for name, kind in methods.items())
-    return replace(runs_of(case), name=case.base, methods=chosen)
+    return replace(runs_of(case), name=case.starts_from, methods=chosen)
 
 
 def levels(results: str | Path, cases: Sequence[MoleculeExperiment]) -> list[LevelLine]:
@@ -178,7 +178,7 @@ def levels(results: str | Path, cases: Sequence[MoleculeExperiment]) -> list[Lev
     """
     parent = parent_runs(cases[0], {name: name for name in REFERENCES})
     frame = collect(results, parent)
-    known = sorted({case.level_of(m) for case in cases for m in (*case.also, *case.methods)})
+    known = sorted({case.mass_of(m) for case in cases for m in (*case.also, *case.methods)})
     lines = []
     for level in known:
         for method in REFERENCES:
@@ -189,7 +189,7 @@ def levels(results: str | Path, cases: Sequence[MoleculeExperiment]) -> list[Lev
         for runs in (runs_of(case), shared) if case.also else (runs_of(case),):
             own = collect(results, runs)
             lines += [
-                _line(results, own, frame, case, runs, label, method.name, case.level_of(method.name))
+                _line(results, own, frame, case, runs, label, method.name, case.mass_of(method.name))
                 for method in runs.methods
             ]
     return sorted(lines, key=lambda line: line.level)
@@ -276,9 +276,9 @@ LEVELS_NOTE = (
     "and large_pool sample more trajectories than they train on, draw from tail and body apart, and "
     "reweight, which leaves the estimator unbiased; fitted is weighted fitting. Pretrained and am, by "
     "Adjoint Matching, are the same runs at every level. Active samples: the share of sampled molecules "
-    "above the threshold, over all updates, and for weighted fitting that under the tilted law; a line "
-    "without any has not tested the method. Training is without threshold and offline batch: seconds on a "
-    "machine that may have had other work; states that went through the network, a backward pass to the "
+    "above the threshold, over all updates, and for weighted fitting that under the tilted distribution; a "
+    "line without any has not tested the method. Training is without threshold and offline batch: seconds on "
+    "a machine that may have had other work; states that went through the network, a backward pass to the "
     "input counted as one and to the parameters as two, which are counted and not timed; and energies beside "
     "them."
 )

@@ -8,9 +8,9 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Row, Section, ToldApart
 from flowtilt.pipeline.sections import MethodConfig
-from flowtilt.words import Side, tail_side
+from flowtilt.words import Tail, read_tail
 
-Tail = Annotated[Side, BeforeValidator(tail_side)]
+Tail = Annotated[Tail, BeforeValidator(read_tail)]
 
 Weights = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
@@ -210,7 +210,7 @@ class FunctionalObjective(Section):
     """What is raised."""
 
     divergence: TermConfig
-    """What is paid for leaving the pretrained law."""
+    """What is paid for leaving the pretrained distribution."""
 
     alpha: NotNegative
     """Weight of the divergence, in units of the utility a unit of the divergence."""
@@ -300,7 +300,7 @@ class TransportConfig(Section):
     """Ground metrics by name: the weights w of the two axes in d(x, y)^2 = sum_i w_i (x_i - y_i)^2."""
 
     samples: Count
-    """Samples of either law in the exact optimal transport."""
+    """Samples of either distribution in the exact optimal transport."""
 
 
 class EntropyConfig(Section):
