@@ -81,12 +81,14 @@ def load_files(config: WorkflowConfig, where: str) -> Files:
                 f"{where}: key resolution: {study} has no method of kind am to measure the network's "
                 "resolution by; name a study that has"
             )
-    bases = {case.base: name for name, cases in files.items() for case in cases.values()}
+    bases = {case.starts_from: name for name, cases in files.items() for case in cases.values()}
     for base, name in bases.items():
         if base not in files:
-            files[base] = load(base, changes, experiment_file(name), "base")
+            files[base] = load(base, changes, experiment_file(name), "starts_from")
         if base not in files[base]:
-            raise ConfigError(f"{experiment_file(name)}: key base: {base} is a study; name one experiment")
+            raise ConfigError(
+                f"{experiment_file(name)}: key starts_from: {base} is a study; name one experiment"
+            )
     return files
 
 

@@ -157,7 +157,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     stage.add_argument("--output-prefix", type=Path, required=True)
     stage.add_argument("--earlier", type=Path, help="costs.csv of a run whose other experiments are kept")
 
-    stage = add("theory", _theory, "Check the papers' guarantees on laws that are known exactly.")
+    stage = add("theory", _theory, "Check the papers' guarantees on distributions that are known exactly.")
     stage.add_argument("file", type=Path, help="a file of config/theory")
     stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
     stage.add_argument("--output", type=Path, required=True)

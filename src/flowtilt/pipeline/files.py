@@ -91,7 +91,7 @@ def columns_of(history: Path) -> list[str]:
 
 
 def read_schedule(path: Path) -> list[dict[str, float]]:
-    """The rungs of a rising level from the threshold stage: masses and thresholds, in their order."""
+    """The rungs of a narrowing tail from the threshold stage: masses and thresholds, in their order."""
     try:
         rungs = read_json(path)["schedule"]
         found = [{key: float(rung[key]) for key in ("mass", "threshold")} for rung in rungs]

@@ -28,7 +28,7 @@ LOSS_WINDOW = 100
 """Updates whose mean loss is a line of the record."""
 
 HELD_OUT = 1000
-"""Pictures on which trained models are checked."""
+"""Images on which trained models are checked."""
 
 SEED = 0
 """Of the embedded models, from which all seeds of fine-tuning start."""
@@ -122,7 +122,7 @@ def _record(
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "trainings": {name: _curve(history) for name, history in histories.items()},
-        "checks": {"pictures": HELD_OUT, **{name: round(value, 4) for name, value in checks.items()}},
+        "checks": {"images": HELD_OUT, **{name: round(value, 4) for name, value in checks.items()}},
     }
 
 

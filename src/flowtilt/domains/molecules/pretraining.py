@@ -115,7 +115,7 @@ def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Wat
     ode = OdeSettings(steps=experiment.evaluation.ode_steps)
 
     def look(updates: int, model: FlowModel) -> None:
-        generator = generator_of(experiment.base, "check")
+        generator = generator_of(experiment.starts_from, "check")
         drawn = molecules_of(
             *(
                 tensor.numpy(force=True)

@@ -75,7 +75,7 @@ def sample(
         molecules: file of QM9, for methods of kind ``data``.
     """
     count = experiment.evaluation.samples
-    generator = generator_of(experiment.base, "sample", seed)
+    generator = generator_of(experiment.starts_from, "sample", seed)
     if method_of(experiment, method).kind == "data":
         if molecules is None:
             raise StageError(f"method {method!r} needs the file of the training data")

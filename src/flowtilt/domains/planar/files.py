@@ -21,7 +21,7 @@ class RunFiles:
         model: weights; of the pretrained model, those of the base.
         samples: of the run.
         metrics: of the run.
-        laws: solved on the grid, of a run on a functional.
+        distributions: solved on the grid, of a run on a functional.
         density: gridded log-density of the pretrained model.
         history: of the fine-tuning.
         threshold: of tfft.
@@ -31,7 +31,7 @@ class RunFiles:
     model: Path
     samples: Path
     metrics: Path
-    laws: Path
+    distributions: Path
     density: Path
     history: Path | None
     threshold: Path | None
@@ -40,7 +40,7 @@ class RunFiles:
     @classmethod
     def of(cls, results: Path, experiment: PlanarExperiment, method: str, seed: int) -> RunFiles:
         own = folder_of(results, experiment.name, method, seed)
-        base = folder_of(results, experiment.base, "pretrained", seed)
+        base = folder_of(results, experiment.starts_from, "pretrained", seed)
         pretrained = folder_of(results, experiment.name, "pretrained", seed)
         kind = experiment.methods[method].kind
         tuned = kind != "pretrained"
@@ -49,7 +49,7 @@ class RunFiles:
             model=(own if tuned else base) / "model.safetensors",
             samples=own / "samples.npz",
             metrics=own / "metrics.json",
-            laws=own / "laws.npz",
+            distributions=own / "distributions.npz",
             density=base / "density.npz",
             history=own / "history.csv" if tuned else None,
             threshold=own / "threshold.json" if kind == "tfft" else None,

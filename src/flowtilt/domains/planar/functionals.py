@@ -8,10 +8,7 @@ import numpy as np
 
 from flowtilt.checkpoints import load_weights
 from flowtilt.domains.planar.build import build_model
-from flowtilt.domains.planar.evaluation import activity
-from flowtilt.domains.planar.experiment import FunctionalExperiment
-from flowtilt.domains.planar.files import RunFiles, read_density
-from flowtilt.domains.planar.laws import (
+from flowtilt.domains.planar.distributions import (
     Cloud,
     critic_metrics,
     grid_problem,
@@ -19,6 +16,9 @@ from flowtilt.domains.planar.laws import (
     sample_metrics,
     solved_rows,
 )
+from flowtilt.domains.planar.evaluation import activity
+from flowtilt.domains.planar.experiment import FunctionalExperiment
+from flowtilt.domains.planar.files import RunFiles, read_density
 from flowtilt.domains.planar.rows import Metrics
 from flowtilt.domains.planar.training import sample
 from flowtilt.domains.planar.truth import gridded_density
@@ -54,7 +54,7 @@ def measure_run(experiment: FunctionalExperiment, method: str, seed: int, run: R
         row |= read_threshold(run.threshold)
     solved = {row_name(method, at): it for at, it in solved_rows(experiment, method, problem).items()}
     cells = {name: problem.cells(it.log_p).astype(np.float32) for name, it in solved.items()}
-    write_arrays(run.laws, axis=problem.grid.axis, **cells)
+    write_arrays(run.distributions, axis=problem.grid.axis, **cells)
     write_rows({method: row} | {name: it.metrics for name, it in solved.items()}, run.metrics)
 
 

@@ -39,11 +39,11 @@ def measure_resolution(job: Job) -> None:
 
 
 def exact(job: Job) -> None:
-    from flowtilt.domains.planar.solving import Layer, exact
+    from flowtilt.domains.planar.solving import Solved, exact
 
     out = job.outputs
-    layers = (
-        Layer(out["metrics"], out["laws"]),
-        Layer(out["resolved_metrics"], out["resolved_laws"], job.read("resolution")),
+    solutions = (
+        Solved(out["metrics"], out["distributions"]),
+        Solved(out["resolved_metrics"], out["resolved_distributions"], job.read("resolution")),
     )
-    exact(job.experiment, job.read("density"), *layers)
+    exact(job.experiment, job.read("density"), *solutions)

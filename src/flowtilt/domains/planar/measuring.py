@@ -16,7 +16,7 @@ def measure(experiments: Sequence[PlanarExperiment], seed: int, results: Path) -
     """Sample and measure all runs of some experiments for one seed, and solve problems on functionals.
 
     All in one stage, since each takes less time than to start another. Every run's folder gets its samples
-    and its metrics, and on a functional the laws that were solved on the grid.
+    and its metrics, and on a functional the distributions that were solved on the grid.
 
     Args:
         experiments: whose models are trained.

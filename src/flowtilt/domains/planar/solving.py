@@ -31,7 +31,7 @@ from flowtilt.pipeline.files import (
     write_rows,
 )
 
-LAW_CELLS = 240
+DISTRIBUTION_CELLS = 240
 HISTOGRAM_BINS = 120
 CELL_PARTS = 4
 RESOLUTION_CANDIDATES = tuple(round(0.05 * k, 2) for k in range(17))
@@ -42,24 +42,24 @@ def density(experiment: PlanarExperiment, model: Path, output: Path) -> None:
     write_density(reference_density(load_weights(build_model(experiment), model), experiment), output)
 
 
-class Layer(NamedTuple):
-    """Where one layer of solved rows goes, and the resolution file that it is solved at, if any."""
+class Solved(NamedTuple):
+    """Where the rows of one solution go, and the resolution file that it is solved at, if any."""
 
     output: Path
-    laws: Path
+    distributions: Path
     resolution: Path | None = None
 
 
-def exact(experiment: PlanarExperiment, density_file: Path, *layers: Layer) -> None:
-    """Solve every method on the grid, in each layer exactly or at the measured resolution."""
+def exact(experiment: PlanarExperiment, density_file: Path, *solutions: Solved) -> None:
+    """Solve every method on the grid, each time exactly or at the measured resolution."""
     density = read_density(density_file)
     problem = TailGrid(tail_experiment(experiment), density)
     histogram = RewardHistogram.of(problem)
-    for layer in layers:
-        width = None if layer.resolution is None else _read_resolution(layer.resolution)
+    for solution in solutions:
+        width = None if solution.resolution is None else _read_resolution(solution.resolution)
         solved = exact_rows(problem, width)
-        write_arrays(layer.laws, **_law_arrays(problem, solved, histogram))
-        write_rows(solved.metrics, layer.output)
+        write_arrays(solution.distributions, **_distribution_arrays(problem, solved, histogram))
+        write_rows(solved.metrics, solution.output)
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,22 @@ class RewardHistogram:
             bins.append(np.clip(np.searchsorted(edges, rewards, side="right") - 1, 0, HISTOGRAM_BINS - 1))
         return cls(edges, bins)
 
-    def of_law(self, law: np.ndarray) -> np.ndarray:
+    def of_distribution(self, distribution: np.ndarray) -> np.ndarray:
         """Probabilities of the bins under cell probabilities (cells, cells), (bins,)."""
-        counts = [np.bincount(bins, law.ravel(), minlength=HISTOGRAM_BINS) for bins in self.bins]
+        counts = [np.bincount(bins, distribution.ravel(), minlength=HISTOGRAM_BINS) for bins in self.bins]
         return np.mean(counts, axis=0)
 
 
-def _law_arrays(problem: TailGrid, solved: ExactRows, histogram: RewardHistogram) -> dict[str, np.ndarray]:
-    """Coarsened laws and reward histograms of exact rows."""
+def _distribution_arrays(
+    problem: TailGrid, solved: ExactRows, histogram: RewardHistogram
+) -> dict[str, np.ndarray]:
+    """Coarsened distributions and reward histograms of exact rows."""
     axis, cells = problem.grid.axis, problem.grid.cells
-    side = cells // max(1, cells // LAW_CELLS)
+    side = cells // max(1, cells // DISTRIBUTION_CELLS)
     arrays = {"axis": axis[: cells // side * side].reshape(side, -1).mean(1), "reward_edges": histogram.edges}
-    for row, law in solved.laws.items():
-        arrays[row] = coarsen(law, LAW_CELLS).astype(np.float32)
-        arrays[f"{row}__rewards"] = histogram.of_law(law)
+    for row, distribution in solved.distributions.items():
+        arrays[row] = coarsen(distribution, DISTRIBUTION_CELLS).astype(np.float32)
+        arrays[f"{row}__rewards"] = histogram.of_distribution(distribution)
     return arrays
 
 
@@ -113,7 +115,7 @@ def _read_resolution(path: Path) -> float:
 
 
 def measure_resolution(runs: Iterable[tuple[PlanarExperiment, Path, Path]], output: Path) -> None:
-    """The blur width at which Adjoint Matching's law is nearest to what its networks sample.
+    """The blur width at which Adjoint Matching's distribution is nearest to what its networks sample.
 
     Args:
         runs: experiment, samples file and density file of Adjoint Matching runs.

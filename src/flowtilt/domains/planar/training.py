@@ -27,7 +27,7 @@ def pretrain(
     model = build_model(experiment, seed)
     config = experiment.pretrain
     settings = PretrainingSettings(config.updates, config.batch, config.learning_rate)
-    generator = generator_of(experiment.base, "pretrain", seed)
+    generator = generator_of(experiment.starts_from, "pretrain", seed)
     resumption = resumption_of(experiment, "pretrain", seed, output, [])
     slot = resumption.slot("pretraining")
     rows = fit_flow(model, build_data(experiment).sample, settings, generator, progress, slot)
