@@ -170,7 +170,7 @@ def test_primal_and_dual_are_those_of_the_printed_functions(name, alpha):
 @pytest.mark.parametrize("alpha", [0.05, 0.3, 2.0])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_general_convex_solver_does_not_do_better(name, alpha, seed):
-    """Its distribution is normalised and the objective evaluated there: below the maximum, by its error squared."""
+    """Its result is normalised and the objective evaluated there: below the maximum by its error squared."""
     g, p = bank(seed, 6)
     f, slope = PRINTED[name][:2]
 

@@ -225,8 +225,8 @@ def test_what_tables_are_made_from(whole: Plan) -> None:
     weighted = "results/runs/solvers_2d/entropy/weighted_fitting_500/seed0"
     assert {f"{weighted}/metrics.json", f"{weighted}/history.csv"} <= {*solvers}
     base = "results/runs/molecules_qm9"
-    levels = {f"{base}/{run}/seed0/metrics.json" for run in ("pretrained", "am", "tfft", "tfft_0.8_fitted")}
-    assert levels <= {*whole.read_by_table("molecules_tail_sweep")}
+    compared = {f"{base}/{run}/seed0/metrics.json" for run in ("pretrained", "am", "tfft", "tfft_0.8_fitted")}
+    assert compared <= {*whole.read_by_table("molecules_tail_sweep")}
     assert {*whole.read_by_table("ot_2d")} == {*whole.run_files("ot_2d", "metrics.json")}
     assert {*whole.run_files("ot_2d"), "results/resolution.json"} <= {*whole.read_by_figures("ot_2d")}
 
@@ -854,7 +854,7 @@ def test_overrides_of_a_study_that_is_not_run_are_left_aside(planned: Callable[.
 @pytest.mark.parametrize(
     ("name", "key", "value", "words"),
     [
-        ("risk_averse_2d", "objective.level", 1.0, ("risk_averse_2d.yaml: key objective.level",)),
+        ("risk_averse_2d", "objective.mass", 1.0, ("risk_averse_2d.yaml: key objective.mass",)),
         ("risk_averse_2d", "objective.alpha", -1.0, ("key objective.alpha",)),
         ("risk_averse_2d", "solver.update", 3, ("key solver.update",)),
         ("risk_averse_2d", "methods.amm", {"kind": "adjoint"}, ("key methods.amm",)),
@@ -892,7 +892,10 @@ def test_an_unknown_parent_of_a_case_is_refused(edited: Callable[..., None]) -> 
     ("objective", "words"),
     [
         ({"utility": {"kind": "entropie"}}, ("key objective.utility: unknown utility 'entropie'", "entropy")),
-        ({"utility": {"kind": "cvar", "lvl": 0.1}}, ("utility cvar: key lvl: unknown; known keys: level",)),
+        (
+            {"utility": {"kind": "cvar", "lvl": 0.1}},
+            ("utility cvar: key lvl: unknown; known keys here: mass",),
+        ),
         ({"divergence": {"kind": "klx"}}, ("key objective.divergence: unknown divergence 'klx'", "renyi")),
     ],
 )

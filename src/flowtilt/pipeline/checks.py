@@ -118,9 +118,11 @@ def load_files(config: WorkflowConfig, where: str) -> Files:
     bases = {case.starts_from: name for name, cases in files.items() for case in cases.values()}
     for base, name in bases.items():
         if base not in files:
-            files[base] = load(base, changes, experiment_file(name), "base")
+            files[base] = load(base, changes, experiment_file(name), "starts_from")
         if base not in files[base]:
-            raise ConfigError(f"{experiment_file(name)}: key base: {base} is a study; name one experiment")
+            raise ConfigError(
+                f"{experiment_file(name)}: key starts_from: {base} is a study; name one experiment"
+            )
     return files
 
 

@@ -42,6 +42,8 @@ from flowtilt.yaml_files import dump_yaml
 class Experiment(Section):
     """What every experiment, or one case of a study, has; a domain adds its own."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"base": "starts_from"}
+
     solutions: ClassVar[tuple[str, ...]] = ("network",)
     """Rows of each method in the tables: its network's, and those that are solved exactly."""
 
@@ -66,7 +68,7 @@ class Experiment(Section):
     title: str
     """Title of its table."""
 
-    base: Name
+    starts_from: Name
     """Experiment whose pretrained models this one starts from; by default itself, and for a case of a
     study the experiment that it derives from."""
 
@@ -121,7 +123,7 @@ class Experiment(Section):
         raise ConfigError(f"experiment {self.name}: key methods.{method}: {self.domain} has no tail")
 
     def masses_of(self, method: str) -> list[float]:
-        """The mass of the tail at every update, of a method whose level rises; empty for others."""
+        """The mass of the tail at every update, of a method whose tail narrows; empty for others."""
         return []
 
     def reward_weight_of(self, method: str) -> float:
@@ -212,8 +214,8 @@ class StudyConfig(Section):
     """What varies, with its unit if it has one: the title of the axis."""
 
     table: str = "axis"
-    """Table and figure, of those that the domain of the cases has: ``axis``, rows along the axis; ``levels``,
-    what each level of the tail reaches at what cost; for cases on functionals ``hierarchy``, what FDC reaches
+    """Table and figure, of those that the domain of the cases has: ``axis``, rows along the axis; ``masses``,
+    what each mass of the tail reaches at what cost; for cases on functionals ``hierarchy``, what FDC reaches
     of each, or ``solvers``, what each solver reaches at what cost."""
 
     set: dict[str, Any] = Field(default_factory=dict)
@@ -308,7 +310,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
         )
     study = validated(Study, data, path) if "study" in data else None
     if study is None:
-        return {path.stem: finish({"base": path.stem, **data})}
+        return {path.stem: finish({"starts_from": path.stem, **data})}
     if unknown := set(skip.cases) - {case.label for case in study.study.cases}:
         raise ConfigError(f"{path}: key skip.{path.stem}.cases: there is no case {min(unknown)!r}")
     experiments: dict[str, Experiment] = {}
@@ -340,7 +342,7 @@ def _case_data(study: Study, case: Case, parent: Mapping[str, Any], path: Path) 
         **merge(merge(parent, study.study.set), case.set),
         "name": f"{study.name}/{case.label}",
         "title": f"{study.title}: {case.label}",
-        "base": case.of,
+        "starts_from": case.of,
         "seeds": study.seeds,
         "methods": merge(study.study.methods, case.methods),
         "axis_value": case.value,
@@ -390,7 +392,7 @@ def load_resolved(path: str | Path) -> Experiment:
         raise ConfigError(f"{path}: is a study; name one of its cases' resolved files instead")
     domain = domain_in(data, path)
     data = domain.completed(data, path)
-    return validated(domain.schema(data), {"base": path.stem, **data}, path)
+    return validated(domain.schema(data), {"starts_from": path.stem, **data}, path)
 
 
 def domain_in(data: Mapping[str, Any], path: Path) -> Domain:

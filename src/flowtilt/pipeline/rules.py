@@ -103,10 +103,8 @@ class StageRule:
             if self.stage.scope == "file"
             else [Run(self.results, one) for one in self.experiments]
         )
-        read = [value for run in runs for value in self.stage.reads(run).values()]
-        return {
-            "runs": unique(file for value in read for file in ([value] if isinstance(value, str) else value))
-        }
+        files = [file for run in runs for value in self.stage.reads(run).values() for file in _listed(value)]
+        return {"runs": unique(files)}
 
     def run(self, **wildcards: str) -> Run:
         """The run that a job is of."""
@@ -167,6 +165,10 @@ class StageRule:
             number = str(needs.processes(config))
             together = ["torchrun", "--standalone", "--nproc-per-node", number, "--no-python"]
         return f"OMP_NUM_THREADS={each if needs.threaded else 1} {shlex.join([*together, *words])}"
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def rule_name(domain: Domain, stage: Stage) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -363,6 +364,8 @@ class FactorConfig(Section):
 
 class ImageEvaluationConfig(Section):
     """How each run is measured."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"pictures": "images"}
 
     images: Annotated[int, Field(ge=2)]
     """Images of each prompt in a set, drawn by the memoryless process."""

@@ -138,10 +138,10 @@ class MoleculesDomain(BaseDomain):
         check_shared(files)
 
     def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
-        return {"": "levels"} if table is not None else {"_energies": "energies", "_molecules": "molecules"}
+        return {"": "masses"} if table is not None else {"_energies": "energies", "_molecules": "molecules"}
 
     def read_by_table(self, run: Run, table: str | None) -> list[str]:
-        """A run's metrics; for a study of levels also its costs, and what its cases are compared with."""
+        """A run's metrics; for a study of masses also its costs, and what its cases are compared with."""
         if table is None:
             return [run.file("metrics.json")]
         case: Any = run.experiment

@@ -1,4 +1,4 @@
-"""Rows of the experiments on functionals: distributions on the grid, samples, and what is measured of both."""
+"""Rows of the experiments on functionals: distributions on the grid, samples, what is measured of both."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ TILTS = (0.25, 1.0, 4.0)
 
 
 def _starts(experiment: FunctionalExperiment, problem: GridProblem) -> list[FiniteDistribution]:
-    """The pretrained distribution, and tilts of it by the reward: past kinks, and to other stationary points."""
+    """The pretrained distribution and its tilts by the reward: past kinks, and to other stationary points."""
     reward = build_slope(experiment)
     starts = [problem.start]
     if reward is not None:

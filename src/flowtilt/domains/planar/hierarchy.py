@@ -145,14 +145,15 @@ def _without_case(named: set[str]) -> list[Reached]:
 
 NOTE = (
     "Tier: where the paper's hierarchy puts the functional. Curvature: measured along random chords "
-    "between finite distributions; a utility is easy to raise if it is concave, a divergence easy to lower "
-    "if it is convex. Solvers: which methods solve the problem by construction; am by one tilt of the "
+    "between finite distributions; a utility is easy to raise if it is concave, a divergence easy to "
+    "lower if it is convex. Solvers: which methods solve the problem by construction; am by one tilt of the "
     "reward, tfft by one hinge, fdc by iterating. By one solve: the gap that am or tfft closes where the "
     "case has it. G before is that of the pretrained distribution, the optimum the largest of any "
     "distribution on the grid: certified for concave problems, the best stationary point found for others. "
-    "Networks are measured by their own density on that grid; exact steps are FDC's own, solved there. Required are "
-    f"{REQUIRED['convex']:g} % of the gap for linear and convex functionals, {REQUIRED['general']:g} % for "
-    "general ones. A functional without a case is registered and checked, but no network was run on it."
+    "Networks are measured by their own density on that grid; exact steps are FDC's own, solved there. "
+    f"Required are {REQUIRED['convex']:g} % of the gap for linear and convex functionals, "
+    f"{REQUIRED['general']:g} % for general ones. "
+    "A functional without a case is registered and checked, but no network was run on it."
 )
 
 

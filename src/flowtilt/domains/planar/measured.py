@@ -1,4 +1,4 @@
-"""What the figures of the plane are drawn from: distributions on a grid, samples, and the networks' resolution."""
+"""What figures of the plane are drawn from: distributions on a grid, samples, the networks' resolution."""
 
 from __future__ import annotations
 

@@ -168,10 +168,10 @@ def solver_points(runs: Sequence[SolverRun]) -> list[SolverPoint]:
 
 
 NOTE = (
-    "Gap: how far G is below the largest of any distribution on the grid, in percent of that one's size; gap "
-    "closed: the share of the way there from the pretrained distribution. The size of an entropy depends on "
-    "the cells of the grid, the gap closed does not. Networks are measured by their own density on the grid. "
-    "Updates are of each solve; am and tfft have one, fdc several. Passes and seconds are summed over "
+    "Gap: how far G is below the largest of any distribution on the grid, in percent of that one's size; "
+    "gap closed: the share of the way there from the pretrained distribution. The size of an entropy depends "
+    "on the cells of the grid, the gap closed does not. Networks are measured by their own density on the "
+    "grid. Updates are of each solve; am and tfft have one, fdc several. Passes and seconds are summed over "
     "solves. Passes are states through the network, in millions, a backward pass to the parameters "
     "counted as two and to the input as one, the bank of weighted fitting included. Values and gradients "
     "of what is tilted by are in the seconds alone: for the entropy that is the likelihood of each sample "

@@ -41,8 +41,8 @@ ROW_NOTE = (
 FUNCTIONAL_ROW_NOTE = (
     "Rows: each method's network; the same steps solved exactly on a grid (exact); and the largest G of "
     "any distribution on that grid (optimum). G is what a method maximises, for networks by their own "
-    "density on the same grid, and so is the KL divergence. The gap closed is the share of the way from the pretrained "
-    f"distribution to the optimum. {_FLOORED_NOTE}"
+    "density on the same grid, and so is the KL divergence. The gap closed is the share of the "
+    f"way from the pretrained distribution to the optimum. {_FLOORED_NOTE}"
 )
 
 

@@ -56,8 +56,8 @@ def build_distribution(config: TailConfig) -> RewardDistribution:
 def study(config: ThresholdStudyConfig) -> dict[str, list[Row]]:
     """All four parts of the study, as rows by the name of the table that they go to."""
     duals = {
-        name: {tail: TailDual(build_distribution(tail), tail.alpha, tail.mass, tail) for tail in tail.tails}
-        for name, tail in config.problems.items()
+        name: {tail: TailDual(build_distribution(of), of.alpha, of.mass, tail) for tail in of.tails}
+        for name, of in config.problems.items()
     }
     tables: dict[str, list[Row]] = {"errors": [], "fits": [], "descent": [], "rates": [], "convexity": []}
     for name, pair in duals.items():
