@@ -59,9 +59,9 @@ def test_bad_input_is_explained():
 
 
 def test_histogram_entropy_of_the_official_example_by_its_estimator():
-    """50,000 : 5,000 points of N(0, I) and N((3, 3), 0.09 I): 3,000 of them in 200 x 200 cells give 7.54 to 7.58.
+    """Ten parts of N(0, I) and one of N((3, 3), 0.09 I): 3,000 points in 200 x 200 cells give 7.56.
 
-    Of counts in many small cells the expectation is a sum over cells, here by a fine quadrature of the density.
+    The expectation is a sum over cells, whose counts are binomial.
     """
     generator, n = np.random.default_rng(3), 3000
     edges = np.linspace(-6, 6, 201)
@@ -69,7 +69,6 @@ def test_histogram_entropy_of_the_official_example_by_its_estimator():
     two = np.diff(norm.cdf((edges - 3) / 0.3))
     cells = (10 * np.outer(one, one) + np.outer(two, two)) / 11
     counts = np.arange(1, 40)
-    # E[-(c/n) log(c/n)] of a count c with the distribution of Binomial(n, p), summed over cells.
     term = -(counts / n) * np.log(counts / n)
     expected = sum(float(binom.pmf(c, n, cells).sum()) * t for c, t in zip(counts, term, strict=True))
     found = []

@@ -311,8 +311,8 @@ class EntropyConfig(Section):
     """Cells of the histogram along a side."""
 
     samples: Count
-    """Samples in the histogram, of those that a run is measured by: with fewer than cells its entropy hangs on
-    their number."""
+    """Samples in the histogram, of those that a run is measured by: with fewer than cells, its entropy hangs
+    on their number."""
 
 
 class FunctionalEvaluationConfig(EvaluationConfig):
