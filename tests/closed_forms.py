@@ -383,7 +383,7 @@ def flow_map(path: Interpolant, distribution: Mixture, x: Tensor, t: float, s: f
 
 
 def pushforward(path: Interpolant, distribution: Mixture, t: float, s: float) -> Mixture:
-    """The distribution to which a Gaussian's probability-flow ODE carries ``N(0, I)`` from time t to time s."""
+    """The distribution to which a Gaussian's probability-flow ODE carries ``N(0, I)`` from time t to s."""
     probes = torch.eye(3, dtype=torch.float64)[:, 1:]
     origin, *images = flow_map(path, distribution, probes, t, s)
     jacobian = torch.stack(images, dim=1) - origin[:, None]

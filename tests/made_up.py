@@ -50,7 +50,7 @@ def made_up_runs(name: str = "risk_averse_2d", unit: str = "cost", **changes: An
 def write_metrics(
     results: Path, runs: Runs, value: Callable[[str, str, int], Mapping[str, float | None]]
 ) -> None:
-    """Write all metrics files of an experiment; ``value`` gives a row's metrics by method, solution and seed."""
+    """Write all metrics files of an experiment; ``value`` gives those of a method, solution and seed."""
     for seed in runs.seeds:
         files: dict[Path, dict[str, Mapping[str, float | None]]] = {}
         for solution in runs.solutions:
@@ -165,9 +165,9 @@ def write_arrays(
     edges = np.linspace(rewards.min(), rewards.max() + 1e-9, 121)
     distributions: dict[str, np.ndarray] = {}
     for solution, smooth in (("exact", no_blur), ("resolved", gaussian_blur(blur, grid))):
-        tail = tail_tilt(log_p, rewards, alpha / runs.mass, runs.mass, tail, smooth)[0]
+        best = tail_tilt(log_p, rewards, alpha / runs.mass, runs.mass, tail, smooth)[0]
         tilted = {"pretrained": log_p, "am": expected_reward_tilt(log_p, rewards, alpha, smooth)}
-        distributions |= {row_name(m.name, solution): np.exp(tilted.get(m.name, tail)) for m in runs.methods}
+        distributions |= {row_name(m.name, solution): np.exp(tilted.get(m.name, best)) for m in runs.methods}
     histograms = {row: np.zeros(len(edges) - 1) for row in distributions}
     for part in range(32):  # inside the cells, along their diagonal
         shift = ((part + 0.5) / 32 - 0.5) * grid.spacing

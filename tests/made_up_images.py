@@ -16,7 +16,6 @@ from PIL import Image
 from flowtilt.domains.images import bridges
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
 from flowtilt.domains.images.files import image_name
-from flowtilt.files import folder_of
 from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.pipeline.configuration import merge, read_yaml
 from flowtilt.pipeline.experiment import load_file
@@ -52,6 +51,11 @@ _KEYS: dict[str, dict[str, Any]] = {
         "evaluation": {"images": 20, "designs": DESIGNS, "template": "a {} bridge"},
     },
 }
+
+
+def folder_of(results: Path, experiment: str, method: str, seed: int) -> Path:
+    """Where the files of a run are kept."""
+    return Path(results) / "runs" / experiment / method / f"seed{seed}"
 
 
 def write_config(folder: Path, name: str, **changes: Any) -> Path:

@@ -62,7 +62,7 @@ def best_lower(p, rewards, alpha, mass):
 
 
 def best_upper(p, rewards, alpha, mass):
-    """One concave problem in the distribution q and the part w <= q of it that makes up the tail, E w = mass."""
+    """One concave problem in the distribution q and the part w <= q of it that is the tail, E w = mass."""
     n = len(p)
 
     def negative(z):

@@ -56,7 +56,7 @@ def run(name: str, folder: Path) -> Solution | Ascent:
     if name == "fitting":
         fitting = WeightedFittingSettings(bank=300, steps=4, updates=6, batch=8, warning_ess=0)
         return fit(flow, RewardVariation(reward), 0.5, fitting, generator(4))
-    objective = Objective(SQ(reward, 0.8), KL(flow, score_time=0.8), 0.3)
+    objective = Objective(SQ(reward, 0.2), KL(flow, score_time=0.8), 0.3)
 
     def solver(base, tilt, kl_weight, random, slot=None):  # type: ignore[no-untyped-def]
         return solve(base, tilt, kl_weight, SETTINGS, random, slot=slot)

@@ -36,6 +36,29 @@ TINY: dict[str, Any] = {
     "solver": {"updates": 2, "batch": 3, "pool": 4, "steps": 4},
     "evaluation": {"images": 4, "sets": 1},
 }
+PROMPTS = (
+    "a red steel suspension bridge over the sea at sunset",
+    "a white concrete cable-stayed bridge over a river by day",
+    "a yellow steel truss bridge over a valley by day",
+    "a grey stone arch bridge over a river at night",
+    "a blue concrete beam bridge in a city at sunset",
+    "a blue steel suspension bridge in a city at night",
+    "a red steel cable-stayed bridge over a valley at sunset",
+    "a grey wood truss bridge over a river at sunset",
+    "a white stone arch bridge over a valley by day",
+    "a yellow wood beam bridge over the sea at night",
+    "a white steel suspension bridge over a valley by day",
+    "a yellow concrete cable-stayed bridge in a city at night",
+    "a red wood truss bridge over the sea at night",
+    "a blue steel arch bridge over the sea by day",
+    "a grey stone beam bridge over a valley at night",
+    "a yellow concrete suspension bridge over a river at night",
+    "a blue steel cable-stayed bridge over the sea at sunset",
+    "a white steel truss bridge in a city by day",
+    "a red concrete arch bridge in a city at sunset",
+    "a grey steel beam bridge over a river by day",
+)
+"""Of the drawn bridges, each factor in turn."""
 
 
 def tiny(name: str, **changes: Any) -> ImageExperiment:

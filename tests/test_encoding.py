@@ -118,7 +118,9 @@ def test_no_source_leaves_the_encoding_to_the_locale(file: Path) -> None:
     assert bare(ast.parse(file.read_text(encoding="utf-8"))) == []
 
 
-@pytest.mark.parametrize("file", [ROOT / "Snakefile", *(ROOT / "workflow" / "rules").glob("*.smk")])
+@pytest.mark.parametrize(
+    "file", [ROOT / "workflow" / "Snakefile", *(ROOT / "workflow" / "rules").glob("*.smk")]
+)
 def test_no_rule_leaves_the_encoding_to_the_locale(file: Path) -> None:
     calls = re.findall(r"\.(?:open|read_text|write_text)\([^)]*\)", file.read_text(encoding="utf-8"))
     assert [call for call in calls if "encoding=" not in call] == []

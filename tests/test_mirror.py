@@ -42,15 +42,15 @@ DISTRIBUTION = gaussian_distribution()
 UTILITIES = {
     "expected_reward": (ExpectedReward(SLOPE), 8.0),
     "cvar": (CVaR(SLOPE, 0.3), 8.0),
-    "sq": (SQ(SLOPE, 0.9), 8.0),
-    "sq_sharp": (SQ(SLOPE, 0.99), 60.0),
+    "sq": (SQ(SLOPE, 0.1), 8.0),
+    "sq_sharp": (SQ(SLOPE, 0.01), 60.0),
     "mean_variance": (MeanVariance(SLOPE, 0.02), 8.0),
     "seeks_variance": (MeanVariance(SLOPE, -0.02), 8.0),
     "log_barrier": (LogBarrier(SLOPE, BOWL, bound=3.0, strength=5.0), 8.0),
     "log_det": (OptimalDesign("log_det"), 0.5),
     "trace": (OptimalDesign("trace", ridge=0.1), 0.5),
     "sum": (
-        WeightedSum(((1.0, ExpectedReward(SLOPE)), (0.5, SQ(SLOPE, 0.95)), (0.2, CVaR(SLOPE, 0.2)))),
+        WeightedSum(((1.0, ExpectedReward(SLOPE)), (0.5, SQ(SLOPE, 0.05)), (0.2, CVaR(SLOPE, 0.2)))),
         8.0,
     ),
     "entropy": (Entropy(), 0.5),
@@ -171,11 +171,11 @@ def landscape(name, cells=160):
     """A main experiment's problem on a grid, for the distribution of the data."""
     settings = yaml.safe_load((ROOT / "config" / "experiments" / f"{name}.yaml").read_text())
     settings["grid"]["cells"] = cells
-    experiment = TailExperiment(**settings, base=name)
+    experiment = TailExperiment(**settings, starts_from=name)
     grid, problem = Grid(experiment.grid.extent, cells), experiment.objective
     distribution = finite_distribution(grid, build_data(experiment).log_density(grid.points))
     functional = CVaR if problem.tail == "lower" else SQ
-    return distribution, functional(build_reward(experiment), problem.level), problem.tail_alpha
+    return distribution, functional(build_reward(experiment), problem.mass), problem.tail_alpha
 
 
 def objective_at(utility, alpha, distribution):
@@ -237,7 +237,7 @@ class Spike(Reward):
 
 @pytest.mark.parametrize("alpha", [3.0, 8.0, 40.0])
 def test_at_a_kink_one_first_variation_stalls_and_a_mean_of_several_does_not(alpha):
-    utility = SQ(Spike(), 0.9)
+    utility = SQ(Spike(), 0.1)
     best, before = (
         tail_optimum(Objective(utility, KL(None), alpha), DISTRIBUTION).value,
         objective_at(utility, alpha, DISTRIBUTION),
@@ -259,16 +259,16 @@ def test_at_a_kink_one_first_variation_stalls_and_a_mean_of_several_does_not(alp
 def test_a_step_keeps_the_probabilities_of_modes():
     modes = (DISTRIBUTION.points[:, 0] > 0.5).long().numpy()
     distribution = replace(DISTRIBUTION, modes=modes)
-    steps = ascend_exactly(SQ(SLOPE, 0.9), 8.0, distribution, 3)
+    steps = ascend_exactly(SQ(SLOPE, 0.1), 8.0, distribution, 3)
     for step in steps:
         np.testing.assert_allclose(
             np.bincount(modes, step.distribution.p), np.bincount(modes, DISTRIBUTION.p)
         )
     # What is reached is the optimum of the dual within modes, and less than that over all.
     alone = objective_at(
-        SQ(SLOPE, 0.9), 8.0, ascend_exactly(SQ(SLOPE, 0.9), 8.0, DISTRIBUTION, 3)[-1].distribution
+        SQ(SLOPE, 0.1), 8.0, ascend_exactly(SQ(SLOPE, 0.1), 8.0, DISTRIBUTION, 3)[-1].distribution
     )
-    assert objective_at(SQ(SLOPE, 0.9), 8.0, steps[-1].distribution) < alone - 0.03
+    assert objective_at(SQ(SLOPE, 0.1), 8.0, steps[-1].distribution) < alone - 0.03
 
 
 def test_a_bank_finds_the_step_of_the_grid():
@@ -295,7 +295,7 @@ def test_rewards_of_a_bank_are_evaluated_once():
             return SLOPE.value(x)
 
     reward = Counting()
-    find_step(SQ(reward, 0.9), 8.0, gaussian_distribution(), np.zeros(24**2))
+    find_step(SQ(reward, 0.1), 8.0, gaussian_distribution(), np.zeros(24**2))
     assert reward.calls == 1
 
 
@@ -325,7 +325,7 @@ def test_nothing_to_raise_is_no_step():
         def value(self, x, context=None):
             return torch.zeros(len(x))
 
-    step = find_step(SQ(Flat(), 0.9), 1.0, DISTRIBUTION, np.zeros(len(DISTRIBUTION.log_p)))
+    step = find_step(SQ(Flat(), 0.1), 1.0, DISTRIBUTION, np.zeros(len(DISTRIBUTION.log_p)))
     assert (step.gain, step.eta) == (0, math.inf)
     assert not step.added.any()
-    assert ascend_exactly(SQ(Flat(), 0.9), 1.0, DISTRIBUTION, 3) == []
+    assert ascend_exactly(SQ(Flat(), 0.1), 1.0, DISTRIBUTION, 3) == []

@@ -61,7 +61,7 @@ SETTINGS = {
     },
     TailProblem("lower", 0.5, 1.0): {"mass": OPEN, "alpha": POSITIVE},
     Hinge(REWARD, 0.0, 0.5, "upper"): {"threshold": (NAN, INF), "mass": (0, 1.1, NAN)},
-    CVaR(REWARD, 0.5): {"level": OPEN},
+    CVaR(REWARD, 0.5): {"mass": OPEN},
     OdeSettings(): {"steps": COUNTS, "margin": (-0.1, 0.5, NAN)},
     ReferenceDraw(): {"samples": COUNTS, "steps": COUNTS},
     CriticSettings(): {

@@ -199,8 +199,8 @@ def test_thresholds_converge_and_shift_as_the_theory_says() -> None:
     assert ((rates["rate"] - rates["expected_rate"]).abs() < 1e-3).all()
 
 
-def test_the_readme_shows_this_runs_headline() -> None:
-    assert headline(TABLES / "comparison.csv").strip() in (ROOT / "README.md").read_text()
+def test_the_documentation_shows_this_runs_headline() -> None:
+    assert headline(TABLES / "comparison.csv").strip() in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_provenance_is_complete() -> None:

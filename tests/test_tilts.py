@@ -160,7 +160,7 @@ def test_the_strongest_tilt_keeps_just_the_share(share, scale):
 
 def common_dual(t, rewards, weights, labels, alpha, mass, tail):
     """As section 8 of the derivation has it, one context after the other."""
-    cut = np.minimum(rewards - t, 0) if side == "lower" else np.maximum(rewards - t, 0)
+    cut = np.minimum(rewards - t, 0) if tail == "lower" else np.maximum(rewards - t, 0)
     value = t
     for context in np.unique(labels):
         own = labels == context
@@ -169,12 +169,12 @@ def common_dual(t, rewards, weights, labels, alpha, mass, tail):
     return value
 
 
-@pytest.mark.parametrize("side", ["lower", "upper"])
+@pytest.mark.parametrize("tail", ["lower", "upper"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("alpha", "mass"), [(0.05, 0.2), (1.0, 0.01), (1.0, 0.5), (20.0, 0.9)])
 @pytest.mark.parametrize("count", [1, 4, 30, 400])
-def test_one_threshold_for_all_contexts_against_brute_force(side, weighted, tied, alpha, mass, count):
+def test_one_threshold_for_all_contexts_against_brute_force(tail, weighted, tied, alpha, mass, count):
     rng = np.random.default_rng(count)
     labels = rng.integers(4, size=count)
     rewards = 3 * rng.normal(size=count) + 2 * labels
@@ -187,7 +187,7 @@ def test_one_threshold_for_all_contexts_against_brute_force(side, weighted, tied
         return common_dual(t, rewards, weights, labels, alpha, mass, tail)
 
     assert dual_objective(at, rewards, alpha, mass, tail, given_weights, labels) == pytest.approx(value(at))
-    if side == "lower":
+    if tail == "lower":
         assert value(at) == pytest.approx(max(value(t) for t in rewards), rel=1e-12, abs=1e-12)
     else:
         best = min(
@@ -199,12 +199,12 @@ def test_one_threshold_for_all_contexts_against_brute_force(side, weighted, tied
 
 def test_a_single_context_is_none():
     rewards = RANDOM.normal(size=500)
-    for side in ("lower", "upper"):
-        one = threshold(rewards, 1.0, 0.1, side)
-        assert threshold(rewards, 1.0, 0.1, side, contexts=np.full(500, 7)) == one
+    for tail in ("lower", "upper"):
+        one = threshold(rewards, 1.0, 0.1, tail)
+        assert threshold(rewards, 1.0, 0.1, tail, contexts=np.full(500, 7)) == one
         # Twice the same rewards in two contexts have the same dual.
         twice, of = np.tile(rewards, 2), np.repeat([0, 1], 500)
-        assert threshold(twice, 1.0, 0.1, side, contexts=of) == pytest.approx(one, abs=1e-12)
+        assert threshold(twice, 1.0, 0.1, tail, contexts=of) == pytest.approx(one, abs=1e-12)
 
 
 def test_failed_rewards_leave_their_context_as_likely_as_it_was():
@@ -212,9 +212,9 @@ def test_failed_rewards_leave_their_context_as_likely_as_it_was():
     failed = np.append(rewards, [math.nan] * 2)
     of = np.append(labels, [1, 1])
     weights = np.array([1, 1, 1, 2, 2.0])  # four of seven samples are of context 1
-    for side in ("lower", "upper"):
-        expected = threshold(rewards, 1.0, 0.3, side, weights, labels)
-        assert threshold(failed, 1.0, 0.3, side, contexts=of) == expected
+    for tail in ("lower", "upper"):
+        expected = threshold(rewards, 1.0, 0.3, tail, weights, labels)
+        assert threshold(failed, 1.0, 0.3, tail, contexts=of) == expected
     with pytest.raises(ValueError, match="7 rewards and 5 contexts"):
         threshold(failed, 1.0, 0.3, "upper", contexts=labels)
 
@@ -264,15 +264,15 @@ def test_weights_over_all_contexts_promise_what_no_model_can_reach():
     np.testing.assert_allclose(np.bincount(labels, pooled.probabilities), moved, atol=0.02)
 
 
-@pytest.mark.parametrize("side", ["lower", "upper"])
-def test_the_threshold_within_contexts_is_that_of_the_closed_form(side):
+@pytest.mark.parametrize("tail", ["lower", "upper"])
+def test_the_threshold_within_contexts_is_that_of_the_closed_form(tail):
     """``E exp(+-(r - t)_+ / s)`` of a normal reward is known; the dual is then a function of one number."""
     mass, alpha = 0.2, 2.0
     s = alpha * mass
 
     def log_mean(t, mean):
         u = t - mean
-        flat, moved = (u, 1 / s - u) if side == "upper" else (-u, u - 1 / s)
+        flat, moved = (u, 1 / s - u) if tail == "upper" else (-u, u - 1 / s)
         return np.logaddexp(norm.logcdf(flat), norm.logcdf(moved) - u / s + 0.5 / s**2)
 
     def dual(t, sign=1.0):
@@ -281,7 +281,7 @@ def test_the_threshold_within_contexts_is_that_of_the_closed_form(side):
     labels = np.repeat(np.arange(3), 20_000)
     rewards = norm.ppf((np.arange(labels.size) % 20_000 + 0.5) / 20_000) + np.array(MEANS)[labels]
     at = threshold(rewards, alpha, mass, tail, contexts=labels)
-    sign = -1.0 if side == "lower" else 1.0
+    sign = -1.0 if tail == "lower" else 1.0
     exact = minimize_scalar(dual, bounds=(-6, 8), args=(sign,), method="bounded", options={"xatol": 1e-10})
     assert dual(at) == pytest.approx(dual(exact.x), abs=2e-3)
     assert dual_objective(at, rewards, alpha, mass, tail, contexts=labels) == pytest.approx(

@@ -41,7 +41,7 @@ DISTRIBUTION = RewardDistribution(np.array([0.4, 0.6]), np.array([-1.0, 1.0]), n
 REWARD = Quadratic(torch.tensor([1.0, 0.5]))
 X = torch.tensor([[0.1, 0.4], [2.0, -1.0], [-0.5, 0.2]])
 
-BY_SIDE: dict[str, Callable[[Any], Any]] = {
+BY_TAIL: dict[str, Callable[[Any], Any]] = {
     "threshold": lambda tail: threshold(REWARDS, 0.5, 0.2, tail),
     "dual_objective": lambda tail: dual_objective(0.1, REWARDS, 0.5, 0.2, tail),
     "active_share": lambda tail: active_share(REWARDS, 0.3, tail),
@@ -63,9 +63,9 @@ BY_SIDE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", BY_SIDE)
+@pytest.mark.parametrize("name", BY_TAIL)
 def test_left_is_lower_right_is_upper_and_no_other_word_is_a_tail(name: str) -> None:
-    by = BY_SIDE[name]
+    by = BY_TAIL[name]
     np.testing.assert_array_equal(by("left"), by("lower"))
     np.testing.assert_array_equal(by("right"), by("upper"))
     assert not np.array_equal(by("lower"), by("upper"))
@@ -74,7 +74,7 @@ def test_left_is_lower_right_is_upper_and_no_other_word_is_a_tail(name: str) -> 
             by(wrong)
 
 
-def test_tail_means_are_those_of_their_side() -> None:
+def test_tail_means_are_those_of_their_tail() -> None:
     assert tail_mean(REWARDS, 0.2, "left") == lower_tail_mean(REWARDS, 0.2)
     assert tail_mean(REWARDS, 0.2, "right") == upper_tail_mean(REWARDS, 0.2)
 
@@ -159,7 +159,7 @@ def test_words_are_told_from_what_is_no_text() -> None:
 PLANE, THEORY = "domains/planar", "pipeline/theory"
 
 
-def test_sides_are_compared_only_where_they_have_been_checked() -> None:
+def test_tails_are_compared_only_where_they_have_been_checked() -> None:
     """A bare comparison with one tail takes every other word for the other tail."""
     compared = {
         (str(file.relative_to(SOURCE / "flowtilt")), found[1])
@@ -171,11 +171,9 @@ def test_sides_are_compared_only_where_they_have_been_checked() -> None:
         (file, word) for file, word in compared if not word.startswith(("read_tail(", "(read_tail("))
     } == {
         ("thresholds.py", "tail"),  # tail = read_tail(tail) stands before it
-        (f"{PLANE}/experiment.py", "tail"),  # of the known tails of utilities
         (f"{THEORY}/thresholds.py", "tail"),  # of the known tails, each in turn
         *((file, "self.tail") for file in ("functionals/utilities.py", "theory/reward_distributions.py")),
         *((f"{THEORY}/thresholds.py", of) for of in ("dual.tail", "self.dual.tail")),
-        (f"{PLANE}/sections.py", "self.tail"),  # checked as they were read
-        (f"{PLANE}/experiment.py", "self.objective.tail"),
-        (f"{PLANE}/bench.py", "problem.tail"),
+        (f"{PLANE}/experiment.py", "self.objective.tail"),  # checked as they were read
+        *((file, "problem.tail") for file in (f"{PLANE}/bench.py", "control/annealed_fitting.py")),
     }

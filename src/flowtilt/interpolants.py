@@ -67,10 +67,6 @@ class Interpolant(ABC):
         beta = self.beta(t)
         return beta * (self.kappa(t) * beta - self.beta_rate(t))
 
-    def sigma(self, t: Tensor) -> Tensor:
-        """Memoryless noise ``sqrt(2 eta)``."""
-        return torch.sqrt(2 * self.eta(t))
-
 
 @dataclass(frozen=True)
 class Linear(Interpolant):

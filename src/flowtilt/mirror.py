@@ -178,16 +178,16 @@ class _Search:
         except ValueError:  # outside of the functional's domain
             return -math.inf, under, distribution
         moved = float((under.probabilities - self.p) @ self.exponents)
-        gain = utility - self.level - self.alpha * (under.kl + moved)
+        gain = utility - self.before - self.alpha * (under.kl + moved)
         return gain if abs(gain) > ROUNDING * self.scale else 0.0, under, distribution
 
     @cached_property
     def scale(self) -> float:
         """Size of what a gain is a difference of."""
-        return abs(self.level) + self.alpha * float(self.p @ np.abs(self.exponents))
+        return abs(self.before) + self.alpha * float(self.p @ np.abs(self.exponents))
 
     @cached_property
-    def level(self) -> float:
+    def before(self) -> float:
         """U at the current distribution."""
         return self.utility.finite_value(self.distribution)
 

@@ -149,7 +149,7 @@ def threshold(
     Args:
         rewards: of pretrained samples, (N,).
         alpha: KL weight, positive.
-        mass: of the tail, in (0, 1): the level b of the lower tail, 1 - b of the upper.
+        mass: of the tail, in (0, 1): the papers' b for the lower tail, 1 - b for the upper.
         tail: the tail, ``lower`` (or ``left``) or ``upper`` (or ``right``).
         weights: of the samples, not negative; equal if not given.
         contexts: a number for each sample, (N,), if they have contexts whose probabilities are given: those

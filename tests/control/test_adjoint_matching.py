@@ -286,7 +286,7 @@ def test_the_scales_of_the_loss_tend_to_those_of_the_continuous_problem(path):
         steps = memoryless_steps(flow, count)
         scale = loss_scale(flow, steps)
         inner = slice(count // 10, count - count // 10)
-        sigma = path.sigma(tensor(time_grid(count)[:-1]))[inner]
+        sigma = (2 * path.eta(tensor(time_grid(count)[:-1]))).sqrt()[inner]
         errors.append(
             max(
                 float((scale.mean[inner] * sigma / 2 - 1).abs().max()),
@@ -559,7 +559,7 @@ estimators = pytest.mark.parametrize("estimator", ["pathwise", "likelihood_ratio
 )
 @pytest.mark.slow_after(2)
 def test_a_gaussian_is_tilted_to_the_closed_form(path, reward, steps, batch, estimator, adjoint):
-    """Mean and covariance within 3 %. The trained distribution is propagated exactly: no sampling error in it."""
+    """Mean and covariance within 3 %. The trained one is propagated exactly, without sampling error."""
     flow = CorrectedFlow(MixtureFlow(path, GAUSSIAN), AffineTable(path, steps))
     choice = settings(steps=steps, batch=batch, pool=batch, endpoint_gradient=estimator, adjoint=adjoint)
     solution = solve(flow, RewardVariation(reward), KL_WEIGHT, choice, generator(0))

@@ -206,9 +206,9 @@ def test_the_threshold_of_a_tail_beyond_the_batch_comes_from_the_chain(reach):
     assert {row["stage"] for row in solution.history} == set(range(1, len(solution.stages) + 1))
 
 
-@pytest.mark.parametrize("side", ["lower", "upper"])
-def test_a_tail_within_reach_is_that_of_the_offline_threshold(side):
-    problem = TailProblem(side, mass=0.3, alpha=4.0)
+@pytest.mark.parametrize("tail", ["lower", "upper"])
+def test_a_tail_within_reach_is_that_of_the_offline_threshold(tail):
+    problem = TailProblem(tail, mass=0.3, alpha=4.0)
     flow, rewards = MixtureFlow(PATH, TWO, trainable=True), TWO.sample(200_000, generator(5))[:, 0]
     solution = solve_tail(flow, Height(), problem, annealed(updates=5), generator(0))
     assert len(solution.stages) == 1

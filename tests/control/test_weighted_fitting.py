@@ -190,7 +190,7 @@ def distributions(seed, spread, size=400):
 
 @pytest.mark.parametrize("spread", [0.01, 0.3, 0.6, 1.0, 3.0, 30.0])
 def test_draws_count_for_the_tilted_distribution_and_the_control_variate_for_the_base(spread):
-    """Drawn probabilities times their factors are the two distributions; the noise is what a residual is left with."""
+    """Drawn probabilities times their factors are the two distributions; the noise is what is left."""
     q, p = distributions(0, spread)
     plan = plan_draws(q)
     drawn = np.diff(plan.cumulative.numpy(), prepend=0)

@@ -35,7 +35,7 @@ class Unusable(Functional):
 
 
 def test_a_weighted_sum_is_the_sum_of_its_parts():
-    parts = ((2.0, CVaR(FIRST, 0.3)), (-0.5, ExpectedReward(SECOND)), (0.7, SQ(SECOND, 0.6)))
+    parts = ((2.0, CVaR(FIRST, 0.3)), (-0.5, ExpectedReward(SECOND)), (0.7, SQ(SECOND, 0.4)))
     whole, distribution = WeightedSum(parts), finite_distribution()
     for method, at in (
         ("value", DISTRIBUTION),

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from closed_forms import PATHS, Mixture, MixtureFlow, generator, tensor
+from exact_transport import wasserstein1
 from flowtilt.functionals.base import Distribution, FiniteDistribution
 from flowtilt.functionals.critic import CriticSettings, _untrained, _values_and_gradients, train_critic
 from flowtilt.functionals.divergences import ReferenceDraw, Wasserstein1
-from flowtilt.metrics.transport import wasserstein1
 
 REFERENCE = MixtureFlow(PATHS["vp"], Mixture.gaussian([0.0, 0.0], np.eye(2)))
 DRAW = ReferenceDraw(samples=1000, steps=40)
@@ -18,6 +18,11 @@ metrics = pytest.mark.parametrize("weights", METRICS, ids=str)
 def gaussian(count, shift=SHIFT, scale=1.0, seed=5):
     noise = torch.randn(count, 2, generator=generator(seed), dtype=torch.float64)
     return (shift + scale * noise).float()
+
+
+def dual_norms(potential, x):
+    """Of the gradient at points, at most 1 where the potential is feasible."""
+    return (potential.gradient(x).flatten(1).to(potential.root_weights) / potential.root_weights).norm(dim=1)
 
 
 def mean_difference(potential, samples, reference):
@@ -40,8 +45,8 @@ def test_the_critic_of_a_shift_against_exact_transport(weights):
     # The constraint holds at samples and between them up to the sampling, hence the small excess.
     assert 0.97 * exact < value < 1.005 * exact
     fresh = gaussian(3000, seed=6)
-    assert potential.dual_norms(samples).max() <= 1 + 1e-5
-    assert potential.dual_norms(fresh).max() <= 1.02
+    assert dual_norms(potential, samples).max() <= 1 + 1e-5
+    assert dual_norms(potential, fresh).max() <= 1.02
     direction = tensor(weights) * SHIFT
     expected = direction / (direction**2 / tensor(weights)).sum().sqrt()
     found = potential.gradient(fresh).double().mean(0)

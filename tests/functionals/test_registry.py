@@ -291,7 +291,7 @@ def test_entries_are_checked_by_one_call(entry):
 
 
 def test_entries_are_built_from_plain_data():
-    built = UTILITIES.build("cvar", {"level": 0.25}, FINITE)
+    built = UTILITIES.build("cvar", {"mass": 0.25}, FINITE)
     assert built == CVaR(FINITE.reward, 0.25)
     draw = {"kind": "random_fourier", "count": 8, "bandwidth": 2}
     design = UTILITIES.build("optimal_design", {"criterion": "trace", "features": draw, "ridge": 0.5}, FINITE)
@@ -309,12 +309,12 @@ def test_entries_are_built_from_plain_data():
 
 BAD = [
     (UTILITIES, "cvr", {}, ["utility 'cvr'", "known: expected_reward, cvar, sq"]),
-    (UTILITIES, "cvar", {}, ["utility cvar", "key level: missing", "known keys: level"]),
-    (UTILITIES, "cvar", {"level": 0.1, "b": 1}, ["key b: unknown", "known keys: level"]),
-    (UTILITIES, "expected_reward", {"level": 0.1}, ["key level: unknown", "known keys: none"]),
-    (UTILITIES, "cvar", {"level": "low"}, ["key level", "finite number", "'low'", "known keys: level"]),
-    (UTILITIES, "cvar", {"level": True}, ["key level", "True"]),
-    (UTILITIES, "cvar", {"level": 1.5}, ["utility cvar", "tail level", "1.5", "known keys: level"]),
+    (UTILITIES, "cvar", {}, ["utility cvar", "key mass: missing", "known keys: mass"]),
+    (UTILITIES, "cvar", {"mass": 0.1, "b": 1}, ["key b: unknown", "known keys: mass"]),
+    (UTILITIES, "expected_reward", {"mass": 0.1}, ["key mass: unknown", "known keys: none"]),
+    (UTILITIES, "cvar", {"mass": "low"}, ["key mass", "finite number", "'low'", "known keys: mass"]),
+    (UTILITIES, "cvar", {"mass": True}, ["key mass", "True"]),
+    (UTILITIES, "cvar", {"mass": 1.5}, ["utility cvar", "mass of a tail", "1.5", "known keys: mass"]),
     (UTILITIES, "mean_variance", {"risk": float("nan")}, ["key risk", "nan"]),
     (UTILITIES, "diverse_modes", {"modes": 2.5}, ["key modes", "whole number", "2.5"]),
     (UTILITIES, "diverse_modes", {"modes": 1}, ["at least 2", "1"]),
@@ -369,7 +369,7 @@ def test_bad_parameters_are_named(registry, name, parameters, words):
 @pytest.mark.parametrize(
     ("registry", "name", "parameters", "lacks"),
     [
-        (UTILITIES, "cvar", {"level": 0.1}, "reward"),
+        (UTILITIES, "cvar", {"mass": 0.1}, "reward"),
         (UTILITIES, "log_barrier", {"bound": 1}, "reward"),
         (DIVERGENCES, "kl", {}, "reference"),
     ],
@@ -380,7 +380,7 @@ def test_missing_ingredients_are_named(registry, name, parameters, lacks):
 
 
 def test_sums_are_built_from_lists():
-    items = [{"name": "cvar", "weight": 2, "level": 0.25}, {"name": "expected_reward"}]
+    items = [{"name": "cvar", "weight": 2, "mass": 0.25}, {"name": "expected_reward"}]
     built = UTILITIES.build_sum(items, FINITE)
     assert built == WeightedSum(((2.0, CVaR(FINITE.reward, 0.25)), (1.0, ExpectedReward(FINITE.reward))))
     check_first_variation(built, DISTRIBUTION)

@@ -1,4 +1,4 @@
-"""Functionals of distributions with noise: gradients by scores against closed forms and a brute-force oracle."""
+"""Functionals of distributions with noise: gradients by scores against closed forms and brute force."""
 
 from __future__ import annotations
 

@@ -41,30 +41,23 @@ def on_points(rewards):
     return Distribution(None, tensor(rewards)[:, None])
 
 
-def mass_of(functional, level):
-    return level if functional is CVaR else 1 - level
-
-
-def value(functional, rewards, level, probabilities):
-    return TAILS[functional](rewards, mass_of(functional, level), probabilities)
+def value(functional, rewards, mass, probabilities):
+    return TAILS[functional](rewards, mass, probabilities)
 
 
 @tails
-@pytest.mark.parametrize("level", [0.0137, 0.25, 0.5, 0.87, 0.993])
-def test_first_variations_against_finite_differences(functional, level):
+@pytest.mark.parametrize("mass", [0.0137, 0.25, 0.5, 0.87, 0.993])
+def test_first_variations_against_finite_differences(functional, mass):
     """The tail mean is linear in the probabilities near a distribution whose quantile lies inside an atom."""
     rng = np.random.default_rng(0)
     n, step = 101, 1e-6
     rewards, p = rng.normal(size=n) * 3, np.full(n, 1 / n)
-    hinge = functional(COORDINATE, level).linearise(on_points(rewards))
-    assert (hinge.mass, hinge.tail) == (
-        pytest.approx(mass_of(functional, level)),
-        "lower" if functional is CVaR else "upper",
-    )
+    hinge = functional(COORDINATE, mass).linearise(on_points(rewards))
+    assert (hinge.mass, hinge.tail) == (mass, "lower" if functional is CVaR else "upper")
     for _ in range(20):
         direction = rng.normal(size=n)
         direction -= direction.mean()
-        values = [value(functional, rewards, level, p + sign * step * direction) for sign in (1, -1)]
+        values = [value(functional, rewards, mass, p + sign * step * direction) for sign in (1, -1)]
         slope = (values[0] - values[1]) / (2 * step)
         # Rounding only: values of about 3, known to 1e-15, over a difference of 2e-6 and the mass.
         assert slope == pytest.approx(direction @ hinge.of_rewards(rewards), abs=1e-8 / hinge.mass)
@@ -80,28 +73,28 @@ def two_distributions(draw):
 @given(two_distributions())
 def test_the_lower_tail_mean_is_convex_and_the_upper_concave(problem):
     """So the linearisation bounds the functional, also where the quantile sits between two atoms."""
-    rewards, q, level = problem
+    rewards, q, mass = problem
     p = np.full(len(rewards), 1 / len(rewards))
     for functional, sign in ((CVaR, 1), (SQ, -1)):
-        hinge = functional(COORDINATE, level).linearise(on_points(rewards))
-        gain = value(functional, rewards, level, q) - value(functional, rewards, level, p)
+        hinge = functional(COORDINATE, mass).linearise(on_points(rewards))
+        gain = value(functional, rewards, mass, q) - value(functional, rewards, mass, p)
         linear = (q - p) @ hinge.of_rewards(rewards)
         assert sign * (gain - linear) >= -1e-11
 
 
 @tails
-@pytest.mark.parametrize("level", [0.01, 0.3, 0.99])
-def test_values_are_tail_means_of_the_rewards(functional, level):
+@pytest.mark.parametrize("mass", [0.01, 0.3, 0.99])
+def test_values_are_tail_means_of_the_rewards(functional, mass):
     rewards = np.random.default_rng(1).normal(size=333)
-    found = functional(COORDINATE, level).value(on_points(rewards))
-    assert found == pytest.approx(value(functional, rewards, level, None), rel=1e-14)
+    found = functional(COORDINATE, mass).value(on_points(rewards))
+    assert found == pytest.approx(value(functional, rewards, mass, None), rel=1e-14)
 
 
 @tails
-@pytest.mark.parametrize("level", [0.0, 1.0, -0.1, 1.1, float("nan")])
-def test_levels_outside_the_unit_interval_are_refused(functional, level):
-    with pytest.raises(ValueError, match="tail level"):
-        functional(COORDINATE, level)
+@pytest.mark.parametrize("mass", [0.0, 1.0, -0.1, 1.1, float("nan")])
+def test_masses_outside_the_unit_interval_are_refused(functional, mass):
+    with pytest.raises(ValueError, match="mass of a tail"):
+        functional(COORDINATE, mass)
 
 
 @pytest.mark.parametrize("tail", ["lower", "upper"])

@@ -67,7 +67,7 @@ def test_the_comparison_counts_its_verdicts() -> None:
     csv = (RESULTS / "tables" / "comparison.csv").read_text().splitlines()
     verdicts = [line.rpartition(",")[2] for line in csv[1:]]
     text = comparison_page(RESULTS / "tables" / "comparison.csv")
-    for verdict in ("match", "same ordering", "differs"):
+    for verdict in set(filter(None, verdicts)):
         count = verdicts.count(verdict)
         assert count > 0
         assert f"{count} × {verdict}" in text

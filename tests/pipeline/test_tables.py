@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtilt.domains.planar.studies import (
@@ -29,6 +29,7 @@ from flowtilt.domains.planar.studies import (
 from flowtilt.domains.planar.tables import experiment_panels, experiment_table, study_table
 from flowtilt.files import atomic_path
 from flowtilt.pipeline.experiment import load_file, read_study
+from flowtilt.pipeline.report.comparison import COMPARISON_COLUMNS, comparison, read_reported
 from flowtilt.pipeline.report.measurements import (
     LONG_COLUMNS,
     SOLUTIONS,
@@ -45,12 +46,8 @@ from flowtilt.pipeline.report.measurements import (
 )
 from flowtilt.pipeline.report.panels import Panel, describe, latex, markdown, pretty
 from flowtilt.pipeline.report.tables import (
-    COMPARISON_COLUMNS,
-    comparison,
     headline,
-    read_reported,
     table_frame,
-    verdict,
     write_comparison,
     write_panels,
     write_table,
@@ -172,6 +169,8 @@ def test_reported_values_of_the_project_are_read() -> None:
         ("source,experiment,method,metric,value,unit\na,b,c,d,many,cost\n", "line 2"),
         ("source,experiment,method,metric,value,unit\na,b,c,d,inf,cost\n", "line 2"),
         ("source,experiment,method,metric,value,unit\n" + "a,b,c,d,1,cost\n" * 2, "twice"),
+        ("source,experiment,method,metric,value,uncertainty,unit\na,b,c,d,1,-1,cost\n", "uncertainty"),
+        ("source,experiment,method,metric,value,uncertainty,unit\na,b,c,d,1,few,cost\n", "line 2"),
         ("", "not a CSV table"),
     ],
 )
@@ -231,124 +230,6 @@ def _long(lines: list[tuple[str, str, str, int, float]]) -> pd.DataFrame:
 )
 def test_row_names_split_back(method: str, solution: str) -> None:
     assert split_row(row_name(method, solution)) == (method, solution)
-
-
-# ------------------------------------------------------------------------------ verdicts
-
-numbers = st.floats(-1e3, 1e3).map(lambda v: round(v, 3))
-spreads = st.one_of(st.just(math.nan), st.floats(0, 100).map(lambda v: round(v, 3)))
-pairs = st.lists(st.tuples(numbers, numbers), max_size=4)
-
-
-@pytest.mark.parametrize(
-    ("value", "sd", "reported", "others", "expected"),
-    [
-        (110.0, math.nan, 100.0, [], "match"),  # exactly 10 %
-        (1.1, math.nan, 1.0, [], "match"),
-        (90.0, 0.0, 100.0, [], "match"),
-        (110.1, math.nan, 100.0, [], "differs"),
-        (-110.0, 0.0, -100.0, [], "match"),
-        (120.0, 10.0, 100.0, [], "match"),  # exactly 2 sd
-        (120.1, 10.0, 100.0, [], "differs"),
-        (150.0, 1.0, 100.0, [(200.0, 110.0)], "same ordering"),
-        (150.0, 1.0, 100.0, [(140.0, 110.0)], "differs"),
-        (150.0, 1.0, 100.0, [(200.0, 110.0), (90.0, 50.0)], "same ordering"),
-        (150.0, 1.0, 100.0, [(200.0, 110.0), (160.0, 50.0)], "differs"),
-        (150.0, 1.0, 100.0, [(150.0, 110.0)], "differs"),  # ours tie, theirs do not
-        (150.0, 1.0, 100.0, [(90.0, 100.0)], "differs"),  # theirs tie: no order to share
-        (150.0, 1.0, 100.0, [(90.0, 100.0), (200.0, 110.0)], "same ordering"),
-        (math.nan, math.nan, 100.0, [(200.0, 110.0)], "differs"),
-        (150.0, 1.0, 100.0, [(math.nan, 110.0)], "differs"),
-        (0.0, math.nan, 0.0, [], "match"),
-    ],
-)
-def test_verdicts(
-    value: float, sd: float, reported: float, others: list[tuple[float, float]], expected: str
-) -> None:
-    assert verdict(value, sd, reported, others) == expected
-
-
-@given(numbers, spreads, numbers, pairs, st.integers(-8, 8))
-def test_verdict_does_not_depend_on_the_unit(
-    value: float, sd: float, reported: float, others: list[tuple[float, float]], power: int
-) -> None:
-    scale = 2.0**power
-    scaled = [(scale * a, scale * b) for a, b in others]
-    assert verdict(scale * value, scale * sd, scale * reported, scaled) == verdict(
-        value, sd, reported, others
-    )
-
-
-@given(numbers, spreads, numbers, pairs)
-def test_verdict_is_the_same_for_a_cost_and_its_reward(
-    value: float, sd: float, reported: float, others: list[tuple[float, float]]
-) -> None:
-    mirrored = [(-a, -b) for a, b in others]
-    assert verdict(-value, sd, -reported, mirrored) == verdict(value, sd, reported, others)
-
-
-@given(numbers, spreads, numbers, st.permutations([(1.0, 2.0), (3.0, 1.0), (-5.0, 7.0)]))
-def test_verdict_does_not_depend_on_the_order_of_the_others(
-    value: float, sd: float, reported: float, others: list[tuple[float, float]]
-) -> None:
-    assert verdict(value, sd, reported, others) == verdict(value, sd, reported, sorted(others))
-
-
-@given(numbers, numbers, numbers, numbers)
-def test_two_methods_share_their_order_or_neither_does(a: float, b: float, ra: float, rb: float) -> None:
-    first, second = verdict(a, math.nan, ra, [(b, rb)]), verdict(b, math.nan, rb, [(a, ra)])
-    assume("match" not in (first, second))
-    assert first == second
-
-
-@given(numbers, spreads, numbers, pairs)
-def test_values_that_rise_with_the_reported_ones_never_differ(
-    value: float, sd: float, reported: float, others: list[tuple[float, float]]
-) -> None:
-    rising = [(value + 3 * (theirs - reported), theirs) for _, theirs in others]
-    assume(any(theirs != reported for _, theirs in rising))
-    assert verdict(value, sd, reported, rising) != "differs"
-
-
-@given(numbers, st.floats(0, 100), numbers, pairs)
-def test_larger_spread_never_unmatches(
-    value: float, sd: float, reported: float, others: list[tuple[float, float]]
-) -> None:
-    if verdict(value, sd, reported, others) == "match":
-        assert verdict(value, 2 * sd, reported, others) == "match"
-
-
-# ---------------------------------------------------------------------------- comparison
-
-
-def test_comparison_has_every_row_and_metric_once_a_source(long: pd.DataFrame) -> None:
-    reported = reported_frame(
-        ("fdc", "risk_averse_2d", "am", "worst_1pct_cost", 288.2),
-        ("ftfc", "risk_averse_2d", "am", "worst_1pct_cost", 100.0),
-        ("fdc", "risk_averse_2d", "pretrained", "worst_1pct_cost", 262.5),
-        ("fdc", "risk_averse_2d", "ftfc", "worst_1pct_cost", 1.0),
-        ("fdc", "novelty_2d", "am", "top_1pct_reward", 55.5),
-    )
-    frame = comparison(long, reported)
-    assert list(frame.columns) == list(COMPARISON_COLUMNS)
-    am = frame[(frame["method"] == "am") & (frame["metric"] == "worst_1pct_cost")]
-    assert list(zip(am["source"], am["verdict"], strict=True)) == [("fdc", "match"), ("ftfc", "differs")]
-    assert "ftfc" not in set(frame["method"])
-    assert set(frame["experiment"]) == {"risk_averse_2d"}
-    others = frame[frame["verdict"] == ""]
-    assert set(others["source"]) == {"flowtilt"}
-    assert others["reported"].isna().all()
-    names = set(zip(long["method"], long["metric"], strict=True))
-    assert set(zip(frame["method"], frame["metric"], strict=True)) == names
-    assert len(frame) == len(names) + 1
-
-
-def test_exact_rows_never_get_verdicts(long: pd.DataFrame) -> None:
-    frame = comparison(long, read_reported(REPORTED))
-    judged = frame[frame["verdict"] != ""]
-    assert list(judged["method"]) == ["pretrained", "am", "fdc"]
-    assert set(judged["metric"]) == {"worst_1pct_cost"}
-    assert list(judged["verdict"]) == ["match", "match", "same ordering"]
 
 
 # ------------------------------------------------------------------------------- wording
@@ -414,12 +295,13 @@ def test_markdown_escapes_bars() -> None:
 
 def test_experiment_table_puts_reported_values_beside_ours(long: pd.DataFrame) -> None:
     first, details = experiment_panels(long, made_up_runs(), read_reported(REPORTED))
-    assert first.header[:4] == ["method", "worst-1 % mean (cost)", "reported (fdc)", "verdict"]
+    gains = ["gain over pretrained", "reported gain (fdc)", "verdict"]
+    assert first.header[:6] == ["method", "worst-1 % mean (cost)", "reported (fdc)", *gains]
     assert first.header[-2:] == ["G (reward)", "gap to exact (reward)"]
     rows = {line[0]: line for line in first.lines}
     assert list(rows)[:4] == ["pretrained", "pretrained, exact", "pretrained, at finite resolution", "am"]
-    assert rows["am"][1:4] == ["289.50 ± 0.71", "288.2", "match"]
-    assert rows["am, exact"][1:4] == ["92.50 ± 0.71", "", ""]
+    assert rows["am"][1:6] == ["289.50 ± 0.71", "288.2", "27.00 ± 0", "25.7", "same direction"]
+    assert rows["am, exact"][1:6] == ["92.50 ± 0.71", "", "", "", ""]
     assert rows["am"][-1] == "197.0 ± 0"
     assert rows["am, exact"][-1] == ""
     assert "active samples (share)" in details.header
@@ -427,9 +309,8 @@ def test_experiment_table_puts_reported_values_beside_ours(long: pd.DataFrame) -
 
 def test_two_sources_give_two_columns(long: pd.DataFrame) -> None:
     names = ("risk_averse_2d", "am", "worst_1pct_cost")
-    first, _ = experiment_panels(
-        long, made_up_runs(), reported_frame(("a", *names, 1.0), ("b", *names, 289.0))
-    )
+    reported = reported_frame(("a", *names, 1.0), ("b", *names, 289.0)).assign(same=True)
+    first, _ = experiment_panels(long, made_up_runs(), reported)
     assert first.header[2:6] == ["reported (a)", "verdict", "reported (b)", "verdict"]
     assert next(line for line in first.lines if line[0] == "am")[2:6] == ["1", "differs", "289", "match"]
 
@@ -544,13 +425,15 @@ def test_headline_shows_ours_beside_theirs(long: pd.DataFrame, tmp_path: Path) -
         "am",
         "289.50 ± 0.71",
         "288.2",
-        "match",
+        "27.00 ± 0",
+        "25.7",
+        "same direction",
         "92.50 ± 0.71",
         "280.50 ± 0.71",
         "144.75 ± 0.35",
     ]
     cells = [cell.strip() for cell in lines[7].strip("|").split("|")]
-    assert cells[:4] == ["tfft", "95.50 ± 0.71", "", ""]
+    assert cells[:6] == ["tfft", "95.50 ± 0.71", "", "", "", ""]
     assert len(lines) == 8
     with pytest.raises(ResultsError, match="no column"):
         headline(REPORTED)

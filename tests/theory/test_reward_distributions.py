@@ -1,4 +1,4 @@
-"""Known distributions of rewards: closed forms against quadrature, sampling, and the package's own thresholds."""
+"""Known distributions of rewards: closed forms against quadrature, sampling, and the exact thresholds."""
 
 from __future__ import annotations
 

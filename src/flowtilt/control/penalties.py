@@ -65,10 +65,6 @@ class Penalty:
         """``(f*)'(s)``, any shape; infinite from the end of the domain on, for orders below 1."""
         return np.exp(self._log_weight(slopes))
 
-    def conjugate(self, slopes: ArrayLike) -> np.ndarray:
-        """``f*(s)``, the largest ``w s - f(w)`` over ``w >= 0``, any shape; infinite outside the domain."""
-        return self.curvature * _conjugate(self.order, self._log_weight(slopes))
-
     def _log_weight(self, slopes: ArrayLike) -> np.ndarray:
         s = np.asarray(slopes, dtype=np.float64) / self.curvature
         return _log_weights(self.order, 0.0, -s)

@@ -354,7 +354,7 @@ def _native(model: FlowModel, batch: _Batch, weights: Tensor) -> Tensor:
 
 
 def _losses(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> tuple[Tensor, float]:
-    """What to minimise, and the native loss under the tilted distribution, which it is without a control variate."""
+    """What to minimise, and the native loss under the tilt, which it is without a control variate."""
     if not model.quadratic_loss:
         native = _native(model, batch, plan.tilted)
         return native, float(native.detach())
@@ -373,7 +373,7 @@ def _losses(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> tup
 
 
 def _subtract_gradient_at_base(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> None:
-    """The control variate of any loss: its gradient at the base, whose mean under the base's distribution is zero."""
+    """The control variate of any loss: its gradient at the base, whose mean is zero under the base."""
     own = list(base.parameters())
     at_base = torch.autograd.grad(_native(base, batch, plan.base), own, allow_unused=True)
     for parameter, gradient in zip(model.parameters(), at_base, strict=True):

@@ -133,7 +133,7 @@ class FirstVariation(ABC):
         """Gradient at ``x`` (batch, ...), of the same shape."""
 
     def on(self, distribution: FiniteDistribution) -> np.ndarray:
-        """Values at the points of a finite distribution, float64, (n,); it keeps the rewards that are asked for."""
+        """Values at the points of a finite distribution, float64, (n,); it keeps their rewards."""
         return self.value(distribution.points, distribution.context).detach().double().numpy(force=True)
 
     def active(self, x: Tensor, context: Context = None) -> Tensor:

@@ -51,7 +51,8 @@ def check_first_variation(
     variation = functional.finite_variation(distribution)
     if variation.shape != distribution.p.shape:
         raise CheckError(
-            f"{_name(functional)}.finite_variation has the shape {variation.shape}, not {distribution.p.shape}"
+            f"{_name(functional)}.finite_variation has the shape {variation.shape}, "
+            f"not {distribution.p.shape}"
         )
     errors = []
     for _ in range(20):

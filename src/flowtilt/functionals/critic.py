@@ -79,10 +79,6 @@ class CriticPotential(FirstVariation):
         """Coordinates in which the metric is Euclidean and the samples have unit spread, (batch, d)."""
         return (x.flatten(1).to(self.centre.dtype) * self.root_weights - self.centre) / self.spread
 
-    def dual_norms(self, x: Tensor) -> Tensor:
-        """Dual norm of the gradient at ``x`` (batch, ...), at most 1 where it is feasible, (batch,)."""
-        return (self.gradient(x).flatten(1).to(self.root_weights) / self.root_weights).norm(dim=1)
-
 
 def train_critic(
     samples: Tensor, reference: Tensor, weights: Sequence[float], settings: CriticSettings

@@ -31,12 +31,12 @@ class FunctionalKeys(NamedTuple):
     keys: Mapping[str, Key] = {}
 
 
-_LEVEL = Key("number in (0, 1)", "Quantile level where the tail begins.")
+_MASS = Key("number in (0, 1)", "Share of probability in the tail.")
 
 UTILITY_KEYS: dict[str, FunctionalKeys] = {
     "expected_reward": FunctionalKeys("Mean of the reward."),
-    "cvar": FunctionalKeys("Mean of the worst share `level` of the reward.", {"level": _LEVEL}),
-    "sq": FunctionalKeys("Mean of the best share 1 - `level` of the reward.", {"level": _LEVEL}),
+    "cvar": FunctionalKeys("Mean of the worst share `mass` of the reward.", {"mass": _MASS}),
+    "sq": FunctionalKeys("Mean of the best share `mass` of the reward.", {"mass": _MASS}),
     "mean_variance": FunctionalKeys(
         "Mean of the reward less `risk` times its variance.",
         {"risk": Key("number", "Weight of the variance, in inverse reward units; negative seeks variance.")},

@@ -1,4 +1,4 @@
-"""First variations of functionals of a distribution with noise: what is left of a distribution at a time of its path."""
+"""First variations of functionals of a distribution with noise: of what is left of one along its path."""
 
 from __future__ import annotations
 

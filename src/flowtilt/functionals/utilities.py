@@ -63,8 +63,8 @@ def _finite_values(reward: Reward, distribution: FiniteDistribution) -> np.ndarr
     values = distribution.values_of(reward)
     if count := int(np.isnan(values).sum()):
         raise RewardError(
-            f"reward {type(reward).__name__} failed on {count} of the {len(values)} points of a finite distribution, "
-            "which needs a value at each; leave these points out of the distribution"
+            f"reward {type(reward).__name__} failed on {count} of the {len(values)} points of a finite "
+            "distribution, which needs a value at each; leave these points out of the distribution"
         )
     return np.asarray(values)
 
@@ -197,57 +197,63 @@ class _TailMean(_FunctionalOfRewards):
 
     Attributes:
         reward: the reward.
-        level: the quantile level b in (0, 1) where the tail begins.
+        mass: share of probability in the tail, in (0, 1).
     """
 
     reward: Reward
-    level: float
+    mass: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.level < 1:
-            raise ValueError(f"a tail level must lie in (0, 1), got {self.level}")
+        if not 0 < self.mass < 1:
+            raise ValueError(f"the mass of a tail must lie in (0, 1), got {self.mass}")
 
 
 @dataclass(frozen=True)
 class CVaR(_TailMean):
-    """Mean of the worst share ``level`` of the reward; convex in the distribution."""
+    """Mean of the worst share ``mass`` of the reward; convex in the distribution.
+
+    The papers write CVaR_b with the quantile level b where the tail ends: b is ``mass``.
+    """
 
     tier = "convex"
 
     def value(self, distribution: Distribution) -> float:
-        return lower_tail_mean(_values(self.reward, distribution), self.level)
+        return lower_tail_mean(_values(self.reward, distribution), self.mass)
 
     def linearise(self, distribution: Distribution) -> Hinge:
-        threshold = quantile(_values(self.reward, distribution), self.level)
-        return Hinge(self.reward, threshold, mass=self.level, tail="lower")
+        threshold = quantile(_values(self.reward, distribution), self.mass)
+        return Hinge(self.reward, threshold, self.mass, "lower")
 
     def finite_value(self, distribution: FiniteDistribution) -> float:
-        return lower_tail_mean(_finite_values(self.reward, distribution), self.level, distribution.p)
+        return lower_tail_mean(_finite_values(self.reward, distribution), self.mass, distribution.p)
 
     def variation_at(self, distribution: FiniteDistribution) -> Hinge:
-        at = quantile(_finite_values(self.reward, distribution), self.level, distribution.p)
-        return Hinge(self.reward, at, self.level, "lower")
+        at = quantile(_finite_values(self.reward, distribution), self.mass, distribution.p)
+        return Hinge(self.reward, at, self.mass, "lower")
 
 
 @dataclass(frozen=True)
 class SQ(_TailMean):
-    """Superquantile: mean of the best share ``1 - level`` of the reward; concave in the distribution."""
+    """Superquantile: mean of the best share ``mass`` of the reward; concave in the distribution.
+
+    The papers write SQ_b with the quantile level b where the tail begins: b is ``1 - mass``.
+    """
 
     tier = "general"
 
     def value(self, distribution: Distribution) -> float:
-        return upper_tail_mean(_values(self.reward, distribution), 1 - self.level)
+        return upper_tail_mean(_values(self.reward, distribution), self.mass)
 
     def linearise(self, distribution: Distribution) -> Hinge:
-        threshold = quantile(_values(self.reward, distribution), self.level)
-        return Hinge(self.reward, threshold, mass=1 - self.level, tail="upper")
+        threshold = quantile(_values(self.reward, distribution), 1 - self.mass)
+        return Hinge(self.reward, threshold, self.mass, "upper")
 
     def finite_value(self, distribution: FiniteDistribution) -> float:
-        return upper_tail_mean(_finite_values(self.reward, distribution), 1 - self.level, distribution.p)
+        return upper_tail_mean(_finite_values(self.reward, distribution), self.mass, distribution.p)
 
     def variation_at(self, distribution: FiniteDistribution) -> Hinge:
-        at = quantile(_finite_values(self.reward, distribution), self.level, distribution.p)
-        return Hinge(self.reward, at, 1 - self.level, "upper")
+        at = quantile(_finite_values(self.reward, distribution), 1 - self.mass, distribution.p)
+        return Hinge(self.reward, at, self.mass, "upper")
 
 
 @dataclass(frozen=True)
@@ -447,7 +453,8 @@ class LogBarrier(_FunctionalOfRewards):
         if not expected_cost < self.bound:
             raise InfeasibleBarrier(
                 f"the log barrier is infeasible: the expected cost is {expected_cost:.6g} and must be "
-                f"below the bound {self.bound:.6g}; raise the bound, or start from a distribution of lower cost"
+                f"below the bound {self.bound:.6g}; raise the bound, or start from a distribution of "
+                "lower cost"
             )
         return self.bound - expected_cost
 

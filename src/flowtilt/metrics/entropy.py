@@ -1,4 +1,4 @@
-"""Two estimates of a distribution's entropy from its samples, both in the official code of Flow Density Control."""
+"""Two estimates of a distribution's entropy from samples, both in Flow Density Control's official code."""
 
 from __future__ import annotations
 

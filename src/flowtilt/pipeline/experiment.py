@@ -34,12 +34,15 @@ from flowtilt.pipeline.configuration import (
     validated,
 )
 from flowtilt.pipeline.domain import Domain, domain_named, domain_of, sources
+from flowtilt.pipeline.places import preferred
 from flowtilt.pipeline.sections import MethodConfig, OfflineConfig, SolverConfig, TailSpec, check_methods
 from flowtilt.yaml_files import dump_yaml
 
 
 class Experiment(Section):
     """What every experiment, or one case of a study, has; a domain adds its own."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"base": "starts_from"}
 
     solutions: ClassVar[tuple[str, ...]] = ("network",)
     """Rows of each method in the tables: its network's, and those that are solved exactly."""
@@ -65,12 +68,16 @@ class Experiment(Section):
     title: str
     """Title of its table."""
 
-    base: Name
+    starts_from: Name
     """Experiment whose pretrained models this one starts from; by default itself, and for a case of a
     study the experiment that it derives from."""
 
     seeds: Seeds
     """Seeds of the runs; a number n stands for 0 to n - 1."""
+
+    same_as: Annotated[list[str], NoRepeats] = Field(default_factory=list)
+    """Sources of reported values that have the data set, the model and the reward of this experiment: their
+    levels are compared. Of all others it is the gain over the pretrained model."""
 
     offline: OfflineConfig | None = None
     """Sizes of batches."""
@@ -116,7 +123,7 @@ class Experiment(Section):
         raise ConfigError(f"experiment {self.name}: key methods.{method}: {self.domain} has no tail")
 
     def masses_of(self, method: str) -> list[float]:
-        """The mass of the tail at every update, of a method whose level rises; empty for others."""
+        """The mass of the tail at every update, of a method whose tail narrows; empty for others."""
         return []
 
     def reward_weight_of(self, method: str) -> float:
@@ -207,8 +214,8 @@ class StudyConfig(Section):
     """What varies, with its unit if it has one: the title of the axis."""
 
     table: str = "axis"
-    """Table and figure, of those that the domain of the cases has: ``axis``, rows along the axis; ``levels``,
-    what each level of the tail reaches at what cost; for cases on functionals ``hierarchy``, what FDC reaches
+    """Table and figure, of those that the domain of the cases has: ``axis``, rows along the axis; ``masses``,
+    what each mass of the tail reaches at what cost; for cases on functionals ``hierarchy``, what FDC reaches
     of each, or ``solvers``, what each solver reaches at what cost."""
 
     set: dict[str, Any] = Field(default_factory=dict)
@@ -278,14 +285,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     of_files = overrides.pop("files", {})
     if not isinstance(of_files, Mapping) or not all(isinstance(v, Mapping) for v in of_files.values()):
         raise ConfigError(f"{path}: key files: must map names of experiment files to their keys and values")
-    for name, changes in overrides.items():
-        if name not in sources():
-            raise ConfigError(
-                f"{path}: key {name}: what is merged into experiments stands under their domain "
-                f"({', '.join(sorted(sources()))}), beside skip and files; move it there"
-            )
-        if not isinstance(changes, Mapping):
-            raise ConfigError(f"{path}: key {name}: must map keys of its experiments to values")
+    _check_domains(overrides, path)
 
     def read(file: Path) -> dict[str, Any]:
         return merge(read_yaml(file), of_files.get(file.stem, {}))
@@ -310,28 +310,44 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
         )
     study = validated(Study, data, path) if "study" in data else None
     if study is None:
-        return {path.stem: finish({"base": path.stem, **data})}
+        return {path.stem: finish({"starts_from": path.stem, **data})}
     if unknown := set(skip.cases) - {case.label for case in study.study.cases}:
         raise ConfigError(f"{path}: key skip.{path.stem}.cases: there is no case {min(unknown)!r}")
     experiments: dict[str, Experiment] = {}
     for case in study.study.cases:
         if case.label in skip.cases:
             continue
-        parent = read(path.parent / f"{case.of}.yaml")
-        name = f"{study.name}/{case.label}"
-        changed = merge(merge(parent, study.study.set), case.set)
-        own = {
-            "name": name,
-            "title": f"{study.title}: {case.label}",
-            "base": case.of,
-            "seeds": study.seeds,
-            "methods": merge(study.study.methods, case.methods),
-            "axis_value": case.value,
-        }
-        if case.also:
-            own["also"] = _methods_of(parent, case, path)
-        experiments[name] = finish({**changed, **own}, case.label)
+        name = f"{case.of}.yaml"
+        parent = read(preferred(path.parent / name, f"config/experiments/{name}"))
+        data = _case_data(study, case, parent, path)
+        experiments[data["name"]] = finish(data, case.label)
     return experiments
+
+
+def _check_domains(overrides: Mapping[str, Any], path: Path) -> None:
+    """Refuse what is to be merged into experiments of no domain, or is no mapping."""
+    for name, changes in overrides.items():
+        if name not in sources():
+            raise ConfigError(
+                f"{path}: key {name}: what is merged into experiments stands under their domain "
+                f"({', '.join(sorted(sources()))}), beside skip and files; move it there"
+            )
+        if not isinstance(changes, Mapping):
+            raise ConfigError(f"{path}: key {name}: must map keys of its experiments to values")
+
+
+def _case_data(study: Study, case: Case, parent: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The experiment that a case derives from, with what study and case change."""
+    data = {
+        **merge(merge(parent, study.study.set), case.set),
+        "name": f"{study.name}/{case.label}",
+        "title": f"{study.title}: {case.label}",
+        "starts_from": case.of,
+        "seeds": study.seeds,
+        "methods": merge(study.study.methods, case.methods),
+        "axis_value": case.value,
+    }
+    return {**data, "also": _methods_of(parent, case, path)} if case.also else data
 
 
 def _methods_of(parent: Mapping[str, Any], case: Case, path: Path) -> dict[str, Any]:
@@ -376,7 +392,7 @@ def load_resolved(path: str | Path) -> Experiment:
         raise ConfigError(f"{path}: is a study; name one of its cases' resolved files instead")
     domain = domain_in(data, path)
     data = domain.completed(data, path)
-    return validated(domain.schema(data), {"base": path.stem, **data}, path)
+    return validated(domain.schema(data), {"starts_from": path.stem, **data}, path)
 
 
 def domain_in(data: Mapping[str, Any], path: Path) -> Domain:

@@ -98,7 +98,11 @@ class StageRule:
         if not self.whole:
             return dict(self.stage.reads(self.run(**wildcards)))
         seed = wildcards.get("seed", "")
-        runs = self._runs(seed) if self.stage.scope == "file" else self._starts()
+        runs = (
+            self._runs(seed)
+            if self.stage.scope == "file"
+            else [Run(self.results, one) for one in self.experiments]
+        )
         files = [file for run in runs for value in self.stage.reads(run).values() for file in _listed(value)]
         return {"runs": unique(files)}
 
@@ -118,10 +122,6 @@ class StageRule:
                 if self.stage.has(experiment, method):
                     yield Run(self.results, experiment, method, seed)
 
-    def _starts(self) -> Iterator[Run]:
-        for experiment in self.experiments:
-            yield Run(self.results, experiment)
-
     # ---------------------------------------------------------------------------------- the job
 
     def log(self) -> str:
@@ -138,8 +138,18 @@ class StageRule:
         method = wildcards.get("method")
         return [stage_digest(experiment, self.stage.name, method) for experiment in self._of(wildcards)]
 
-    def command(self, threads: int = 1, **wildcards: str) -> str:
-        """The shell command of a job, quoted; its configuration is at its content's address."""
+    def command(self, threads: int = 1, output: str = "", **wildcards: str) -> str:
+        """The shell command of a job, quoted; its configuration is at its content's address.
+
+        Args:
+            threads: that the job has.
+            output: its first output, if that may lie in another folder than the plan says.
+            wildcards: of the job.
+        """
+        results = self.results
+        if output:
+            planned = next(file for files in self.outputs.values() for file in _listed(files))
+            results = output.removesuffix(planned.format(**wildcards)) + results
         config, needs = self.plan.config, self.stage.needs
         each = max(1, threads // needs.processes(config))
         words = ["flowtilt", self.stage.name]
@@ -147,7 +157,7 @@ class StageRule:
         for option in ("method", "seed"):
             if option in wildcards:
                 words += [f"--{option}", wildcards[option]]
-        words += ["--results", self.results, "--workers", str(each)]
+        words += ["--results", results, "--workers", str(each)]
         if needs.gpu and config.gpu:
             words += ["--gpu", str(config.gpu)]
         together = []

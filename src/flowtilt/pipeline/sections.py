@@ -10,7 +10,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from flowtilt.pipeline.configuration import Count, Positive, Row, Section, Share
 from flowtilt.words import Tail, read_tail
 
-Tail = Annotated[Tail, BeforeValidator(read_tail)]
+TailKey = Annotated[Tail, BeforeValidator(read_tail)]
+
+
+LEVEL = "mass: the share of probability in the tail, for an upper tail one minus the level"
+"""What became of the key ``level``; see :attr:`flowtilt.pipeline.configuration.Section.renamed`."""
 
 
 class TailSpec(NamedTuple):
@@ -187,10 +191,6 @@ TUNED = ("am", "fdc", "tfft")
 
 def check_methods(methods: Mapping[str, MethodConfig], solutions: Sequence[str]) -> None:
     """Refuse methods whose names stand for something else in the results' files and rows.
-
-    Args:
-        methods: by name.
-        solutions: rows of each method in the tables: its network's, and those that are solved on the grid.
 
     Raises:
         ValueError: naming the method and the fix.

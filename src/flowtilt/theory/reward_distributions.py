@@ -39,11 +39,6 @@ class RewardDistribution:
         return [(w / total, m, d) for w, m, d in zip(self.weights, self.means, self.deviations, strict=True)]
 
     @property
-    def atomic(self) -> bool:
-        """Whether all of the mass is on the components' means."""
-        return all(deviation == 0 for deviation in self.deviations)
-
-    @property
     def support(self) -> tuple[float, float]:
         """An interval that holds all of the mass that float64 can see."""
         left = min(m - REACH * d for _, m, d in self._components)

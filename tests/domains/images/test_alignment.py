@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from flowtilt.checkpoints import CheckpointError
-from flowtilt.domains.images.alignment import AlignmentModel, classify, fit, load_alignment
+from flowtilt.domains.images.alignment import AlignmentModel, classify_features, fit, load_alignment
 from flowtilt.domains.images.build import WEIGHTS_OF_CLIP, save_clip
 from flowtilt.domains.images.sections import EmbeddedConfig
 from flowtilt.pipeline.configuration import ConfigError
@@ -104,7 +104,9 @@ def test_features_and_scores_are_those_of_open_clip(model, folder):
     images, texts, scores = directly(f"local-dir:{folder}", colours, PROMPTS)
     torch.testing.assert_close(model.image_features(as_tensor(colours)), images, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.text_features(PROMPTS), texts, atol=1e-5, rtol=0)
-    torch.testing.assert_close(model.scores(as_tensor(colours), PROMPTS), scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.scores_of(model.image_features(as_tensor(colours)), PROMPTS), scores, atol=1e-5, rtol=0
+    )
     assert scores.std() > 1e-2  # or the comparison would say nothing
     assert (texts[0] - texts[1]).norm() > 1e-2
     assert load_file(folder / WEIGHTS_OF_CLIP)["visual.proj"].dtype == torch.float16
@@ -124,7 +126,9 @@ def test_a_built_in_name_takes_its_weights_from_a_file(tiny_name, tmp_path):
     images, texts, scores = directly(tiny_name, colours, PROMPTS, weights)
     torch.testing.assert_close(found.image_features(as_tensor(colours)), images, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.text_features(PROMPTS), texts, atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.scores(as_tensor(colours), PROMPTS), scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found.scores_of(found.image_features(as_tensor(colours)), PROMPTS), scores, atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(found.mean.flatten(), torch.tensor(open_clip.OPENAI_DATASET_MEAN))
     assert scores.std() > 1e-3
 
@@ -206,7 +210,7 @@ def test_the_network_is_frozen_and_texts_and_scores_have_no_graph(model):
     images = torch.zeros(2, 3, 16, 16, requires_grad=True)
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(module.training for module in model.network.modules())
-    assert not model.scores(images, PROMPTS[:2]).requires_grad
+    assert not model.scores_of(model.image_features(images), PROMPTS[:2]).requires_grad
     assert not model.text_features(PROMPTS).requires_grad
     assert model.image_features(images).requires_grad
 
@@ -221,9 +225,9 @@ def test_many_images_go_in_parts(model, monkeypatch):
 
     monkeypatch.setattr(model.network, "encode_image", counted)
     images = as_tensor(pixels(300))
-    found = model.scores(images, ["a bridge"] * 300)
+    found = model.scores_of(model.image_features(images), ["a bridge"] * 300)
     assert sizes == [256, 44]
-    alone = model.scores(images[290:291], ["a bridge"])
+    alone = model.scores_of(model.image_features(images[290:291]), ["a bridge"])
     torch.testing.assert_close(found[290:291], alone, atol=1e-6, rtol=0)
 
 
@@ -256,8 +260,10 @@ def test_classes_are_those_of_the_most_similar_prompt(model):
     names = ["red", "stone {}", "sea"]
     images = as_tensor(pixels(40))
     prompts = ["a red bridge", "a stone {} bridge", "a sea bridge"]
-    each = torch.stack([model.scores(images, [prompt] * 40) for prompt in prompts], dim=1)
-    found = classify(images, model, names, "a {} bridge")
+    each = torch.stack(
+        [model.scores_of(model.image_features(images), [prompt] * 40) for prompt in prompts], dim=1
+    )
+    found = classify_features(model.image_features(images), model, names, "a {} bridge")
     assert found.tolist() == [max(range(3), key=row.__getitem__) for row in each.tolist()]
     assert found.dtype == torch.long
     assert len(set(found.tolist())) > 1
@@ -268,11 +274,11 @@ def test_bad_input_is_explained(model):
     with pytest.raises(ValueError, match=r"expected images \(n, 3, height, width\), got \(2, 1, 16, 16\)"):
         model.image_features(images[:, :1])
     with pytest.raises(ValueError, match="got 2 and 1 prompts"):
-        model.scores(images, ["a bridge"])
+        model.scores_of(model.image_features(images), ["a bridge"])
     with pytest.raises(ValueError, match=r"'a bridge' has no \{\}"):
-        classify(images, model, ["red"], "a bridge")
+        classify_features(model.image_features(images), model, ["red"], "a bridge")
     with pytest.raises(ValueError, match="without names"):
-        classify(images, model, [], "a {} bridge")
+        classify_features(model.image_features(images), model, [], "a {} bridge")
     settings = {"size": (16, 20), "mean": [0.5] * 3, "std": [0.5] * 3}
     with pytest.raises(ValueError, match=r"takes \(16, 20\) pixels"):
         AlignmentModel(model.network, model.tokenizer, settings)

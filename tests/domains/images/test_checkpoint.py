@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from flowtilt.checkpoints import sha256_of
-from flowtilt.domains.images.bridges import CREATIVE, DESIGNS, PROMPTS
+from flowtilt.domains.images.bridges import CREATIVE, DESIGNS
 from flowtilt.domains.images.sections import EmbeddedConfig, GuidanceConfig, ImageModelConfig
 from flowtilt.metrics.diversity import combinations_covered
 from flowtilt.pipeline.experiment import load_file
 from small import CONFIG
+from small_images import PROMPTS
 
 pytest.importorskip("diffusers", reason="the extra 'images' is not installed")
 pytest.importorskip("open_clip", reason="the extra 'images' is not installed")
@@ -75,7 +76,7 @@ def test_weights_are_a_few_megabytes(model: ImageModelConfig) -> None:
 
 def test_images_follow_their_captions(model: ImageModelConfig) -> None:
     """By the shipped CLIP: designs of full captions, and scores above those of captions exchanged."""
-    from flowtilt.domains.images.alignment import classify, load_alignment
+    from flowtilt.domains.images.alignment import classify_features, load_alignment
     from flowtilt.domains.images.pipeline import load_text_to_image
     from flowtilt.sampling import sample_sde
 
@@ -86,12 +87,13 @@ def test_images_follow_their_captions(model: ImageModelConfig) -> None:
     with torch.no_grad():
         images = base.decode(latents)
     names = list(DESIGNS)
-    found = classify(images, scorer, names, "a {} bridge").tolist()
+    features = scorer.image_features(images)
+    found = classify_features(features, scorer, names, "a {} bridge").tolist()
     right = [names[k] in PROMPTS[i] for k, i in zip(found, context.prompt.tolist(), strict=True)]
     # By chance a fifth; 0.44 is two standard errors of 40 draws above one third.
     assert np.mean(right) > 0.44
-    own = scorer.scores(images, [PROMPTS[i] for i in context.prompt]).mean()
-    exchanged = scorer.scores(images, [PROMPTS[(i + 7) % len(PROMPTS)] for i in context.prompt]).mean()
+    own = scorer.scores_of(features, [PROMPTS[i] for i in context.prompt]).mean()
+    exchanged = scorer.scores_of(features, [PROMPTS[(i + 7) % len(PROMPTS)] for i in context.prompt]).mean()
     assert float(own - exchanged) > 0.1
 
 

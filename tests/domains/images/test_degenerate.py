@@ -10,12 +10,12 @@ from torch import nn
 from flowtilt.domains.images import alignment, rewards
 from flowtilt.domains.images.alignment import (
     AlignmentModel,
-    classify,
     classify_features,
     finite,
     fit,
     load_alignment,
     similarity,
+    warn_of_long,
 )
 from flowtilt.domains.images.model import Prompted
 from flowtilt.domains.images.rewards import ClipReward, ImageReward
@@ -67,10 +67,13 @@ def test_a_pixel_that_is_not_finite_costs_its_own_image_alone(model, bad, size):
     assert features[0].isnan().all()
     assert torch.equal(features[1], model.image_features(images(size))[1])
     assert finite(features).tolist() == [False, True]
-    assert model.scores(images(size, bad=bad), ["b", "b"]).isnan().tolist() == [True, False]
+    assert model.scores_of(model.image_features(images(size, bad=bad)), ["b", "b"]).isnan().tolist() == [
+        True,
+        False,
+    ]
     assert model.scores_of(features, ["b", "b"])[1] == 1
     with pytest.raises(ValueError, match="1 of 2 images have features of no class"):
-        classify(images(size, bad=bad), model, ["a", "b"], "{}")
+        classify_features(features, model, ["a", "b"], "{}")
 
 
 def test_no_direction_has_no_similarity(model):
@@ -84,8 +87,8 @@ def test_no_direction_has_no_similarity(model):
 
 
 def test_blank_images_of_one_colour_have_scores(model):
-    assert model.scores(images(), ["a", "a"]).tolist() == [1, 0]
-    assert classify(images(), model, ["a", "b"], "{}").tolist() == [0, 1]
+    assert model.scores_of(model.image_features(images()), ["a", "a"]).tolist() == [1, 0]
+    assert classify_features(model.image_features(images()), model, ["a", "b"], "{}").tolist() == [0, 1]
 
 
 def context(*positions):
@@ -128,10 +131,18 @@ REFUSED = [
         for x in (torch.zeros(0, 3, 4, 4), torch.zeros(1, 3, 4, 0), torch.zeros(1, 1, 4, 4), torch.zeros(3))
     ),
     (lambda model: model.text_features([]), (), "at least one text"),
-    (lambda model: model.scores(images(), ["a"]), (), "each image needs its prompt; got 2 and 1"),
+    (
+        lambda model: model.scores_of(model.image_features(images()), ["a"]),
+        (),
+        "each image needs its prompt; got 2 and 1",
+    ),
     (lambda model: model.scores_of(torch.zeros(0, 3), []), (), "at least one text"),
-    (lambda model: classify(images(), model, [], "{}"), (), "without names"),
-    (lambda model: classify(images(), model, ["a"], "a"), (), "has no {}"),
+    (
+        lambda model: classify_features(model.image_features(images()), model, [], "{}"),
+        (),
+        "without names",
+    ),
+    (lambda model: classify_features(model.image_features(images()), model, ["a"], "a"), (), "has no {}"),
     (lambda model: ClipReward(lambda x: x, model, []), (), "at least one text"),
     *(
         (lambda model, c: ClipReward(lambda x: x, model, ["a", "b"]).value(images(), c), (c,), message)
@@ -150,6 +161,14 @@ def test_degenerate_input_is_refused(model, function, arguments, message):
     takes_model = "model" in inspect.signature(function).parameters
     with pytest.raises(ValueError, match=message):
         function(*((model,) if takes_model else ()), *arguments)
+
+
+def test_no_prompt_is_too_long_for_a_warning_of_its_length(caplog):
+    warn_of_long([], len, 1)
+    warn_of_long(["a", ""], len, 1)
+    assert not caplog.messages
+    warn_of_long(["ab", "ab"], len, 1, "text encoder")
+    assert caplog.messages == ["prompt 'ab' has 2 tokens; the text encoder sees 1 of them"]
 
 
 def test_every_public_function_is_tried_here():

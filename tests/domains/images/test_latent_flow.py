@@ -23,8 +23,9 @@ from closed_forms import (
     tensor,
 )
 from flowtilt.control.adjoint_matching import AdjointMatchingSettings, solve
-from flowtilt.domains.images.model import Guidance, LatentFlow, Prompted
+from flowtilt.domains.images.model import LatentFlow, Prompted
 from flowtilt.domains.images.pipeline import schedule_of
+from flowtilt.domains.images.sections import GuidanceConfig
 from flowtilt.functionals.utilities import RewardVariation
 from flowtilt.interpolants import convert, memoryless_step
 from flowtilt.model import FlowModel
@@ -231,7 +232,7 @@ def test_a_guided_unet_is_sampled_as_diffusers_does():
     steps, prompt, scale = 10, torch.tensor([1, 2]), 7.5
     scheduler = scheduler_of(FIRST)
     unet = small_unet()
-    flow = flow_of(unet, scheduler, (4, 4, 4), guidance=Guidance(sampling=scale))
+    flow = flow_of(unet, scheduler, (4, 4, 4), guidance=GuidanceConfig(sampling=scale))
     found = sample_sde(flow, 2, steps, generator(4), flow.context_of(prompt))
     scheduler.set_timesteps(steps)
     rng = generator(4)
@@ -288,7 +289,9 @@ def test_velocity_and_score_follow_from_what_the_denoiser_predicts(known, target
 
 
 def test_the_score_is_that_of_the_guidance_of_the_control():
-    flow = flow_of(Arbitrary(), scheduler_of(TRAILING), guidance=Guidance(5.0, 2.0, 3.0))
+    flow = flow_of(
+        Arbitrary(), scheduler_of(TRAILING), guidance=GuidanceConfig(sampling=5.0, adjoint=2.0, control=3.0)
+    )
     x, t = torch.randn(4, *SHAPE, generator=generator(0)), torch.tensor(0.4)
     context = flow.context_of(torch.arange(4))
     expected = flow.predict(x, t, replace(context, guidance=3.0)) / -flow.path.beta(t)
@@ -313,7 +316,7 @@ def test_a_denoiser_of_noise_alone_is_refused_where_no_signal_is_left(target):
 @pytest.mark.parametrize("scale", [1.0, 0.0, 7.5, -0.5])
 @targets
 def test_guidance_goes_from_the_empty_prompt_through_the_prompt(scale, target):
-    flow = flow_of(Arbitrary(), scheduler_of(TRAILING, target), guidance=Guidance(sampling=scale))
+    flow = flow_of(Arbitrary(), scheduler_of(TRAILING, target), guidance=GuidanceConfig(sampling=scale))
     x, t = torch.randn(6, *SHAPE, generator=generator(0)), torch.linspace(0.1, 0.9, 6)
     prompt = torch.tensor([0, 1, 2, 3, 3, 0])
     found = flow.predict(x, t, flow.context_of(prompt))
@@ -327,7 +330,9 @@ def test_guidance_goes_from_the_empty_prompt_through_the_prompt(scale, target):
 
 
 def test_each_use_has_its_guidance_and_the_prompts_stay():
-    flow = flow_of(Arbitrary(), scheduler_of(TRAILING), guidance=Guidance(7.5, 1.0, 2.0))
+    flow = flow_of(
+        Arbitrary(), scheduler_of(TRAILING), guidance=GuidanceConfig(sampling=7.5, adjoint=1.0, control=2.0)
+    )
     drawn = flow.draw_context(50, generator(3))
     assert drawn.guidance == 7.5
     scales = {use: flow.context_for(use, drawn).guidance for use in ("sampling", "adjoint", "control")}
@@ -343,7 +348,7 @@ def test_each_use_has_its_guidance_and_the_prompts_stay():
 
 
 def test_a_selection_keeps_the_prompts_of_its_samples():
-    flow = flow_of(Arbitrary(), scheduler_of(TRAILING), guidance=Guidance(3.0))
+    flow = flow_of(Arbitrary(), scheduler_of(TRAILING), guidance=GuidanceConfig(sampling=3.0))
     context = flow.context_of(torch.tensor([3, 1, 0, 2, 1]))
     torch.testing.assert_close(context.embeddings, TABLE[[3, 1, 0, 2, 1]])
     some = flow.select_context(context, torch.tensor([4, 0, 0]))
@@ -384,7 +389,7 @@ def test_chunks_change_nothing(scale, shared):
     t = torch.tensor(0.3) if shared else torch.linspace(0.1, 0.9, 8)
     found = {}
     for chunk in (None, 3, 8):
-        guidance = Guidance(sampling=scale)
+        guidance = GuidanceConfig(sampling=scale)
         flow = flow_of(Arbitrary(), scheduler_of(TRAILING), guidance=guidance, chunk=chunk)
         with torch.no_grad():
             found[chunk] = flow.velocity(x, t, flow.context_of(prompt))
@@ -591,7 +596,7 @@ def test_the_denoiser_is_trained_at_its_timesteps_alone():
 def test_guidance_of_gaussians_moves_their_mean(target):
     """The velocity is affine in it: that of ``N(m_0 + scale (m - m_0), S)``."""
     scale = 2.5
-    flow = gaussian_flow(TRAILING, target, guidance=Guidance(sampling=scale))
+    flow = gaussian_flow(TRAILING, target, guidance=GuidanceConfig(sampling=scale))
     other = gaussian_flow(TRAILING, target)
     other.use_prompts(
         torch.stack([distribution_of(prompt, scale).mean for prompt in (0, 1)])[:, None], EMPTY_MEAN[None]
@@ -703,10 +708,10 @@ def check_samples(model, steps, distributions, count=5_000):
 @pytest.mark.parametrize(
     ("known", "target", "steps", "guidance"),
     [
-        (TRAILING, "epsilon", 20, Guidance()),
-        (TRAILING, "epsilon", 50, Guidance()),
-        (NO_SIGNAL, "v_prediction", 20, Guidance()),
-        (TRAILING, "sample", 20, Guidance(sampling=3.0, adjoint=1.0, control=2.0)),
+        (TRAILING, "epsilon", 20, GuidanceConfig()),
+        (TRAILING, "epsilon", 50, GuidanceConfig()),
+        (NO_SIGNAL, "v_prediction", 20, GuidanceConfig()),
+        (TRAILING, "sample", 20, GuidanceConfig(sampling=3.0, adjoint=1.0, control=2.0)),
     ],
     ids=["noise", "noise, 50 steps", "v, no signal", "data, guided"],
 )

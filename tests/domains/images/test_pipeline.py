@@ -22,7 +22,7 @@ from flowtilt.checkpoints import CheckpointError, load_weights, save_weights
 from flowtilt.control.adjoint_matching import AdjointMatchingSettings, solve
 from flowtilt.control.base import Solution
 from flowtilt.domains.images.build import build_autoencoder, build_pipeline, build_text_encoder
-from flowtilt.domains.images.model import Guidance, LatentFlow
+from flowtilt.domains.images.model import LatentFlow
 from flowtilt.domains.images.pipeline import TextToImage, build_schedule, load_text_to_image
 from flowtilt.domains.images.sections import (
     AdapterConfig,
@@ -187,10 +187,10 @@ def test_samples_are_those_of_diffusers(folders, pipeline, name, changes, schedu
     schedule = ScheduleConfig.model_validate(changes)
     loaded = load_text_to_image(folders[name], PROMPTS, schedule=schedule)
     for guidance in (1.0, 3.0):
-        loaded.flow.guidance = Guidance(sampling=guidance)
+        loaded.flow.guidance = GuidanceConfig(sampling=guidance)
         expected = by_diffusers(pipeline, folders[name], guidance, **scheduler)
         torch.testing.assert_close(sampled(loaded), expected, atol=1e-4 * float(expected.std()), rtol=0)
-    loaded.flow.guidance = Guidance(sampling=3.1)
+    loaded.flow.guidance = GuidanceConfig(sampling=3.1)
     assert (sampled(loaded) - expected).abs().max() > 1e-3 * expected.std()
 
 
@@ -573,9 +573,7 @@ def test_a_prompt_that_is_too_long_is_cut_and_a_warning_says_so(folder, caplog):
     (record,) = [r for r in caplog.records if r.name.startswith("flowtilt")]
     tokens = len(loaded_tokens(folder, long))
     assert tokens > 30
-    assert record.getMessage() == (
-        f"prompt {long!r} has {tokens} tokens, and the text encoder takes 12: what comes after is not seen"
-    )
+    assert record.getMessage() == (f"prompt {long!r} has {tokens} tokens; the text encoder sees 12 of them")
     assert loaded.flow.prompts.table.shape == (2, 12, 16)
 
 

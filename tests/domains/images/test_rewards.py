@@ -71,9 +71,9 @@ def check_gradient(reward: Reward, x: torch.Tensor, context: Prompted) -> None:
 def test_clip_reward_is_the_similarity_with_the_samples_own_prompt(model):
     x, positions = latents(6), (2, 0, 1, 0, 0, 2)
     found = ClipReward(decode, model, PROMPTS)(x, prompted(*positions))
-    expected = model.scores(decode(x), [PROMPTS[i] for i in positions])
+    expected = model.scores_of(model.image_features(decode(x)), [PROMPTS[i] for i in positions])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    others = model.scores(decode(x), [PROMPTS[i] for i in (0, 1, 2, 1, 2, 0)])
+    others = model.scores_of(model.image_features(decode(x)), [PROMPTS[i] for i in (0, 1, 2, 1, 2, 0)])
     assert (found - others).abs().min() > 1e-3  # or any prompt would do
 
 

@@ -393,5 +393,5 @@ def test_messages_come_once_and_the_advice_last(tmp_path: Path, models: tuple[Pa
     assert lines[-1].endswith(advice)
     assert "Traceback" not in done.stderr
     assert sum(advice in line for line in lines) == 1
-    assert sum("what comes after is not seen" in line for line in lines) == 1
+    assert sum("the text encoder sees 28 of them" in line for line in lines) == 1
     assert sum("the model sees 28 of them" in line for line in lines) == 1

@@ -172,12 +172,12 @@ def test_functionals_leave_failures_out():
     kept = -np.array([case.energy for case in SMALL[:4]])
     distribution = Distribution(None, x, numbers)
     assert ExpectedReward(reward).value(distribution) == pytest.approx(kept.mean(), abs=1e-6)
-    hinge = SQ(reward, 0.6).linearise(distribution)
+    hinge = SQ(reward, 0.4).linearise(distribution)
     assert hinge.threshold == pytest.approx(np.sort(kept)[2], abs=1e-6)
     assert not hinge.active(x, numbers)[4]
     assert RewardVariation(reward).active(x, numbers).tolist() == [True, True, True, True, False]
     with pytest.raises(RewardError, match="failed on all 5 samples of a distribution"):
-        SQ(reward, 0.6).linearise(Distribution(None, 0.01 * x, numbers))
+        SQ(reward, 0.4).linearise(Distribution(None, 0.01 * x, numbers))
 
 
 def test_a_batch_that_fails_as_a_whole_is_said_once_and_has_no_gradient(caplog):

@@ -16,6 +16,7 @@ from flowtilt.domains.planar.figures import draw_experiment, draw_study, height_
 from flowtilt.domains.planar.measured import load_distributions, load_samples, read_resolution
 from flowtilt.domains.planar.studies import StudyRuns
 from flowtilt.pipeline.experiment import load_file
+from flowtilt.pipeline.report.comparison import read_reported
 from flowtilt.pipeline.report.figures import write_figures
 from flowtilt.pipeline.report.measurements import (
     Method,
@@ -24,7 +25,6 @@ from flowtilt.pipeline.report.measurements import (
     runs_of,
 )
 from flowtilt.pipeline.report.style import figure_style
-from flowtilt.pipeline.report.tables import read_reported
 from made_up import (
     METHODS,
     made_up_runs,

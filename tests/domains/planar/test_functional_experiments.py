@@ -64,13 +64,13 @@ def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
 def test_a_tail_in_a_row(tmp_path: Path, utility: dict[str, Any]) -> None:
     """The threshold of an offline batch, one solve by either solver, and an exact row that is the optimum."""
     weighted = {"kind": "weighted_fitting", "bank": 1000, "learning_rate": 0.004}
-    tail = {"utility": utility, "divergence": {"kind": "kl"}, "alpha": 8.0}
+    problem = {"utility": utility, "divergence": {"kind": "kl"}, "alpha": 8.0}
     experiment = tiny(
         "ot_2d",
         **SMALL,
-        objective=tail,
+        objective=problem,
         methods={
-            "am": {"kind": "tfft", "objective": {**tail, "alpha": 9.0}},
+            "am": {"kind": "tfft", "objective": {**problem, "alpha": 9.0}},
             "weighted": {"kind": "tfft", "solver": weighted},
         },
         evaluation={"transport": None},

@@ -113,7 +113,7 @@ def test_a_blur_is_a_gaussian_of_the_width_in_units_of_the_plane(width):
 @tails
 @pytest.mark.parametrize("weight", [0.5, 5.0, 50.0])
 def test_the_expected_reward_tilt_raises_every_quantile(tail, weight):
-    """First-order stochastic dominance over the pretrained distribution, as theory demands of an exact solution."""
+    """First-order stochastic dominance over the pretrained distribution, as theory demands."""
     log_p, rewards = planar_distribution(tail)
     log_q = expected_reward_tilt(log_p, rewards, weight)
     order = np.argsort(rewards, axis=None)
@@ -220,7 +220,7 @@ def test_hinges_bend_at_the_threshold():
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 4.0, 20.0])
 @pytest.mark.parametrize(("alpha", "mass"), [(0.5, 0.3), (3.0, 0.05)])
 def test_mirror_ascent_on_the_lower_tail_never_falls_with_a_valid_step(ratio, alpha, mass):
-    """The lower tail mean is convex in the distribution: steps of weight at least alpha cannot lower the objective."""
+    """The lower tail mean is convex in the distribution: steps of weight at least alpha never lower it."""
     log_p, rewards = planar_distribution("lower", cells=80)
     rewards = rewards / 20
     distributions = [log_p, *mirror_ascent(log_p, rewards, alpha, ratio * alpha, mass, "lower", 12)]
@@ -277,7 +277,7 @@ def test_mirror_ascent_on_the_upper_tail_ends_at_the_optimum():
 
 
 def test_a_step_is_the_tilt_by_the_first_variation():
-    """Written out for two steps of weight 2 alpha: the pull back to the pretrained distribution enters the second."""
+    """Written out for two steps of weight 2 alpha: the pull to the pretrained one enters the second."""
     log_p, rewards = small_distribution(3)
     alpha, weight, mass = 0.4, 0.8, 0.3
     first, second = mirror_ascent(log_p, rewards, alpha, weight, mass, "upper", 2)

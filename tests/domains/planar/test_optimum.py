@@ -67,8 +67,8 @@ def test_entropy_is_a_power_of_the_pretrained_distribution(alpha):
 @pytest.mark.parametrize(("functional", "tail"), [(CVaR, "lower"), (SQ, "upper")])
 def test_tails_reach_the_exact_dual(functional, tail):
     """The lower tail is convex: only with several starts is the best stationary point the optimum."""
-    level, mass = (0.3, 0.3) if tail == "lower" else (0.7, 0.3)
-    objective = Objective(functional(SLOPE, level), KL(MODEL), 8.0)
+    mass = 0.3
+    objective = Objective(functional(SLOPE, mass), KL(MODEL), 8.0)
     best = DISTRIBUTION.with_p(np.exp(tail_tilt(DISTRIBUTION.log_p, REWARDS, 8.0, mass, tail)[0]))
     exact, before = objective.finite_value(best), objective.finite_value(DISTRIBUTION)
     starts = [DISTRIBUTION, *(DISTRIBUTION.with_p(np.exp(tilted(REWARDS / w))) for w in (2.0, 8.0, 32.0))]
@@ -183,7 +183,7 @@ def uneven_distribution(seed=0):
 
 
 def test_a_tilt_keeps_every_mode_s_probability_and_returns_what_it_promises():
-    """``log normaliser = <exponents, q> - KL(q || p)``, the largest over distributions with the same modes."""
+    """``log normaliser = <exponents, q> - KL(q || p)``, the largest of distributions with the same modes."""
     table, _, distribution = uneven_distribution()
     exponents = np.random.default_rng(1).normal(size=21)
     tilted, normaliser = tilt(distribution, exponents)

@@ -67,7 +67,7 @@ def draws(wide: GaussianMixture, count: int) -> np.ndarray:
 def test_what_a_network_cannot_say_does_not_carry_the_divergence(
     wide: GaussianMixture, data: GaussianMixture, corrupted: GriddedDensity
 ) -> None:
-    """One per cent of the samples would carry nearly all of it; with the floor it is the distribution's own."""
+    """A hundredth of the samples would carry nearly all of it; the floor gives that of the distribution."""
     points = draws(wide, 20_000)
     own = wide.log_density(points)
     assert sample_divergence(own, corrupted, points)["kl"] > 20  # type: ignore[operator]

@@ -84,7 +84,7 @@ class CircleBench(Workbench):
         steps = experiment.solver_of(job.method).steps
         kl = KL(self.flow, score_time=0.7)  # with noise: without it there is no density in the plane
         return Climb(
-            Objective(SQ(self.reward, 1 - goal.mass), kl, goal.alpha),
+            Objective(SQ(self.reward, goal.mass), kl, goal.alpha),
             MirrorAscent(goal.alpha, experiment.offline.samples, steps),
             self.flow,
             lambda iteration: generator_of(experiment.name, job.method, job.seed, iteration),

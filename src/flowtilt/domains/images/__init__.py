@@ -10,6 +10,7 @@ from flowtilt.domains.images.experiment import ImageExperiment, check_models, wi
 from flowtilt.domains.images.words import describe
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.places import located
 from flowtilt.pipeline.resources import Needs
 from flowtilt.pipeline.sections import TUNED
 from flowtilt.pipeline.usual import RUN, BaseDomain, finetune_stage, offline_stage, threshold_stage
@@ -33,9 +34,13 @@ def _model_reads(run: Run) -> Files:
     sources = [case.model.pipeline, case.model.alignment, case.reward.weights]
     if any(source is not None and source.hub is not None for source in sources):
         return {"fetched": run.shared("fetched.json")}
-    folders = (Path(case.model.pipeline.path), Path(case.model.alignment.path))
-    shipped = [str(file) for folder in folders for file in sorted(folder.rglob("*.*")) if file.is_file()]
-    return {"shipped": shipped} if shipped else {}
+    folders = (located(case.model.pipeline.path), located(case.model.alignment.path))
+    # A folder that is nowhere is asked for itself, so that planning names it.
+    return {"shipped": [str(file) for folder in folders for file in _files_of(folder) or [folder]]}
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*.*")) if file.is_file()]
 
 
 def _base(run: Run) -> dict[str, str]:
@@ -50,7 +55,7 @@ def _sample_reads(run: Run) -> Files:
 def _training(part: str) -> Stage:
     return Stage(
         f"pretrain-{part}",
-        f"{_HERE}.jobs:train_{part}",
+        f"{_HERE}.models:train_{part}",
         writes={part: f"models/{{model}}/{part}/weights"},
         reads=lambda run: {},
         sections=_MODEL,
@@ -65,7 +70,7 @@ def _training(part: str) -> Stage:
 STAGES = (
     Stage(
         "fetch",
-        f"{_HERE}.jobs:fetch",
+        f"{_HERE}.fetching:fetch_job",
         writes={"fetched": f"{_PRETRAINED}/fetched.json"},
         reads=lambda run: {},
         sections=("model", "reward"),
@@ -76,7 +81,7 @@ STAGES = (
     *(_training(part) for part in _PARTS),
     Stage(
         "model",
-        f"{_HERE}.jobs:write_model",
+        f"{_HERE}.models:write_model",
         writes={"model": f"{_PRETRAINED}/model.json"},
         reads=_model_reads,
         sections=_MODEL,
@@ -101,7 +106,7 @@ STAGES = (
     ),
     Stage(
         "sample",
-        f"{_HERE}.jobs:sample",
+        f"{_HERE}.sampling:sample",
         writes={"images": f"{RUN}/images"},
         reads=_sample_reads,
         sections=("name", *_FLOW, "solver", "evaluation"),
@@ -112,7 +117,7 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        f"{_HERE}.jobs:evaluate",
+        f"{_HERE}.evaluation:evaluate",
         writes={"metrics": f"{RUN}/metrics.json", "scores": f"{RUN}/scores.npz"},
         reads=lambda run: _base(run) | {"images": run.file("images")} | run.trained(),
         sections=("model", "prompts", "reward", "objective", "evaluation", "methods"),
@@ -150,18 +155,16 @@ class Images(BaseDomain):
         return {"_images": "images", "_scores": "scores"}
 
     describe = staticmethod(describe)
-
-    def chapters(self) -> Sequence[Chapter]:
-        return (
-            Chapter(
-                "Experiments on images",
-                "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a "
-                "reward, with a text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, "
-                "which holds what is below `model` here. `docs/images.md` says what is done, and why.",
-                ImageExperiment,
-                "on images",
-            ),
-        )
+    chapters = (
+        Chapter(
+            "Experiments on images",
+            "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a "
+            "reward, with a text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, "
+            "which holds what is below `model` here. `docs/images.md` says what is done, and why.",
+            ImageExperiment,
+            "on images",
+        ),
+    )
 
 
 DOMAIN = Images()

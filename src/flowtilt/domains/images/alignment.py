@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -134,20 +134,13 @@ class AlignmentModel(nn.Module):
         """
         if not prompts:
             raise ValueError("features of texts need at least one text")
-        self._warn_of_long(prompts)
+        warn_of_long(prompts, self._tokens, self.tokenizer.context_length)
         tokens = self.tokenizer(list(prompts)).to(self.mean.device)
         parts = [
             self.network.encode_text(part, normalize=True)  # type: ignore[operator]
             for part in tokens.split(CHUNK)
         ]
         return torch.cat(parts)
-
-    def _warn_of_long(self, prompts: Sequence[str]) -> None:
-        limit = self.tokenizer.context_length
-        for prompt in dict.fromkeys(prompts):
-            count = self._tokens(prompt)
-            if count > limit:
-                log.warning("prompt %r has %d tokens; the model sees %d of them", prompt, count, limit)
 
     def _tokens(self, prompt: str) -> int:
         """Tokens of a whole prompt with its two ends."""
@@ -157,27 +150,31 @@ class AlignmentModel(nn.Module):
         return len(whole.input_ids)
 
     @torch.no_grad()
-    def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosine similarity of each image with its own prompt, shape (n,), without a graph.
+    def scores_of(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine similarities of images with their own prompts, shape (n,), without a graph.
 
         Args:
-            images: see :meth:`image_features`.
+            features: unit features of the images, (n, embedding); NaN where they are not known.
             prompts: n texts; one that comes again is encoded once.
 
         Raises:
-            ValueError: if there are not as many prompts as images; see also :meth:`image_features`.
+            ValueError: if there are not as many prompts as images.
         """
-        return self.scores_of(self.image_features(images), prompts)
-
-    @torch.no_grad()
-    def scores_of(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        """:meth:`scores` of images whose unit features (n, embedding) are known; NaN where they are not."""
         if len(prompts) != len(features):
             raise ValueError(f"each image needs its prompt; got {len(features)} and {len(prompts)} prompts")
         distinct = list(dict.fromkeys(prompts))
         place = {prompt: i for i, prompt in enumerate(distinct)}
         texts = self.text_features(distinct)[[place[prompt] for prompt in prompts]]
         return similarity(features, texts)
+
+
+def warn_of_long(
+    prompts: Sequence[str], tokens: Callable[[str], int], limit: int, model: str = "model"
+) -> None:
+    """Say in the log which prompts have more tokens than a model sees."""
+    for prompt in dict.fromkeys(prompts):
+        if (count := tokens(prompt)) > limit:
+            log.warning("prompt %r has %d tokens; the %s sees %d of them", prompt, count, model, limit)
 
 
 def finite(images: Tensor) -> Tensor:
@@ -194,12 +191,12 @@ def similarity(features: Tensor, texts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def classify(images: Tensor, model: AlignmentModel, names: Sequence[str], template: str) -> Tensor:
+def classify_features(features: Tensor, model: AlignmentModel, names: Sequence[str], template: str) -> Tensor:
     """Zero-shot classes (Radford et al. 2021, section 3.1): those whose prompts are the most similar.
 
     Args:
-        images: see :meth:`AlignmentModel.image_features`.
-        model: that says how similar.
+        features: unit features of images, (n, embedding).
+        model: that they are of.
         names: of the classes.
         template: a prompt with ``{}`` where the name goes.
 
@@ -207,17 +204,8 @@ def classify(images: Tensor, model: AlignmentModel, names: Sequence[str], templa
         Positions in ``names``, long (n,).
 
     Raises:
-        ValueError: if there is no class, or the template has no place for its name.
-    """
-    return classify_features(model.image_features(images), model, names, template)
-
-
-@torch.no_grad()
-def classify_features(features: Tensor, model: AlignmentModel, names: Sequence[str], template: str) -> Tensor:
-    """:func:`classify` for images whose unit features (n, embedding) are known.
-
-    Raises:
-        ValueError: see :func:`classify`; or for features that are not finite or all zero.
+        ValueError: if there is no class, the template has no place for its name, or features are not finite
+            or all zero.
     """
     bad = ~finite(features) | ~features.any(1)
     if bool(bad.any()):

@@ -67,29 +67,6 @@ PLACES: dict[str, str] = {
 }
 MOMENTS: dict[str, str] = {"day": "by day", "sunset": "at sunset", "night": "at night"}
 
-PROMPTS: tuple[str, ...] = (
-    "a red steel suspension bridge over the sea at sunset",
-    "a white concrete cable-stayed bridge over a river by day",
-    "a yellow steel truss bridge over a valley by day",
-    "a grey stone arch bridge over a river at night",
-    "a blue concrete beam bridge in a city at sunset",
-    "a blue steel suspension bridge in a city at night",
-    "a red steel cable-stayed bridge over a valley at sunset",
-    "a grey wood truss bridge over a river at sunset",
-    "a white stone arch bridge over a valley by day",
-    "a yellow wood beam bridge over the sea at night",
-    "a white steel suspension bridge over a valley by day",
-    "a yellow concrete cable-stayed bridge in a city at night",
-    "a red wood truss bridge over the sea at night",
-    "a blue steel arch bridge over the sea by day",
-    "a grey stone beam bridge over a valley at night",
-    "a yellow concrete suspension bridge over a river at night",
-    "a blue steel cable-stayed bridge over the sea at sunset",
-    "a white steel truss bridge in a city by day",
-    "a red concrete arch bridge in a city at sunset",
-    "a grey steel beam bridge over a river by day",
-)
-
 # How the factors look.
 
 PAINT: dict[str, Colour] = {  # grey bridges are bare
@@ -518,20 +495,6 @@ def caption(bridge: Bridge, rng: np.random.Generator) -> str:
     text = _compose(bridge, mentioned)
     prefixed = _pick(PREFIXES, rng) + text
     return prefixed if len(prefixed.split()) <= MOST_WORDS else text
-
-
-def design_shares(caption: str) -> dict[str, float]:
-    """The distribution of designs given a generic caption, by Bayes' rule from the tables.
-
-    Raises:
-        ValueError: if the caption is not one of the generic ones.
-    """
-    if caption not in GENERIC:
-        raise ValueError(f"not a generic caption: {caption!r}; known: {', '.join(GENERIC)}")
-    plain, other = GENERIC[caption]
-    joint = {design: share * (plain if design == PLAIN else other) for design, share in DESIGNS.items()}
-    total = sum(joint.values())
-    return {design: share / total for design, share in joint.items()}
 
 
 def bridge_set(count: int, seed: int, size: int = 32) -> BridgeSet:

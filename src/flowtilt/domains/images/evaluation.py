@@ -10,14 +10,8 @@ import numpy as np
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
 from flowtilt.metrics.diversity import combinations_covered, designs_covered, effective_classes, vendi
 from flowtilt.metrics.tails import lower_tail_mean
-from flowtilt.pipeline.files import (
-    Metrics,
-    StageError,
-    read_history,
-    read_threshold,
-    write_arrays,
-    write_rows,
-)
+from flowtilt.pipeline.domain import Job
+from flowtilt.pipeline.files import Metrics, StageError, tuned_metrics, write_arrays, write_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,34 +22,18 @@ MASSES = (0.1, 0.2, 0.5)
 """Of the left tails that every run reports, beside those of its experiment."""
 
 
-def evaluate(
-    experiment: ImageExperiment,
-    method: str,
-    model: Path,
-    images: Path,
-    output: Path,
-    scores: Path,
-    history: Path | None = None,
-    threshold_file: Path | None = None,
-) -> None:
-    """Metrics of a run from its images as they are stored.
+def evaluate(job: Job) -> None:
+    """Metrics of a run from its images as they are stored, and their scores.
 
-    Args:
-        experiment: of the run.
-        method: of the run.
-        model: file of the stage model.
-        images: folder of the run's images.
-        output: JSON file of metrics to write.
-        scores: npz file to write, of ``prompt`` (n,), ``reward`` (n,), ``clip`` (n,), ``design`` (n,), -1
-            where no designs are told apart, and ``factors`` (n, factors), the classes by each other factor.
-        history: of the fine-tuning.
-        threshold_file: of tfft.
+    The scores are ``prompt`` (n,), ``reward`` (n,), ``clip`` (n,), ``design`` (n,), -1 where no designs are
+    told apart, and ``factors`` (n, factors), the classes by each other factor.
     """
     import torch
 
     from flowtilt.domains.images.alignment import classify_features
     from flowtilt.domains.images.sampling import as_images, load_scorer, read_images
 
+    experiment, model, images = job.experiment, job.read("pretrained"), job.read("images")
     found, prompt = read_images(images)
     asked = experiment.evaluation
     expected = asked.drawn * len(experiment.prompts)
@@ -80,13 +58,10 @@ def evaluate(
         **_diversity(features.numpy(force=True).astype(np.float64), prompt, sets),
         **_designs(designs, factors, sets, asked.designs),
     }
-    if history is not None:
-        row |= _training(history)
-    if threshold_file is not None:
-        row |= read_threshold(threshold_file)
-    write_rows({method: row}, output)
+    row |= tuned_metrics(job, {"path_kl": "path_kl", "clipped_share": "clipped_share"})
+    write_rows({job.method: row}, job.outputs["metrics"])
     write_arrays(
-        scores,
+        job.outputs["scores"],
         prompt=prompt,
         reward=rewards,
         clip=clip.numpy(force=True),
@@ -156,18 +131,3 @@ def _designs(designs: np.ndarray, factors: np.ndarray, sets: np.ndarray, names: 
         both = np.column_stack([designs, factors])
         found["combinations_covered"] = float(np.mean([combinations_covered(both[one]) for one in alone]))
     return found | {f"share_{name}": float((designs == k).mean()) for k, name in enumerate(names)}
-
-
-def _training(history: Path) -> Metrics:
-    """Of a fine-tuning's history: its active samples, and over the last fifth of the updates its distance.
-
-    ``path_kl`` is the path-space KL divergence from the base of the last solve, in nats.
-    """
-    active, energy = read_history(history, "active_share"), read_history(history, "path_kl")
-    last = slice(-max(1, len(active) // 5), None)
-    return {
-        "active_share": float(active.mean()),
-        "active_share_final": float(active[last].mean()),
-        "path_kl": float(energy[last].mean()),
-        "clipped_share": float(read_history(history, "clipped_share")[last].mean()),
-    }

@@ -26,6 +26,7 @@ from flowtilt.domains.images.sections import (
 )
 from flowtilt.pipeline.configuration import ConfigError, Name, NoRepeats, ToldApart, check_name, read_yaml
 from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.places import names_in, preferred
 from flowtilt.pipeline.sections import TailSpec, check_methods
 
 
@@ -136,10 +137,6 @@ def tail_metric(mass: float) -> str:
 def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The data of an experiment with its model's file in the place of the model's name.
 
-    Args:
-        data: of the experiment; what names no model is left as it is.
-        path: of its file, ``config/experiments/{name}.yaml``.
-
     Raises:
         ConfigError: if there is no such model.
     """
@@ -150,9 +147,9 @@ def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
         check_name(name)
     except ValueError as error:
         raise ConfigError(f"{path}: key model: {error} (got {name!r})") from None
-    file = path.parent.parent / "models" / f"{name}.yaml"
+    file = preferred(path.parent.parent / "models" / f"{name}.yaml", f"config/models/{name}.yaml")
     if not file.is_file():
-        known = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml")))
+        known = names_in(file.parent, "config/models")
         raise ConfigError(f"{path}: key model: unknown model {name!r}, there is no {file} (known: {known})")
     return {**data, "model": {"name": name, **read_yaml(file)}}
 

@@ -20,11 +20,11 @@ from PIL import Image
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
 from flowtilt.domains.images.files import image_name
 from flowtilt.metrics.tails import lower_tail_mean, quantile
+from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.claims import spread
 from flowtilt.pipeline.report.measurements import (
     ResultsError,
     Runs,
-    collect_runs,
     of_row,
     read_arrays,
     run_folder,
@@ -69,9 +69,7 @@ def load_scores(results: str | Path, runs: Runs, method: str, seed: int) -> Scor
         ResultsError: if the file is missing or malformed.
     """
     path = run_folder(results, runs, method, "network", seed) / "scores.npz"
-    arrays = read_arrays(path)
-    if missing := {"prompt", "reward", "design"} - arrays.keys():
-        raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; delete it and run again")
+    arrays = read_arrays(path, "prompt", "reward", "design")
     return Scores(arrays["prompt"], arrays["reward"], arrays["design"])
 
 
@@ -198,14 +196,7 @@ _ENLARGED = 256
 def images_figure(
     title: str, columns: Sequence[str], strips: Sequence[Strip], handles: Sequence[Any]
 ) -> Figure:
-    """Images in lines, the methods' names on the left.
-
-    Args:
-        title: of the figure.
-        columns: what is written above each column, or nothing.
-        strips: images of each method.
-        handles: of the legend.
-    """
+    """Images in lines, the methods' names on the left."""
     written = _TEXT if any(cell.text for strip in strips for line in strip.lines for cell in line) else 0.0
     step, between = _SIDE + _GAP + written, 0.1
     names = 0.3 + _LETTER * max(len(strip.name) for strip in strips)
@@ -326,12 +317,7 @@ _SHOWN = ("vendi", "clip", "effective_designs", "combinations_covered")
 
 
 def exploration_figure(experiment: ImageExperiment, long: pd.DataFrame) -> Figure:
-    """How diverse the images of every method are, and how many are of each design.
-
-    Args:
-        experiment: on the entropy.
-        long: its metrics; see :func:`flowtilt.pipeline.report.measurements.collect`.
-    """
+    """How diverse the images of every method are, and how many are of each design."""
     runs = runs_of(experiment)
     colours = _shades([(m.name, m.kind) for m in runs.methods])
     shown = [metric for metric in _SHOWN if (long["metric"] == metric).any()]
@@ -393,14 +379,9 @@ def _shades(methods: Sequence[tuple[str, str]]) -> dict[str, str]:
     return {name: colours[name] for name, _ in methods}
 
 
-def draw_experiment(results: str | Path, experiment: ImageExperiment, prefix: str | Path) -> None:
-    """Draw ``{prefix}_images.png`` and ``{prefix}_scores.png`` of an experiment on images.
-
-    Args:
-        results: root of the results.
-        experiment: of which every run must be there.
-        prefix: of the files to write.
-    """
+def draw(shown: Shown, prefix: str) -> None:
+    """Draw ``{prefix}_images.png`` and ``{prefix}_scores.png`` of an experiment on images."""
+    results, experiment = shown.results, shown.experiments[0]
     runs = runs_of(experiment)
     if runs.has_tail:
         rewards = {
@@ -409,6 +390,6 @@ def draw_experiment(results: str | Path, experiment: ImageExperiment, prefix: st
         }
         scores = tail_figure(experiment, rewards)
     else:
-        scores = exploration_figure(experiment, collect_runs(results, [runs]))
+        scores = exploration_figure(experiment, shown.collected)
     save_figure(scores, f"{prefix}_scores.png")
     save_figure(images_of(results, experiment), f"{prefix}_images.png")

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from flowtilt.checkpoints import CheckpointError, check_loaded
-from flowtilt.domains.images.model import Guidance, LatentFlow, Target
+from flowtilt.domains.images.alignment import warn_of_long
+from flowtilt.domains.images.model import LatentFlow, Target
 from flowtilt.domains.images.rewards import Decode
 from flowtilt.domains.images.schedule import DiscreteSchedule
 from flowtilt.domains.images.sections import (
@@ -99,7 +100,7 @@ def load_text_to_image(
             settings["prediction_type"],
             schedule.spacing,
             settings["steps_offset"],
-            Guidance(**guidance.model_dump()),
+            guidance,
             compute.precision,
             compute.chunk,
             added,
@@ -262,13 +263,9 @@ def embeddings(folder: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ) from None
     encoder = _loaded(CLIPTextModel, folder, "text_encoder")
     limit = encoder.config.max_position_embeddings
-    for prompt in prompts:
-        count = len(tokenizer(prompt, verbose=False).input_ids)
-        if count > limit:
-            log.warning(
-                "prompt %r has %d tokens, and the text encoder takes %d: what comes after is not seen",
-                *(prompt, count, limit),
-            )
+    warn_of_long(
+        prompts, lambda prompt: len(tokenizer(prompt, verbose=False).input_ids), limit, "text encoder"
+    )
     tokens = tokenizer(
         [*prompts, ""], padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
     ).input_ids

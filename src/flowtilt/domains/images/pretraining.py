@@ -210,16 +210,7 @@ def train_denoiser(
     resumption: Resumption,
     progress: Progress | None = None,
 ) -> History:
-    """Train the pipeline's denoiser and text encoder in place, on latents of its autoencoder.
-
-    Args:
-        pipeline: with a trained autoencoder, whose scale of the latents is set.
-        latents: of images, as the autoencoder gives them.
-        captions: of the images.
-        config: of the embedded models.
-        resumption: where the training keeps its state.
-        progress: called with each update's row.
-    """
+    """Train the pipeline's denoiser and text encoder in place, on latents of its autoencoder."""
     scale = pipeline.vae.config.scaling_factor
     source = LatentSource(
         Latents(scale * latents.mean, scale * latents.deviation),
@@ -300,13 +291,7 @@ def train_alignment(
 
 @torch.no_grad()
 def check_autoencoder(autoencoder: AutoencoderKL, config: EmbeddedConfig, count: int) -> dict[str, float]:
-    """Peak signal-to-noise ratio of images that it was not trained on, in decibels.
-
-    Args:
-        autoencoder: trained.
-        config: of the embedded models.
-        count: of images.
-    """
+    """Peak signal-to-noise ratio of images that it was not trained on, in decibels."""
     images = scaled(held_out_set(config.bridges, count).images)
     parts = [
         (autoencoder(part).sample.clamp(-1, 1) - part).square().mean((1, 2, 3))
@@ -318,11 +303,6 @@ def check_autoencoder(autoencoder: AutoencoderKL, config: EmbeddedConfig, count:
 @torch.no_grad()
 def check_alignment(model: Any, config: EmbeddedConfig, count: int) -> dict[str, float]:
     """How well the CLIP tells the designs of images apart that it was not trained on.
-
-    Args:
-        model: trained.
-        config: of the embedded models.
-        count: of images.
 
     Returns:
         ``design_accuracy``, the mean over designs of the share of their images that are closest to the

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtilt.checkpoints import CheckpointError, check_loaded, read_tensors
-from flowtilt.domains.images.alignment import CHUNK, AlignmentModel, finite, fit, similarity
+from flowtilt.domains.images.alignment import CHUNK, AlignmentModel, finite, fit, similarity, warn_of_long
 from flowtilt.domains.images.model import Prompted
 from flowtilt.files import one_line
 from flowtilt.model import Context
@@ -145,10 +145,7 @@ class ImageReward(DecodedReward):
 
 def _tokenise(tokenizer: Any, prompts: Sequence[str], limit: int) -> Any:
     """Tokens padded or cut off to ``limit``; the log says which prompts are cut off."""
-    for prompt in prompts:
-        count = len(tokenizer(prompt).input_ids)
-        if count > limit:
-            log.warning("prompt %r has %d tokens; the model sees %d of them", prompt, count, limit)
+    warn_of_long(prompts, lambda prompt: len(tokenizer(prompt).input_ids), limit)
     return tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
     )

@@ -18,11 +18,13 @@ from flowtilt.devices import generator_of
 from flowtilt.domains.images.alignment import AlignmentModel, load_alignment
 from flowtilt.domains.images.experiment import ImageExperiment
 from flowtilt.domains.images.files import image_name
-from flowtilt.domains.images.models import alignment_of, read_model
-from flowtilt.domains.images.pipeline import TextToImage, load_text_to_image
+from flowtilt.domains.images.models import alignment_of, read_model, text_to_image_of
+from flowtilt.domains.images.pipeline import TextToImage
 from flowtilt.domains.images.rewards import Decode
 from flowtilt.files import atomic_folder
+from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import StageError
+from flowtilt.pipeline.places import located
 from flowtilt.rewards import Reward
 from flowtilt.sampling import sample_sde
 
@@ -33,22 +35,10 @@ CHUNK = 50
 def load_base(experiment: ImageExperiment, model: Path, weights: Path | None = None) -> TextToImage:
     """The experiment's model, or a fine-tuned one.
 
-    Args:
-        experiment: whose model.
-        model: file of the stage model.
-        weights: of a fine-tuning; without them, the pretrained model.
-
     Raises:
         CheckpointError: if something is not there, or of another network.
     """
-    found = load_text_to_image(
-        read_model(model).pipeline,
-        experiment.prompts,
-        experiment.guidance,
-        experiment.schedule,
-        experiment.compute,
-        experiment.adapter,
-    )
+    found = text_to_image_of(experiment, read_model(model).pipeline)
     if weights is not None:
         load_weights(found.flow, weights)
     return found
@@ -65,43 +55,28 @@ def load_reward(experiment: ImageExperiment, model: Path, decode: Decode) -> Rew
 
     weights = experiment.reward.weights
     if weights is not None:
-        return ImageReward(decode, experiment.prompts, Path(weights.path))
+        return ImageReward(decode, experiment.prompts, located(weights.path))
     return ClipReward(decode, load_scorer(experiment, model), experiment.prompts)
 
 
 # ------------------------------------------------------------------------------------ images
 
 
-def sample(
-    experiment: ImageExperiment,
-    method: str,
-    seed: int,
-    model: Path,
-    output: Path,
-    weights: Path | None = None,
-) -> None:
-    """Draw the images of a run by the memoryless process, as PNG files.
+def sample(job: Job) -> None:
+    """Draw the images of a run by the memoryless process, as PNG files; see :func:`image_name`.
 
     Models of one seed start from the same noise, and have the same noise on the way, so that differences
     between methods are not those of their draws.
 
-    Args:
-        experiment: of the run.
-        method: of the run.
-        seed: of the run.
-        model: file of the stage model.
-        output: folder to write, of an image for every prompt and number, see
-            :func:`flowtilt.domains.images.files.image_name`.
-        weights: of the fine-tuning; without them, the pretrained model's images.
-
     Raises:
         StageError: if an image is not finite.
     """
-    base = load_base(experiment, model, weights)
-    generator = generator_of(experiment.name, "sample", seed)
+    experiment = job.experiment
+    base = load_base(experiment, job.read("pretrained"), job.read_if_any("model"))
+    generator = generator_of(experiment.name, "sample", job.seed)
     each = experiment.evaluation.drawn
     prompt = torch.arange(len(base.prompts)).repeat(each)
-    with atomic_folder(output) as folder:
+    with atomic_folder(job.outputs["images"]) as folder:
         for index in torch.arange(len(prompt)).split(CHUNK):
             context = base.flow.context_of(prompt[index])
             latents = sample_sde(base.flow, len(index), experiment.solver.steps, generator, context)[-1]
@@ -109,8 +84,8 @@ def sample(
             if not bool(images.isfinite().all()):
                 bad = int((~images.isfinite()).flatten(1).any(1).sum())
                 raise StageError(
-                    f"method {method!r}, seed {seed}: {bad} of {len(images)} images are not finite; "
-                    "lower solver.learning_rate, or leave compute.precision at float32"
+                    f"method {job.method!r}, seed {job.seed}: {bad} of {len(images)} images are not "
+                    "finite; lower solver.learning_rate, or leave compute.precision at float32"
                 )
             for i, image in zip(index.tolist(), as_bytes(images), strict=True):
                 number, position = divmod(i, len(base.prompts))

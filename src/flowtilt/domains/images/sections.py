@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -215,7 +216,10 @@ class ImageModelConfig(Section):
 
 
 class GuidanceConfig(Section):
-    """Classifier-free guidance by use; 1 is without. See :class:`flowtilt.domains.images.model.Guidance`."""
+    """Classifier-free guidance (Ho and Salimans 2022) by use; 1 is without, at half the cost.
+
+    The prediction is ``e0 + scale (e - e0)`` of those with the prompt and with the empty one.
+    """
 
     sampling: Annotated[float, Field(ge=1)] = 1.0
     """Scale in the sampling of trajectories, of offline batches and of the images of a run."""
@@ -360,6 +364,8 @@ class FactorConfig(Section):
 
 class ImageEvaluationConfig(Section):
     """How each run is measured."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"pictures": "images"}
 
     images: Annotated[int, Field(ge=2)]
     """Images of each prompt in a set, drawn by the memoryless process."""

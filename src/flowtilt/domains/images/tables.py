@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
-from flowtilt.pipeline.report import tables
-from flowtilt.pipeline.report.base import Table
 from flowtilt.pipeline.report.claims import decided, gains, more_than, no_less_than, spread
 from flowtilt.pipeline.report.measurements import of_row
 from flowtilt.pipeline.report.panels import describe, pretty
-from flowtilt.pipeline.report.tables import ORDERINGS, VERDICTS
 
 _NOTE = (
     "Rows: each method's model; pretrained is not fine-tuned. Models of one seed start from the same noise. "
@@ -85,28 +80,16 @@ _REPORTED: Mapping[str, tuple[str, Mapping[str, str]]] = {
 """By utility, the experiment of the papers, and what its metrics are called here."""
 
 
-def by_value(experiment: ImageExperiment) -> bool:
-    """Whether scores are on the papers' scales, and not only their directions can be compared."""
-    same_reward = experiment.objective.utility == "entropy" or experiment.reward.kind == "image_reward"
-    return experiment.model.embedded is None and same_reward
-
-
 def with_reported(reported: pd.DataFrame, experiment: ImageExperiment) -> pd.DataFrame:
     """The reported values, and once more those that belong beside an experiment, under its own names.
 
-    Args:
-        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
-        experiment: on images.
-
     Returns:
-        The lines of ``reported``, and those of the papers' experiment with the experiment's name, its names
-        of metrics, and in the column ``by_value`` whether values can be compared.
+        The lines of ``reported``, and those of the papers' experiment with the experiment's name and its
+        names of metrics.
     """
     papers, names = _REPORTED[experiment.objective.utility]
     own = reported[reported["experiment"] == papers]
-    own = own.assign(
-        experiment=experiment.name, metric=own["metric"].replace(dict(names)), by_value=by_value(experiment)
-    )
+    own = own.assign(experiment=experiment.name, metric=own["metric"].replace(dict(names)))
     return pd.concat([reported, own], ignore_index=True)
 
 
@@ -114,13 +97,7 @@ def with_reported(reported: pd.DataFrame, experiment: ImageExperiment) -> pd.Dat
 
 
 def findings(long: pd.DataFrame, experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
-    """Sentences on what the methods should do, by differences of paired seeds, and on reported costs.
-
-    Args:
-        long: metrics of the experiment; see :func:`flowtilt.pipeline.report.measurements.collect`.
-        experiment: on images.
-        reported: see :func:`with_reported`.
-    """
+    """Sentences on what the methods should do, by differences of paired seeds, and on reported costs."""
     of = {kind: [n for n, c in experiment.methods.items() if c.kind == kind] for kind in _KINDS}
     mean = experiment.mean_metric
     said = [more_than(long, am, base, mean) for am in of["am"] for base in of["pretrained"]]
@@ -215,19 +192,3 @@ def _days(experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
         "took is in the table of costs."
         for (source, unit), of in own.groupby(["source", "unit"], sort=False)
     ]
-
-
-# ------------------------------------------------------------------------------------- table
-
-
-def experiment_table(results: str | Path, experiment: ImageExperiment, reported: pd.DataFrame) -> Table:
-    """The table of an experiment; the text says what holds of what should."""
-    return tables.experiment_table(
-        results,
-        experiment,
-        reported,
-        partial(groups, experiment),
-        lambda long: findings(long, experiment, reported),
-        note(experiment),
-        VERDICTS if by_value(experiment) else ORDERINGS,
-    )

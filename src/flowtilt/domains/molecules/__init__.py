@@ -11,6 +11,7 @@ from flowtilt.domains.molecules.words import describe
 from flowtilt.pipeline.configuration import ConfigError as ConfigError
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.places import located
 from flowtilt.pipeline.resources import Needs
 from flowtilt.pipeline.sections import TUNED
 from flowtilt.pipeline.usual import RUN, BaseDomain, finetune_stage, offline_stage, threshold_stage
@@ -29,16 +30,12 @@ def _checkpoint(experiment: MoleculeExperiment) -> list[str]:
     """The shipped weights and their record, if the pretrained model is taken from them."""
     shipped = experiment.checkpoint
     files = [] if shipped.retrain else [Path(shipped.path), Path(shipped.path).with_suffix(".json")]
-    return [str(file) for file in files if file.is_file()]
+    return [str(located(file)) for file in files]  # one that is nowhere too: planning names it
 
 
 def _pretrain_reads(run: Run) -> Files:
     shipped = _checkpoint(run.experiment)  # type: ignore[arg-type]
     return {"molecules": _data(run)} | ({"shipped": shipped} if shipped else {})
-
-
-def _finetune_reads(run: Run) -> Files:
-    return {"pretrained": run.shared("model.safetensors")} | run.taken()
 
 
 def _sample_reads(run: Run) -> Files:
@@ -52,14 +49,10 @@ def _sample_reads(run: Run) -> Files:
     }
 
 
-def _evaluate_reads(run: Run) -> Files:
-    return {"samples": run.file("samples.npz"), "molecules": _data(run)} | run.trained()
-
-
 STAGES = (
     Stage(
         "data",
-        f"{_HERE}.jobs:prepare",
+        f"{_HERE}.data:prepare_job",
         writes={"molecules": _DATA},
         reads=lambda run: {},
         sections=(),
@@ -69,7 +62,7 @@ STAGES = (
     ),
     Stage(
         "pretrain",
-        f"{_HERE}.jobs:pretrain",
+        f"{_HERE}.pretraining:pretrain",
         writes={
             "model": "runs/{experiment}/pretrained/model.safetensors",
             "record": "runs/{experiment}/pretrained/training.json",
@@ -92,13 +85,13 @@ STAGES = (
         needs=Needs((1000, 1000), (5, 5), group="molecules", always=True),
     ),
     finetune_stage(
-        reads=_finetune_reads,
+        reads=lambda run: {"pretrained": run.shared("model.safetensors")} | run.taken(),
         sections=("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
         needs=Needs((2000, 16000), (60, 1440), gpu=True, shared=True),
     ),
     Stage(
         "sample",
-        f"{_HERE}.jobs:sample",
+        f"{_HERE}.sampling:sample",
         writes={"samples": f"{RUN}/samples.npz"},
         reads=_sample_reads,
         sections=("starts_from", "model", *_SOLVED, "evaluation"),
@@ -108,13 +101,13 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        f"{_HERE}.jobs:evaluate",
+        f"{_HERE}.evaluation:evaluate",
         writes={
             "metrics": f"{RUN}/metrics.json",
             "sdf": f"{RUN}/molecules.sdf",
             "energies": f"{RUN}/energies.npz",
         },
-        reads=_evaluate_reads,
+        reads=lambda run: {"samples": run.file("samples.npz"), "molecules": _data(run)} | run.trained(),
         sections=("subset", "reward", "objective", "evaluation"),
         kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 8000), (30, 720)),
@@ -145,10 +138,10 @@ class MoleculesDomain(BaseDomain):
         check_shared(files)
 
     def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
-        return {"": "levels"} if table is not None else {"_energies": "energies", "_molecules": "molecules"}
+        return {"": "masses"} if table is not None else {"_energies": "energies", "_molecules": "molecules"}
 
     def read_by_table(self, run: Run, table: str | None) -> list[str]:
-        """A run's metrics; for a study of levels also its costs, and what its cases are compared with."""
+        """A run's metrics; for a study of masses also its costs, and what its cases are compared with."""
         if table is None:
             return [run.file("metrics.json")]
         case: Any = run.experiment
@@ -158,17 +151,15 @@ class MoleculesDomain(BaseDomain):
         return own + [run.file_of(m, file, case.starts_from) for m, files in others.items() for file in files]
 
     describe = staticmethod(describe)
-
-    def chapters(self) -> Sequence[Chapter]:
-        return (
-            Chapter(
-                "Experiments on molecules",
-                "An `experiments/{name}.yaml` with `domain: molecules`: low energies of QM9's molecules. "
-                "`docs/molecules.md` says what is done, and why.",
-                MoleculeExperiment,
-                "on molecules",
-            ),
-        )
+    chapters = (
+        Chapter(
+            "Experiments on molecules",
+            "An `experiments/{name}.yaml` with `domain: molecules`: low energies of QM9's molecules. "
+            "`docs/molecules.md` says what is done, and why.",
+            MoleculeExperiment,
+            "on molecules",
+        ),
+    )
 
 
 DOMAIN = MoleculesDomain()

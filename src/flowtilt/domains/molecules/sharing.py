@@ -15,9 +15,6 @@ Files = Mapping[str, Mapping[str, Experiment]]
 def check_shared(files: Files) -> None:
     """Refuse cases that would change what they share with the experiment that they derive from.
 
-    Args:
-        files: experiments by name, by the name of their file.
-
     Raises:
         ConfigError: naming file, key and fix.
     """
@@ -35,7 +32,7 @@ def _check_case(files: Files, name: str, case: MoleculeExperiment) -> None:
     """Refuse a case that would change what it shares with the experiment it derives from."""
     base = files[case.starts_from][case.starts_from]
     if not isinstance(base, MoleculeExperiment):
-        raise ConfigError(f"{_file(name)}: key base: {case.starts_from} is no experiment on molecules")
+        raise ConfigError(f"{_file(name)}: key starts_from: {case.starts_from} is no experiment on molecules")
     where = f"{_file(name)}: key"
     for stage in (stage for stage in domain_of(base).stages if stage.before):
         for key in stage.sections:
@@ -47,8 +44,8 @@ def _check_case(files: Files, name: str, case: MoleculeExperiment) -> None:
     _check_also(name, case, base)
     if case.solver.steps != base.solver.steps:
         raise ConfigError(
-            f"{where} solver.steps: {case.name} has the offline batch of {case.starts_from}, and so must have the "
-            "same steps"
+            f"{where} solver.steps: {case.name} has the offline batch of {case.starts_from}, and so must "
+            "have the same steps"
         )
 
 

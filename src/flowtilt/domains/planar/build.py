@@ -90,15 +90,6 @@ def build_cost(experiment: FunctionalExperiment) -> Bowl | None:
     return None if config is None else Bowl((config.centre[0], config.centre[1]), config.radius)
 
 
-def landscape_class(name: str) -> type[Zones]:
-    """A landscape of zones by its name, or by ``module:Class`` from an importable module.
-
-    Raises:
-        ConfigError: if there is no such class, or it is no subclass of ``Zones``.
-    """
-    return _imported(name, LANDSCAPES, Zones)  # type: ignore[type-abstract]
-
-
 def _made(fields: dict[str, Any], known: Mapping[str, type[Kind]], base: type[Kind]) -> Kind:
     """A reward from the fields of its section."""
     name = fields.pop("landscape")

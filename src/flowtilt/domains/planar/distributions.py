@@ -1,4 +1,4 @@
-"""Rows of the experiments on functionals: distributions on the grid, samples, and what is measured of both."""
+"""Rows of the experiments on functionals: distributions on the grid, samples, what is measured of both."""
 
 from __future__ import annotations
 
@@ -166,14 +166,7 @@ def sample_metrics(
     rewards: np.ndarray | None,
     reference: Cloud | None,
 ) -> Metrics:
-    """Metrics of a run's samples, by the same names as those of the grid.
-
-    Args:
-        experiment: of the run.
-        cloud: the samples.
-        rewards: of the samples, if the experiment has a reward.
-        reference: samples of the pretrained model, if distances are wanted.
-    """
+    """Metrics of a run's samples, by the same names as those of the grid."""
     metrics: Metrics = {}
     if rewards is not None:
         metrics["mean_reward"] = float(rewards.mean(dtype=np.float64))
@@ -183,7 +176,7 @@ def sample_metrics(
         metrics |= transport_metrics(experiment, cloud.first(count), reference.first(count))
         metrics |= shift_metrics(cloud, reference)
     if entropy is not None:
-        metrics["entropy"] = histogram_entropy(cloud.points, entropy.extent, entropy.bins)
+        metrics["entropy"] = histogram_entropy(cloud.points[: entropy.samples], entropy.extent, entropy.bins)
         metrics["entropy_likelihood"] = likelihood_entropy(cloud.log_density)
         metrics["coverage"] = coverage(experiment, cloud)
         metrics["outside"] = float((np.abs(cloud.points).max(axis=1) > entropy.extent).mean())
@@ -236,7 +229,7 @@ TILTS = (0.25, 1.0, 4.0)
 
 
 def _starts(experiment: FunctionalExperiment, problem: GridProblem) -> list[FiniteDistribution]:
-    """The pretrained distribution, and tilts of it by the reward: past kinks, and to other stationary points."""
+    """The pretrained distribution and its tilts by the reward: past kinks, and to other stationary points."""
     reward = build_slope(experiment)
     starts = [problem.start]
     if reward is not None:

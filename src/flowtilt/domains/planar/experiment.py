@@ -228,12 +228,12 @@ class FunctionalExperiment(PlanarExperiment):
 
     def _tail(self, method: str) -> TailSpec | None:
         problem = self._problem(method)
-        tail, level = _TAILS.get(problem.utility.kind), problem.utility.parameters.get("level")
+        tail, mass = _TAILS.get(problem.utility.kind), problem.utility.parameters.get("mass")
         if tail is None or self.reward is None or problem.divergence.kind != "kl" or problem.alpha == 0:
             return None
-        if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
+        if isinstance(mass, bool) or not isinstance(mass, int | float) or not 0 < mass < 1:
             return None
-        return TailSpec(tail, level if tail == "lower" else 1 - level, problem.alpha)
+        return TailSpec(tail, mass, problem.alpha)
 
     def problem_of(self, method: str) -> FunctionalObjective:
         """What a method maximises: the experiment's objective with the method's changes."""
@@ -249,7 +249,7 @@ _TAILS: Mapping[str, Tail] = {"cvar": "lower", "sq": "upper"}
 
 _NO_TAIL = (
     "tfft raises a tail mean of a reward under a KL weight alpha > 0; give the experiment a reward, and the "
-    "method objective: {utility: {kind: cvar or sq, level: between 0 and 1}, divergence: {kind: kl}, "
+    "method objective: {utility: {kind: cvar or sq, mass: between 0 and 1}, divergence: {kind: kl}, "
     "alpha: ...}"
 )
 
@@ -262,6 +262,6 @@ def tail_experiment(experiment: Experiment) -> TailExperiment:
     """
     if not isinstance(experiment, TailExperiment):
         raise ConfigError(
-            f"experiment {experiment.name}: this needs a tail; key objective must have tail, level and alpha"
+            f"experiment {experiment.name}: this needs a tail; key objective must have tail, mass and alpha"
         )
     return experiment

@@ -41,9 +41,8 @@ from flowtilt.domains.planar.studies import (
     tail_metric,
 )
 from flowtilt.metrics.tails import quantile
-from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.measurements import (
-    Entry,
     Method,
     Runs,
     collect_runs,
@@ -411,13 +410,7 @@ def _histogram_legend(runs: Runs, distributions: Mapping[str, Distributions], re
 
 
 def study_figure(study: StudyRuns, points: list[Point], resolution: float | None = None) -> Figure:
-    """Tail and objective against the study's axis: a column a parent experiment.
-
-    Args:
-        study: the study.
-        points: its rows; see :func:`flowtilt.domains.planar.studies.study_points`.
-        resolution: width that the network is measured to resolve, marked if the axis is a length.
-    """
+    """Tail and objective against the study's axis: a column a parent experiment."""
     groups = parents(points)
     figure = Figure(figsize=(4.6 * len(groups) + 0.4, 6.8))
     grid = figure.subplots(2, len(groups), sharex="col", squeeze=False)
@@ -538,22 +531,15 @@ def slope_of(experiment: FunctionalExperiment) -> Height | None:
 def draw_experiment(
     results: str | Path, runs: Runs, height: Height, reported: pd.DataFrame, prefix: str | Path
 ) -> None:
-    """Draw ``{prefix}_landscape.png``, ``{prefix}_densities.png`` and ``{prefix}_histograms.png``.
-
-    Args:
-        results: root of the results.
-        runs: the experiment.
-        height: heights (n,) at points (n, 2).
-        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
-        prefix: of the files to write.
-    """
+    """Draw ``{prefix}_landscape.png``, ``{prefix}_densities.png`` and ``{prefix}_histograms.png``."""
     samples = {m.name: load_samples(results, runs, m.name) for m in runs.methods}
     points = {name: x for name, (x, _) in samples.items()}
     distributions = {
         solution: load_distributions(results, runs, solution) for solution in ("exact", "resolved")
     }
     half = min(window(list(points.values())), float(distributions["exact"].axis[-1]))
-    tails = _tail_means(entries(summarise(collect_runs(results, [runs]))), runs)
+    summary = entries(summarise(collect_runs(results, [runs])))
+    tails = {entry.row: entry.value for entry in summary if entry.metric == runs.tail_metric}
     title = runs.title or runs.name
     first = next((points[m.name] for m in runs.methods if m.kind == "pretrained"), None)
     save_figure(landscape_figure(height, half, runs.unit, title, first), f"{prefix}_landscape.png")
@@ -563,46 +549,28 @@ def draw_experiment(
     save_figure(figure, f"{prefix}_histograms.png")
 
 
-def _tail_means(summary: Sequence[Entry], runs: Runs) -> dict[str, float]:
-    return {entry.row: entry.value for entry in summary if entry.metric == runs.tail_metric}
-
-
-def draw_functional(
-    results: str | Path, runs: Runs, height: Height | None, reported: pd.DataFrame, prefix: str | Path
-) -> None:
-    """Draw ``{prefix}_densities.png`` and ``{prefix}_metrics.png`` of an experiment on functionals.
-
-    Args:
-        results: root of the results.
-        runs: the experiment.
-        height: rewards (n,) at points (n, 2), or None.
-        reported: see :func:`flowtilt.pipeline.report.tables.read_reported`.
-        prefix: of the files to write.
-    """
+def draw_functional(shown: Shown, prefix: str) -> None:
+    """Draw ``{prefix}_densities.png`` and ``{prefix}_metrics.png`` of an experiment on functionals."""
+    results, runs, height = shown.results, runs_of(shown.experiments[0]), slope_of(shown.experiments[0])
     points = {m.name: load_samples(results, runs, m.name)[0] for m in runs.methods}
     distributions = {solution: load_distributions(results, runs, solution) for solution in runs.solutions[1:]}
     half = min(window(list(points.values())), float(distributions["exact"].axis[-1]))
     long = with_gaps(collect_runs(results, [runs]))
     save_figure(densities_figure(height, half, runs, points, distributions), f"{prefix}_densities.png", 125)
-    save_figure(metrics_figure(runs, long, reported), f"{prefix}_metrics.png")
+    save_figure(metrics_figure(runs, long, shown.reported), f"{prefix}_metrics.png")
 
 
-def draw_hierarchy(
-    results: str | Path, title: str, experiments: Sequence[Experiment], prefix: str | Path
-) -> None:
+def draw_hierarchy(shown: Shown, prefix: str) -> None:
     """Draw ``{prefix}.png``: how much of the gap each functional's network closes."""
-    long = collect_runs(results, [runs_of(e) for e in experiments])
     # Functionals without a case have nothing to draw.
-    found = [line for line in reached(long, experiments) if line.seeds]
-    save_figure(hierarchy_figure(found, title), f"{prefix}.png")
+    found = [line for line in reached(shown.collected, shown.experiments) if line.seeds]
+    save_figure(hierarchy_figure(found, shown.title), f"{prefix}.png")
 
 
-def draw_solvers(
-    results: str | Path, title: str, experiments: Sequence[Experiment], prefix: str | Path
-) -> None:
+def draw_solvers(shown: Shown, prefix: str) -> None:
     """Draw ``{prefix}.png``: each solver's gap to the optimum against what it cost."""
-    runs = solver_runs(results, collect_runs(results, [runs_of(e) for e in experiments]), experiments)
-    save_figure(solvers_figure(runs, title), f"{prefix}.png")
+    runs = solver_runs(shown.results, shown.collected, shown.experiments)
+    save_figure(solvers_figure(runs, shown.title), f"{prefix}.png")
 
 
 def draw_study(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:

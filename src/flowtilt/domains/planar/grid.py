@@ -114,7 +114,7 @@ def expected_reward_tilt(
 
 
 def hinge(rewards: np.ndarray, at: float, mass: float, tail: Tail) -> np.ndarray:
-    """``(r - at)_+ / mass`` on the upper side, ``-(at - r)_+ / mass`` on the lower."""
+    """``(r - at)_+ / mass`` for the upper tail, ``-(at - r)_+ / mass`` for the lower."""
     excess = rewards - at
     return (np.maximum(excess, 0.0) if read_tail(tail) == "upper" else np.minimum(excess, 0.0)) / mass
 
@@ -162,7 +162,7 @@ def mirror_ascent(
     iterates, current = [], log_p
     for _ in range(iterations):
         at = quantile(rewards, level, weights=np.exp(current))
-        tail = blur(hinge(rewards, at, mass, tail) / step_weight)
-        current = normalise(current + tail - alpha / step_weight * (current - log_p))
+        raised = blur(hinge(rewards, at, mass, tail) / step_weight)
+        current = normalise(current + raised - alpha / step_weight * (current - log_p))
         iterates.append(current)
     return iterates

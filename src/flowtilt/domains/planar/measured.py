@@ -1,4 +1,4 @@
-"""What the figures of the plane are drawn from: distributions on a grid, samples, and the networks' resolution."""
+"""What figures of the plane are drawn from: distributions on a grid, samples, the networks' resolution."""
 
 from __future__ import annotations
 
@@ -73,13 +73,11 @@ def _frame(runs: Runs) -> tuple[str, ...]:
 
 def load_samples(results: str | Path, runs: Runs, method: str) -> tuple[np.ndarray, np.ndarray]:
     """A network's samples, pooled over seeds: points (n, 2) and rewards (n,), 0 where there is no reward."""
-    needed = {"x", "reward"} if runs.has_tail else {"x"}
+    needed = ("x", "reward") if runs.has_tail else ("x",)
     points, rewards = [], []
     for seed in runs.seeds:
         path = run_folder(results, runs, method, "network", seed) / "samples.npz"
-        arrays = read_arrays(path)
-        if absent := needed - arrays.keys():
-            raise ResultsError(f"{path}: no array {', '.join(sorted(absent))}; {again(path)}")
+        arrays = read_arrays(path, *needed)
         points.append(arrays["x"])
         rewards.append(arrays.get("reward", np.zeros(len(arrays["x"]))))
     return np.concatenate(points), np.concatenate(rewards)

@@ -1,4 +1,4 @@
-"""The largest value of a functional over distributions on a grid, and the steps of Flow Density Control there."""
+"""The largest value of a functional over distributions on a grid, and Flow Density Control's steps there."""
 
 from __future__ import annotations
 
@@ -173,13 +173,12 @@ def tail_optimum(objective: Objective, distribution: FiniteDistribution) -> Opti
     Raises:
         TypeError: for another utility or divergence.
     """
-    tail = objective.utility
-    if not (isinstance(tail, CVaR | SQ) and isinstance(objective.divergence, KL)):
+    utility = objective.utility
+    if not (isinstance(utility, CVaR | SQ) and isinstance(objective.divergence, KL)):
         raise TypeError("the dual optimum is known for a tail mean under KL only")
-    tail: Tail = "lower" if isinstance(tail, CVaR) else "upper"
-    mass = tail.level if isinstance(tail, CVaR) else 1 - tail.level
-    rewards = tail.reward(distribution.points).double().numpy(force=True)
-    log_p = tail_tilt(distribution.log_reference, rewards, objective.alpha, mass, tail)[0]
+    tail: Tail = "lower" if isinstance(utility, CVaR) else "upper"
+    rewards = utility.reward(distribution.points).double().numpy(force=True)
+    log_p = tail_tilt(distribution.log_reference, rewards, objective.alpha, utility.mass, tail)[0]
     return Optimum(log_p, objective.finite_value(replace(distribution, log_p=log_p)), 0.0, 0)
 
 

@@ -83,10 +83,6 @@ class Point(NamedTuple):
 def study_points(long: pd.DataFrame, study: StudyRuns) -> list[Point]:
     """The rows of a study's cases in their places.
 
-    Args:
-        long: of all cases; see :func:`flowtilt.pipeline.report.measurements.collect_runs`.
-        study: the study.
-
     Returns:
         By parent experiment, series and rising axis value, lines of reference last.
     """

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from flowtilt.pipeline.report.measurements import of_row
+from flowtilt.pipeline.report.measurements import mean_sd, of_row
 from flowtilt.pipeline.report.panels import describe, pretty
 
 
@@ -55,7 +55,7 @@ def decided(gains: np.ndarray) -> str:
 
 def spread(values: np.ndarray) -> str:
     """``mean ± sd`` of values, one a seed."""
-    return pretty(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan)
+    return pretty(*mean_sd(values))
 
 
 def share(true: np.ndarray) -> str:

@@ -18,7 +18,7 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from flowtilt.pipeline.experiment import Experiment
-from flowtilt.files import folder_of, one_line, read_json, read_npz, read_text
+from flowtilt.files import one_line, read_json, read_npz, read_text
 
 SOLUTIONS = ("network", "exact", "resolved")
 _WORDS = {"network": "", "exact": ", exact", "resolved": ", at finite resolution", "optimum": ", optimum"}
@@ -144,7 +144,7 @@ def row_words(row: str) -> str:
 def run_folder(results: str | Path, runs: Runs, method: str, solution: str, seed: int) -> Path:
     """Where the files of a row's run are kept."""
     own = solution == "network" or not runs.solved_apart
-    return folder_of(results, runs.name, method if own else solution, seed)
+    return Path(results) / "runs" / runs.name / (method if own else solution) / f"seed{seed}"
 
 
 def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
@@ -259,10 +259,6 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 def read_history(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """A run's history, a line an update, as numbers.
 
-    Args:
-        path: of the file.
-        columns: that it must have; others are read as well.
-
     Raises:
         ResultsError: if it is missing or malformed.
     """
@@ -284,21 +280,30 @@ def totals_of(history: pd.DataFrame, *columns: str) -> pd.Series:
 # -------------------------------------------------------------------------------- arrays
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, *needed: str) -> dict[str, np.ndarray]:
     """All arrays of an npz file by name.
 
     Raises:
-        ResultsError: if it is missing or not whole.
+        ResultsError: if it is missing, not whole, or lacks an array that is needed.
     """
     if not path.is_file():
         raise ResultsError(missing(path))
     try:
-        return read_npz(path)
+        arrays = read_npz(path)
     except ValueError as error:
         raise ResultsError(f"{path}: {error}; {again(path)}") from None
+    if absent := {*needed} - arrays.keys():
+        raise ResultsError(f"{path}: no array {', '.join(sorted(absent))}; {again(path)}")
+    return arrays
 
 
 # ---------------------------------------------------------------------------- statistics
+
+
+def mean_sd(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and sample standard deviation; NaN where there are too few values."""
+    mean = float(np.mean(values)) if len(values) else math.nan
+    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 class Entry(NamedTuple):
@@ -346,8 +351,8 @@ def summarise(long: pd.DataFrame) -> pd.DataFrame:
     """
     groups = long.groupby(["experiment", "method", "metric"], sort=False)["value"]
     summary = groups.agg(
-        value=lambda v: float(np.mean(v.to_numpy())),
-        sd=lambda v: float(np.std(v.to_numpy(), ddof=1)) if len(v) > 1 else math.nan,
+        value=lambda v: mean_sd(v.to_numpy())[0],
+        sd=lambda v: mean_sd(v.to_numpy())[1],
         seeds="size",
     )
     return summary.reset_index()[list(SUMMARY_COLUMNS)]

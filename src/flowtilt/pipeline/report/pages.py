@@ -6,12 +6,14 @@ import html
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
 
 from flowtilt.files import read_text, write_text
+from flowtilt.pipeline.report.comparison import EFFECTS, LEVELS
 from flowtilt.pipeline.report.measurements import ResultsError
 from flowtilt.pipeline.report.panels import Panel, markdown
 from flowtilt.pipeline.report.tables import headline
@@ -32,17 +34,16 @@ tr:hover td { background: #f6f8fa; }
 .bad { color: #a40e26; font-weight: 600; }
 """
 
-VERDICTS = {"match": "good", "reached": "good", "holds": "good", "same ordering": "fair", "differs": "bad"}
+VERDICTS = {
+    **dict.fromkeys(("match", "reached", "holds", "same direction"), "good"),
+    **dict.fromkeys(("same ordering", "not decided"), "fair"),
+    **dict.fromkeys(("differs", "opposite direction"), "bad"),
+}
 """Cells that say how a number compares, and the class that colours them."""
 
 
 def page(title: str, text: str) -> str:
-    """A page from Markdown, in which raw HTML is shown and not obeyed.
-
-    Args:
-        title: its heading.
-        text: of paragraphs, lists and tables.
-    """
+    """A page from Markdown, in which raw HTML is shown and not obeyed."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for verdict, colour in VERDICTS.items():
         body = re.sub(rf"(<td[^>]*)>{verdict}</td>", rf'\1 class="{colour}">{verdict}</td>', body)
@@ -65,8 +66,8 @@ def comparison_page(source: Path) -> str:
     said = ", ".join(f"{count} × {verdict}" for verdict, count in found.items())
     return page(
         "Beside the papers",
-        f"Values that the papers report: {said or 'none for what was run'}. A match is within 10 % or two "
-        f"standard deviations; all other metrics are in the experiments' tables.\n\n{text}",
+        f"Values that the papers report: {said or 'none for what was run'}. {LEVELS} Where gains are given: "
+        f"{EFFECTS} All other metrics are in the experiments' tables.\n\n{text}",
     )
 
 
@@ -77,6 +78,7 @@ def provenance_page(source: Path) -> str:
         panels = [
             _mapping("Configuration and code", record["commit"] | {"configuration": record["config_hash"]}),
             _mapping("Versions", record["versions"]),
+            *(_mapping(f"Versions of {name}", of) for name, of in record.get("environments", {}).items()),
             _mapping("Machine", record["machine"]),
             _stages(record["stages"]),
         ]
@@ -107,16 +109,11 @@ def _read(source: Path) -> str:
 def write_page(source: Path, title: str, output: Path) -> None:
     """Write the page of a file: of a table's text, of the comparison, or of the provenance, by its ending.
 
-    Args:
-        source: ``.md``, ``.csv`` or ``.json``.
-        title: of a table; the other two have their own.
-        output: HTML file to write.
-
     Raises:
         ResultsError: if the file is missing or not what its ending says.
     """
     made = {
-        ".md": lambda: table_page(source, title),
+        ".md": lambda: table_page(source, title or source.stem),
         ".csv": lambda: comparison_page(source),
         ".json": lambda: provenance_page(source),
     }
@@ -124,3 +121,9 @@ def write_page(source: Path, title: str, output: Path) -> None:
         raise ResultsError(f"{source}: no page is made of this; give a file that ends in {', '.join(made)}")
     text = made[source.suffix]()
     write_text(output, text)
+
+
+def write_overview(sources: Sequence[Path], folder: Path) -> None:
+    """Write the pages of some files, under the files' names; see :func:`write_page`."""
+    for source in sources:
+        write_page(source, source.stem.capitalize(), folder / f"{source.stem}.html")

@@ -6,23 +6,29 @@ form, one a line; means, gaps and verdicts are computed here and nowhere else.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from flowtilt.files import atomic_path, write_text
 from flowtilt.pipeline.experiment import Experiment, load_file
-from flowtilt.pipeline.report.base import Table, report_of, shown_file
+from flowtilt.pipeline.report.base import Shown, Table, beside, report_of, shown_file
+from flowtilt.pipeline.report.comparison import (
+    COMPARISON_COLUMNS,
+    EFFECT_COLUMNS,
+    comparison,
+    read_reported,
+    reported_columns,
+    reported_keys,
+    source_columns,
+    verdict_note,
+)
 from flowtilt.pipeline.report.discretisation import discretisation_note
 from flowtilt.pipeline.report.measurements import (
     SOLUTIONS,
-    SUMMARY_COLUMNS,
     Entry,
-    ResultsError,
     collect_runs,
     entries,
     read_by_seed,
@@ -35,125 +41,6 @@ from flowtilt.pipeline.report.measurements import (
     with_gaps,
 )
 from flowtilt.pipeline.report.panels import Panel, describe, latex, markdown, over_seeds, pretty
-
-REPORTED_COLUMNS = ("source", "experiment", "method", "metric", "value", "unit")
-COMPARISON_COLUMNS = ("source", *SUMMARY_COLUMNS, "reported", "unit", "verdict")
-
-_OURS = "flowtilt"
-_WITHIN = 0.10
-_DEVIATIONS = 2.0
-_SLACK = 1 + 1e-12  # a difference of exactly 10 % counts as within, whatever its last bit
-
-
-def read_reported(path: str | Path) -> pd.DataFrame:
-    """The table of reported values; it has the columns :data:`REPORTED_COLUMNS` and maybe others.
-
-    Raises:
-        ResultsError: if it is missing, lacks a column, repeats a line's names, or has a value that
-            is not a finite number.
-    """
-    path = Path(path)
-    table = read_csv(path, REPORTED_COLUMNS)
-    values = pd.to_numeric(table["value"], errors="coerce")
-    if (bad := np.flatnonzero(~np.isfinite(values))).size:
-        raise ResultsError(f"{path}: line {bad[0] + 2}: column value must be a finite number")
-    keys = ["source", "experiment", "method", "metric"]
-    if (twice := table.duplicated(keys)).any():
-        raise ResultsError(f"{path}: {', '.join(table.loc[twice, keys].iloc[0])} occurs twice; keep one line")
-    return table.assign(value=values.astype(float))
-
-
-def verdict(
-    value: float,
-    sd: float,
-    reported: float,
-    others: Iterable[tuple[float, float]] = (),
-    by_value: bool = True,
-) -> str:
-    """Our value of one metric of one method against the reported one.
-
-    Args:
-        value, sd: mean and standard deviation over seeds; NaN where undefined.
-        reported: what the source reports.
-        others: (ours, reported) of the same source and metric, for every other method with both.
-        by_value: whether values are compared, and not only the order of methods.
-
-    Returns:
-        ``match`` if the values differ by at most 10 % of the reported one or by two sd; else
-        ``same ordering`` if the method stands above and below the same others as reported (a
-        reported tie orders nothing, and without any order there is none to share); else ``differs``.
-    """
-    allowed = max(_WITHIN * abs(reported), _DEVIATIONS * sd if math.isfinite(sd) else 0.0)
-    if by_value and abs(value - reported) <= allowed * _SLACK:
-        return "match"
-    pairs = [(ours, theirs) for ours, theirs in others if theirs != reported]
-    same = all(
-        (theirs > reported and ours > value) or (theirs < reported and ours < value) for ours, theirs in pairs
-    )
-    return "same ordering" if pairs and same else "differs"
-
-
-def comparison(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
-    """Every row and metric beside what the sources report: the frame of ``comparison.csv``.
-
-    Args:
-        long: of all experiments and cases; see :func:`flowtilt.pipeline.report.measurements.collect_runs`.
-        reported: see :func:`read_reported`; may have a column ``by_value``, see :func:`verdict`.
-
-    Returns:
-        Columns :data:`COMPARISON_COLUMNS`; one line per source that reports a value, else one with
-        the source ``flowtilt``. Only rows that have a reported value get a verdict; values reported
-        for methods that were not run do not appear.
-    """
-    ours = {entry[:3]: entry for entry in entries(summarise(long))}
-    theirs: dict[tuple[str, str, str], dict[str, tuple[float, str]]] = {}
-    for source, experiment, method, metric, value, unit in _lines(reported, REPORTED_COLUMNS):
-        if (experiment, method, metric) in ours:
-            theirs.setdefault((source, experiment, metric), {})[method] = (float(value), unit)
-    ordered = _only_ordered(reported)
-    lines: list[tuple[Any, ...]] = []
-    for entry in ours.values():
-        sources = [
-            (source, methods)
-            for (source, experiment, metric), methods in theirs.items()
-            if (experiment, metric) == (entry.experiment, entry.metric) and entry.row in methods
-        ]
-        for source, methods in sources:
-            target, unit = methods[entry.row]
-            others = [
-                (ours[entry.experiment, other, entry.metric].value, value)
-                for other, (value, _) in methods.items()
-                if other != entry.row
-            ]
-            by_value = entry.experiment not in ordered
-            word = verdict(entry.value, entry.sd, target, others, by_value)
-            lines.append((source, *entry, target, unit, word))
-        if not sources:
-            lines.append((_OURS, *entry, math.nan, describe(entry.metric).unit, ""))
-    return pd.DataFrame(lines, columns=list(COMPARISON_COLUMNS))
-
-
-def _only_ordered(reported: pd.DataFrame) -> set[str]:
-    """Experiments whose reported values are on other scales than ours."""
-    if "by_value" not in reported:
-        return set()
-    return set(reported.loc[reported["by_value"].eq(False), "experiment"])
-
-
-def _lines(frame: pd.DataFrame, columns: Sequence[str]) -> list[tuple[Any, ...]]:
-    return list(frame[list(columns)].itertuples(index=False, name=None))
-
-
-# ------------------------------------------------------------------------------- tables
-
-VERDICTS = (
-    "Verdicts are by code: match (within 10 % of the reported value or two sd), same "
-    "ordering (above and below the same methods as reported), or differs."
-)
-ORDERINGS = (
-    "Verdicts are by code, on directions alone: same ordering (above and below the same methods as "
-    "reported), or differs."
-)
 
 
 def panels_of(
@@ -180,72 +67,45 @@ def panels_of(
     return [panel.without_empty_columns() for panel in panels if len(panel.header) > 1]
 
 
-def reported_columns(
-    long: pd.DataFrame, reported: pd.DataFrame
-) -> dict[str, list[tuple[str, dict[str, str]]]]:
-    """By metric, the columns that stand beside ours: header and cells by row."""
-    judged = comparison(long, reported)
-    names = ("metric", "source", "method", "reported", "verdict")
-    by_source: dict[tuple[str, str], list[tuple[str, float, str]]] = {}
-    for metric, source, row, value, word in _lines(judged[judged["verdict"] != ""], names):
-        by_source.setdefault((metric, source), []).append((row, float(value), word))
-    columns: dict[str, list[tuple[str, dict[str, str]]]] = {}
-    for (metric, source), found in by_source.items():
-        columns.setdefault(metric, []).extend(
-            [
-                (f"reported ({source})", {row: f"{value:g}" for row, value, _ in found}),
-                ("verdict", {row: word for row, _, word in found}),
-            ]
-        )
-    return columns
-
-
 def table_frame(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     """The table as data: one line per row, metric and source.
 
     Returns:
-        Columns experiment, method, solution, row, metric, unit, value, sd, seeds, source, reported,
-        verdict, in full precision.
+        Columns experiment, method, solution, row, metric, unit, value, sd, seeds, source, reported, those of
+        :data:`EFFECT_COLUMNS`, and verdict, in full precision.
     """
     compared = comparison(with_gaps(long), reported)
     split = [split_row(str(row)) for row in compared["method"]]
     frame = compared.rename(columns={"method": "row"}).assign(
         method=[method for method, _ in split], solution=[solution for _, solution in split]
     )
-    head = ["experiment", "method", "solution", "row", "metric", "unit"]
-    return frame[[*head, "value", "sd", "seeds", "source", "reported", "verdict"]]
+    head = ["experiment", "method", "solution", "row", "metric", "unit", "value", "sd", "seeds", "source"]
+    return frame[[*head, "reported", *EFFECT_COLUMNS, "verdict"]]
 
 
 def experiment_table(
-    results: str | Path,
-    experiment: Experiment,
-    reported: pd.DataFrame,
+    shown: Shown,
     groups: Callable[[str], Mapping[str, Sequence[str]]] | None = None,
     findings: Callable[[pd.DataFrame], Sequence[str]] = lambda long: (),
     note: str = "",
-    verdicts: str = VERDICTS,
 ) -> Table:
     """The table of an ordinary experiment.
 
     Args:
-        results: root of the results to read.
-        experiment: of the table.
-        reported: values that the papers report, under the names of the experiment.
+        shown: its file.
         groups: metrics of each part by its caption, from the table's own; by default all under that.
         findings: sentences on what holds of what should, from all metrics; they are above the note.
         note: what the rows and metrics are.
-        verdicts: what the verdicts mean.
 
     Raises:
         ResultsError: if a file of results is missing or malformed.
     """
-    runs = runs_of(experiment)
-    long = collect_runs(results, [runs])
-    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
-    shown = groups(caption) if groups else {caption: list(dict.fromkeys(long["metric"]))}
-    panels = panels_of(entries(summarise(long)), shown, reported_columns(long, reported))
-    text = f"{listed(findings(long))}{f'{note} ' if note else ''}{verdicts}"
-    return Table(table_frame(long, reported), panels, text)
+    long, caption = shown.collected, f"{shown.title}: {over_seeds(len(shown.experiments[0].seeds))}"
+    parts = groups(caption) if groups else {caption: list(dict.fromkeys(long["metric"]))}
+    compared = comparison(long, shown.reported)
+    panels = panels_of(entries(summarise(long)), parts, reported_columns(compared))
+    text = f"{listed(findings(long))}{' '.join(filter(None, [note, verdict_note(compared)]))}"
+    return Table(table_frame(long, shown.reported), panels, text)
 
 
 # ------------------------------------------------------------------------------- writing
@@ -257,26 +117,13 @@ def listed(sentences: Sequence[str]) -> str:
 
 
 def write_table(
-    file: str | Path,
-    overrides: Mapping[str, Any] | None,
-    results: str | Path,
-    reported: str | Path,
-    prefix: str | Path,
+    file: Path, overrides: Mapping[str, Any] | None, results: Path, reported: Path, prefix: str | Path
 ) -> None:
     """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex`` of an experiment or a study.
 
-    Args:
-        file: the experiment's or study's file.
-        overrides: merged into every experiment last.
-        results: root of the results to read.
-        reported: table of reported values.
-        prefix: of the files to write.
-
-    Raises:
-        ConfigError: if the file is not a valid experiment or study.
-        ResultsError: if a file of results is missing or malformed, or the reported values are.
+    The other arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`.
     """
-    shown = shown_file(file, overrides, results, read_reported(reported))
+    shown = shown_file(file, overrides, results, reported)
     frame, panels, note = report_of(shown.experiments[0]).table(shown)
     write_panels(prefix, frame, panels, f"{note} {discretisation_note(shown.experiments)}".rstrip())
 
@@ -298,9 +145,9 @@ def write_comparison(
     without a run in ``results`` its lines are kept.
     """
     experiments = [experiment for file in files for experiment in load_file(file, overrides).values()]
-    beside = read_reported(reported)
+    values = read_reported(reported)
     for experiment in experiments:
-        beside = report_of(experiment).reported(beside, experiment)
+        values = beside(values, experiment)
     before = None if earlier is None else read_by_seed(earlier)
 
     def lines_of(experiment: Experiment) -> pd.DataFrame:
@@ -310,7 +157,7 @@ def write_comparison(
 
     long = pd.concat([lines_of(experiment) for experiment in experiments], ignore_index=True)
     _write_frame(by_seed, long)
-    _write_frame(output, comparison(long, beside))
+    _write_frame(output, comparison(long, values))
 
 
 def write_panels(prefix: str | Path, frame: pd.DataFrame, panels: Sequence[Panel], note: str) -> None:
@@ -340,11 +187,9 @@ def headline(comparison_csv: str | Path) -> str:
         ResultsError: if that is missing or another table.
     """
     table = read_csv(Path(comparison_csv), COMPARISON_COLUMNS)
-    numbers = {c: pd.to_numeric(table[c].replace("", None)) for c in ("value", "sd", "seeds", "reported")}
-    table = table.assign(**numbers)
-    judged = table[table["verdict"] != ""]
-    keys = dict.fromkeys(_lines(judged, ("source", "experiment", "metric")))
-    return markdown([_headline_panel(table, *key) for key in keys]) + "\n"
+    numbers = ("value", "sd", "seeds", "reported", *EFFECT_COLUMNS[1:])
+    table = table.assign(**{column: pd.to_numeric(table[column].replace("", None)) for column in numbers})
+    return markdown([_headline_panel(table, *key) for key in reported_keys(table)]) + "\n"
 
 
 _OBJECTIVE = (
@@ -354,16 +199,16 @@ _OBJECTIVE = (
 """Metrics and solutions that stand beside reported values where there is no reward: what was maximised."""
 
 
-def _headline_panel(table: pd.DataFrame, source: str, experiment: str, metric: str) -> Panel:
+def _headline_panel(table: pd.DataFrame, experiment: str, metric: str, source: str) -> Panel:
     table = table[table["experiment"] == experiment]
     summary = {(e.row, e.metric): e for e in entries(table)}
     cells = {key: pretty(e.value, e.sd) for key, e in summary.items()}
-    theirs = table[(table["source"] == source) & (table["metric"] == metric)]
-    beside = {m: [f"{float(r):g}", v] for m, r, v in _lines(theirs, ("method", "reported", "verdict"))}
+    beside = table[(table["source"] == source) & (table["metric"] == metric)]
+    theirs = source_columns(source, beside)
     words = describe(metric)
     mean = f"mean_{words.unit}"
     more = [(mean, "network")] if any(m.startswith("mean_") for _, m in summary) else _OBJECTIVE
-    header = ["method", words.header, f"reported ({source})", "verdict", "exact", "at finite resolution"]
+    header = ["method", words.header, *(name for name, _ in theirs), "exact", "at finite resolution"]
     header += [f"{'' if at == 'network' else at + ' '}{describe(what).header}" for what, at in more]
     lines = []
     for method in dict.fromkeys(split_row(row)[0] for row, _ in summary):
@@ -371,7 +216,7 @@ def _headline_panel(table: pd.DataFrame, source: str, experiment: str, metric: s
             cells.get((row_name(method, solution), metric), "") for solution in SOLUTIONS
         )
         others = [cells.get((row_name(method, at), what), "") for what, at in more]
-        lines.append([method, network, *beside.get(method, ["", ""]), exact, resolved, *others])
+        lines.append([method, network, *(of.get(method, "") for _, of in theirs), exact, resolved, *others])
     seeds = over_seeds(max((e.seeds for e in summary.values()), default=1))
     better = f"; {words.better} is better" if words.better else ""
     caption = f"{experiment}, {words.words}: {seeds}{better}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,7 @@ from flowtilt.pipeline.configuration import (
     read_yaml,
     validated,
 )
-from flowtilt.pipeline.sections import DataConfig, Tail
+from flowtilt.pipeline.sections import DataConfig, TailKey
 
 Mass = Annotated[float, Field(gt=0, lt=1)]
 
@@ -147,6 +147,8 @@ class RewardDistributionConfig(Section):
 class TailConfig(Section):
     """A tail problem on a known distribution of rewards, at one mass for each of its tails."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"law": "distribution"}
+
     distribution: RewardDistributionConfig
     """The distribution of the rewards."""
 
@@ -156,7 +158,7 @@ class TailConfig(Section):
     mass: Mass
     """Probability of the tail."""
 
-    tails: Annotated[tuple[Tail, ...], Field(min_length=1), NoRepeats] = ("lower", "upper")
+    tails: Annotated[tuple[TailKey, ...], Field(min_length=1), NoRepeats] = ("lower", "upper")
     """Which tails are solved, each at this mass."""
 
 
@@ -251,10 +253,6 @@ _KINDS: dict[str, type[MirrorDescentConfig] | type[ThresholdStudyConfig]] = {
 
 def load_theory(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TheoryConfig:
     """The study in a file.
-
-    Args:
-        path: the YAML file; its ``name`` must be the file's.
-        overrides: merged in last.
 
     Raises:
         ConfigError: naming the file, the key and the fix.

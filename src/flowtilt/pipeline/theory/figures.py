@@ -20,12 +20,7 @@ _SMALLEST = 1e-16
 
 
 def draw_theory(result: Mapping[str, Any], path: str | Path) -> None:
-    """Draw a study's result into one PNG file.
-
-    Args:
-        result: what the stage wrote: kind, title and tables.
-        path: of the file.
-    """
+    """Draw a study's result into one PNG file."""
     draw = {"mirror_descent": _mirror_descent, "threshold": _threshold}[result["kind"]]
     with figure_style():
         save_figure(draw(result["tables"]), path)

@@ -86,10 +86,8 @@ class Problem:
         F lies below its tangent at p, and the tangent's regularised maximum has a closed form: the tilt
         of the base by ``F'(p) / alpha``. The duality gap is ``alpha KL(p || tilt)``.
         """
-        return self.alpha * kl_divergence(log_p, self._tilt(log_p))
-
-    def _tilt(self, log_p: np.ndarray) -> np.ndarray:
-        return normalise(self.log_base + self.utility.variation(np.exp(log_p)) / self.alpha)
+        tilt = normalise(self.log_base + self.utility.variation(np.exp(log_p)) / self.alpha)
+        return self.alpha * kl_divergence(log_p, tilt)
 
     def step(self, log_p: np.ndarray, weight: float) -> np.ndarray:
         """The distribution that maximises ``<G'(p), q> - weight KL(q || p)``."""

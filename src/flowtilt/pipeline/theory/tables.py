@@ -40,10 +40,6 @@ def write_theory_table(result: Mapping[str, Any], prefix: str | Path) -> None:
     """Write ``{prefix}.csv``, ``.md`` and ``.tex`` of a study's result.
 
     The data of every panel are in the CSV file, one after the other, told apart by the column ``part``.
-
-    Args:
-        result: what the stage wrote: kind, title and tables.
-        prefix: of the files.
     """
     tables: dict[str, Rows] = result["tables"]
     kinds = {

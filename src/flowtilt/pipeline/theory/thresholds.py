@@ -56,8 +56,8 @@ def build_distribution(config: TailConfig) -> RewardDistribution:
 def study(config: ThresholdStudyConfig) -> dict[str, list[Row]]:
     """All four parts of the study, as rows by the name of the table that they go to."""
     duals = {
-        name: {tail: TailDual(build_distribution(tail), tail.alpha, tail.mass, tail) for tail in tail.tails}
-        for name, tail in config.problems.items()
+        name: {tail: TailDual(build_distribution(of), of.alpha, of.mass, tail) for tail in of.tails}
+        for name, of in config.problems.items()
     }
     tables: dict[str, list[Row]] = {"errors": [], "fits": [], "descent": [], "rates": [], "convexity": []}
     for name, pair in duals.items():
@@ -358,19 +358,13 @@ class ShiftBounds:
         allowed = np.log1p(self.variation / sum(dual.parts(t))) - np.log1p(-share)
         return dual.value(t) >= dual.value(best) - dual.alpha * allowed
 
-    def _by_pinsker(self, t: float) -> bool:
-        return abs(self.dual.slope(t)) <= self.slope_error(t) and self._good_enough(t)
-
-    def _by_sanov(self, t: float) -> bool:
-        return rate_function(self.dual, t)[0] <= self.kl and self._good_enough(t)
-
     def pinsker(self) -> tuple[float, float]:
         """The interval of thresholds that Pinsker's inequality leaves."""
-        return self._interval(self._by_pinsker)
+        return self._interval(lambda t: abs(self.dual.slope(t)) <= self.slope_error(t))
 
     def sharp(self) -> tuple[float, float]:
         """The interval that the KL divergence leaves; on the right, both ends are attained."""
-        return self._interval(self._by_sanov)
+        return self._interval(lambda t: rate_function(self.dual, t)[0] <= self.kl)
 
     def strong_convexity(self) -> float | None:
         """``max e / min |curvature|`` over :meth:`pinsker`'s interval.
@@ -389,7 +383,11 @@ class ShiftBounds:
     def _interval(self, possible: Callable[[float], bool]) -> tuple[float, float]:
         best = self.dual.optimum
         low, high = self.dual.distribution.low, self.dual.distribution.high
-        return best - _furthest(possible, best, low - best), best + _furthest(possible, best, high - best)
+
+        def both(t: float) -> bool:
+            return possible(t) and self._good_enough(t)
+
+        return best - _furthest(both, best, low - best), best + _furthest(both, best, high - best)
 
 
 def _furthest(possible: Callable[[float], bool], start: float, reach: float) -> float:
