@@ -122,27 +122,31 @@ class MoleculePretrainConfig(Section):
     """Checks of the molecules during the training."""
 
 
-class MoleculeConfig(Section):
-    """A flow on molecules: data, units, network and pretraining."""
-
-    name: Name
-    """Name of the weights."""
+class FlowSections(Section):
+    """What a flow on molecules and its weights follow from."""
 
     subset: SubsetConfig
-    """Which molecules."""
+    """Which molecules of QM9."""
 
     units: UnitsConfig = UnitsConfig()
-    """Units of a state."""
+    """What one unit of a state stands for."""
 
     network: MoleculeNetworkConfig = MoleculeNetworkConfig()
     """Sizes of the network."""
 
     pretrain: MoleculePretrainConfig
-    """How it is trained."""
+    """How it is pretrained, if it is trained anew."""
 
     time_power: Positive = 1.0
-    """Power of the times that samplers and solvers see the flow at, see
-    :func:``flowtilt.interpolants.time_grid``; the weights do not depend on it."""
+    """Power p of the times 1 - (1 - u)^p of equally spaced u that samplers and solvers step along: above
+    1, steps are denser towards the data; the weights do not depend on it."""
+
+
+class MoleculeConfig(FlowSections):
+    """A flow on molecules by itself."""
+
+    name: Name
+    """Name of the weights."""
 
 
 class MoleculeModelConfig(Section):
