@@ -43,7 +43,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "project"
-        for part in ("config", "envs", "workflow", "resources"):
+        for part in ("config", "envs", "workflow", "resources", "src"):
             shutil.copytree(ROOT / part, folder / part)
         shutil.copy(ROOT / "Snakefile", folder)
         before = [f"{RUN}/tfft/seed{seed}/threshold.json" for seed in SEEDS]

@@ -164,10 +164,11 @@ elif arguments != ["clean", "-y", "--tarballs"]:
 '''
 
 ACTIVATE = """\
-# conda's own script: puts an environment's commands before all others.
+# conda's own script puts an environment in the place of the one that was active: what was put on the PATH
+# after that, such as the Python that runs Snakemake, stays ahead of it.
 export CONDA_PREFIX="$1"
-export PATH="$1/bin:$PATH"
-echo "$1 $(command -v flowtilt)" >> {activations}
+export PATH="${{PATH%%:*}}:$1/bin:${{PATH#*:}}"
+echo "$1" >> {activations}
 """
 
 
@@ -200,5 +201,5 @@ class StandInConda:
 
     @property
     def activations(self) -> Path:
-        """One line an activation: the environment, and the command flowtilt that is found in it."""
+        """One line an activation: the environment."""
         return self.folder / "activations.txt"

@@ -47,8 +47,8 @@ UNNAMED = {"metrics/diversity.py": "images"}
 
 SOURCES = ROOT / "src" / "flowtilt"
 
-TOOLS = {"pip", "python", "setuptools"}
-"""What makes an environment, and is no dependency of the package."""
+TOOLS = {"core": {"python"}, "molecules": {"pip", "python"}, "images": {"pip", "python"}}
+"""What makes an environment, and is no dependency of the package; pip for what conda-forge lacks."""
 
 
 def declared(environment: str) -> dict[str, SpecifierSet]:
@@ -92,7 +92,7 @@ def test_rules_and_files_name_each_other() -> None:
 def test_channels_are_conda_forge_alone(file: Path) -> None:
     data = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert data.keys() == {"channels", "dependencies"}  # a name or a prefix would be Snakemake's to choose
-    assert data["channels"] == ["conda-forge", "nodefaults"]
+    assert data["channels"] == ["conda-forge"]
 
 
 @every_file
@@ -114,18 +114,15 @@ def test_versions_are_bounded_on_both_sides(file: Path, package: Package) -> Non
 def test_packages_are_those_of_the_project_and_what_installs_it(file: Path) -> None:
     names = [package.on_pypi for package in packages_of(file)]
     assert len(names) == len(set(names))
-    assert set(names) == {*declared(file.stem), *TOOLS}
+    assert set(names) == {*declared(file.stem), *TOOLS[file.stem]}
 
 
 @every_package
 def test_lower_bounds_are_those_of_the_project(file: Path, package: Package) -> None:
     if package.name == "python":
         wanted = SpecifierSet(PROJECT["project"]["requires-python"])
-    elif package.name == "setuptools":
-        (requirement,) = PROJECT["build-system"]["requires"]
-        wanted = Requirement(requirement).specifier
     elif package.name == "pip":
-        return  # any that installs from a pyproject.toml
+        return  # any
     else:
         wanted = declared(file.stem)[package.on_pypi]
     assert bound(package.bounds, ">=") == bound(wanted, ">=")
@@ -152,16 +149,11 @@ def test_what_environments_share_has_the_same_bounds(file: Path) -> None:
     assert {name: own.get(name) for name in core} == core
 
 
-@every_file
-def test_the_package_itself_is_installed_after_deployment(file: Path) -> None:
-    script = file.with_suffix(".post-deploy.sh").read_text()
-    assert script.startswith("#!/usr/bin/env bash\n")
-    assert file.name in script
-    commands = [line for line in script.splitlines() if line and not line.startswith("#")]
-    assert commands == [
-        "set -euo pipefail",
-        "python -m pip install --no-deps --no-build-isolation --editable .",
-    ]
+def test_no_environment_holds_the_package_itself() -> None:
+    """They are shared by what their files say: one that held a clone would give its code to others' jobs."""
+    assert not list((ROOT / "envs").glob("*.post-deploy.sh"))
+    assert "flowtilt" not in {package.name for file in FILES for package in packages_of(file)}
+    assert not (ROOT / "envs" / "core.yaml").read_text().count("pip")
 
 
 # --------------------------------------------------------------- what stages import, for real

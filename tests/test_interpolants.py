@@ -239,7 +239,7 @@ def test_the_cosine_path_of_nu_one_is_the_straight_one():
 
 
 @cosines
-def test_a_cosine_path_begins_where_its_law_is_still_the_noise(nu):
+def test_a_cosine_path_begins_where_its_distribution_is_still_the_noise(nu):
     path = Cosine(nu)
     assert 0 < float(path.alpha(tensor(path.start))) < 1e-6
     with pytest.raises(ValueError, match="says nothing of the endpoint"):

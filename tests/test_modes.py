@@ -15,7 +15,7 @@ from flowtilt.domains.molecules.model import MoleculeFlow
 from flowtilt.domains.molecules.sections import MoleculeNetworkConfig, UnitsConfig
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.fdc import MirrorAscent, ascend
-from flowtilt.functionals.base import Law, Objective
+from flowtilt.functionals.base import Distribution, Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import Entropy, ExpectedReward, RewardVariation
 from flowtilt.model import FlowModel, evaluating
@@ -107,9 +107,11 @@ USES = {
     "am by posterior mean": solved(adjoint_matching, POSTERIOR),
     "weighted fitting": solved(weighted_fitting, FITTED),
     "fdc": fdc,
-    "entropy": lambda flow: Entropy().linearise(Law(flow, X)).gradient(X.to(next(flow.parameters()).dtype)),
+    "entropy": lambda flow: (
+        Entropy().linearise(Distribution(flow, X)).gradient(X.to(next(flow.parameters()).dtype))
+    ),
     "kl": lambda flow: (
-        KL(copy.deepcopy(flow)).linearise(Law(flow, X)).gradient(X.to(next(flow.parameters()).dtype))
+        KL(copy.deepcopy(flow)).linearise(Distribution(flow, X)).gradient(X.to(next(flow.parameters()).dtype))
     ),
 }
 uses = pytest.mark.parametrize("use", USES.values(), ids=USES.keys())

@@ -14,7 +14,7 @@ from environments import MOLECULES
 ROOT = Path(__file__).resolve().parents[1]
 PROFILE = ("--workflow-profile", "workflow/profiles/default")
 SMOKE = ("--configfile", "config/smoke.yaml")
-PARTS = ("Snakefile", "config", "envs", "resources", "workflow")
+PARTS = ("Snakefile", "config", "envs", "profiles", "pyproject.toml", "resources", "src", "workflow")
 
 
 @dataclass(frozen=True)

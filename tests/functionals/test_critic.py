@@ -4,7 +4,7 @@ import torch
 
 from closed_forms import PATHS, Mixture, MixtureFlow, generator, tensor
 from exact_transport import wasserstein1
-from flowtilt.functionals.base import FiniteLaw, Law
+from flowtilt.functionals.base import Distribution, FiniteDistribution
 from flowtilt.functionals.critic import CriticSettings, _untrained, _values_and_gradients, train_critic
 from flowtilt.functionals.divergences import ReferenceDraw, Wasserstein1
 
@@ -39,7 +39,7 @@ def test_the_critic_of_a_shift_against_exact_transport(weights):
     """
     samples, reference = gaussian(1000), DRAW.of(REFERENCE)
     functional = Wasserstein1(REFERENCE, weights, CriticSettings(updates=300), DRAW)
-    potential = functional.linearise(Law(None, samples))
+    potential = functional.linearise(Distribution(None, samples))
     value = mean_difference(potential, samples, reference)
     exact = wasserstein1(samples.numpy(), reference.numpy(), weights)
     # The constraint holds at samples and between them up to the sampling, hence the small excess.
@@ -53,14 +53,14 @@ def test_the_critic_of_a_shift_against_exact_transport(weights):
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.norm()))
 
 
-def test_the_critic_of_a_wider_law_against_exact_transport():
+def test_the_critic_of_a_wider_distribution_against_exact_transport():
     """The potential is a cone, whose kink a smooth network rounds off: less with more training."""
     samples = gaussian(1000, shift=tensor([0.0, 0.0]), scale=2.0)
     exact = wasserstein1(samples.numpy(), DRAW.of(REFERENCE).numpy())
     shares = []
     for updates in (100, 1000):
         functional = Wasserstein1(REFERENCE, (1.0, 1.0), CriticSettings(updates=updates), DRAW)
-        shares.append(functional.value(Law(None, samples)) / exact)
+        shares.append(functional.value(Distribution(None, samples)) / exact)
     assert shares[0] < shares[1] < 1.005
     assert shares[1] > 0.92
 
@@ -68,9 +68,9 @@ def test_the_critic_of_a_wider_law_against_exact_transport():
 def test_the_value_is_the_difference_of_the_potentials_means():
     samples = gaussian(50)
     functional = Wasserstein1(REFERENCE, (1.0, 2.0), CriticSettings(updates=3), ReferenceDraw(40, 5))
-    potential = functional.linearise(Law(None, samples))
+    potential = functional.linearise(Distribution(None, samples))
     expected = mean_difference(potential, samples, functional.draw.of(REFERENCE))
-    assert functional.value(Law(None, samples)) == pytest.approx(expected, abs=1e-12)
+    assert functional.value(Distribution(None, samples)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_critic_follows_from_its_settings_and_samples_alone():
@@ -122,8 +122,8 @@ def test_the_finite_distance_is_that_of_the_samples(weights):
     x, y = gaussian(40).double(), gaussian(40, shift=tensor([0.0, 0.0]), seed=7).double()
     with np.errstate(divide="ignore"):
         own, other = (np.log(np.repeat(mass, 40)) for mass in ([1 / 40, 0], [0, 1 / 40]))
-    law = FiniteLaw(torch.cat([x, y]), own, other)
-    found = Wasserstein1(REFERENCE, weights).finite_value(law)
+    distribution = FiniteDistribution(torch.cat([x, y]), own, other)
+    found = Wasserstein1(REFERENCE, weights).finite_value(distribution)
     assert found == pytest.approx(wasserstein1(x.numpy(), y.numpy(), weights), rel=1e-12)
 
 

@@ -21,7 +21,7 @@ def test_histogram_entropy_counts_cells():
     assert histogram_entropy(np.repeat(centres, 3, axis=0), extent=2.0, bins=4) == pytest.approx(math.log(8))
 
 
-def test_histogram_entropy_of_a_gaussian_is_that_of_the_law_and_of_the_cells():
+def test_histogram_entropy_of_a_gaussian_is_that_of_the_distribution_and_of_the_cells():
     """Less the Miller bias of (occupied cells - 1) / 2n; five standard errors of 1 / sqrt(n)."""
     n, extent, bins = 400_000, 5.0, 40
     x = np.random.default_rng(1).normal(size=(n, 2))
@@ -30,7 +30,7 @@ def test_histogram_entropy_of_a_gaussian_is_that_of_the_law_and_of_the_cells():
     occupied = np.count_nonzero(np.histogram2d(x[:, 0], x[:, 1], bins=[edges, edges])[0])
     cells = 2 * math.log(bins / (2 * extent))
     bias = (occupied - 1) / (2 * n)
-    # Cells of h = 0.25 add the curvature term h^2 / 24 * 2 = 0.005 to the entropy of the cells' law.
+    # Cells of h = 0.25 add the curvature term h^2 / 24 * 2 = 0.005 to the entropy of the cells' distribution.
     curvature = 2 * (2 * extent / bins) ** 2 / 24
     assert found == pytest.approx(
         math.log(2 * math.pi * math.e) + cells - bias + curvature, abs=5 / math.sqrt(n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flowtilt.pipeline import checks
 from flowtilt.pipeline.checks import check_folder, read_plan
 from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError
@@ -147,7 +149,7 @@ def test_files_of_a_tail_in_the_plane(planned: Callable[..., Plan]) -> None:
         for name in ("threshold.json", "model.safetensors", "history.csv", "samples.npz", "metrics.json")
     }
     for rows in ("exact", "resolved"):
-        assert {f"{run}/{rows}/seed0/metrics.json", f"{run}/{rows}/seed0/laws.npz"} <= set(files)
+        assert {f"{run}/{rows}/seed0/metrics.json", f"{run}/{rows}/seed0/distributions.npz"} <= set(files)
     assert f"{run}/pretrained/seed0/density.npz" in files
     assert f"{run}/pretrained/seed0/offline.npz" not in files  # made where a threshold takes it, and no more
     assert not [file for file in files if "seed2" in file]
@@ -167,7 +169,7 @@ def test_files_of_a_tail_in_the_plane(planned: Callable[..., Plan]) -> None:
 
 def test_files_of_other_kinds_of_experiments(whole: Plan) -> None:
     run = "results/runs/ot_2d/fdc_dA/seed0"
-    made = ("model.safetensors", "history.csv", "samples.npz", "metrics.json", "laws.npz")
+    made = ("model.safetensors", "history.csv", "samples.npz", "metrics.json", "distributions.npz")
     assert [file for file in whole.run_files("ot_2d") if file.startswith(f"{run}/")] == [
         f"{run}/{name}" for name in made
     ]
@@ -223,8 +225,8 @@ def test_what_tables_are_made_from(whole: Plan) -> None:
     weighted = "results/runs/solvers_2d/entropy/weighted_fitting_500/seed0"
     assert {f"{weighted}/metrics.json", f"{weighted}/history.csv"} <= {*solvers}
     base = "results/runs/molecules_qm9"
-    levels = {f"{base}/{run}/seed0/metrics.json" for run in ("pretrained", "am", "tfft", "tfft_0.8_fitted")}
-    assert levels <= {*whole.read_by_table("molecules_tail_sweep")}
+    compared = {f"{base}/{run}/seed0/metrics.json" for run in ("pretrained", "am", "tfft", "tfft_0.8_fitted")}
+    assert compared <= {*whole.read_by_table("molecules_tail_sweep")}
     assert {*whole.read_by_table("ot_2d")} == {*whole.run_files("ot_2d", "metrics.json")}
     assert {*whole.run_files("ot_2d"), "results/resolution.json"} <= {*whole.read_by_figures("ot_2d")}
 
@@ -279,9 +281,9 @@ JOBS: list[tuple[str, dict[str, str], dict[str, Any], dict[str, str]]] = [
         {"density": f"{RISK}/pretrained/seed1/density.npz", "resolution": "results/resolution.json"},
         {
             "metrics": f"{RISK}/exact/seed1/metrics.json",
-            "laws": f"{RISK}/exact/seed1/laws.npz",
+            "distributions": f"{RISK}/exact/seed1/distributions.npz",
             "resolved_metrics": f"{RISK}/resolved/seed1/metrics.json",
-            "resolved_laws": f"{RISK}/resolved/seed1/laws.npz",
+            "resolved_distributions": f"{RISK}/resolved/seed1/distributions.npz",
         },
     ),
     ("molecules_data", {}, {}, {"molecules": "results/data/qm9.npz"}),
@@ -458,7 +460,7 @@ def test_the_runs_of_a_file_are_measured_together(whole: Plan) -> None:
         f"OMP_NUM_THREADS=1 flowtilt measure {whole.config_files[config.name]} --seed 3 --results results "
         "--workers 1"
     )
-    assert set(rule_of(whole, "planar_measure_ot_2d").outputs) == {"samples", "metrics", "laws"}
+    assert set(rule_of(whole, "planar_measure_ot_2d").outputs) == {"samples", "metrics", "distributions"}
     cases = rule_of(whole, "planar_measure_iterations_2d")
     assert f"{RISK}/pretrained/seed3/density.npz" in cases.inputs(seed="3")["runs"]
 
@@ -736,7 +738,8 @@ def test_a_job_whose_configuration_is_not_there_says_why(
 
 
 def test_rules_are_those_of_the_workflow() -> None:
-    texts = [path.read_text() for path in [ROOT / "Snakefile", *(ROOT / "workflow" / "rules").glob("*.smk")]]
+    folder = ROOT / "workflow"
+    texts = [path.read_text() for path in [folder / "Snakefile", *(folder / "rules").glob("*.smk")]]
     rules = {line[5:-1] for text in texts for line in text.splitlines() if line.startswith("rule ")}
     assert rules == {*REPORT, *TARGETS}
 
@@ -748,9 +751,9 @@ def test_the_shell_gets_every_name_and_path_quoted() -> None:
         for shell in re.findall(r"^ +shell:\n(.*?)(?:\n\n|\Z)", file.read_text(), re.DOTALL | re.MULTILINE):
             fields = re.findall(r"{([^}]*)}", shell)
             plain = {field for field in fields if not field.endswith(":q")}
-            assert plain <= {"threads", "params.command"}, f"{file.name}: {shell}"
+            assert plain <= {"threads", "params.path", "params.command"}, f"{file.name}: {shell}"
             shells += 1
-    assert shells == len(REPORT) + 1
+    assert shells == len(REPORT) + 2  # one for stages, and one for versions
 
 
 def test_commands_of_stages_are_quoted_as_they_are_made(planned: Callable[..., Plan]) -> None:
@@ -851,7 +854,7 @@ def test_overrides_of_a_study_that_is_not_run_are_left_aside(planned: Callable[.
 @pytest.mark.parametrize(
     ("name", "key", "value", "words"),
     [
-        ("risk_averse_2d", "objective.level", 1.0, ("risk_averse_2d.yaml: key objective.level",)),
+        ("risk_averse_2d", "objective.mass", 1.0, ("risk_averse_2d.yaml: key objective.mass",)),
         ("risk_averse_2d", "objective.alpha", -1.0, ("key objective.alpha",)),
         ("risk_averse_2d", "solver.update", 3, ("key solver.update",)),
         ("risk_averse_2d", "methods.amm", {"kind": "adjoint"}, ("key methods.amm",)),
@@ -889,7 +892,10 @@ def test_an_unknown_parent_of_a_case_is_refused(edited: Callable[..., None]) -> 
     ("objective", "words"),
     [
         ({"utility": {"kind": "entropie"}}, ("key objective.utility: unknown utility 'entropie'", "entropy")),
-        ({"utility": {"kind": "cvar", "lvl": 0.1}}, ("utility cvar: key lvl: unknown; known keys: level",)),
+        (
+            {"utility": {"kind": "cvar", "lvl": 0.1}},
+            ("utility cvar: key lvl: unknown; known keys here: mass",),
+        ),
         ({"divergence": {"kind": "klx"}}, ("key objective.divergence: unknown divergence 'klx'", "renyi")),
     ],
 )
@@ -953,3 +959,42 @@ def test_a_folder_for_snakemakes_records_is_refused_where_it_is_a_file_that_nobo
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(ConfigError, match="copy the project to a folder that you can write to"):
         check_folder()
+
+
+def test_what_planning_imports_comes_with_snakemake() -> None:
+    program = (
+        "import sys; from pathlib import Path; from flowtilt.pipeline.checks import read_plan; "
+        "from flowtilt.pipeline.configuration import read_yaml; import flowtilt.pipeline.starting; "
+        "plan = read_plan(read_yaml(Path('config/config.yaml')), ''); plan.rules, plan.runs, plan.figures; "
+        "print(*{name.partition('.')[0] for name in sys.modules} - {*sys.stdlib_module_names})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    parts = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection", "yaml"}
+    built = {"__main__", "_yaml", "_cython", "cython_runtime", "_sysconfigdata"}
+    others = {name for name in run.stdout.split() if not name.startswith(tuple(built))}
+    assert others == {"flowtilt", *parts}
+
+
+def test_experiments_without_their_packages_are_left_out(
+    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    molecules = ["molecules_qm9", "molecules_tail_sweep"]
+    plan = planned(experiments=[molecules[0], "risk_averse_2d", molecules[1]])
+    monkeypatch.setattr(checks, "is_installed", lambda package: package != "tblite")
+    rest, said = checks.runnable(plan, "config/config.yaml")
+    assert rest.config.experiments == ["risk_averse_2d"]
+    assert len(said) == 1
+    assert said[0].startswith("molecules_qm9, molecules_tail_sweep: left out, since this Python")
+    assert "lacks tblite" in said[0]
+    monkeypatch.setattr(checks, "is_installed", lambda package: True)
+    assert checks.runnable(plan, "")[0] is plan
+    monkeypatch.setattr(checks, "is_installed", lambda package: False)
+    with pytest.raises(ConfigError, match="key experiments: none can run here"):
+        checks.runnable(planned(experiments=molecules), "config/config.yaml")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from flowtilt.pipeline.report import provenance
-from flowtilt.pipeline.report.provenance import commit, versions
+from flowtilt.pipeline.report.measurements import ResultsError
+from flowtilt.pipeline.report.provenance import commit, versions, write_provenance
 
 GIT = ["git", "-c", "user.name=n", "-c", "user.email=e@e", "-c", "commit.gpgsign=false"]
 
@@ -113,3 +114,33 @@ def test_a_package_that_is_not_there_is_said_to_be_absent(monkeypatch: pytest.Mo
     assert found["torch"][0].isdigit()
     assert found["no-such-package"] == "not in this environment"
     assert None not in found.values()
+
+
+def test_versions_of_other_environments_stand_where_this_one_lacks_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "packages", lambda: ["torch", "tblite-of-another"])
+    core, molecules = tmp_path / "core.json", tmp_path / "molecules.json"
+    provenance.write_versions(core)
+    molecules.write_text('{"torch": "9.9", "tblite-of-another": "0.8.0"}', encoding="utf-8")
+    output = tmp_path / "provenance.json"
+    write_provenance("a" * 64, tmp_path, output, environments=[core, molecules], snakemake="9.17.0")
+    record = json.loads(output.read_text(encoding="utf-8"))
+    own = versions()["torch"]
+    assert record["versions"]["torch"] == own != "9.9"
+    assert record["versions"]["tblite-of-another"] == "0.8.0"
+    assert record["versions"]["snakemake"] == "9.17.0"
+    assert record["environments"]["molecules"] == {"torch": "9.9", "tblite-of-another": "0.8.0"}
+    assert "tblite-of-another" not in record["environments"]["core"]
+    molecules.write_text("[]", encoding="utf-8")
+    with pytest.raises(ResultsError, match=r"molecules\.json: not the versions of an environment"):
+        write_provenance("a" * 64, tmp_path, output, environments=[molecules])
+
+
+def test_the_version_of_flowtilt_is_that_of_the_sources(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And not that of a package which is installed beside them."""
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "7.7"\n', encoding="utf-8")
+    monkeypatch.setattr(provenance, "SOURCES", tmp_path / "src")
+    assert versions()["flowtilt"] == "7.7"

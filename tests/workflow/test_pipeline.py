@@ -70,10 +70,16 @@ READING = [("--dry-run", "--quiet", "all"), ("--lint",), ("--summary",), ("--lis
 
 @pytest.mark.parametrize("arguments", READING, ids=" ".join)
 def test_reading_the_workflow_writes_nothing(project: Project, arguments: tuple[str, ...]) -> None:
-    before = {path for path in project.folder.rglob("*") if ".snakemake" not in path.parts}
+    before = files_of(project)
     run = project.snakemake(*SMOKE, *arguments)
     assert run.returncode == 0, run.stdout
-    assert {path for path in project.folder.rglob("*") if ".snakemake" not in path.parts} == before
+    assert files_of(project) == before
+
+
+def files_of(project: Project) -> set[Path]:
+    """Files without Snakemake's own records, and what Python keeps of modules that it has compiled."""
+    aside = {".snakemake", "__pycache__"}
+    return {path for path in project.folder.rglob("*") if not aside & {*path.parts}}
 
 
 def test_a_checkout_that_cannot_be_written_is_refused_in_a_sentence(project: Project) -> None:
@@ -265,7 +271,7 @@ def assert_refused(project: Project, *words: str) -> None:
 
 def test_an_old_snakemake_is_refused(project: Project) -> None:
     """Here it is one that says so of itself; what it cannot read must not stand in the Snakefile."""
-    assert "pathvars" not in (ROOT / "Snakefile").read_text()
+    assert "pathvars" not in (ROOT / "workflow" / "Snakefile").read_text()
     program = (
         "import sys, snakemake.common; snakemake.common.__version__ = '9.3.0'\n"
         "from snakemake.cli import main; main(sys.argv[1:])"
@@ -302,7 +308,7 @@ def test_an_experiment_that_is_named_twice_is_refused(project: Project) -> None:
 def test_numbers_of_the_command_line_are_numbers(project: Project) -> None:
     """As they are in files: Snakemake reads text from within a value, and YAML 1.1's numbers from files."""
     given = (
-        "overrides={planar: {seeds: 1, objective: {level: 8e-1, alpha: -1e0}}}",
+        "overrides={planar: {seeds: 1, objective: {mass: 8e-1, alpha: -1e0}}}",
         "experiments=[risk_averse_2d]",
     )
     run = project.snakemake("--dry-run", "--config", *given)

@@ -2,40 +2,46 @@
 
 import os
 import re
-import shlex
-import sys
-from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
+from flowtilt.pipeline.checks import check_folder, read_plan, runnable
+from flowtilt.pipeline.configuration import ConfigError, workflow_config
+from flowtilt.pipeline.plan import experiment_file, theory_file
+from flowtilt.pipeline.resources import REPORT
+from flowtilt.pipeline.starting import cure, start, write_configs
 
-try:
-    from flowtilt.pipeline.checks import check_folder, read_plan
-    from flowtilt.pipeline.configuration import ConfigError, workflow_config
-    from flowtilt.pipeline.plan import experiment_file, theory_file
-    from flowtilt.pipeline.resources import REPORT
-    from flowtilt.pipeline.starting import start
-except ModuleNotFoundError as error:
-    raise WorkflowError(
-        f"{error}: the environment that runs Snakemake must hold the package flowtilt; "
-        "make one with `make env`, or run `pip install -e .` in your own"
-    ) from None
+# What a module is given as its configuration stands instead of its own file.
+MODULE, GIVEN = not workflow.modifier.is_main_snakefile(), workflow.modifier.skip_configfile
+FILES = [*workflow.config_settings.configfiles, CONFIG_FILE]
+WHERE = ", ".join(os.path.relpath(file) for file in (workflow.configfiles if GIVEN else FILES))
+if GIVEN:
+    WHERE = f"the configuration that the module is given ({WHERE or 'of no file'})"
 
-# Jobs call the command of the environment that runs Snakemake, whether it is activated or not.
-os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-
+# Whether jobs run in the Python that runs Snakemake.
+HERE = not (CONDA or APPTAINER)
 
 # An error is one sentence, which says where to look.
 try:
     check_folder()
-    FOUND = workflow_config(workflow.configfiles, getattr(workflow, "config_settings", None), config)
-    PLAN = read_plan(FOUND, ", ".join(os.path.relpath(path) for path in workflow.configfiles))
+    FOUND = dict(config) if GIVEN else workflow_config(FILES, workflow.config_settings, config)
+    PLAN, LEFT_OUT = read_plan(FOUND, WHERE), []
+    if HERE and not lacking():
+        PLAN, LEFT_OUT = runnable(PLAN, WHERE)
+    if (
+        MODULE
+    ):  # whose onstart nobody calls; what the jobs read is at its content's address, and changes nothing
+        write_configs(PLAN)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
+
+for said in LEFT_OUT:
+    print(said, file=sys.stderr)
+if HERE and lacking():
+    print(f"Only planning works here: {cure()}", file=sys.stderr)
 
 
 def begin() -> None:
     try:
-        start(PLAN)
+        start(PLAN, HERE)
     except ConfigError as error:
         raise WorkflowError(str(error)) from None
 

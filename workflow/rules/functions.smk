@@ -3,7 +3,19 @@
 
 def command(stage):
     """The command of a job; no job is run again for it, as for a parameter that takes outputs."""
-    return lambda wildcards, output, threads: stage.command(threads, **wildcards)
+    return lambda wildcards, output, threads: stage.command(threads, output[0], **wildcards)
+
+
+def read(stage):
+    """What a job of a stage reads."""
+    return lambda wildcards: {role: placed(files) for role, files in stage.inputs(**wildcards).items()}
+
+
+def placed(files):
+    """Files of the workflow as they are, where those of the results may have the prefix of a module."""
+    if not isinstance(files, str):
+        return [placed(file) for file in files]
+    return files if files.startswith(f"{PLAN.config.results}/") else local(files)
 
 
 def written(stage):
@@ -12,8 +24,9 @@ def written(stage):
     return {role: directory(file) if role in folders else file for role, file in stage.outputs.items()}
 
 
-def results_folder(wildcards) -> str:
-    return PLAN.config.results
+def results(up: int):
+    """The folder of the results, so many levels above a job's first output."""
+    return lambda wildcards, output: str(Path(output[0]).parents[up])
 
 
 def prefix(end: str):
@@ -23,7 +36,7 @@ def prefix(end: str):
 
 def figures_prefix(name: str):
     """The path of a file's figures without their endings."""
-    return lambda wildcards: f"{PLAN.config.results}/figures/{name}"
+    return lambda wildcards, output: str(Path(output[0]).with_name(name))
 
 
 def drawn(name: str):

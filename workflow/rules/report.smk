@@ -3,8 +3,8 @@
 
 rule table:
     input:
-        file=ask(experiment_file),
-        reported="config/reported_results.csv",
+        file=lambda wildcards: local(experiment_file(wildcards.name)),
+        reported=local(str(located("config/reported_results.csv"))),
         runs=ask(PLAN.read_by_table),
     output:
         csv="<results>/tables/{name}.csv",
@@ -14,6 +14,7 @@ rule table:
         "<logs>/table/{name}.log",
     benchmark:
         "<benchmarks>/table/{name}.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -22,20 +23,21 @@ rule table:
         runtime=minutes(REPORT["table"]),
         gpu=0,
     params:
+        path=on_path,
         overrides=PLAN.overrides,
-        results=results_folder,
+        results=results(1),
         prefix=prefix(".csv"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt table {input.file:q} --override {params.overrides:q} "
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt table {input.file:q} --override {params.overrides:q} "
         "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
         "> {log:q} 2>&1"
 
 
 rule compare:
     input:
-        files=[experiment_file(name) for name in PLAN.config.experiments],
+        files=[local(experiment_file(name)) for name in PLAN.config.experiments],
         metrics=PLAN.for_all(lambda name: PLAN.run_files(name, "metrics.json")),
-        reported="config/reported_results.csv",
+        reported=local(str(located("config/reported_results.csv"))),
     output:
         comparison="<results>/tables/comparison.csv",
         by_seed="<results>/tables/by_seed.csv",
@@ -43,6 +45,7 @@ rule compare:
         "<logs>/compare/comparison.log",
     benchmark:
         "<benchmarks>/compare/comparison.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -51,10 +54,11 @@ rule compare:
         runtime=minutes(REPORT["compare"]),
         gpu=0,
     params:
+        path=on_path,
         overrides=PLAN.overrides,
-        results=results_folder,
+        results=results(1),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt compare {input.files:q} --override {params.overrides:q} "
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt compare {input.files:q} --override {params.overrides:q} "
         "--results {params.results:q} --reported {input.reported:q} --output {output.comparison:q} "
         "--by-seed {output.by_seed:q} > {log:q} 2>&1"
 
@@ -64,7 +68,7 @@ rule compare:
 rule costs:
     input:
         PLAN.runs,
-        files=[experiment_file(name) for name in PLAN.config.experiments],
+        files=[local(experiment_file(name)) for name in PLAN.config.experiments],
     output:
         csv="<results>/tables/costs.csv",
         md="<results>/tables/costs.md",
@@ -73,6 +77,7 @@ rule costs:
         "<logs>/costs/costs.log",
     benchmark:
         "<benchmarks>/costs/costs.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -81,11 +86,12 @@ rule costs:
         runtime=minutes(REPORT["costs"]),
         gpu=0,
     params:
+        path=on_path,
         overrides=PLAN.overrides,
-        results=results_folder,
+        results=results(1),
         prefix=prefix(".csv"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt costs {input.files:q} --override {params.overrides:q} "
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt costs {input.files:q} --override {params.overrides:q} "
         "--benchmarks {params.results:q}/benchmarks --output-prefix {params.prefix:q} > {log:q} 2>&1"
 
 
@@ -96,8 +102,8 @@ for name in PLAN.config.experiments:
         name:
             f"figures_{name}"
         input:
-            file=experiment_file(name),
-            reported="config/reported_results.csv",
+            file=local(experiment_file(name)),
+            reported=local(str(located("config/reported_results.csv"))),
             runs=PLAN.read_by_figures(name),
         output:
             *drawn(name),
@@ -114,27 +120,59 @@ for name in PLAN.config.experiments:
             runtime=minutes(REPORT["figures"]),
             gpu=0,
         params:
+            path=on_path,
             overrides=PLAN.overrides,
             digest=PLAN.file_digest(name),
-            results=results_folder,
+            results=results(1),
             name=name,
             prefix=figures_prefix(name),
         shell:
-            "OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
+            "{params.path} OMP_NUM_THREADS={threads} flowtilt figures {input.file:q} --override {params.overrides:q} "
             "--results {params.results:q} --reported {input.reported:q} --output-prefix {params.prefix:q} "
             "> {log:q} 2>&1"
+
+
+# Of environments that conda has made; without it all jobs run in one.
+for environment in PLAN.environments if CONDA else []:
+
+    rule:
+        name:
+            f"versions_{environment}"
+        input:
+            PLAN.tables,
+            PLAN.figures,
+        output:
+            f"<results>/versions/{environment}.json",
+        log:
+            f"<logs>/versions/{environment}.log",
+        benchmark:
+            f"<benchmarks>/versions/{environment}.tsv"
+        localrule: True
+        conda:
+            f"../../envs/{environment}.yaml"
+        threads: 1
+        resources:
+            mem_mb=memory(REPORT["provenance"]),
+            runtime=minutes(REPORT["provenance"]),
+            gpu=0,
+        params:
+            path=on_path,
+        shell:
+            "{params.path} OMP_NUM_THREADS={threads} flowtilt versions --output {output:q} > {log:q} 2>&1"
 
 
 rule provenance:
     input:
         PLAN.tables,
         PLAN.figures,
+        environments=[f"<results>/versions/{name}.json" for name in PLAN.environments if CONDA],
     output:
         "<results>/provenance.json",
     log:
         "<logs>/provenance/provenance.log",
     benchmark:
         "<benchmarks>/provenance/provenance.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -143,11 +181,14 @@ rule provenance:
         runtime=minutes(REPORT["provenance"]),
         gpu=0,
     params:
+        path=on_path,
         hash=PLAN.config_hash(),
-        results=results_folder,
+        results=results(0),
+        snakemake=lambda wildcards, output: snakemake_version,
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt provenance --config-hash {params.hash:q} "
-        "--benchmarks {params.results:q}/benchmarks --output {output:q} > {log:q} 2>&1"
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt provenance --config-hash {params.hash:q} "
+        "--benchmarks {params.results:q}/benchmarks --environment {input.environments:q} "
+        "--snakemake {params.snakemake:q} --output {output:q} > {log:q} 2>&1"
 
 
 # Pages of what else is text, for the report: readable in it as they are, with nothing to load.
@@ -166,6 +207,7 @@ rule page:
         "<logs>/page/{name}.log",
     benchmark:
         "<benchmarks>/page/{name}.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -173,8 +215,10 @@ rule page:
         mem_mb=memory(REPORT["page"]),
         runtime=minutes(REPORT["page"]),
         gpu=0,
+    params:
+        path=on_path,
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt page {input:q} --title {wildcards.name:q} --output {output:q} > {log:q} 2>&1"
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt page {input:q} --title {wildcards.name:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule overview:
@@ -205,6 +249,7 @@ rule overview:
         "<logs>/overview/overview.log",
     benchmark:
         "<benchmarks>/overview/overview.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -213,6 +258,7 @@ rule overview:
         runtime=minutes(REPORT["overview"]),
         gpu=0,
     params:
+        path=on_path,
         folder=lambda wildcards, output: Path(output.costs).parent,
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt overview {input:q} --output-folder {params.folder:q} > {log:q} 2>&1"
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt overview {input:q} --output-folder {params.folder:q} > {log:q} 2>&1"

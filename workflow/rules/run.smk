@@ -7,7 +7,7 @@ for stage in PLAN.rules:
         name:
             stage.name
         input:
-            unpack(ask(stage.inputs)),
+            unpack(read(stage)),
         output:
             **written(stage),
         log:
@@ -28,7 +28,8 @@ for stage in PLAN.rules:
             runtime=minutes(stage.stage.needs),
             gpu=stage.stage.needs.gpus(PLAN.config),
         params:
+            path=on_path,
             digest=ask(stage.digest),
             command=command(stage),
         shell:
-            "{params.command} > {log:q} 2>&1"
+            "{params.path} {params.command} > {log:q} 2>&1"

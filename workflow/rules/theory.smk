@@ -3,7 +3,7 @@
 
 rule theory:
     input:
-        lambda wildcards: theory_file(wildcards.theory),
+        lambda wildcards: local(theory_file(wildcards.theory)),
     output:
         "<results>/theory/{theory}.json",
     log:
@@ -18,9 +18,10 @@ rule theory:
         runtime=minutes(REPORT["theory"]),
         gpu=0,
     params:
+        path=on_path,
         overrides=ask(PLAN.theory_overrides),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt theory {input:q} --override {params.overrides:q} "
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt theory {input:q} --override {params.overrides:q} "
         "--output {output:q} > {log:q} 2>&1"
 
 
@@ -42,6 +43,7 @@ rule theory_report:
         "<logs>/theory_report/{theory}.log",
     benchmark:
         "<benchmarks>/theory_report/{theory}.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -50,9 +52,10 @@ rule theory_report:
         runtime=minutes(REPORT["theory_report"]),
         gpu=0,
     params:
+        path=on_path,
         prefix=prefix(".csv"),
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt theory-report {input:q} --output-prefix {params.prefix:q} "
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt theory-report {input:q} --output-prefix {params.prefix:q} "
         "--figure {output.figure:q} > {log:q} 2>&1"
 
 
@@ -71,6 +74,7 @@ rule theory_page:
         "<logs>/theory_page/{theory}.log",
     benchmark:
         "<benchmarks>/theory_page/{theory}.tsv"
+    localrule: True
     conda:
         "../../envs/core.yaml"
     threads: 1
@@ -78,6 +82,8 @@ rule theory_page:
         mem_mb=memory(REPORT["theory_page"]),
         runtime=minutes(REPORT["theory_page"]),
         gpu=0,
+    params:
+        path=on_path,
     shell:
-        "OMP_NUM_THREADS={threads} flowtilt page {input:q} --title 'Theory: '{wildcards.theory:q} "
+        "{params.path} OMP_NUM_THREADS={threads} flowtilt page {input:q} --title 'Theory: '{wildcards.theory:q} "
         "--output {output:q} > {log:q} 2>&1"

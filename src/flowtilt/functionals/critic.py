@@ -30,7 +30,7 @@ class CriticSettings:
 
     Attributes:
         updates: of the optimiser.
-        batch: samples of either law in each update.
+        batch: samples of either distribution in each update.
         width: of the two hidden layers.
         learning_rate: of Adam, annealed to zero by a cosine.
         penalty: weight of the squared excess of the gradient's dual norm over 1, in units of the
@@ -93,8 +93,8 @@ def train_critic(
     updates resolve better.
 
     Args:
-        samples: of the law, (n, ...).
-        reference: samples of the other law, (m, ...).
+        samples: of the distribution, (n, ...).
+        reference: samples of the other distribution, (m, ...).
         weights: of the ground metric, one for each coordinate.
         settings: of the training; the result follows from them and the samples alone.
 

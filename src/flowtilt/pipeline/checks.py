@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError, validated
 from flowtilt.pipeline.domain import domain_of
 from flowtilt.pipeline.experiment import Experiment, load_file
+from flowtilt.pipeline.places import names_in
 from flowtilt.pipeline.plan import Files, Plan, experiment_file, theory_file
 from flowtilt.pipeline.resources import REPORT, TARGETS
 from flowtilt.pipeline.rules import measures_resolution
@@ -32,6 +35,37 @@ def read_plan(data: Mapping[str, Any], where: str) -> Plan:
         domain.check(plan.files)
     check_names(plan, where)
     return plan
+
+
+def runnable(plan: Plan, where: str) -> tuple[Plan, list[str]]:
+    """The plan without experiments whose domain lacks packages in this Python, and a sentence on each domain.
+
+    Raises:
+        ConfigError: if no experiment is left.
+    """
+    said, left = [], list(plan.config.experiments)
+    for domain in plan.domains:
+        own = [name for name in left if plan.domain_of_file(name) is domain]
+        if own and (absent := [package for package in domain.packages if not is_installed(package)]):
+            left = [name for name in left if name not in own]
+            said.append(
+                f"{', '.join(own)}: left out, since this Python, {sys.executable}, lacks "
+                f"{', '.join(absent)}. Install the extra {domain.environment!r} of flowtilt, or add "
+                "--use-conda; the README says which machines a package has no build for"
+            )
+    if not said:
+        return plan, []
+    if not left:
+        raise ConfigError(f"{where}: key experiments: none can run here. {' '.join(said)}")
+    return read_plan({**plan.config.model_dump(exclude_unset=True), "experiments": left}, where), said
+
+
+def is_installed(package: str) -> bool:
+    """Whether this Python has a package, by its name on PyPI."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def check_folder() -> None:
@@ -81,12 +115,14 @@ def load_files(config: WorkflowConfig, where: str) -> Files:
                 f"{where}: key resolution: {study} has no method of kind am to measure the network's "
                 "resolution by; name a study that has"
             )
-    bases = {case.base: name for name, cases in files.items() for case in cases.values()}
+    bases = {case.starts_from: name for name, cases in files.items() for case in cases.values()}
     for base, name in bases.items():
         if base not in files:
-            files[base] = load(base, changes, experiment_file(name), "base")
+            files[base] = load(base, changes, experiment_file(name), "starts_from")
         if base not in files[base]:
-            raise ConfigError(f"{experiment_file(name)}: key base: {base} is a study; name one experiment")
+            raise ConfigError(
+                f"{experiment_file(name)}: key starts_from: {base} is a study; name one experiment"
+            )
     return files
 
 
@@ -94,7 +130,7 @@ def load(name: str, changes: Mapping[str, Any], where: str, key: str) -> dict[st
     """The experiments of one file; ``where`` and ``key`` say what names it."""
     file = Path(experiment_file(name))
     if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+        known = names_in("config/experiments")
         raise ConfigError(
             f"{where}: key {key}: unknown experiment {name!r}, there is no {file} (known: {known})"
         )
@@ -110,7 +146,7 @@ def load_theories(config: WorkflowConfig, where: str) -> dict[str, TheoryConfig]
     """The studies of the theory, by name."""
     for name in config.theory_overrides:
         if not (file := Path(theory_file(name))).is_file():
-            known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+            known = names_in("config/theory")
             raise ConfigError(f"{where}: key theory_overrides.{name}: there is no {file} (known: {known})")
     studies = {}
     for name in config.theory:

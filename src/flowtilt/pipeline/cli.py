@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from flowtilt.environment import count
 from flowtilt.loading import message_of
+from flowtilt.pipeline.places import CURE, NEEDED
 
 Handler = Callable[[argparse.Namespace], None]
 
@@ -62,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("interrupted; outputs that were not finished were not written")
         return 130
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in NEEDED:
+            raise
+        log.error("%s: %s; %s lacks it: %s", arguments.stage, error, sys.executable, CURE)
+        return 1
     except Exception as error:
         message = message_of(error, ValueError, RuntimeError, ArithmeticError, OSError, MemoryError)
         log.debug("traceback", exc_info=True)
@@ -146,7 +152,7 @@ COMMANDS = {
         ("files", "--override", "--benchmarks", "--output-prefix", "--earlier"),
     ),
     "theory": Command(
-        "Check the papers' guarantees on laws that are known exactly.",
+        "Check the papers' guarantees on distributions that are known exactly.",
         "flowtilt.pipeline.theory.stage:run",
         ("study", "--override", "--output"),
     ),
@@ -158,7 +164,12 @@ COMMANDS = {
     "provenance": Command(
         "Record what made the results.",
         f"{_REPORT}.provenance:write_provenance",
-        ("--config-hash", "--benchmarks", "--output", "--earlier"),
+        ("--config-hash", "--benchmarks", "--output", "--earlier", "--environment", "--snakemake"),
+    ),
+    "versions": Command(
+        "Record the versions of the packages of this environment.",
+        f"{_REPORT}.provenance:write_versions",
+        ("--output",),
     ),
     "page": Command(
         "Write a table, the comparison or the provenance as an HTML page.",
@@ -213,6 +224,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--config-hash": {"help": "of the workflow's configuration", "required": True},
     "--configfile": _file("as for Snakemake: over config/config.yaml", nargs="+", default=[]),
     "--earlier": _file("the same file of a run whose other results are kept (of a comparison, by_seed.csv)"),
+    "--environment": _file("versions of each environment of the run", nargs="*", default=[]),
     "--figure": _file("figure to write (png)", required=True),
     "--gpu": {"type": int, "help": "GPUs of a job (doctor: over the configuration's)"},
     "--method": {"default": "", "help": "name of one of the experiment's methods"},
@@ -225,6 +237,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--reported": _file("table of the papers' values", required=True),
     "--results": _file("folder of all results", required=True),
     "--seed": {"type": int, "help": "seed of the run"},
+    "--snakemake": {"default": "", "help": "its version, where it has an environment of its own"},
     "--title": {"default": "", "help": "of a table's page"},
     "--workers": {"type": int, "help": "processes beside its own"},
 }

@@ -112,7 +112,7 @@ make docs
 """
 
 
-_LOADED = {"base": "its name"}
+_LOADED = {"starts_from": "its name"}
 """Defaults that a file is given as it is loaded, before it is checked."""
 
 

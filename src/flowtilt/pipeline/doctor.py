@@ -12,6 +12,7 @@ from typing import Any
 from flowtilt.pipeline import slurm
 from flowtilt.pipeline.checks import read_plan
 from flowtilt.pipeline.configuration import merge, read_yaml
+from flowtilt.pipeline.places import located
 from flowtilt.pipeline.plan import Plan
 from flowtilt.pipeline.resources import REPORT, Needs
 from flowtilt.pipeline.rules import rule_name
@@ -31,7 +32,7 @@ def examine(files: Sequence[Path], partition: str, gpu: int | None = None) -> li
         ConfigError: if the configuration cannot be used.
         ClusterError: if the cluster cannot run what it plans; the message says what to change.
     """
-    data: dict[str, Any] = read_yaml(CONFIG)
+    data: dict[str, Any] = read_yaml(located(CONFIG))
     for file in files:
         data = merge(data, read_yaml(file))
     if gpu is not None:
@@ -43,7 +44,7 @@ def examine(files: Sequence[Path], partition: str, gpu: int | None = None) -> li
 def machine() -> list[str]:
     """This machine, in lines."""
     conda = shutil.which("conda")
-    without = "not found; run without --software-deployment-method conda, in the environment of `make env`"
+    without = "not found; run without --use-conda, in the environment of `make env` or in a container"
     return [
         f"Python {platform.python_version()}, {os.cpu_count()} cores",
         f"NVIDIA's driver: {shutil.which('nvidia-smi') or 'not found'}",

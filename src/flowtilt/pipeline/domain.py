@@ -71,11 +71,11 @@ class Run:
 
     def pretrained(self, name: str) -> str:
         """A file of the pretrained model of the run's seed, in the experiment that its own derives from."""
-        return self.file_of("pretrained", name, self.experiment.base)
+        return self.file_of("pretrained", name, self.experiment.starts_from)
 
     def shared(self, name: str) -> str:
         """A file that the runs of all seeds start from."""
-        return f"{self.results}/runs/{self.experiment.base}/pretrained/{name}"
+        return f"{self.results}/runs/{self.experiment.starts_from}/pretrained/{name}"
 
     def taken(self) -> dict[str, str]:
         """The threshold that a fine-tuning of kind tfft takes."""
@@ -135,7 +135,7 @@ class Stage:
 
     def folder_of(self, experiment: Experiment) -> str:
         """The experiment whose folder a job writes to."""
-        return experiment.base if self.before else experiment.name
+        return experiment.starts_from if self.before else experiment.name
 
     def written(self, run: Run) -> dict[str, str]:
         """The files of a run's job by their role."""

@@ -128,7 +128,7 @@ def tuned_metrics(job: Job, own: Mapping[str, str] = {}) -> Metrics:
 
 
 def read_schedule(path: Path) -> list[dict[str, float]]:
-    """The rungs of a rising level from the threshold stage: masses and thresholds, in their order."""
+    """The rungs of a narrowing tail from the threshold stage: masses and thresholds, in their order."""
     with reading(path, "has no schedule", "threshold"):
         rungs = read_json(path)["schedule"]
         found = [{key: float(rung[key]) for key in ("mass", "threshold")} for rung in rungs]

@@ -1,8 +1,9 @@
 """The plan of a configuration: which experiments are run, the files of their runs, and what each job reads.
 
 Plain functions of the validated configuration. The workflow's rules ask them, and unit tests call them in
-milliseconds: neither Snakemake nor numpy nor torch is imported here. Paths are relative to the project's
-folder. What a domain's runs consist of, its stages say (:class:`flowtilt.pipeline.domain.Stage`).
+milliseconds: neither Snakemake nor numpy nor torch is imported here. Paths are relative to the folder of the
+run; those of files that it lacks are the workflow's own, and absolute. What a domain's runs consist of, its
+stages say (:class:`flowtilt.pipeline.domain.Stage`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.domain import Domain, Run, domain_of
 from flowtilt.pipeline.experiment import Experiment, dump, read_study
+from flowtilt.pipeline.places import located
 from flowtilt.pipeline.rules import StageRule, measures_resolution, stage_rules, unique
 from flowtilt.pipeline.theory.config import TheoryConfig
 
@@ -26,13 +28,13 @@ Files = Mapping[str, Mapping[str, Experiment]]
 
 
 def experiment_file(name: str) -> str:
-    """The file of an experiment or a study."""
-    return f"config/experiments/{name}.yaml"
+    """The file of an experiment or a study: the user's, or else the workflow's own."""
+    return str(located(f"config/experiments/{name}.yaml"))
 
 
 def theory_file(name: str) -> str:
-    """The file of a study of the theory."""
-    return f"config/theory/{name}.yaml"
+    """The file of a study of the theory; see :func:`experiment_file`."""
+    return str(located(f"config/theory/{name}.yaml"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +82,11 @@ class Plan:
     def domain_of_file(self, name: str) -> Domain:
         """The domain of a file's experiments."""
         return domain_of(next(iter(self.files[name].values())))
+
+    @cached_property
+    def environments(self) -> list[str]:
+        """The environments of all jobs: that of tables and pages, and the domains' own."""
+        return unique(["core", *(domain.environment for domain in self.domains)])
 
     def environment(self, name: str) -> str:
         """The environment that the figures of a file are drawn in."""
@@ -158,8 +165,8 @@ class Plan:
 
     def _metrics(self, run: Run) -> list[str]:
         """Metrics of a run and of the rows that are solved beside it."""
-        solved = run.experiment.layers[1:] if run.experiment.solved_apart else ()
-        return [run.file("metrics.json"), *(run.file_of(layer, "metrics.json") for layer in solved)]
+        solved = run.experiment.solutions[1:] if run.experiment.solved_apart else ()
+        return [run.file("metrics.json"), *(run.file_of(solution, "metrics.json") for solution in solved)]
 
     def read_by_figures(self, name: str) -> list[str]:
         """What the figures of a file are drawn from: all of its runs, and what its table is made from."""

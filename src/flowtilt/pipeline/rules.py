@@ -103,10 +103,8 @@ class StageRule:
             if self.stage.scope == "file"
             else [Run(self.results, one) for one in self.experiments]
         )
-        read = [value for run in runs for value in self.stage.reads(run).values()]
-        return {
-            "runs": unique(file for value in read for file in ([value] if isinstance(value, str) else value))
-        }
+        files = [file for run in runs for value in self.stage.reads(run).values() for file in _listed(value)]
+        return {"runs": unique(files)}
 
     def run(self, **wildcards: str) -> Run:
         """The run that a job is of."""
@@ -140,8 +138,18 @@ class StageRule:
         method = wildcards.get("method")
         return [stage_digest(experiment, self.stage.name, method) for experiment in self._of(wildcards)]
 
-    def command(self, threads: int = 1, **wildcards: str) -> str:
-        """The shell command of a job, quoted; its configuration is at its content's address."""
+    def command(self, threads: int = 1, output: str = "", **wildcards: str) -> str:
+        """The shell command of a job, quoted; its configuration is at its content's address.
+
+        Args:
+            threads: that the job has.
+            output: its first output, if that may lie in another folder than the plan says.
+            wildcards: of the job.
+        """
+        results = self.results
+        if output:
+            planned = next(file for files in self.outputs.values() for file in _listed(files))
+            results = output.removesuffix(planned.format(**wildcards)) + results
         config, needs = self.plan.config, self.stage.needs
         each = max(1, threads // needs.processes(config))
         words = ["flowtilt", self.stage.name]
@@ -149,7 +157,7 @@ class StageRule:
         for option in ("method", "seed"):
             if option in wildcards:
                 words += [f"--{option}", wildcards[option]]
-        words += ["--results", self.results, "--workers", str(each)]
+        words += ["--results", results, "--workers", str(each)]
         if needs.gpu and config.gpu:
             words += ["--gpu", str(config.gpu)]
         together = []
@@ -157,6 +165,10 @@ class StageRule:
             number = str(needs.processes(config))
             together = ["torchrun", "--standalone", "--nproc-per-node", number, "--no-python"]
         return f"OMP_NUM_THREADS={each if needs.threaded else 1} {shlex.join([*together, *words])}"
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def rule_name(domain: Domain, stage: Stage) -> str:

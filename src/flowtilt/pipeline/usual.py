@@ -112,7 +112,7 @@ def usual_stages(module: str, flow: tuple[str, ...], pretraining: tuple[str, ...
             f"{module}:pretrain",
             writes={"model": f"{PRETRAINED}/model.safetensors", "history": f"{PRETRAINED}/history.csv"},
             reads=lambda run: {},
-            sections=("base", *flow, *pretraining),
+            sections=("starts_from", *flow, *pretraining),
             needs=training,
             before=True,
             priority=20,

@@ -10,6 +10,7 @@ from flowtilt.domains.images.experiment import ImageExperiment, check_models, wi
 from flowtilt.domains.images.words import describe
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.places import located
 from flowtilt.pipeline.resources import Needs
 from flowtilt.pipeline.sections import TUNED
 from flowtilt.pipeline.usual import RUN, BaseDomain, finetune_stage, offline_stage, threshold_stage
@@ -33,9 +34,13 @@ def _model_reads(run: Run) -> Files:
     sources = [case.model.pipeline, case.model.alignment, case.reward.weights]
     if any(source is not None and source.hub is not None for source in sources):
         return {"fetched": run.shared("fetched.json")}
-    folders = (Path(case.model.pipeline.path), Path(case.model.alignment.path))
-    shipped = [str(file) for folder in folders for file in sorted(folder.rglob("*.*")) if file.is_file()]
-    return {"shipped": shipped} if shipped else {}
+    folders = (located(case.model.pipeline.path), located(case.model.alignment.path))
+    # A folder that is nowhere is asked for itself, so that planning names it.
+    return {"shipped": [str(file) for folder in folders for file in _files_of(folder) or [folder]]}
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*.*")) if file.is_file()]
 
 
 def _base(run: Run) -> dict[str, str]:

@@ -23,7 +23,7 @@ MASSES = (0.1, 0.2, 0.5)
 
 
 def evaluate(job: Job) -> None:
-    """Metrics of a run from its pictures as they are stored, and their scores.
+    """Metrics of a run from its images as they are stored, and their scores.
 
     The scores are ``prompt`` (n,), ``reward`` (n,), ``clip`` (n,), ``design`` (n,), -1 where no designs are
     told apart, and ``factors`` (n, factors), the classes by each other factor.
@@ -31,17 +31,17 @@ def evaluate(job: Job) -> None:
     import torch
 
     from flowtilt.domains.images.alignment import classify_features
-    from flowtilt.domains.images.sampling import as_pictures, load_scorer, read_pictures
+    from flowtilt.domains.images.sampling import as_images, load_scorer, read_images
 
-    experiment, model, pictures = job.experiment, job.read("pretrained"), job.read("images")
-    found, prompt = read_pictures(pictures)
+    experiment, model, images = job.experiment, job.read("pretrained"), job.read("images")
+    found, prompt = read_images(images)
     asked = experiment.evaluation
     expected = asked.drawn * len(experiment.prompts)
     if len(found) != expected:
-        raise StageError(f"{pictures}: {len(found)} pictures, not {expected}; delete it and run again")
-    scorer, drawn = load_scorer(experiment, model), as_pictures(found)
+        raise StageError(f"{images}: {len(found)} images, not {expected}; delete it and run again")
+    scorer, drawn = load_scorer(experiment, model), as_images(found)
     with torch.no_grad():
-        features = scorer.picture_features(drawn)
+        features = scorer.image_features(drawn)
     clip = scorer.scores_of(features, [experiment.prompts[i] for i in prompt])
     rewards = _rewards(experiment, model, drawn, prompt, clip)
     designs = np.full(len(found), -1)
@@ -50,7 +50,7 @@ def evaluate(job: Job) -> None:
     factors = np.empty((len(found), len(asked.factors)), dtype=np.int64)
     for k, factor in enumerate(asked.factors):
         factors[:, k] = classify_features(features, scorer, factor.classes, factor.template).numpy(force=True)
-    sets = set_of(prompt, asked.pictures)
+    sets = set_of(prompt, asked.images)
     row: Metrics = {
         "mean_reward": float(rewards.mean()),
         **{tail_metric(mass): lower_tail_mean(rewards, mass) for mass in _masses(experiment)},
@@ -58,7 +58,7 @@ def evaluate(job: Job) -> None:
         **_diversity(features.numpy(force=True).astype(np.float64), prompt, sets),
         **_designs(designs, factors, sets, asked.designs),
     }
-    row |= tuned_metrics(job, {"path_kl": "control_energy", "clipped_share": "clipped_share"})
+    row |= tuned_metrics(job, {"path_kl": "path_kl", "clipped_share": "clipped_share"})
     write_rows({job.method: row}, job.outputs["metrics"])
     write_arrays(
         job.outputs["scores"],
@@ -76,9 +76,9 @@ def _masses(experiment: ImageExperiment) -> list[float]:
 
 
 def _rewards(
-    experiment: ImageExperiment, model: Path, pictures: Tensor, prompt: np.ndarray, clip: Tensor
+    experiment: ImageExperiment, model: Path, images: Tensor, prompt: np.ndarray, clip: Tensor
 ) -> np.ndarray:
-    """Rewards of stored pictures, float64 (n,); those of CLIP are its scores."""
+    """Rewards of stored images, float64 (n,); those of CLIP are its scores."""
     import torch
 
     from flowtilt.domains.images.model import Prompted
@@ -89,27 +89,27 @@ def _rewards(
     reward: Reward = load_reward(experiment, model, lambda stored: stored)
     nothing = torch.zeros(len(experiment.prompts), 1, 1)
     positions = torch.as_tensor(prompt)
-    parts = torch.arange(len(pictures)).split(CHUNK)
-    values = [reward(pictures[part], Prompted(positions[part], nothing, nothing[0])) for part in parts]
+    parts = torch.arange(len(images)).split(CHUNK)
+    values = [reward(images[part], Prompted(positions[part], nothing, nothing[0])) for part in parts]
     return torch.cat(values).double().numpy(force=True)
 
 
-def set_of(prompt: np.ndarray, pictures: int) -> np.ndarray:
-    """The set that each picture is of, (n,): the first ``pictures`` of every prompt, the next, and so on.
+def set_of(prompt: np.ndarray, images: int) -> np.ndarray:
+    """The set that each image is of, (n,): the first ``images`` of every prompt, the next, and so on.
 
     Args:
-        prompt: positions of the pictures' prompts, in any order, (n,).
-        pictures: of each prompt in a set.
+        prompt: positions of the images' prompts, in any order, (n,).
+        images: of each prompt in a set.
     """
     number = np.empty(len(prompt), dtype=np.int64)
     for one in np.unique(prompt):
         own = prompt == one
         number[own] = np.arange(own.sum())
-    return number // pictures
+    return number // images
 
 
 def _diversity(features: np.ndarray, prompt: np.ndarray, sets: np.ndarray) -> Metrics:
-    """Vendi scores, the means over sets: of all pictures of a set, and the mean of those of each prompt's."""
+    """Vendi scores, the means over sets: of all images of a set, and the mean of those of each prompt's."""
     alone = [sets == s for s in np.unique(sets)]
     each = [vendi(features[one & (prompt == p)]) for one in alone for p in np.unique(prompt)]
     return {

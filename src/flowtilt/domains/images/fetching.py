@@ -22,6 +22,7 @@ from flowtilt.domains.images.sections import HubConfig, SourceConfig
 from flowtilt.files import atomic_path, read_json, write_text
 from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.pipeline.domain import Job
+from flowtilt.pipeline.places import located
 
 if TYPE_CHECKING:
     from flowtilt.domains.images.experiment import ImageExperiment
@@ -319,7 +320,7 @@ def check_source(source: SourceConfig, where: str) -> None:
     Raises:
         CheckpointError: naming the file and the key.
     """
-    path, hub = Path(source.path), source.hub
+    path, hub = located(source.path), source.hub
     fetches = "the rule fetch_checkpoint fetches it"
     if not path.exists():
         fix = "restore it" if hub is None else fetches

@@ -224,7 +224,7 @@ class LatentFlow(FlowModel):
         return convert(found, x, t, self.path, source, "velocity")
 
     def score(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
-        """Score of the path's law, as the control sees the flow: a guided prediction is no law's score."""
+        """Score of the path, as the control sees the flow: a guided prediction is no distribution's score."""
         return super().score(x, t, self.context_for("control", context))
 
     def matching_residual(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:

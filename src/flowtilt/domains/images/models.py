@@ -17,6 +17,7 @@ from flowtilt.files import atomic_folder, read_json
 from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import write_json
+from flowtilt.pipeline.places import located
 from flowtilt.pipeline.report.provenance import commit, versions
 from flowtilt.pipeline.states import resumption_of
 
@@ -30,7 +31,7 @@ LOSS_WINDOW = 100
 """Updates whose mean loss is a line of the record."""
 
 HELD_OUT = 1000
-"""Pictures on which trained models are checked."""
+"""Images on which trained models are checked."""
 
 SEED = 0
 """Of the embedded models, from which all seeds of fine-tuning start."""
@@ -116,7 +117,7 @@ def _record(
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "trainings": {name: _curve(history) for name, history in histories.items()},
-        "checks": {"pictures": HELD_OUT, **{name: round(value, 4) for name, value in checks.items()}},
+        "checks": {"images": HELD_OUT, **{name: round(value, 4) for name, value in checks.items()}},
     }
 
 
@@ -150,7 +151,8 @@ def write_model(job: Job) -> None:
         check_source(model.alignment, f"model {model.name}: key alignment")
     if experiment.reward.weights is not None:
         check_source(experiment.reward.weights, "key reward.weights")
-    folders = Folders(pipeline or Path(model.pipeline.path), alignment or Path(model.alignment.path))
+    places = Folders(pipeline or Path(model.pipeline.path), alignment or Path(model.alignment.path))
+    folders = Folders(*map(located, places))
     # Loaded once before any training: what is wrong is said now.
     base = text_to_image_of(experiment, folders.pipeline)
     try:
@@ -161,8 +163,8 @@ def write_model(job: Job) -> None:
         ) from None
     load_alignment(*alignment_of(experiment, folders))
     found = {
-        part: {"path": str(folder), "sha256": contents_of(folder)}
-        for part, folder in folders._asdict().items()
+        part: {"path": str(folder), "sha256": contents_of(located(folder))}
+        for part, folder in places._asdict().items()
     }
     write_json({"model": model.name, **found}, job.outputs["model"])
 
@@ -187,7 +189,7 @@ def read_model(file: Path) -> Folders:
     """
     try:
         data = read_json(file)
-        return Folders(Path(data["pipeline"]["path"]), Path(data["alignment"]["path"]))
+        return Folders(located(data["pipeline"]["path"]), located(data["alignment"]["path"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file}: not a file of the stage model ({type(error).__name__}); delete it and run again"

@@ -1,4 +1,4 @@
-"""Folders of diffusers' StableDiffusionPipeline as flows: prompts in, latents along the way, pictures out."""
+"""Folders of diffusers' StableDiffusionPipeline as flows: prompts in, latents along the way, images out."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TextToImage:
 
     Attributes:
         flow: on latents, with the prompts that contexts are drawn from.
-        decode: from latents to pictures.
+        decode: from latents to images.
         prompts: in the order of the contexts' positions.
     """
 
@@ -67,7 +67,7 @@ def load_text_to_image(
 
     Args:
         folder: of the pipeline.
-        prompts: what pictures are asked for.
+        prompts: what images are asked for.
         guidance: scales by use.
         schedule: what is changed in the noise schedule.
         compute: precision and memory.
@@ -80,7 +80,7 @@ def load_text_to_image(
     """
     check_parts(folder)
     path = build_schedule(folder, schedule)
-    # Up to 15 % faster on a CPU than torch's default, mostly in backward passes (benchmarks/pictures.py).
+    # Up to 15 % faster on a CPU than torch's default, mostly in backward passes (benchmarks/images.py).
     denoiser = _loaded(UNet2DConditionModel, folder, "unet").to(memory_format=torch.channels_last)
     autoencoder = _loaded(AutoencoderKL, folder, "vae")
     table, empty = embeddings(folder, prompts)
@@ -112,8 +112,8 @@ def load_text_to_image(
 
 
 def _decoded(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    pictures: Tensor = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
-    return pictures.clamp(-1, 1)
+    images: Tensor = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
+    return images.clamp(-1, 1)
 
 
 # ---------------------------------------------------------------------------------- the parts

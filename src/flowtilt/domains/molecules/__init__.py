@@ -11,6 +11,7 @@ from flowtilt.domains.molecules.words import describe
 from flowtilt.pipeline.configuration import ConfigError as ConfigError
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.places import located
 from flowtilt.pipeline.resources import Needs
 from flowtilt.pipeline.sections import TUNED
 from flowtilt.pipeline.usual import RUN, BaseDomain, finetune_stage, offline_stage, threshold_stage
@@ -29,7 +30,7 @@ def _checkpoint(experiment: MoleculeExperiment) -> list[str]:
     """The shipped weights and their record, if the pretrained model is taken from them."""
     shipped = experiment.checkpoint
     files = [] if shipped.retrain else [Path(shipped.path), Path(shipped.path).with_suffix(".json")]
-    return [str(file) for file in files if file.is_file()]
+    return [str(located(file)) for file in files]  # one that is nowhere too: planning names it
 
 
 def _pretrain_reads(run: Run) -> Files:
@@ -67,14 +68,14 @@ STAGES = (
             "record": "runs/{experiment}/pretrained/training.json",
         },
         reads=_pretrain_reads,
-        sections=("base", "model", *_FLOW, "pretrain", "checkpoint"),
+        sections=("starts_from", "model", *_FLOW, "pretrain", "checkpoint"),
         needs=Needs((3000, 16000), (300, 1440), gpu=True),
         before=True,
         priority=20,
     ),
     offline_stage(
         reads=lambda run: {"pretrained": run.shared("model.safetensors")},
-        sections=("base", "model", *_SOLVED, "reward", "offline", "solver"),
+        sections=("starts_from", "model", *_SOLVED, "reward", "offline", "solver"),
         needs=Needs((2000, 16000), (20, 120), gpu=True, group="molecules"),
         before=True,
     ),
@@ -93,7 +94,7 @@ STAGES = (
         f"{_HERE}.sampling:sample",
         writes={"samples": f"{RUN}/samples.npz"},
         reads=_sample_reads,
-        sections=("base", "model", *_SOLVED, "evaluation"),
+        sections=("starts_from", "model", *_SOLVED, "evaluation"),
         kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 16000), (30, 120), gpu=True),
         priority=10,
@@ -137,17 +138,17 @@ class MoleculesDomain(BaseDomain):
         check_shared(files)
 
     def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
-        return {"": "levels"} if table is not None else {"_energies": "energies", "_molecules": "molecules"}
+        return {"": "masses"} if table is not None else {"_energies": "energies", "_molecules": "molecules"}
 
     def read_by_table(self, run: Run, table: str | None) -> list[str]:
-        """A run's metrics; for a study of levels also its costs, and what its cases are compared with."""
+        """A run's metrics; for a study of masses also its costs, and what its cases are compared with."""
         if table is None:
             return [run.file("metrics.json")]
         case: Any = run.experiment
         others = {"pretrained": ["metrics.json"], "am": ["metrics.json", "history.csv"]}
         others |= {method: ["metrics.json", "history.csv"] for method in case.also}
         own = [run.file("metrics.json"), run.file("history.csv")]
-        return own + [run.file_of(m, file, case.base) for m, files in others.items() for file in files]
+        return own + [run.file_of(m, file, case.starts_from) for m, files in others.items() for file in files]
 
     describe = staticmethod(describe)
     chapters = (

@@ -20,8 +20,8 @@ from flowtilt.pipeline.files import (
     write_rows,
 )
 
-LEVELS = (0.5, 0.8, 0.9, 0.95, 0.998)
-"""Of the tails that every run reports, beside the levels of its experiment."""
+MASSES = (0.5, 0.2, 0.1, 0.05, 0.002)
+"""Of the tails that every run reports, beside those of its experiment."""
 
 
 def evaluate(job: Job) -> None:
@@ -99,18 +99,18 @@ def named(assessed: dict[str, float]) -> Metrics:
 
 
 def tails(experiment: MoleculeExperiment, rewards: np.ndarray) -> Metrics:
-    """Means of the best shares at all levels, over the molecules that have an energy."""
-    levels = {experiment.objective.level, *LEVELS}
-    levels |= {experiment.level_of(m) for m, c in experiment.methods.items() if c.kind in ("fdc", "tfft")}
+    """Means of the best shares of all masses, over the molecules that have an energy."""
+    masses = {experiment.objective.mass, *MASSES}
+    masses |= {experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind in ("fdc", "tfft")}
     kept = rewards[~np.isnan(rewards)]
     return {
-        tail_metric(level): upper_tail_mean(kept, 1 - level) if kept.size else None
-        for level in sorted(levels)
+        tail_metric(mass): upper_tail_mean(kept, mass) if kept.size else None
+        for mass in sorted(masses, reverse=True)
     }
 
 
 OF_SOLVERS = {
-    "path_kl": "control_energy",
+    "path_kl": "path_kl",
     "clipped_share": "clipped_share",
     "effective_sample_size": "effective_sample_size",
 }

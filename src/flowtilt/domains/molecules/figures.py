@@ -1,4 +1,4 @@
-"""Figures of molecules: energies by method with tails marked, drawings of molecules, levels of the tail."""
+"""Figures of molecules: energies by method with tails marked, drawings of molecules, masses of the tail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from flowtilt.domains.molecules.tables import LevelLine, levels
+from flowtilt.domains.molecules.tables import MassLine, masses
 from flowtilt.files import atomic_path
 from flowtilt.metrics.tails import quantile, upper_tail_mean
 from flowtilt.pipeline.report.base import Shown
@@ -184,7 +184,7 @@ def _flat(record: Any, smiles: str | None) -> Mol:
     return rdMolDraw2D.PrepareMolForDrawing(molecule)
 
 
-# ------------------------------------------------------------------------- levels of the tail
+# ------------------------------------------------------------------------- masses of the tail
 
 _PANELS = (
     ("gain", "tail mean over pretrained (hartree)"),
@@ -194,10 +194,10 @@ _PANELS = (
 )
 
 
-def levels_figure(lines: Sequence[LevelLine], title: str) -> Figure:
-    """What each level reaches and costs, a panel a quantity, a curve a case."""
-    known = sorted({line.level for line in lines})
-    place = {level: i for i, level in enumerate(known)}
+def masses_figure(lines: Sequence[MassLine], title: str) -> Figure:
+    """What each mass reaches and costs, a panel a quantity, a curve a case."""
+    known = sorted({line.mass for line in lines}, reverse=True)
+    place = {mass: i for i, mass in enumerate(known)}
     figure = Figure(figsize=(8.6, 6.4))
     panels = figure.subplots(2, 2, sharex=True).ravel()
     cases = list(dict.fromkeys(line.case for line in lines if line.case != "reference"))
@@ -206,18 +206,18 @@ def levels_figure(lines: Sequence[LevelLine], title: str) -> Figure:
             own = [line for line in lines if line.case == case]
             values = [getattr(line, quantity) for line in own]
             colour = _CASES.get(case, "black")
-            axes.plot([place[line.level] for line in own], values, "o-", color=colour, label=case)
+            axes.plot([place[line.mass] for line in own], values, "o-", color=colour, label=case)
         for method, style in (("pretrained", ":"), ("am", "--")):
             own = [line for line in lines if line.case == "reference" and line.method == method]
             values = [getattr(line, quantity) for line in own]
             if quantity != "active" and np.isfinite(values).any():
-                axes.plot([place[line.level] for line in own], values, style, color="#6b6b6b", label=method)
+                axes.plot([place[line.mass] for line in own], values, style, color="#6b6b6b", label=method)
         axes.set_ylabel(words)
-        axes.set_xticks(range(len(known)), [f"{level:g}" for level in known])
+        axes.set_xticks(range(len(known)), [f"{mass:g}" for mass in known])
     panels[2].set_yscale("symlog", linthresh=1e-3)
     panels[2].set_ylim(0, 1.5)
     for axes in panels[2:]:
-        axes.set_xlabel("level of the tail")
+        axes.set_xlabel("mass of the tail")
     figure.suptitle(title)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
@@ -231,7 +231,7 @@ def draw(shown: Shown, prefix: str) -> None:
     """
     results = shown.results
     if shown.study is not None:
-        save_figure(levels_figure(levels(results, shown.experiments), shown.title), f"{prefix}.png")
+        save_figure(masses_figure(masses(results, shown.experiments), shown.title), f"{prefix}.png")
         return
     runs = runs_of(shown.experiments[0])
     generated = {m.name: load_generated(results, runs, m.name) for m in runs.methods}

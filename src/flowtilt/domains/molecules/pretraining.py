@@ -25,6 +25,7 @@ from flowtilt.files import atomic_path, one_line, read_json
 from flowtilt.model import FlowModel
 from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import StageError, write_history, write_json
+from flowtilt.pipeline.places import located
 from flowtilt.pipeline.report.provenance import commit, versions
 from flowtilt.pipeline.states import resumption_of
 from flowtilt.pretraining import Watch
@@ -75,7 +76,7 @@ def record_of(weights: Path) -> Path:
 
 def _shipped(experiment: MoleculeExperiment) -> Path:
     """The shipped checkpoint, after a look whether it is the one that the configuration means."""
-    path = Path(experiment.checkpoint.path)
+    path = located(experiment.checkpoint.path)
     where = f"experiment {experiment.name}: key checkpoint"
     retrain = "or set checkpoint.retrain to true, which trains it anew"
     if experiment.model.kind == "flowmol":
@@ -105,7 +106,7 @@ def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Wat
     ode = OdeSettings(steps=experiment.evaluation.ode_steps)
 
     def look(updates: int, model: FlowModel) -> None:
-        generator = generator_of(experiment.base, "check")
+        generator = generator_of(experiment.starts_from, "check")
         drawn = molecules_of(
             *(
                 tensor.numpy(force=True)

@@ -1,4 +1,4 @@
-"""What is shown of experiments on molecules: tables and figures of an experiment, or of a study of levels."""
+"""What is shown of experiments on molecules: tables and figures of an experiment, or of a study of masses."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from functools import partial
 import pandas as pd
 
 from flowtilt.domains.molecules.tables import (
-    LEVELS_NOTE,
+    MASSES_NOTE,
     NOTE,
-    LevelLine,
+    MassLine,
     findings,
     groups,
-    levels,
-    levels_panel,
+    masses,
+    masses_panel,
 )
 from flowtilt.pipeline.report.base import Shown, Table
 from flowtilt.pipeline.report.base import as_named as reported
@@ -23,18 +23,18 @@ __all__ = ["draw", "reported", "table"]
 
 
 def table(shown: Shown) -> Table:
-    """The table of an experiment, whose text says what holds of what should, or of a study of levels."""
+    """The table of an experiment, with what holds of what should, or of a study of the mass of the tail."""
     if shown.study is not None:
-        lines = levels(shown.results, shown.experiments)
-        frame = pd.DataFrame(lines, columns=list(LevelLine._fields))
-        return Table(frame, [levels_panel(lines, shown.title)], LEVELS_NOTE)
+        lines = masses(shown.results, shown.experiments)
+        frame = pd.DataFrame(lines, columns=list(MassLine._fields))
+        return Table(frame, [masses_panel(lines, shown.title)], MASSES_NOTE)
     experiment = shown.experiments[0]
     said = partial(findings, experiment=experiment, reported=shown.reported)
     return experiment_table(shown, partial(groups, experiment), said, NOTE)
 
 
 def draw(shown: Shown, prefix: str) -> None:
-    """Figures of an experiment, or of a study of the level of the tail."""
+    """Figures of an experiment, or of a study of the mass of the tail."""
     from flowtilt.domains.molecules import figures
 
     figures.draw(shown, prefix)

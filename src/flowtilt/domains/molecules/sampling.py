@@ -61,7 +61,7 @@ def sample(job: Job) -> None:
     """
     experiment = job.experiment
     count = experiment.evaluation.samples
-    generator = generator_of(experiment.base, "sample", job.seed)
+    generator = generator_of(experiment.starts_from, "sample", job.seed)
     if job.run.kind == "data":
         data = build.subset_of(experiment.flow, job.read("molecules"))
         coordinates, numbers = _drawn(data, count, generator)

@@ -91,7 +91,7 @@ STAGES = (
         f"{_HERE}.training:pretrain",
         writes={"model": f"{PRETRAINED}/model.safetensors", "history": f"{PRETRAINED}/history.csv"},
         reads=lambda run: {},
-        sections=("base", "path", "network", "data", "pretrain"),
+        sections=("starts_from", "path", "network", "data", "pretrain"),
         needs=Needs((1500, 8000), (15, 120), gpu=True, group=_SHORT, threaded=True),
         before=True,
         priority=10,
@@ -125,7 +125,7 @@ STAGES = (
     _MEASURE_TAILS,
     replace(
         _MEASURE_TAILS,
-        writes={**_MEASURE_TAILS.writes, "laws": f"{RUN}/laws.npz"},
+        writes={**_MEASURE_TAILS.writes, "distributions": f"{RUN}/distributions.npz"},
         of=lambda experiment: not _is_tail(experiment),
     ),
     Stage(
@@ -143,9 +143,9 @@ STAGES = (
         f"{_HERE}.solving:exact",
         writes={
             "metrics": "runs/{experiment}/exact/seed{seed}/metrics.json",
-            "laws": "runs/{experiment}/exact/seed{seed}/laws.npz",
+            "distributions": "runs/{experiment}/exact/seed{seed}/distributions.npz",
             "resolved_metrics": "runs/{experiment}/resolved/seed{seed}/metrics.json",
-            "resolved_laws": "runs/{experiment}/resolved/seed{seed}/laws.npz",
+            "resolved_distributions": "runs/{experiment}/resolved/seed{seed}/distributions.npz",
         },
         reads=lambda run: {
             "density": run.pretrained("density.npz"),

@@ -38,7 +38,7 @@ def build_model(experiment: PlanarExperiment, seed: int = 0) -> PlanarFlow:
     """A freshly initialised network; its weights follow from the names and the seed alone."""
     network = experiment.network
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(experiment.base, "initial weights", seed))
+        torch.manual_seed(seed_of(experiment.starts_from, "initial weights", seed))
         return PlanarFlow(
             build_path(experiment.path),
             network.widths,

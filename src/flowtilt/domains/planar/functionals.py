@@ -6,9 +6,7 @@ import numpy as np
 
 from flowtilt.checkpoints import load_weights
 from flowtilt.domains.planar.build import build_model
-from flowtilt.domains.planar.evaluation import reference_of
-from flowtilt.domains.planar.files import read_density
-from flowtilt.domains.planar.laws import (
+from flowtilt.domains.planar.distributions import (
     Cloud,
     critic_metrics,
     grid_problem,
@@ -16,6 +14,8 @@ from flowtilt.domains.planar.laws import (
     sample_metrics,
     solved_rows,
 )
+from flowtilt.domains.planar.evaluation import reference_of
+from flowtilt.domains.planar.files import read_density
 from flowtilt.domains.planar.rows import Metrics
 from flowtilt.domains.planar.truth import gridded_density
 from flowtilt.pipeline.domain import Job
@@ -39,7 +39,7 @@ def measure_run(job: Job) -> None:
     row = network_grid_metrics(problem, own) | _sample_row(job) | tuned_metrics(job)
     solved = {row_name(method, at): it for at, it in solved_rows(experiment, method, problem).items()}
     cells = {name: problem.cells(it.log_p).astype(np.float32) for name, it in solved.items()}
-    write_arrays(job.outputs["laws"], axis=problem.grid.axis, **cells)
+    write_arrays(job.outputs["distributions"], axis=problem.grid.axis, **cells)
     write_rows({method: row} | {name: it.metrics for name, it in solved.items()}, job.outputs["metrics"])
 
 

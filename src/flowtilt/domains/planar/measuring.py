@@ -14,7 +14,7 @@ def measure(job: Job) -> None:
     """Sample and measure all runs of some experiments for one seed, and solve problems on functionals.
 
     All in one stage, since each takes less time than to start another. Every run's folder gets its samples
-    and its metrics, and on a functional the laws that were solved on the grid.
+    and its metrics, and on a functional the distributions that were solved on the grid.
     """
     for experiment in job.experiments:
         stage = next(one for one in STAGES if one.name == "measure" and one.of(experiment))

@@ -40,7 +40,7 @@ class SolverRun(NamedTuple):
         updates: optimiser steps of each.
         seed: of the run.
         gap: how far G is below the optimum, in percent of the optimum's size.
-        closed: share of the way from the pretrained law to the optimum, in percent.
+        closed: share of the way from the pretrained distribution to the optimum, in percent.
         network_passes: of all solves.
         seconds: of all solves.
         effective_sample_size: the smallest of the solves' banks; NaN without a bank.
@@ -168,16 +168,16 @@ def solver_points(runs: Sequence[SolverRun]) -> list[SolverPoint]:
 
 
 NOTE = (
-    "Gap: how far G is below the largest of any law on the grid, in percent of that one's size; gap "
-    "closed: the share of the way there from the pretrained law. The size of an entropy depends on the "
-    "cells of the grid, the gap closed does not. Networks are measured by their own density on the grid. "
-    "Updates are of each solve; am and tfft have one, fdc several. Passes and seconds are summed over "
+    "Gap: how far G is below the largest of any distribution on the grid, in percent of that one's size; "
+    "gap closed: the share of the way there from the pretrained distribution. The size of an entropy depends "
+    "on the cells of the grid, the gap closed does not. Networks are measured by their own density on the "
+    "grid. Updates are of each solve; am and tfft have one, fdc several. Passes and seconds are summed over "
     "solves. Passes are states through the network, in millions, a backward pass to the parameters "
     "counted as two and to the input as one, the bank of weighted fitting included. Values and gradients "
     "of what is tilted by are in the seconds alone: for the entropy that is the likelihood of each sample "
     "in weighted fitting's bank, and a score in Adjoint Matching. Neither the offline batch of tfft nor "
-    "the law that fdc linearises at is in either. Seconds are those of one core of the machine that ran "
-    "them, and alone in this table differ from one run to the next. Of the banks' weights the smallest "
+    "the distribution that fdc linearises at is in either. Seconds are those of one core of the machine that "
+    "ran them, and alone in this table differ from one run to the next. Of the banks' weights the smallest "
     "effective sample size and the largest relative primal-dual gap of all solves and seeds are given."
 )
 

@@ -25,7 +25,7 @@ from flowtilt.files import read_json
 from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import read_arrays, reading, write_arrays, write_json, write_rows
 
-LAW_CELLS = 240
+DISTRIBUTION_CELLS = 240
 HISTOGRAM_BINS = 120
 CELL_PARTS = 4
 RESOLUTION_CANDIDATES = tuple(round(0.05 * k, 2) for k in range(17))
@@ -41,11 +41,13 @@ def exact(job: Job) -> None:
     """Solve every method on the grid, exactly and at the measured resolution."""
     problem = TailGrid(tail_experiment(job.experiment), read_density(job.read("density")))
     histogram = RewardHistogram.of(problem)
-    for layer in ("", "resolved_"):
-        width = _read_resolution(job.read("resolution")) if layer else None
+    for solution in ("", "resolved_"):
+        width = _read_resolution(job.read("resolution")) if solution else None
         solved = exact_rows(problem, width)
-        write_arrays(job.outputs[f"{layer}laws"], **_law_arrays(problem, solved, histogram))
-        write_rows(solved.metrics, job.outputs[f"{layer}metrics"])
+        write_arrays(
+            job.outputs[f"{solution}distributions"], **_distribution_arrays(problem, solved, histogram)
+        )
+        write_rows(solved.metrics, job.outputs[f"{solution}metrics"])
 
 
 @dataclass(frozen=True)
@@ -72,20 +74,22 @@ class RewardHistogram:
             bins.append(np.clip(np.searchsorted(edges, rewards, side="right") - 1, 0, HISTOGRAM_BINS - 1))
         return cls(edges, bins)
 
-    def of_law(self, law: np.ndarray) -> np.ndarray:
+    def of_distribution(self, distribution: np.ndarray) -> np.ndarray:
         """Probabilities of the bins under cell probabilities (cells, cells), (bins,)."""
-        counts = [np.bincount(bins, law.ravel(), minlength=HISTOGRAM_BINS) for bins in self.bins]
+        counts = [np.bincount(bins, distribution.ravel(), minlength=HISTOGRAM_BINS) for bins in self.bins]
         return np.mean(counts, axis=0)
 
 
-def _law_arrays(problem: TailGrid, solved: ExactRows, histogram: RewardHistogram) -> dict[str, np.ndarray]:
-    """Coarsened laws and reward histograms of exact rows."""
+def _distribution_arrays(
+    problem: TailGrid, solved: ExactRows, histogram: RewardHistogram
+) -> dict[str, np.ndarray]:
+    """Coarsened distributions and reward histograms of exact rows."""
     axis, cells = problem.grid.axis, problem.grid.cells
-    side = cells // max(1, cells // LAW_CELLS)
+    side = cells // max(1, cells // DISTRIBUTION_CELLS)
     arrays = {"axis": axis[: cells // side * side].reshape(side, -1).mean(1), "reward_edges": histogram.edges}
-    for row, law in solved.laws.items():
-        arrays[row] = coarsen(law, LAW_CELLS).astype(np.float32)
-        arrays[f"{row}__rewards"] = histogram.of_law(law)
+    for row, distribution in solved.distributions.items():
+        arrays[row] = coarsen(distribution, DISTRIBUTION_CELLS).astype(np.float32)
+        arrays[f"{row}__rewards"] = histogram.of_distribution(distribution)
     return arrays
 
 
@@ -95,7 +99,7 @@ def _read_resolution(path: Path) -> float:
 
 
 def measure_resolution(job: Job) -> None:
-    """The blur width at which Adjoint Matching's law is nearest to what its networks sample.
+    """The blur width at which Adjoint Matching's distribution is nearest to what its networks sample.
 
     Written are the width, and the mean mismatch at every candidate.
     """

@@ -19,8 +19,8 @@ from flowtilt.pipeline.report.tables import listed, panels_of, table_frame
 
 _FLOOR_NOTE = (
     "The reference of divergences is the pretrained network's own density, and e^-"
-    f"{FLOOR:g} of that of the data's law where it is lower: where it saw no data a network says "
-    "anything, hundreds of nats below the law."
+    f"{FLOOR:g} of that of the data's distribution where it is lower: where it saw no data a network says "
+    "anything, hundreds of nats below the distribution."
 )
 
 _FLOORED_NOTE = (
@@ -40,9 +40,9 @@ ROW_NOTE = (
 
 FUNCTIONAL_ROW_NOTE = (
     "Rows: each method's network; the same steps solved exactly on a grid (exact); and the largest G of "
-    "any law on that grid (optimum). G is what a method maximises, for networks by their own density on "
-    "the same grid, and so is the KL divergence. The gap closed is the share of the way from the pretrained "
-    f"law to the optimum. {_FLOORED_NOTE}"
+    "any distribution on that grid (optimum). G is what a method maximises, for networks by their own "
+    "density on the same grid, and so is the KL divergence. The gap closed is the share of the "
+    f"way from the pretrained distribution to the optimum. {_FLOORED_NOTE}"
 )
 
 

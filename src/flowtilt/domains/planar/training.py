@@ -24,7 +24,7 @@ def pretrain(job: Job) -> None:
     model = build_model(experiment, job.seed)
     config = experiment.pretrain
     settings = PretrainingSettings(config.updates, config.batch, config.learning_rate)
-    generator = generator_of(experiment.base, "pretrain", job.seed)
+    generator = generator_of(experiment.starts_from, "pretrain", job.seed)
     resumption = resumption_of(experiment, "pretrain", job.seed, output, [])
     slot = resumption.slot("pretraining")
     progress = job.bar(config.updates, "pretrain")

@@ -11,7 +11,7 @@ from flowtilt.pipeline.report.measurements import mean_sd, of_row
 from flowtilt.pipeline.report.panels import describe, pretty
 
 
-def raises(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
+def more_than(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
     """Whether a method has more of a metric than another.
 
     Args:
@@ -27,8 +27,8 @@ def raises(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
     )
 
 
-def keeps(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
-    """Whether a method has no less of a metric than another; the arguments are those of :func:`raises`.
+def no_less_than(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
+    """Whether a method has no less of a metric than another; the arguments are those of :func:`more_than`.
 
     It holds if it has no less on any seed, or more by two standard errors.
     """

@@ -78,6 +78,7 @@ def provenance_page(source: Path) -> str:
         panels = [
             _mapping("Configuration and code", record["commit"] | {"configuration": record["config_hash"]}),
             _mapping("Versions", record["versions"]),
+            *(_mapping(f"Versions of {name}", of) for name, of in record.get("environments", {}).items()),
             _mapping("Machine", record["machine"]),
             _stages(record["stages"]),
         ]

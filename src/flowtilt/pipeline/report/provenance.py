@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import subprocess
+import tomllib
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ SOURCES = Path(__file__).resolve().parents[2]
 
 REDIRECTING = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR")
 """Variables by which git takes another repository for that of its folder."""
+
+ABSENT = "not in this environment"
+"""In the place of a version."""
 
 PACKAGES = (
     "flowtilt",
@@ -33,7 +38,14 @@ PACKAGES = (
 )
 
 
-def write_provenance(config_hash: str, benchmarks: Path, output: Path, earlier: Path | None = None) -> None:
+def write_provenance(
+    config_hash: str,
+    benchmarks: Path,
+    output: Path,
+    earlier: Path | None = None,
+    environments: Sequence[Path] = (),
+    snakemake: str = "",
+) -> None:
     """Write the provenance of a finished run.
 
     Args:
@@ -42,9 +54,12 @@ def write_provenance(config_hash: str, benchmarks: Path, output: Path, earlier: 
         output: JSON file to write.
         earlier: provenance of an earlier run whose results are kept beside those of this one; its commit,
             configuration, versions and machine are kept under ``earlier``, and its stages' costs are added.
+        environments: versions in each environment of the run, from :func:`write_versions`, which their files
+            are named for; none if all stages ran in this one.
+        snakemake: version of it, where it runs in an environment of its own.
 
     Raises:
-        ResultsError: if a benchmark, or the earlier provenance, is malformed.
+        ResultsError: if a benchmark, an environment's versions, or the earlier provenance, is malformed.
     """
     # What reads tables is slow to import, and stages that record what made a model do not need it.
     from flowtilt.pipeline.report.costs import added_costs, stage_costs
@@ -53,10 +68,16 @@ def write_provenance(config_hash: str, benchmarks: Path, output: Path, earlier: 
     record: dict[str, Any] = {
         "commit": commit(),
         "config_hash": config_hash,
-        "versions": versions(),
+        "versions": {**versions(), **({"snakemake": snakemake} if snakemake else {})},
         "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
         "stages": stage_costs(benchmarks),
     }
+    if environments:
+        record["environments"] = found = _environments(environments)
+        for package, own in record["versions"].items():
+            if own == ABSENT:  # named where it was used
+                others = [each[package] for each in found.values() if each.get(package, ABSENT) != ABSENT]
+                record["versions"][package] = others[0] if others else ABSENT
     if earlier is not None:
         try:
             other = read_json(earlier)
@@ -83,11 +104,35 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: _version(package) for package in packages()}}
 
 
+def write_versions(output: Path) -> None:
+    """Write the versions in the environment that this runs in, for :func:`write_provenance`."""
+    write_text(output, json.dumps(versions(), indent=1) + "\n")
+
+
+def _environments(files: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """Versions of what each environment has, by the environment's name."""
+    from flowtilt.pipeline.report.measurements import ResultsError
+
+    found = {}
+    for file in files:
+        try:
+            found[file.stem] = {name: own for name, own in read_json(file).items() if own != ABSENT}
+        except (OSError, ValueError, AttributeError) as error:
+            raise ResultsError(
+                f"{file}: not the versions of an environment ({one_line(error)}); delete it and run again"
+            ) from None
+    return found
+
+
 def _version(package: str) -> str:
+    """Of a package; of this one what its sources say, which may not be those that are installed."""
+    project = SOURCES.parent / "pyproject.toml"
     try:
+        if package == "flowtilt" and project.is_file():
+            return str(tomllib.loads(read_text(project))["project"]["version"])
         return version(package)
     except PackageNotFoundError:
-        return "not in this environment"
+        return ABSENT
 
 
 def commit() -> dict[str, Any]:

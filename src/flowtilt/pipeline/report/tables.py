@@ -27,7 +27,7 @@ from flowtilt.pipeline.report.comparison import (
 )
 from flowtilt.pipeline.report.discretisation import discretisation_note
 from flowtilt.pipeline.report.measurements import (
-    LAYERS,
+    SOLUTIONS,
     Entry,
     collect_runs,
     entries,
@@ -71,15 +71,15 @@ def table_frame(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     """The table as data: one line per row, metric and source.
 
     Returns:
-        Columns experiment, method, layer, row, metric, unit, value, sd, seeds, source, reported, those of
+        Columns experiment, method, solution, row, metric, unit, value, sd, seeds, source, reported, those of
         :data:`EFFECT_COLUMNS`, and verdict, in full precision.
     """
     compared = comparison(with_gaps(long), reported)
     split = [split_row(str(row)) for row in compared["method"]]
     frame = compared.rename(columns={"method": "row"}).assign(
-        method=[method for method, _ in split], layer=[layer for _, layer in split]
+        method=[method for method, _ in split], solution=[solution for _, solution in split]
     )
-    head = ["experiment", "method", "layer", "row", "metric", "unit", "value", "sd", "seeds", "source"]
+    head = ["experiment", "method", "solution", "row", "metric", "unit", "value", "sd", "seeds", "source"]
     return frame[[*head, "reported", *EFFECT_COLUMNS, "verdict"]]
 
 
@@ -193,10 +193,10 @@ def headline(comparison_csv: str | Path) -> str:
 
 
 _OBJECTIVE = (
-    *(("functional", layer) for layer in ("network", "exact", "optimum")),
-    *(("kl", layer) for layer in ("network", "exact")),
+    *(("functional", solution) for solution in ("network", "exact", "optimum")),
+    *(("kl", solution) for solution in ("network", "exact")),
 )
-"""Metrics and layers that stand beside reported values where there is no reward: what was maximised."""
+"""Metrics and solutions that stand beside reported values where there is no reward: what was maximised."""
 
 
 def _headline_panel(table: pd.DataFrame, experiment: str, metric: str, source: str) -> Panel:
@@ -212,7 +212,9 @@ def _headline_panel(table: pd.DataFrame, experiment: str, metric: str, source: s
     header += [f"{'' if at == 'network' else at + ' '}{describe(what).header}" for what, at in more]
     lines = []
     for method in dict.fromkeys(split_row(row)[0] for row, _ in summary):
-        network, exact, resolved = (cells.get((row_name(method, layer), metric), "") for layer in LAYERS)
+        network, exact, resolved = (
+            cells.get((row_name(method, solution), metric), "") for solution in SOLUTIONS
+        )
         others = [cells.get((row_name(method, at), what), "") for what, at in more]
         lines.append([method, network, *(of.get(method, "") for _, of in theirs), exact, resolved, *others])
     seeds = over_seeds(max((e.seeds for e in summary.values()), default=1))

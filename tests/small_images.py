@@ -1,4 +1,4 @@
-"""Experiments on pictures small enough to run whole in a unit test, and tiny untrained models for them."""
+"""Experiments on images small enough to run whole in a unit test, and tiny untrained models for them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
     "seeds": 1,
     "offline": {"samples": 12},
     "solver": {"updates": 2, "batch": 3, "pool": 4, "steps": 4},
-    "evaluation": {"pictures": 4, "sets": 1},
+    "evaluation": {"images": 4, "sets": 1},
 }
 PROMPTS = (
     "a red steel suspension bridge over the sea at sunset",
@@ -64,10 +64,10 @@ PROMPTS = (
 def tiny(name: str, **changes: Any) -> ImageExperiment:
     """A shipped experiment at a size of seconds, on a model that is still to be trained."""
     model = {"name": "tiny", "pipeline": {"path": ""}, "alignment": {"path": ""}, "embedded": EMBEDDED}
-    of_pictures = merge(TINY, {"retrain": True, "model": model})
+    of_images = merge(TINY, {"retrain": True, "model": model})
     if name == "text_to_image_left_tail":
-        of_pictures |= {"prompts": ["a red steel truss bridge at night", "a bridge", "a stone arch bridge"]}
-    changed = {"images": merge(of_pictures, changes)}
+        of_images |= {"prompts": ["a red steel truss bridge at night", "a bridge", "a stone arch bridge"]}
+    changed = {"images": merge(of_images, changes)}
     (experiment,) = load_file(CONFIG / "experiments" / f"{name}.yaml", changed).values()
     assert isinstance(experiment, ImageExperiment)
     return experiment

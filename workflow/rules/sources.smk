@@ -1,0 +1,58 @@
+"""The package that plans and does the jobs: the sources of this clone, which need not be installed."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake import __version__ as snakemake_version
+from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
+
+# A module that is fetched file by file comes without the sources; then the package has to be installed.
+CLONE = (
+    Path(workflow.current_basedir).parents[1] if isinstance(workflow.current_basedir, os.PathLike) else None
+)
+if CLONE is not None and str(CLONE / "src") not in sys.path:
+    sys.path.insert(0, str(CLONE / "src"))
+
+try:
+    from flowtilt.pipeline.places import lacking, located
+except ModuleNotFoundError as error:
+    raise WorkflowError(
+        f"{error}: the workflow was fetched without its sources. Clone the repository and name its file "
+        "workflow/Snakefile instead, or install the package flowtilt beside Snakemake"
+    ) from None
+
+CONFIG_FILE = str(located("config/config.yaml"))
+CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+APPTAINER = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+CONTAINER = ""
+
+if APPTAINER:
+    CONTAINER = os.path.abspath(located("envs/flowtilt.sif"))
+    if CONDA or not os.path.exists(CONTAINER):
+        raise WorkflowError(
+            "--software-deployment-method apptainer runs every job in the container envs/flowtilt.sif, "
+            + (
+                "which has no conda: ask for one of the two"
+                if CONDA
+                else "which is not there: build it by `apptainer build envs/flowtilt.sif envs/flowtilt.def` in the "
+                "workflow's folder, or ask for conda"
+            )
+        )
+
+
+def on_path(wildcards, output) -> str:
+    """What a job's command begins with: a PATH on which it finds this clone's own command, and its Python.
+
+    Said by every job itself: `shell.prefix` belongs to the workflow that uses this one as a module, and what is put on
+    the PATH before an environment of conda is activated can stay ahead of it. No job is run again for it, as for a
+    parameter that takes outputs.
+    """
+    folders = [] if CLONE is None else [shlex.quote(str(CLONE / "workflow" / "bin"))]
+    if CONDA:
+        folders.append('"$CONDA_PREFIX"/bin')
+    elif not APPTAINER:
+        folders.append(shlex.quote(str(Path(sys.executable).parent)))
+    return f'export PATH={":".join([*folders, "$PATH"])};' if folders else ""
