@@ -255,14 +255,7 @@ class MoleculeMethodConfig(MethodConfig):
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MoleculeMethodConfig:
         belongs = {"mass": ("fdc", "tfft"), "narrowing": ("tfft",), "iterations": ("fdc",), "step": ("fdc",)}
-        for key, kinds in belongs.items():
-            if getattr(self, key) is not None and self.kind not in kinds:
-                raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}; remove it")
-        missing = [key for key in ("iterations", "step") if getattr(self, key) is None]
-        if self.kind == "fdc" and missing:
-            raise ValueError(f"an fdc method needs {' and '.join(missing)}")
-        if not self.tuned and (self.solver or self.updates is not None):
-            raise ValueError(f"solver and updates belong to methods that are fine-tuned, not to {self.kind}")
+        self.check_keys(belongs)
         return self
 
 
