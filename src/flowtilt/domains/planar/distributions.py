@@ -176,7 +176,7 @@ def sample_metrics(
         metrics |= transport_metrics(experiment, cloud.first(count), reference.first(count))
         metrics |= shift_metrics(cloud, reference)
     if entropy is not None:
-        metrics["entropy"] = histogram_entropy(cloud.points, entropy.extent, entropy.bins)
+        metrics["entropy"] = histogram_entropy(cloud.points[: entropy.samples], entropy.extent, entropy.bins)
         metrics["entropy_likelihood"] = likelihood_entropy(cloud.log_density)
         metrics["coverage"] = coverage(experiment, cloud)
         metrics["outside"] = float((np.abs(cloud.points).max(axis=1) > entropy.extent).mean())

@@ -310,6 +310,10 @@ class EntropyConfig(Section):
     bins: Count
     """Cells of the histogram along a side."""
 
+    samples: Count
+    """Samples in the histogram, of those that a run is measured by: with fewer than cells, its entropy hangs
+    on their number."""
+
 
 class FunctionalEvaluationConfig(EvaluationConfig):
     """How each run is measured, and which families of metrics are computed beside the objective."""
