@@ -3,9 +3,9 @@
 from benchmarks import (
     adjoint_matching,
     control_solvers,
+    images,
     molecule_adjoints,
     molecules,
-    pictures,
     pipeline,
     stages,
 )
@@ -15,7 +15,7 @@ for benchmark in (
     control_solvers,
     molecules,
     molecule_adjoints,
-    pictures,
+    images,
     pipeline,
     stages,
 ):

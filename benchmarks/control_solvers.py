@@ -1,8 +1,8 @@
 """Both solvers of the control problem on one planar problem: what they cost, and how near they come.
 
 A network of the planar experiments is pretrained, then fine-tuned by Adjoint Matching and by weighted
-fitting to the same smooth reward with several budgets of updates. The value of the problem at a law q
-lies below its optimum at the exact tilt p* by ``kl_weight KL(q || p*)``; this gap is estimated from the
+fitting to the same smooth reward with several budgets of updates. The value of the problem at a distribution
+q lies below its optimum at the exact tilt p* by ``kl_weight KL(q || p*)``; this gap is estimated from the
 models' own densities, and printed as a share of the gap that the pretrained model starts from.
 
 Cost is counted in network passes of one state: 1 forward, 1 backward to the state, 2 backward to the

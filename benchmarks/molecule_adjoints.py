@@ -38,7 +38,7 @@ def divergences(adjoints: Tensor, noise: Tensor) -> Tensor:
 
 
 def exact_divergence(rewards: Tensor, alpha: float) -> float:
-    """KL divergence of the law tilted by ``exp(reward / alpha)`` on equally likely samples, in nats."""
+    """KL divergence of the distribution tilted by ``exp(reward / alpha)`` on equal samples, in nats."""
     weights = torch.softmax(rewards[~rewards.isnan()].double() / alpha, 0)
     return float((weights * (weights * len(weights)).log()).sum())
 

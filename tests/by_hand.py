@@ -52,7 +52,7 @@ class Driven:
 
     def shared(self, name: str) -> Path:
         """A file of the pretrained model that all seeds start from."""
-        return self.path / "runs" / self.experiment.base / "pretrained" / name
+        return self.path / "runs" / self.experiment.starts_from / "pretrained" / name
 
 
 class Folder:
@@ -68,7 +68,7 @@ class Folder:
         path.mkdir(parents=True, exist_ok=True)
         self.config = path / "config.yaml"
         self.write(experiment)
-        self.base = self.folder("pretrained", experiment.base)
+        self.base = self.folder("pretrained", experiment.starts_from)
         self.model = self.base / "model.safetensors"
 
     def write(self, experiment: Experiment) -> None:

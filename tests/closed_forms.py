@@ -1,4 +1,4 @@
-"""Flows whose velocity, law and tilts are known exactly, to test solvers without a trained network.
+"""Flows whose velocity, distribution and tilts are known exactly, to test solvers without a trained network.
 
 For a mixture of Gaussians everything is closed under what the solvers do: its path is a mixture
 at every time, and its tilt by ``exp(c^T x - x^T A x / 2)`` is a mixture again. All is in float64.
@@ -93,7 +93,7 @@ class Mixture:
         return self.means[which] + torch.einsum("nij,nj->ni", factors[which], noise)
 
     def tilted(self, reward: Quadratic, kl_weight: float) -> Mixture:
-        """The law proportional to ``p exp(reward / kl_weight)``, by completing squares."""
+        """The distribution proportional to ``p exp(reward / kl_weight)``, by completing squares."""
         precisions = torch.linalg.inv(self.covariances)
         new_precisions = precisions + reward.curvature / kl_weight
         covariances = torch.linalg.inv(new_precisions)
@@ -149,16 +149,18 @@ class MixtureFlow(FlowModel):
 
     Args:
         path: the interpolant.
-        law: the mixture.
+        distribution: the mixture.
         data_variance: of the memoryless steps.
         trainable: whether weights and means are parameters: then every tilt by a linear reward is
             in the family.
     """
 
-    def __init__(self, path: Interpolant, law: Mixture, data_variance: float = 1.0, trainable: bool = False):
+    def __init__(
+        self, path: Interpolant, distribution: Mixture, data_variance: float = 1.0, trainable: bool = False
+    ):
         super().__init__()
-        self.path, self.law, self.data_variance = path, law, data_variance
-        logits, means = law.weights.log(), law.means.clone()
+        self.path, self.distribution, self.data_variance = path, distribution, data_variance
+        logits, means = distribution.weights.log(), distribution.means.clone()
         self.logits = nn.Parameter(logits) if trainable else logits
         self.means = nn.Parameter(means) if trainable else means
         self._kept: dict[float, _AtTime] = {}
@@ -168,7 +170,7 @@ class MixtureFlow(FlowModel):
 
     def _coefficients(self, t: Tensor) -> _AtTime:
         """For times () or (m,), the latter with a first axis of times."""
-        path, s = self.path, self.law.covariances
+        path, s = self.path, self.distribution.covariances
         eye = torch.eye(s.shape[-1], dtype=torch.float64)
         alpha, alpha_rate, beta, beta_rate = (
             path.alpha(t),
@@ -218,23 +220,25 @@ class ColumnwiseFlow(FlowModel):
     ``m + S A r`` and ``B r``, and the score is ``-r``.
     """
 
-    def __init__(self, path: Columnwise, law: Mixture, data_variance: float = 1.0):
+    def __init__(self, path: Columnwise, distribution: Mixture, data_variance: float = 1.0):
         super().__init__()
-        self.path, self.law, self.data_variance = path, law, data_variance
+        self.path, self.distribution, self.data_variance = path, distribution, data_variance
 
     def prior(self, count, generator, context=None):
-        return torch.randn(count, len(self.law.mean), generator=generator, dtype=torch.float64)
+        return torch.randn(count, len(self.distribution.mean), generator=generator, dtype=torch.float64)
 
     def exact_score(self, x, t):
         at = broadcast_time(t, x).double()
         alpha, beta = self.path.alpha(at), self.path.beta(at)
-        covariance = alpha[..., None] * self.law.covariance * alpha[..., None, :] + torch.diag_embed(beta**2)
-        return -torch.linalg.solve(covariance.expand(len(x), -1, -1), x - alpha * self.law.mean)
+        covariance = alpha[..., None] * self.distribution.covariance * alpha[..., None, :] + torch.diag_embed(
+            beta**2
+        )
+        return -torch.linalg.solve(covariance.expand(len(x), -1, -1), x - alpha * self.distribution.mean)
 
     def velocity(self, x, t, context=None):
         at = broadcast_time(t, x).double()
         r = -self.exact_score(x, t)
-        endpoint = self.law.mean + (self.path.alpha(at) * r) @ self.law.covariance
+        endpoint = self.distribution.mean + (self.path.alpha(at) * r) @ self.distribution.covariance
         return self.path.alpha_rate(at) * endpoint + self.path.beta_rate(at) * self.path.beta(at) * r
 
 
@@ -326,10 +330,10 @@ def diagonal(coefficient: Coefficient, dimension: int) -> Tensor:
     return torch.diag(tensor(coefficient).expand(dimension))
 
 
-def chain_law(model: FlowModel, steps: int, dimension: int = 2) -> tuple[Tensor, Tensor]:
+def chain_distribution(model: FlowModel, steps: int, dimension: int = 2) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the endpoint of ``sample_sde``, for a velocity affine in the state.
 
-    Every step of the memoryless sampler is then affine with Gaussian noise, so that the law after
+    Every step of the memoryless sampler is then affine with Gaussian noise, so that the distribution after
     all steps is Gaussian and follows from a recursion: a discretisation error without sampling error.
     """
     eye = torch.eye(dimension, dtype=torch.float64)
@@ -344,16 +348,16 @@ def chain_law(model: FlowModel, steps: int, dimension: int = 2) -> tuple[Tensor,
 
 
 def memoryless_limit(
-    path: Interpolant, law: Mixture, reward: Quadratic | None = None, kl_weight: float = 1.0
+    path: Interpolant, distribution: Mixture, reward: Quadratic | None = None, kl_weight: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance at time 1 of the controlled memoryless SDE of a Gaussian, as steps go to 0.
 
-    The control tilts the law of the end given the start; the start stays ``N(0, I)``. Where
-    ``alpha(0) = 0`` this is the tilt of the data's law. On the variance-preserving path a little
+    The control tilts the distribution of the end given the start; the start stays ``N(0, I)``. Where
+    ``alpha(0) = 0`` this is the tilt of the data's distribution. On the variance-preserving path a little
     memory is left: the end given the start x is ``N(m + R (x - alpha m), S - R Sigma R^T)`` with
     ``Sigma = alpha^2 S + beta^2`` and ``R = alpha S Sigma^-1``.
     """
-    m, s = law.mean, law.covariance
+    m, s = distribution.mean, distribution.covariance
     eye = torch.eye(len(m), dtype=torch.float64)
     alpha, beta = path.alpha(tensor(0.0)), path.beta(tensor(0.0))
     at_start = alpha**2 * s + beta**2 * eye
@@ -366,26 +370,26 @@ def memoryless_limit(
     return given_start.mean, given_start.covariance + regression @ regression.T
 
 
-def flow_map(path: Interpolant, law: Mixture, x: Tensor, t: float, s: float) -> Tensor:
+def flow_map(path: Interpolant, distribution: Mixture, x: Tensor, t: float, s: float) -> Tensor:
     """The exact solution at time s of a Gaussian's probability-flow ODE through ``x`` at time t.
 
     Along each axis of the covariance the ODE keeps the standardised coordinate.
     """
-    variances, axes = torch.linalg.eigh(law.covariance)
+    variances, axes = torch.linalg.eigh(distribution.covariance)
     alpha_t, beta_t, alpha_s, beta_s = (c(tensor(u)) for u in (t, s) for c in (path.alpha, path.beta))
     stretch = torch.sqrt((alpha_s**2 * variances + beta_s**2) / (alpha_t**2 * variances + beta_t**2))
-    return alpha_s * law.mean + ((x - alpha_t * law.mean) @ axes * stretch) @ axes.T
+    return alpha_s * distribution.mean + ((x - alpha_t * distribution.mean) @ axes * stretch) @ axes.T
 
 
-def pushforward(path: Interpolant, law: Mixture, t: float, s: float) -> Mixture:
-    """The law to which a Gaussian's probability-flow ODE carries ``N(0, I)`` from time t to time s."""
+def pushforward(path: Interpolant, distribution: Mixture, t: float, s: float) -> Mixture:
+    """The distribution to which a Gaussian's probability-flow ODE carries ``N(0, I)`` from time t to s."""
     probes = torch.eye(3, dtype=torch.float64)[:, 1:]
-    origin, *images = flow_map(path, law, probes, t, s)
+    origin, *images = flow_map(path, distribution, probes, t, s)
     jacobian = torch.stack(images, dim=1) - origin[:, None]
     return Mixture.gaussian(origin, jacobian @ jacobian.T)
 
 
-def matched_law(
+def matched_distribution(
     flow: FlowModel, reward: Quadratic, kl_weight: float, steps: int, target: Target = "state"
 ) -> tuple[Tensor, Tensor]:
     """Endpoint mean and covariance of what Adjoint Matching converges to with finitely many steps.

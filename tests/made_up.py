@@ -18,7 +18,7 @@ from flowtilt.domains.planar.grid import (
     tail_tilt,
 )
 from flowtilt.domains.planar.truth import coarsen
-from flowtilt.functionals.utilities import Side
+from flowtilt.functionals.utilities import Tail
 from flowtilt.metrics.tails import upper_tail_mean
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.files import write_history
@@ -50,13 +50,15 @@ def made_up_runs(name: str = "risk_averse_2d", unit: str = "cost", **changes: An
 def write_metrics(
     results: Path, runs: Runs, value: Callable[[str, str, int], Mapping[str, float | None]]
 ) -> None:
-    """Write all metrics files of an experiment; ``value`` gives a row's metrics by method, layer and seed."""
+    """Write all metrics files of an experiment; ``value`` gives those of a method, solution and seed."""
     for seed in runs.seeds:
         files: dict[Path, dict[str, Mapping[str, float | None]]] = {}
-        for layer in runs.layers:
+        for solution in runs.solutions:
             for method in runs.methods:
-                folder = run_folder(results, runs, method.name, layer, seed)
-                files.setdefault(folder, {})[row_name(method.name, layer)] = value(method.name, layer, seed)
+                folder = run_folder(results, runs, method.name, solution, seed)
+                files.setdefault(folder, {})[row_name(method.name, solution)] = value(
+                    method.name, solution, seed
+                )
         for folder, rows in files.items():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.json").write_text(json.dumps({"rows": rows}))
@@ -67,24 +69,24 @@ def plain_metrics(
 ) -> Callable[[str, str, int], dict[str, float | None]]:
     """Metrics with the tails given by row name, and seeds that differ by one; the rest follows."""
 
-    def value(method: str, layer: str, seed: int) -> dict[str, float | None]:
-        tail = tails[row_name(method, layer)] + seed
+    def value(method: str, solution: str, seed: int) -> dict[str, float | None]:
+        tail = tails[row_name(method, solution)] + seed
         return {
             runs.mean_metric: tail / 2,
             runs.tail_metric: tail,
             "kl": 0.5,
             "objective": runs.sign * tail - 10,
             "tail_objective": runs.sign * tail - 10,
-            "active_share": 0.25 if layer == "network" and method != "pretrained" else None,
+            "active_share": 0.25 if solution == "network" and method != "pretrained" else None,
         }
 
     return value
 
 
-def functional_metrics(method: str, layer: str, seed: int) -> dict[str, float | None]:
+def functional_metrics(method: str, solution: str, seed: int) -> dict[str, float | None]:
     """Metrics of a row of an experiment on functionals: networks close 80 % of the gap, exact rows 95 %."""
-    reached = {"network": 8.0, "exact": 9.5, "optimum": 10.0}[layer] + seed
-    before = {} if layer == "network" else {"functional_before": float(seed)}
+    reached = {"network": 8.0, "exact": 9.5, "optimum": 10.0}[solution] + seed
+    before = {} if solution == "network" else {"functional_before": float(seed)}
     return {"functional": reached, "mean_reward": 33.0 + seed, "kl": 0.5, **before}
 
 
@@ -118,15 +120,20 @@ def write_histories(results: Path, experiment: Experiment) -> None:
 
 
 def write_functional_arrays(results: Path, runs: Runs, cells: int, samples: int) -> None:
-    """Samples and laws of an experiment on functionals: the same standard normal in every row."""
+    """Samples and distributions of an experiment on functionals: the same standard normal in every row."""
     axis = -4 + 8 / cells * (np.arange(cells) + 0.5)
-    law = np.exp(-0.5 * axis**2)
-    law = np.outer(law, law) / law.sum() ** 2
+    distribution = np.exp(-0.5 * axis**2)
+    distribution = np.outer(distribution, distribution) / distribution.sum() ** 2
     write_metrics(results, runs, functional_metrics)
     for seed in runs.seeds:
         for method in runs.methods:
-            rows = {row_name(method.name, layer): law.astype(np.float32) for layer in runs.layers[1:]}
-            np.savez(run_folder(results, runs, method.name, "", seed) / "laws.npz", axis=axis, **rows)
+            rows = {
+                row_name(method.name, solution): distribution.astype(np.float32)
+                for solution in runs.solutions[1:]
+            }
+            np.savez(
+                run_folder(results, runs, method.name, "", seed) / "distributions.npz", axis=axis, **rows
+            )
             x = np.random.default_rng(seed).normal(size=(samples, 2)).astype(np.float32)
             path = run_folder(results, runs, method.name, "network", seed) / "samples.npz"
             np.savez(path, x=x, log_density=np.zeros(10))
@@ -141,10 +148,10 @@ def write_arrays(
     blur: float = 0.25,
     alpha: float = 20.0,
 ) -> None:
-    """Write samples and laws that are shaped like real ones, with metrics that belong to them.
+    """Write samples and distributions that are shaped like real ones, with metrics that belong to them.
 
-    The pretrained law is a mixture of two Gaussians along y; the networks draw from the laws at
-    finite resolution.
+    The pretrained distribution is a mixture of two Gaussians along y; the networks draw from the
+    distributions at finite resolution.
     """
     grid = Grid(5.0, cells)
     points = grid.points.reshape(-1, 2)
@@ -152,35 +159,37 @@ def write_arrays(
     rewards = runs.sign * heights
     modes = [np.exp(-((points[:, 1] - m) ** 2) / (2 * 0.6**2)) for m in (-1.0, 1.0)]
     log_p = normalise((np.log(sum(modes)) - points[:, 0] ** 2 / 2).reshape(cells, cells))
-    side: Side = "lower" if runs.sign < 0 else "upper"
+    tail: Tail = "lower" if runs.sign < 0 else "upper"
     block = cells // min(cells, 240)
     axis = grid.axis.reshape(-1, block).mean(axis=1)
     edges = np.linspace(rewards.min(), rewards.max() + 1e-9, 121)
-    laws: dict[str, np.ndarray] = {}
-    for layer, smooth in (("exact", no_blur), ("resolved", gaussian_blur(blur, grid))):
-        tail = tail_tilt(log_p, rewards, alpha / runs.mass, runs.mass, side, smooth)[0]
+    distributions: dict[str, np.ndarray] = {}
+    for solution, smooth in (("exact", no_blur), ("resolved", gaussian_blur(blur, grid))):
+        best = tail_tilt(log_p, rewards, alpha / runs.mass, runs.mass, tail, smooth)[0]
         tilted = {"pretrained": log_p, "am": expected_reward_tilt(log_p, rewards, alpha, smooth)}
-        laws |= {row_name(m.name, layer): np.exp(tilted.get(m.name, tail)) for m in runs.methods}
-    histograms = {row: np.zeros(len(edges) - 1) for row in laws}
+        distributions |= {row_name(m.name, solution): np.exp(tilted.get(m.name, best)) for m in runs.methods}
+    histograms = {row: np.zeros(len(edges) - 1) for row in distributions}
     for part in range(32):  # inside the cells, along their diagonal
         shift = ((part + 0.5) / 32 - 0.5) * grid.spacing
         shifted = np.clip(runs.sign * np.asarray(height(points + shift)), edges[0], edges[-1])
-        for row, law in laws.items():
-            histograms[row] += np.histogram(shifted, edges, weights=law.ravel() / 32)[0]
-    tails = {row: upper_tail_mean(heights, runs.mass, law) for row, law in laws.items()}
+        for row, distribution in distributions.items():
+            histograms[row] += np.histogram(shifted, edges, weights=distribution.ravel() / 32)[0]
+    tails = {
+        row: upper_tail_mean(heights, runs.mass, distribution) for row, distribution in distributions.items()
+    }
     tails |= {m.name: tails[row_name(m.name, "resolved")] for m in runs.methods}
     write_metrics(results, runs, plain_metrics(runs, tails))
     for seed in runs.seeds:
-        for layer in ("exact", "resolved"):
+        for solution in ("exact", "resolved"):
             arrays: dict[str, Any] = {"axis": axis, "reward_edges": edges}
             for method in runs.methods:
-                row = row_name(method.name, layer)
-                arrays[row] = coarsen(laws[row], 240).astype(np.float32)
+                row = row_name(method.name, solution)
+                arrays[row] = coarsen(distributions[row], 240).astype(np.float32)
                 arrays[f"{row}__rewards"] = histograms[row]
-            np.savez(run_folder(results, runs, "", layer, seed) / "laws.npz", **arrays)
+            np.savez(run_folder(results, runs, "", solution, seed) / "distributions.npz", **arrays)
         random = np.random.default_rng(seed)
         for method in runs.methods:
-            cell = laws[row_name(method.name, "resolved")].ravel()
+            cell = distributions[row_name(method.name, "resolved")].ravel()
             drawn = points[random.choice(cell.size, samples, p=cell / cell.sum())]
             x = drawn + random.uniform(-0.5, 0.5, drawn.shape) * grid.spacing
             reward = runs.sign * np.asarray(height(x))

@@ -1,4 +1,4 @@
-"""Made-up runs on pictures in the layout of real ones, for tests of tables, costs and figures."""
+"""Made-up runs on images in the layout of real ones, for tests of tables, costs and figures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from PIL import Image
 
 from flowtilt.domains.images import bridges
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
-from flowtilt.domains.images.files import picture_name
-from flowtilt.files import folder_of
+from flowtilt.domains.images.files import image_name
 from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.pipeline.configuration import merge, read_yaml
 from flowtilt.pipeline.experiment import load_file
@@ -38,7 +37,7 @@ _KEYS: dict[str, dict[str, Any]] = {
             "fdc_alpha_16": _FDC | {"alpha": 16.0},
             "fdc": _FDC,
         },
-        "evaluation": {"pictures": 100, "designs": DESIGNS, "template": "a {} bridge"},
+        "evaluation": {"images": 100, "designs": DESIGNS, "template": "a {} bridge"},
     },
     LEFT_TAIL: {
         "seeds": 3,
@@ -49,9 +48,14 @@ _KEYS: dict[str, dict[str, Any]] = {
             "tfft_0.1": {"kind": "tfft", "mass": 0.1},
             "tfft_0.5": {"kind": "tfft", "mass": 0.5},
         },
-        "evaluation": {"pictures": 20, "designs": DESIGNS, "template": "a {} bridge"},
+        "evaluation": {"images": 20, "designs": DESIGNS, "template": "a {} bridge"},
     },
 }
+
+
+def folder_of(results: Path, experiment: str, method: str, seed: int) -> Path:
+    """Where the files of a run are kept."""
+    return Path(results) / "runs" / experiment / method / f"seed{seed}"
 
 
 def write_config(folder: Path, name: str, **changes: Any) -> Path:
@@ -96,12 +100,12 @@ def write_histories(results: Path, experiment: ImageExperiment, passes: Mapping[
             write_history(rows, history)
 
 
-def write_pictures(
+def write_images(
     results: Path, experiment: ImageExperiment, level: Callable[[str], float], size: int = 32
 ) -> None:
     """Bridges with scores and metrics that belong to them.
 
-    ``level`` of a method in [0, 1] is the share of pictures that are not as the pretrained model has them:
+    ``level`` of a method in [0, 1] is the share of images that are not as the pretrained model has them:
     designs are redrawn at random, and rewards rise.
     """
     for method in experiment.methods:
@@ -116,12 +120,12 @@ def _write_run(
     (folder / "images").mkdir(parents=True, exist_ok=True)
     prompts, designs, rewards = [], [], []
     for prompt in range(len(experiment.prompts)):
-        for number in range(experiment.evaluation.pictures):
+        for number in range(experiment.evaluation.images):
             rng = np.random.default_rng([seed, prompt, number])
             bridge, moved, other = bridges.draw_bridge(rng), rng.random() < level, rng.integers(len(DESIGNS))
             bridge = replace(bridge, design=DESIGNS[other]) if moved else bridge
-            picture = Image.fromarray(bridges.picture(bridge, rng, size))
-            picture.save(folder / "images" / picture_name(prompt, number))
+            image = Image.fromarray(bridges.image(bridge, rng, size))
+            image.save(folder / "images" / image_name(prompt, number))
             prompts.append(prompt)
             designs.append(DESIGNS.index(bridge.design))
             rewards.append(0.3 + 0.02 * level + (0.03 if moved else 0.06) * rng.normal())

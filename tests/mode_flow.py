@@ -30,8 +30,8 @@ class Modes(FlowModel):
 
 
 class ModeFlow(Modes):
-    """The exact flow of ``laws[z]``."""
+    """The exact flow of ``distributions[z]``."""
 
-    def __init__(self, path: Interpolant, laws: list[Mixture]):
-        super().__init__([MixtureFlow(path, law) for law in laws])
-        self.laws = laws
+    def __init__(self, path: Interpolant, distributions: list[Mixture]):
+        super().__init__([MixtureFlow(path, distribution) for distribution in distributions])
+        self.distributions = distributions

@@ -1,8 +1,8 @@
 """KL-regularised tail means on a small discrete space, solved without the duals that are under test.
 
-The solvers keep their constraints to a tolerance only, and may claim more than any law attains. So
-each one's law is normalised, and the objective evaluated there: never above the maximum, and below it
-by the square of the law's error.
+The solvers keep their constraints to a tolerance only, and may claim more than any distribution attains. So
+each one's distribution is normalised, and the objective evaluated there: never above the maximum, and below
+it by the square of the distribution's error.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import numpy as np
 from scipy.optimize import minimize
 
 
-def tail_mean(probabilities, rewards, mass, side):
+def tail_mean(probabilities, rewards, mass, tail):
     """Mean of the tail of exactly ``mass``, by filling it up from its end."""
-    order = np.argsort(rewards if side == "lower" else -rewards)
+    order = np.argsort(rewards if tail == "lower" else -rewards)
     left, total = mass, 0.0
     for i in order:
         taken = min(left, probabilities[i])
@@ -25,13 +25,13 @@ def divergence(q, p):
     return float(np.sum(np.where(q > 0, q * np.log(np.maximum(q, 1e-300) / p), 0.0)))
 
 
-def objective(q, p, rewards, alpha, mass, side):
+def objective(q, p, rewards, alpha, mass, tail):
     """Tail mean minus ``alpha`` times the KL divergence from ``p``."""
-    return tail_mean(q, rewards, mass, side) - alpha * divergence(q, p)
+    return tail_mean(q, rewards, mass, tail) - alpha * divergence(q, p)
 
 
 def _maximise(p, linear, alpha):
-    """The law q that maximises ``<linear, q> - alpha KL(q || p)``, by a general convex solver."""
+    """The distribution q that maximises ``<linear, q> - alpha KL(q || p)``, by a general convex solver."""
 
     def negative(q):
         return -(linear @ q) + alpha * np.sum(q * np.log(q / p))
@@ -55,14 +55,14 @@ def _maximise(p, linear, alpha):
 def best_lower(p, rewards, alpha, mass):
     """The lower tail mean is the largest ``t - E (t - r)_+ / mass`` over t in the rewards.
 
-    Its maximisation over laws is therefore a concave problem for each t, solved one by one.
+    Its maximisation over distributions is therefore a concave problem for each t, solved one by one.
     """
-    laws = [_maximise(p, -np.maximum(t - rewards, 0) / mass, alpha) for t in rewards]
-    return max(objective(q, p, rewards, alpha, mass, "lower") for q in laws)
+    distributions = [_maximise(p, -np.maximum(t - rewards, 0) / mass, alpha) for t in rewards]
+    return max(objective(q, p, rewards, alpha, mass, "lower") for q in distributions)
 
 
 def best_upper(p, rewards, alpha, mass):
-    """One concave problem in the law q and the part w <= q of it that makes up the tail, E w = mass."""
+    """One concave problem in the distribution q and the part w <= q of it that is the tail, E w = mass."""
     n = len(p)
 
     def negative(z):
@@ -87,10 +87,10 @@ def best_upper(p, rewards, alpha, mass):
         constraints=constraints,
         options={"ftol": 1e-15, "maxiter": 1000},
     )
-    law = result.x[:n] / result.x[:n].sum()
-    return objective(law, p, rewards, alpha, mass, "upper")
+    distribution = result.x[:n] / result.x[:n].sum()
+    return objective(distribution, p, rewards, alpha, mass, "upper")
 
 
-def best(p, rewards, alpha, mass, side):
-    """Maximum of :func:`objective` over laws."""
-    return (best_lower if side == "lower" else best_upper)(p, rewards, alpha, mass)
+def best(p, rewards, alpha, mass, tail):
+    """Maximum of :func:`objective` over distributions."""
+    return (best_lower if tail == "lower" else best_upper)(p, rewards, alpha, mass)

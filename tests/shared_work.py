@@ -25,7 +25,9 @@ from flowtilt.parallel import join_processes, leave_processes, processes
 from flowtilt.resuming import Resumption
 from flowtilt.rewards import Reward
 
-LAW = Mixture.of([0.5, 0.5], [[-1.0, 0.0], [1.0, 0.5]], [[[0.3, 0.1], [0.1, 0.2]], [[0.2, 0.0], [0.0, 0.3]]])
+DISTRIBUTION = Mixture.of(
+    [0.5, 0.5], [[-1.0, 0.0], [1.0, 0.5]], [[[0.3, 0.1], [0.1, 0.2]], [[0.2, 0.0], [0.0, 0.3]]]
+)
 
 
 class Rising(Reward):
@@ -42,7 +44,7 @@ SCARCE = AdjointMatchingSettings(updates=12, batch=2, pool=3, steps=4, learning_
 
 
 def run(name: str, folder: Path) -> Solution | Ascent:
-    flow, reward = MixtureFlow(PATHS["linear"], LAW, trainable=True), Rising()
+    flow, reward = MixtureFlow(PATHS["linear"], DISTRIBUTION, trainable=True), Rising()
     hinge = Hinge(reward, 0.7, 0.2, "upper")
     slot = Resumption(folder / "state", "work", seconds=0).slot("solve")
     if name == "reward":
@@ -54,13 +56,15 @@ def run(name: str, folder: Path) -> Solution | Ascent:
     if name == "fitting":
         fitting = WeightedFittingSettings(bank=300, steps=4, updates=6, batch=8, warning_ess=0)
         return fit(flow, RewardVariation(reward), 0.5, fitting, generator(4))
-    objective = Objective(SQ(reward, 0.8), KL(flow, score_time=0.8), 0.3)
+    objective = Objective(SQ(reward, 0.2), KL(flow, score_time=0.8), 0.3)
 
     def solver(base, tilt, kl_weight, random, slot=None):  # type: ignore[no-untyped-def]
         return solve(base, tilt, kl_weight, SETTINGS, random, slot=slot)
 
     resumption = Resumption(folder / "state", "work", seconds=0)
-    mirror = MirrorAscent(step_weight=1.0, law_samples=2049 + 30, law_steps=4)  # more than one chunk
+    mirror = MirrorAscent(
+        step_weight=1.0, distribution_samples=2049 + 30, distribution_steps=4
+    )  # more than one chunk
     return ascend(flow, objective, range(2), mirror, solver, generator, resumption)
 
 

@@ -28,7 +28,7 @@ from small import CONFIG, TINY, in_plane
 PAGE = (Path(__file__).parents[1] / "docs" / "adding-a-functional.md").read_text()
 *MODULE, REGISTRATION = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 (EXPERIMENT,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-LAW, INGREDIENTS = example_problem()
+DISTRIBUTION, INGREDIENTS = example_problem()
 
 
 @pytest.fixture
@@ -95,21 +95,21 @@ def test_the_registries_are_as_before() -> None:
 
 
 def test_entropic_risk_lies_between_the_worst_and_the_mean(module: ModuleType) -> None:
-    rewards = INGREDIENTS.reward(LAW.points).numpy()
-    values = [build(module.ENTROPIC_RISK, theta=t).finite_value(LAW) for t in (1e-6, 0.5, 5.0, 1e4)]
+    rewards = INGREDIENTS.reward(DISTRIBUTION.points).numpy()
+    values = [build(module.ENTROPIC_RISK, theta=t).finite_value(DISTRIBUTION) for t in (1e-6, 0.5, 5.0, 1e4)]
     assert values == sorted(values, reverse=True)
-    assert values[0] == pytest.approx(LAW.p @ rewards, abs=1e-5)
-    assert values[1] == pytest.approx(-2 * np.log(LAW.p @ np.exp(-0.5 * rewards)))
+    assert values[0] == pytest.approx(DISTRIBUTION.p @ rewards, abs=1e-5)
+    assert values[1] == pytest.approx(-2 * np.log(DISTRIBUTION.p @ np.exp(-0.5 * rewards)))
     assert values[3] == pytest.approx(rewards.min(), abs=1e-2)  # where exponentials would overflow
     with pytest.raises(ValueError, match=r"theta must be positive and finite, got -1.0; known keys: theta"):
         build(module.ENTROPIC_RISK, theta=-1)
 
 
 def test_chi_squared_is_the_exponential_of_renyi_of_order_two(module: ModuleType) -> None:
-    value = build(module.CHI_SQUARED).finite_value(LAW)
-    assert value == pytest.approx(np.expm1(Renyi(INGREDIENTS.reference, 2.0).finite_value(LAW)))
-    halved = np.where(np.arange(len(LAW.p)) < 15, LAW.p, 0)
-    assert np.isfinite(build(module.CHI_SQUARED).finite_value(LAW.with_p(halved / halved.sum())))
+    value = build(module.CHI_SQUARED).finite_value(DISTRIBUTION)
+    assert value == pytest.approx(np.expm1(Renyi(INGREDIENTS.reference, 2.0).finite_value(DISTRIBUTION)))
+    halved = np.where(np.arange(len(DISTRIBUTION.p)) < 15, DISTRIBUTION.p, 0)
+    assert np.isfinite(build(module.CHI_SQUARED).finite_value(DISTRIBUTION.with_p(halved / halved.sum())))
 
 
 @pytest.mark.parametrize("label", ["entropic_risk", "chi_squared"])
@@ -148,9 +148,9 @@ def test_a_registered_name_is_the_same_functional(registered: None, folder: Path
 def test_it_can_be_a_part_of_a_sum(module: ModuleType) -> None:
     parts = [{"name": "expected_reward"}, {"name": "my_functionals:ENTROPIC_RISK", "weight": 2, "theta": 1}]
     built = UTILITIES.build_sum(parts, INGREDIENTS)
-    alone = build(module.ENTROPIC_RISK, theta=1).finite_value(LAW)
-    rewards = INGREDIENTS.reward(LAW.points).numpy()
-    assert built.finite_value(LAW) == pytest.approx(LAW.p @ rewards + 2 * alone)
+    alone = build(module.ENTROPIC_RISK, theta=1).finite_value(DISTRIBUTION)
+    rewards = INGREDIENTS.reward(DISTRIBUTION.points).numpy()
+    assert built.finite_value(DISTRIBUTION) == pytest.approx(DISTRIBUTION.p @ rewards + 2 * alone)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from flowtilt.control.adjoint_matching import LossScale, _residuals, lean_adjoin
 from flowtilt.control.endpoints import Terminal
 from flowtilt.devices import generator_of, take_device
 from flowtilt.domains.molecules.model import MoleculeFlow
-from flowtilt.domains.molecules.network import NetworkSettings
-from flowtilt.domains.molecules.states import Units
+from flowtilt.domains.molecules.sections import MoleculeNetworkConfig, UnitsConfig
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.interpolants import VariancePreserving
 from flowtilt.model import Context, FlowModel
@@ -41,11 +40,11 @@ def gpu() -> Iterator[torch.Generator]:
 
 def flows() -> dict[str, tuple[FlowModel, Context]]:
     sizes = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    small = NetworkSettings(layers=2, width=8, vectors=4, pair_width=4, heads=2, radial=4)
+    small = MoleculeNetworkConfig(layers=2, width=8, vectors=4, pair_width=4, heads=2, radial=4)
     mask = torch.tensor([[True, True, False], [True, True, True], [True, True, True]])
     return {
         "planar": (PlanarFlow(VariancePreserving(), (8, 8), "silu"), None),
-        "molecules": (MoleculeFlow(small, Units(), sizes, time_power=2.0), mask),
+        "molecules": (MoleculeFlow(small, UnitsConfig(), sizes, time_power=2.0), mask),
     }
 
 

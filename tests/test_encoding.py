@@ -15,7 +15,7 @@ import yaml
 
 from flowtilt.files import read_text, write_text
 from flowtilt.pipeline.configuration import ConfigError, read_yaml
-from small_pictures import CONFIG
+from small_images import CONFIG
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [file for folder in ("src", "workflow", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
@@ -96,8 +96,8 @@ def bare(tree: ast.AST) -> list[int]:
         binary = any(set(word) <= set("rwxab+") and "b" in word for word in words)
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         method = isinstance(call.func, ast.Attribute) or name == "open"
-        picture = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == "Image"
-        text = method and name in TEXT_METHODS and not binary and not picture
+        image = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == "Image"
+        text = method and name in TEXT_METHODS and not binary and not image
         if (text or keys & {"text", "universal_newlines"}) and "encoding" not in keys:
             lines.append(call.lineno)
     return lines

@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from environments import FILES, MOLECULES, ROOT, Package, make_environment, packages_of, required, rules
+from flowtilt.pipeline.cli import COMMANDS
 from flowtilt.pipeline.domain import domain_named, sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -179,16 +180,16 @@ def run(prefix: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 
 def handlers() -> dict[str, str]:
-    """Functions of the command line that run its own stages, by stage."""
-    text = (SOURCES / "pipeline" / "cli.py").read_text(encoding="utf-8")
-    return dict(re.findall(r'"([a-z-]+)",\s+(_\w+),\s+"', text))
+    """Functions that run the command line's own stages, ``module:function`` by stage."""
+    return {name: command.action for name, command in COMMANDS.items()}
 
 
 def modules_of(rule: str) -> set[str]:
     """Modules of the package that a rule's job imports."""
     stage, _ = rules()[rule]
     if stage in handlers():
-        found = {*imported_by("flowtilt.pipeline.cli", handlers()[stage])}
+        action = handlers()[stage]
+        found = {action.partition(":")[0], *imported_by(*action.split(":"))}
         if rule.startswith("figures_"):
             report = domain_named(rule.removeprefix("figures_")).report
             found |= {report, *imported_by(report, "draw")}

@@ -15,8 +15,8 @@ from flowtilt.control.endpoints import likelihood_ratio_gradient
 from flowtilt.control.penalties import PENALTIES
 from flowtilt.control.weighted_fitting import UnusableBank, WeightedFittingSettings
 from flowtilt.fdc import MirrorAscent, ascend
-from flowtilt.functionals.base import FirstVariation, Law, Objective, gradient_of
-from flowtilt.functionals.curvature import example_law, example_problem
+from flowtilt.functionals.base import Distribution, FirstVariation, Objective, gradient_of
+from flowtilt.functionals.curvature import example_distribution, example_problem
 from flowtilt.functionals.divergences import KL, ReferenceDraw
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients
 from flowtilt.functionals.utilities import CVaR, LogBarrier, MeanVariance, RewardVariation
@@ -25,7 +25,7 @@ from flowtilt.sampling import OdeSettings, memoryless_steps, sample_sde
 from flowtilt.tfft import TailProblem
 from flowtilt.thresholds import active_share, descend_threshold, dual_objective, threshold
 
-LAW = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]])
+DISTRIBUTION = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]])
 AM = {"updates": 3, "batch": 32, "pool": 32, "steps": 5}
 FITTED = {"bank": 400, "updates": 3, "batch": 16, "steps": 3, "minimum_ess": 1, "warning_ess": 1}
 
@@ -51,7 +51,7 @@ traps = pytest.mark.parametrize("trap", ["where", "times", "root"])
 
 
 def flow():
-    return CorrectedFlow(MixtureFlow(PATHS["linear"], LAW), AffineTable(PATHS["linear"], 5))
+    return CorrectedFlow(MixtureFlow(PATHS["linear"], DISTRIBUTION), AffineTable(PATHS["linear"], 5))
 
 
 def weights(model):
@@ -83,22 +83,22 @@ def test_functionals_leave_failed_samples_out(registry, name, example, trap):
     if "critic" in example:
         example = example | {"critic": {"updates": 3}}
     functional = registry.build(name, example, ingredients)
-    law = example_law()
-    bad = law.samples[:, 0] > 0.8
+    distribution = example_distribution()
+    bad = distribution.samples[:, 0] > 0.8
     assert 0 < int(bad.sum()) < len(bad) // 2
-    variation = functional.linearise(law)
-    gradient = variation.gradient(law.samples, law.context)
+    variation = functional.linearise(distribution)
+    gradient = variation.gradient(distribution.samples, distribution.context)
     assert bool(torch.isfinite(gradient).all())
-    assert math.isfinite(functional.value(law))
+    assert math.isfinite(functional.value(distribution))
     concerned = bool(functional.rewards)
-    assert torch.equal(variation.failed(law.samples, law.context), bad & concerned)
+    assert torch.equal(variation.failed(distribution.samples, distribution.context), bad & concerned)
     if not concerned:
         return
-    kept = Law(law.model, law.samples[~bad], law.context[~bad])
-    assert functional.value(law) == functional.value(kept)
+    kept = Distribution(distribution.model, distribution.samples[~bad], distribution.context[~bad])
+    assert functional.value(distribution) == functional.value(kept)
     assert not bool(gradient[bad].any())
-    assert not bool(variation.active(law.samples, law.context)[bad].any())
-    assert torch.equal(variation.value(law.samples, law.context).isnan(), bad)
+    assert not bool(variation.active(distribution.samples, distribution.context)[bad].any())
+    assert torch.equal(variation.value(distribution.samples, distribution.context).isnan(), bad)
     of_kept = functional.linearise(kept).gradient(kept.samples, kept.context)
     torch.testing.assert_close(gradient[~bad], of_kept)
 
@@ -106,24 +106,24 @@ def test_functionals_leave_failed_samples_out(registry, name, example, trap):
 def test_a_barrier_counts_samples_with_both_values():
     """Reward and cost fail on different samples; either leaves a sample out, whole."""
     reward, cost = Failing(0.8), Failing(0.3)
-    law = example_law()
+    distribution = example_distribution()
     barrier = LogBarrier(reward, cost, bound=9.0)
-    kept = law.samples[law.samples[:, 0] <= 0.3]
+    kept = distribution.samples[distribution.samples[:, 0] <= 0.3]
     x = kept[:, 0] + 0.5 * kept[:, 1]
-    assert barrier.value(law) == pytest.approx(float(x.mean() + (9.0 - x.mean()).log()))
-    gradient = barrier.linearise(law).gradient(law.samples)
-    assert torch.equal(gradient.any(1), law.samples[:, 0] <= 0.3)
+    assert barrier.value(distribution) == pytest.approx(float(x.mean() + (9.0 - x.mean()).log()))
+    gradient = barrier.linearise(distribution).gradient(distribution.samples)
+    assert torch.equal(gradient.any(1), distribution.samples[:, 0] <= 0.3)
 
 
 @pytest.mark.parametrize("name", ["expected_reward", "cvar", "mean_variance", "log_barrier"])
-def test_a_finite_law_with_a_point_without_a_value_is_refused(name):
-    law, finite = example_problem()
+def test_a_finite_distribution_with_a_point_without_a_value_is_refused(name):
+    distribution, finite = example_problem()
     functional = UTILITIES.build(
         name, UTILITIES[name].examples[0], Ingredients(reward=Failing(), cost=finite.cost)
     )
     for use in (functional.finite_value, functional.finite_variation):
-        with pytest.raises(RewardError, match=r"failed on \d+ of the 30 points of a finite law"):
-            use(law)
+        with pytest.raises(RewardError, match=r"failed on \d+ of the 30 points of a finite distribution"):
+            use(distribution)
 
 
 ESTIMATES = {
@@ -135,7 +135,7 @@ TILTS = {
     "reward": RewardVariation,
     "lower tail": lambda reward: TailProblem("lower", 0.5, 1.0).pseudo_reward(reward, 0.6),
     "upper tail": lambda reward: TailProblem("upper", 0.5, 1.0).pseudo_reward(reward, 0.3),
-    "mean and variance": lambda reward: MeanVariance(reward, 0.3).linearise(example_law()),
+    "mean and variance": lambda reward: MeanVariance(reward, 0.3).linearise(example_distribution()),
 }
 
 
@@ -155,7 +155,7 @@ def test_adjoint_matching_leaves_failed_samples_out_and_counts_them(changes, til
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_weighted_fitting_leaves_failed_samples_out_and_counts_them(penalty):
     choice = WeightedFittingSettings(**FITTED, penalty=penalty)
-    tilted = CorrectedFlow(MixtureFlow(PATHS["linear"], LAW), AffineTable(PATHS["linear"], 5))
+    tilted = CorrectedFlow(MixtureFlow(PATHS["linear"], DISTRIBUTION), AffineTable(PATHS["linear"], 5))
     solution = weighted_fitting.solve(tilted, RewardVariation(Failing()), 1.0, choice, generator(0))
     assert bool(torch.isfinite(weights(solution.model)).all())
     assert {row["failed_share"] for row in solution.history} == {solution.diagnostics["failed"] / 400}
@@ -198,20 +198,20 @@ def test_a_batch_without_any_value_is_refused(changes):
         weighted_fitting.solve(flow(), RewardVariation(Failing(-1e9)), 1.0, fitted, generator(0))
 
 
-@pytest.mark.parametrize("side", ["lower", "upper"])
-def test_thresholds_leave_failed_rewards_out_and_say_how_many(side, caplog):
+@pytest.mark.parametrize("tail", ["lower", "upper"])
+def test_thresholds_leave_failed_rewards_out_and_say_how_many(tail, caplog):
     rewards = np.random.default_rng(0).normal(size=50)
     every = np.insert(rewards, [3, 20, 50], math.nan)
     shares = np.insert(np.linspace(1, 2, 50), [3, 20, 50], 7.0)
-    problem = TailProblem(side, 0.2, 1.5)
+    problem = TailProblem(tail, 0.2, 1.5)
     with caplog.at_level(logging.WARNING):
         assert problem.threshold(every) == problem.threshold(rewards)
     assert "leaves out 3 of 53 rewards" in caplog.text
-    of_kept = threshold(rewards, 1.0, 0.3, side, np.linspace(1, 2, 50))
-    assert threshold(every, 1.0, 0.3, side, shares) == of_kept
-    assert dual_objective(0.1, every, 1.0, 0.3, side) == dual_objective(0.1, rewards, 1.0, 0.3, side)
-    assert active_share(every, 0.1, side) == active_share(rewards, 0.1, side)
-    if side == "upper":
+    of_kept = threshold(rewards, 1.0, 0.3, tail, np.linspace(1, 2, 50))
+    assert threshold(every, 1.0, 0.3, tail, shares) == of_kept
+    assert dual_objective(0.1, every, 1.0, 0.3, tail) == dual_objective(0.1, rewards, 1.0, 0.3, tail)
+    assert active_share(every, 0.1, tail) == active_share(rewards, 0.1, tail)
+    if tail == "upper":
         assert descend_threshold(every, 1.0, 0.3) == descend_threshold(rewards, 1.0, 0.3)
 
 

@@ -85,7 +85,7 @@ def test_nothing_is_imported_in_a_circle() -> None:
 
 # Words of single domains. Not among them: what the mathematics is done on, as the plane, and `np.clip`.
 WORDS = re.compile(
-    r"molecul\w*|(?<![a-z])(pictures?|images?|text.to.image|planar|xtb)(?![a-z])|qm9|rdkit|diffusers|"
+    r"molecul\w*|(?<![a-z])(images?|text.to.image|planar|xtb)(?![a-z])|qm9|rdkit|diffusers|"
     r"(?-i:CLIP)|stable.?diffusion",
     re.IGNORECASE,
 )

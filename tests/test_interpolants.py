@@ -47,7 +47,6 @@ def test_rates_are_derivatives_and_kappa_eta_sigma_follow_from_them(path):
     torch.testing.assert_close(path.beta_rate(t), beta_rate, **exact)
     torch.testing.assert_close(path.kappa(t), alpha_rate / alpha, **exact)
     torch.testing.assert_close(path.eta(t), beta * (alpha_rate / alpha * beta - beta_rate), **exact)
-    torch.testing.assert_close(path.sigma(t) ** 2, 2 * path.eta(t), **exact)
 
 
 def test_variance_preserving_keeps_the_variance_and_small_noise_exact():
@@ -240,7 +239,7 @@ def test_the_cosine_path_of_nu_one_is_the_straight_one():
 
 
 @cosines
-def test_a_cosine_path_begins_where_its_law_is_still_the_noise(nu):
+def test_a_cosine_path_begins_where_its_distribution_is_still_the_noise(nu):
     path = Cosine(nu)
     assert 0 < float(path.alpha(tensor(path.start))) < 1e-6
     with pytest.raises(ValueError, match="says nothing of the endpoint"):
@@ -272,7 +271,7 @@ def test_steps_of_a_cosine_path_are_finite_and_exact_in_single_precision(nu, las
 PARTS = ((Linear(), 2), (Cosine(1.5), 3), (VariancePreserving(), 1))
 SIDE_BY_SIDE = Columnwise(PARTS)
 RUNS = {Linear(): slice(0, 2), Cosine(1.5): slice(2, 5), VariancePreserving(): slice(5, 6)}
-COEFFICIENTS = ("alpha", "beta", "alpha_rate", "beta_rate", "kappa", "eta", "sigma")
+COEFFICIENTS = ("alpha", "beta", "alpha_rate", "beta_rate", "kappa", "eta")
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)

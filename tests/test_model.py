@@ -4,7 +4,7 @@ from torch import nn
 
 from closed_forms import PATHS, CorrectedFlow, Mixture, MixtureFlow, generator, tensor
 
-LAW = Mixture.of(
+DISTRIBUTION = Mixture.of(
     [0.6, 0.4], [[-0.9, 0.0], [0.9, 0.3]], [[[0.25, 0.0], [0.0, 0.35]], [[0.2, 0.05], [0.05, 0.25]]]
 )
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
@@ -13,7 +13,7 @@ paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 @paths
 @pytest.mark.parametrize("t", [0.01, 0.5, 0.99])
 def test_the_score_of_a_mixture_follows_from_its_velocity(path, t):
-    flow = MixtureFlow(path, LAW)
+    flow = MixtureFlow(path, DISTRIBUTION)
     x = torch.randn(200, 2, generator=generator(0), dtype=torch.float64)
     # (v - kappa x) / eta loses at most the factor 1 / eta = 1e2 of the linear path at 0.99.
     torch.testing.assert_close(
@@ -26,11 +26,11 @@ def test_the_closed_form_score_is_the_gradient_of_the_path_density(path):
     """The oracle itself, against automatic differentiation of the mixture's density at a time."""
     t = tensor(0.6)
     alpha, beta = path.alpha(t), path.beta(t)
-    covariances = alpha**2 * LAW.covariances + beta**2 * tensor(torch.eye(2))
-    marginal = Mixture(LAW.weights, alpha * LAW.means, covariances)
+    covariances = alpha**2 * DISTRIBUTION.covariances + beta**2 * tensor(torch.eye(2))
+    marginal = Mixture(DISTRIBUTION.weights, alpha * DISTRIBUTION.means, covariances)
     x = torch.randn(50, 2, generator=generator(0), dtype=torch.float64, requires_grad=True)
     (score,) = torch.autograd.grad(marginal.log_density(x).sum(), x)
-    torch.testing.assert_close(MixtureFlow(path, LAW).exact_score(x.detach(), t), score)
+    torch.testing.assert_close(MixtureFlow(path, DISTRIBUTION).exact_score(x.detach(), t), score)
 
 
 class Shift(nn.Module):
@@ -42,9 +42,9 @@ class Shift(nn.Module):
 def test_the_matching_loss_is_least_at_the_exact_velocity(path):
     """Any other velocity adds its mean squared distance, since the exact one is a conditional mean."""
     rng, n = generator(0), 200_000
-    x1, x0 = LAW.sample(n, rng), torch.randn(n, 2, generator=rng, dtype=torch.float64)
+    x1, x0 = DISTRIBUTION.sample(n, rng), torch.randn(n, 2, generator=rng, dtype=torch.float64)
     t = tensor(0.1 + 0.8 * torch.arange(8).repeat_interleave(n // 8) / 7)
-    exact = MixtureFlow(path, LAW)
+    exact = MixtureFlow(path, DISTRIBUTION)
     with torch.no_grad():
         excess = CorrectedFlow(exact, Shift()).matching_loss(x1, x0, t) - exact.matching_loss(x1, x0, t)
         at = t[:, None]
@@ -54,7 +54,7 @@ def test_the_matching_loss_is_least_at_the_exact_velocity(path):
 
 
 def test_the_matching_loss_has_one_value_a_sample_whatever_the_shape_of_the_state():
-    flow = CorrectedFlow(MixtureFlow(PATHS["linear"], LAW), Shift())
+    flow = CorrectedFlow(MixtureFlow(PATHS["linear"], DISTRIBUTION), Shift())
     rng = generator(0)
     x1, x0 = (torch.randn(7, 2, generator=rng, dtype=torch.float64) for _ in range(2))
     t = torch.rand(7, generator=rng, dtype=torch.float64)

@@ -12,11 +12,10 @@ from flowtilt.control.adjoint_matching import AdjointMatchingSettings
 from flowtilt.control.endpoints import likelihood_ratio_gradient
 from flowtilt.control.weighted_fitting import WeightedFittingSettings
 from flowtilt.domains.molecules.model import MoleculeFlow
-from flowtilt.domains.molecules.network import NetworkSettings
-from flowtilt.domains.molecules.states import Units
+from flowtilt.domains.molecules.sections import MoleculeNetworkConfig, UnitsConfig
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.fdc import MirrorAscent, ascend
-from flowtilt.functionals.base import Law, Objective
+from flowtilt.functionals.base import Distribution, Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import Entropy, ExpectedReward, RewardVariation
 from flowtilt.model import FlowModel, evaluating
@@ -108,9 +107,11 @@ USES = {
     "am by posterior mean": solved(adjoint_matching, POSTERIOR),
     "weighted fitting": solved(weighted_fitting, FITTED),
     "fdc": fdc,
-    "entropy": lambda flow: Entropy().linearise(Law(flow, X)).gradient(X.to(next(flow.parameters()).dtype)),
+    "entropy": lambda flow: (
+        Entropy().linearise(Distribution(flow, X)).gradient(X.to(next(flow.parameters()).dtype))
+    ),
     "kl": lambda flow: (
-        KL(copy.deepcopy(flow)).linearise(Law(flow, X)).gradient(X.to(next(flow.parameters()).dtype))
+        KL(copy.deepcopy(flow)).linearise(Distribution(flow, X)).gradient(X.to(next(flow.parameters()).dtype))
     ),
 }
 uses = pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
@@ -125,8 +126,8 @@ def test_states_have_the_precision_of_the_model(use):
 
 
 def test_molecules_have_the_precision_of_the_model():
-    settings = NetworkSettings(layers=2, width=8, vectors=4, pair_width=4, heads=2, radial=4)
-    flow = MoleculeFlow(settings, Units(), torch.tensor([0.0, 0.0, 1.0, 1.0])).double()
+    settings = MoleculeNetworkConfig(layers=2, width=8, vectors=4, pair_width=4, heads=2, radial=4)
+    flow = MoleculeFlow(settings, UnitsConfig(), torch.tensor([0.0, 0.0, 1.0, 1.0])).double()
     mask = flow.context_of(torch.tensor([2, 3, 3]))
     for x in (sample_sde(flow, 3, 3, generator(0), mask), sample_ode(flow, 3, generator(0), mask)):
         assert x.dtype == torch.float64

@@ -10,8 +10,10 @@ import torch
 
 from by_hand import Driven
 from flowtilt.checkpoints import save_weights
-from flowtilt.domains.planar.build import build_model, build_reward, landscape_class
+from flowtilt.domains.planar import build
+from flowtilt.domains.planar.build import build_model, build_reward
 from flowtilt.domains.planar.experiment import tail_experiment
+from flowtilt.domains.planar.landscapes import LANDSCAPES, Zones
 from flowtilt.domains.planar.problems import check_problems
 from flowtilt.functionals.registry import UTILITIES, Ingredients
 from flowtilt.loading import imported
@@ -69,7 +71,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 def test_a_module_that_fails_as_it_is_imported(kind: str, write) -> None:
     name = write(LANDSCAPE.format(top=FAILURES[kind], body="pass"))
     with pytest.raises(ConfigError, match=rf"^{KEY}.*{name}:Own.*fails.*{kind}.*{name}\.py, line 4\b"):
-        landscape_class(f"{name}:Own")
+        build._imported(f"{name}:Own", LANDSCAPES, Zones)
     with pytest.raises(ValueError, match=rf"^utility {name}:Own: .*{kind}.*line 4\b"):
         UTILITIES.entry(f"{name}:Own")
 
@@ -77,7 +79,7 @@ def test_a_module_that_fails_as_it_is_imported(kind: str, write) -> None:
 def test_a_module_that_is_no_python_is_not_there_or_lacks_the_name(write) -> None:
     name = write("import torch\n\ndef broken(:\n")
     with pytest.raises(ConfigError, match=rf"^{KEY}.*{name}.*SyntaxError.*{name}\.py, line 3"):
-        landscape_class(f"{name}:Own")
+        build._imported(f"{name}:Own", LANDSCAPES, Zones)
     with pytest.raises(ValueError, match=r"no_such_module.*PYTHONPATH"):
         imported("no_such_module:Own")
     with pytest.raises(ValueError, match=r"no_such_package.*PYTHONPATH"):

@@ -54,10 +54,14 @@ SETTINGS = {
         "gradient_clip": POSITIVE,
         "margin": (0, 0.5, -0.1, NAN),
     },
-    MirrorAscent(1.0, 10, 2): {"step_weight": POSITIVE, "law_samples": COUNTS, "law_steps": COUNTS},
+    MirrorAscent(1.0, 10, 2): {
+        "step_weight": POSITIVE,
+        "distribution_samples": COUNTS,
+        "distribution_steps": COUNTS,
+    },
     TailProblem("lower", 0.5, 1.0): {"mass": OPEN, "alpha": POSITIVE},
     Hinge(REWARD, 0.0, 0.5, "upper"): {"threshold": (NAN, INF), "mass": (0, 1.1, NAN)},
-    CVaR(REWARD, 0.5): {"level": OPEN},
+    CVaR(REWARD, 0.5): {"mass": OPEN},
     OdeSettings(): {"steps": COUNTS, "margin": (-0.1, 0.5, NAN)},
     ReferenceDraw(): {"samples": COUNTS, "steps": COUNTS},
     CriticSettings(): {
@@ -133,7 +137,7 @@ def test_samplers_need_a_whole_number_of_samples(count):
 
 
 def test_the_shortest_grid_trains_without_nan():
-    flow = MixtureFlow(PATHS["linear"], FLOW.law, trainable=True)
+    flow = MixtureFlow(PATHS["linear"], FLOW.distribution, trainable=True)
     choice = AdjointMatchingSettings(updates=2, batch=8, pool=8, steps=2)
     solution = adjoint_matching.solve(flow, RewardVariation(REWARD), 1.0, choice, generator(0))
     assert all(bool(torch.isfinite(p).all()) for p in solution.model.parameters())

@@ -133,9 +133,9 @@ READERS = {
         image_models.read_model, "model.json", b'{"pipeline": {"path": "a"}, "alignment": {"path": "b"}}'
     ),
     "checks": Reader(molecule_pretraining._read_checks, "checks.json", b'[{"updates": 3}]'),
-    "pictures": Reader(in_folder(image_sampling.read_pictures), "prompt000_0000.png", png()),
-    "picture": Reader(
-        in_folder(lambda folder: figures_images.read_picture(folder, 0, 0)), "prompt000_0000.png", png()
+    "images": Reader(in_folder(image_sampling.read_images), "prompt000_0000.png", png()),
+    "image": Reader(
+        in_folder(lambda folder: figures_images.read_image(folder, 0, 0)), "prompt000_0000.png", png()
     ),
     "metrics by seed": Reader(
         measurements.read_by_seed,
@@ -151,7 +151,7 @@ READERS = {
     "history": Reader(
         lambda p: measurements.read_history(p, ["loss"]), "history.csv", HISTORY.encode(), False
     ),
-    "arrays": Reader(measurements.read_arrays, "laws.npz", npz(axis=np.zeros(9))),
+    "arrays": Reader(measurements.read_arrays, "distributions.npz", npz(axis=np.zeros(9))),
     "resolution": Reader(measured.read_resolution, "resolution.json", b'{"width": 0.25}'),
     "benchmark": Reader(costs.read_benchmark, "seed0.tsv", BENCHMARK.encode(), False),
     "costs": Reader(

@@ -37,7 +37,7 @@ def test_every_configured_run_is_there(by_seed: pd.DataFrame) -> None:
             for method in experiment.methods:
                 seeds = metric(by_seed, name, method, experiment.main_metric).index
                 assert sorted(seeds) == experiment.seeds
-            started_from.add(experiment.base)
+            started_from.add(experiment.starts_from)
     # Of a file that only others start from, nothing is reported.
     files = {path.stem for path in (ROOT / "config" / "experiments").glob("*.yaml")}
     assert files == {*configured, *started_from}
@@ -105,7 +105,7 @@ def test_networks_reach_the_exact_rows_where_they_resolve_the_landscape(
         network = metric(by_seed, experiment, method, "objective")
         exact = metric(by_seed, experiment, f"{method}_exact", "objective")
         assert ((network - exact).abs() <= 0.05 * exact.abs()).all(), method
-    # Two sets of 20,000 samples of one law differ by 0.0263 with probability 1e-6.
+    # Two sets of 20,000 samples of one distribution differ by 0.0263 with probability 1e-6.
     assert (metric(by_seed, experiment, "am", "dominance_violation") < 0.0263).all()
 
 
@@ -247,7 +247,7 @@ def test_tfft_on_molecules_takes_the_passes_of_am() -> None:
         assert of[method] < 1.15
 
 
-def test_tfft_raises_the_left_tail_of_pictures_over_am(by_seed: pd.DataFrame) -> None:
+def test_tfft_raises_the_left_tail_of_images_over_am(by_seed: pd.DataFrame) -> None:
     tail = {m: metric(by_seed, "text_to_image_left_tail", m, "left_cvar_0.2") for m in ("pretrained", "am")}
     assert (tail["am"] > tail["pretrained"]).all()
     mean = {m: metric(by_seed, "text_to_image_left_tail", m, "mean_reward") for m in ("pretrained", "am")}
@@ -258,7 +258,7 @@ def test_tfft_raises_the_left_tail_of_pictures_over_am(by_seed: pd.DataFrame) ->
         assert (metric(by_seed, "text_to_image_left_tail", method, "active_share") > 0).all()
 
 
-def test_tfft_on_pictures_takes_the_passes_of_am() -> None:
+def test_tfft_on_images_takes_the_passes_of_am() -> None:
     """The offline batch included; within 15 %."""
     costs = pd.read_csv(TABLES / "costs.csv")
     of = costs[costs["experiment"] == "text_to_image_left_tail"].set_index("method")["relative_passes"]
@@ -266,7 +266,7 @@ def test_tfft_on_pictures_takes_the_passes_of_am() -> None:
         assert of[method] < 1.15
 
 
-def test_fdc_explores_pictures(by_seed: pd.DataFrame) -> None:
+def test_fdc_explores_images(by_seed: pd.DataFrame) -> None:
     """On every seed and without a loss of alignment; on the mean the more, the smaller the weight."""
     explored = ("fdc_alpha_8", "fdc_alpha_1", "fdc")
     rows = ("pretrained", "am", *explored)

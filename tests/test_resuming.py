@@ -95,8 +95,8 @@ def test_states_of_other_settings_inputs_or_networks_are_refused(tmp_path):
         fit(replace(SETTINGS, batch=16), slot=slot)
     with pytest.raises(CheckpointError, match="other settings or inputs"):
         fit(slot=states(tmp_path, of="another one").slot("pretraining"))
-    law = Mixture.of([0.2, 0.3, 0.5], torch.zeros(3, 2), torch.eye(2).expand(3, 2, 2))
-    larger = MixtureFlow(PATHS["linear"], law, trainable=True)
+    distribution = Mixture.of([0.2, 0.3, 0.5], torch.zeros(3, 2), torch.eye(2).expand(3, 2, 2))
+    larger = MixtureFlow(PATHS["linear"], distribution, trainable=True)
     with pytest.raises(CheckpointError, match="another network"):
         fit_flow(larger, DATA.sample, SETTINGS, generator(0), slot=slot)
 
@@ -159,7 +159,7 @@ def test_a_stopped_ascent_goes_on_exactly_where_it_was(seconds, tmp_path):
     """Stopped within iterations and at their ends; with states at every update, and with none."""
     start = MixtureFlow(PATHS["linear"], START, trainable=True)
     objective = Objective(ExpectedReward(Pull()), KL(start, score_time=0.9), 0.3)
-    mirror = MirrorAscent(step_weight=2.0, law_samples=32, law_steps=5)
+    mirror = MirrorAscent(step_weight=2.0, distribution_samples=32, distribution_steps=5)
 
     def climb(progress=None, resumption=None):
         def solver(base, tilt, kl_weight, random, slot=None):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from closed_forms import Quadratic, generator
-from flowtilt.functionals.base import Law
+from flowtilt.functionals.base import Distribution
 from flowtilt.functionals.utilities import CVaR, ExpectedReward, Hinge, RewardVariation
 from flowtilt.rewards import Reward, RewardError
 
@@ -55,7 +55,7 @@ def test_the_first_bad_sample_is_shown():
 @pytest.mark.parametrize("functional", [ExpectedReward, lambda r: CVaR(r, 0.1)])
 def test_functionals_pass_the_error_on(functional):
     with pytest.raises(RewardError, match="not finite"):
-        functional(Returning(BAD["nan"][0])).value(Law(None, X))
+        functional(Returning(BAD["nan"][0])).value(Distribution(None, X))
 
 
 def test_values_carry_no_graph_and_gradients_are_those_of_the_formula():

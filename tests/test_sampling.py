@@ -11,7 +11,7 @@ from closed_forms import (
     Mixture,
     MixtureFlow,
     Stacked,
-    chain_law,
+    chain_distribution,
     flow_map,
     generator,
     halving_orders,
@@ -48,11 +48,11 @@ def test_the_time_grid_is_even_and_ends_exactly():
 @paths
 @pytest.mark.parametrize("data_variance", [0.5, 1.0])
 def test_the_memoryless_sampler_has_weak_order_one(path, data_variance):
-    """Its law is Gaussian for Gaussian data and known from a recursion: no sampling error."""
+    """Its distribution is Gaussian for Gaussian data and known from a recursion: no sampling error."""
     _, limit = memoryless_limit(path, GAUSSIAN)
     errors = []
     for steps in (40, 80, 160, 320):
-        _, covariance = chain_law(MixtureFlow(path, GAUSSIAN, data_variance), steps)
+        _, covariance = chain_distribution(MixtureFlow(path, GAUSSIAN, data_variance), steps)
         errors.append(float(torch.linalg.norm(covariance - limit)))
     # The observed order is off by a term of the size of one step; 0.05 is twice the coarsest.
     assert halving_orders(errors) == pytest.approx([1, 1, 1], abs=0.05)
@@ -65,7 +65,7 @@ def test_the_narrowest_memoryless_sampler_reaches_order_one_more_slowly(path):
     _, limit = memoryless_limit(path, GAUSSIAN)
     errors = []
     for steps in (160, 320, 640, 1280):
-        _, covariance = chain_law(MixtureFlow(path, GAUSSIAN, 0.0), steps)
+        _, covariance = chain_distribution(MixtureFlow(path, GAUSSIAN, 0.0), steps)
         errors.append(float(torch.linalg.norm(covariance - limit)))
     orders = halving_orders(errors)
     assert orders == sorted(orders)
@@ -78,16 +78,16 @@ def test_the_narrowest_memoryless_sampler_reaches_order_one_more_slowly(path):
 def test_the_memoryless_sampler_has_the_exact_mean_with_any_number_of_steps(path, data_variance, steps):
     """Every step is linear in the exact posterior mean, and the means of the path are consistent."""
     limit, _ = memoryless_limit(path, GAUSSIAN)
-    mean, _ = chain_law(MixtureFlow(path, GAUSSIAN, data_variance), steps)
+    mean, _ = chain_distribution(MixtureFlow(path, GAUSSIAN, data_variance), steps)
     torch.testing.assert_close(mean, limit, rtol=0, atol=1e-12)
 
 
 @paths
-def test_sde_samples_have_the_law_of_the_recursion(path):
+def test_sde_samples_have_the_distribution_of_the_recursion(path):
     flow, count = MixtureFlow(path, GAUSSIAN), 40_000
     trajectories = sample_sde(flow, count, 10, generator(0))
     assert trajectories.shape == (11, count, 2)
-    mean, covariance = chain_law(flow, 10)
+    mean, covariance = chain_distribution(flow, 10)
     samples = trajectories[-1]
     # Five standard errors of a mean and of a variance.
     deviation = covariance.diagonal().max().sqrt()
@@ -123,7 +123,7 @@ def test_a_sampler_begins_at_the_start_of_the_path():
 def test_the_memoryless_sampler_has_weak_order_one_with_columns_apart(data_variance):
     errors = []
     for steps in (40, 80, 160, 320):
-        _, covariance = chain_law(ColumnwiseFlow(APART, GAUSSIAN, data_variance), steps)
+        _, covariance = chain_distribution(ColumnwiseFlow(APART, GAUSSIAN, data_variance), steps)
         errors.append(float(torch.linalg.norm(covariance - GAUSSIAN.covariance)))
     # Half powers of the time that is left are in the path of the second column.
     orders = halving_orders(errors)
@@ -132,10 +132,10 @@ def test_the_memoryless_sampler_has_weak_order_one_with_columns_apart(data_varia
     assert errors[-1] < 0.02
 
 
-def test_samples_with_columns_apart_have_the_law_of_the_recursion():
+def test_samples_with_columns_apart_have_the_distribution_of_the_recursion():
     flow, count = ColumnwiseFlow(APART, GAUSSIAN), 40_000
     samples = sample_sde(flow, count, 10, generator(0))[-1]
-    mean, covariance = chain_law(flow, 10)
+    mean, covariance = chain_distribution(flow, 10)
     deviation = covariance.diagonal().max().sqrt()
     assert float((samples.mean(0) - mean).abs().max()) < 5 * deviation / math.sqrt(count)
     assert float((samples.T.cov() - covariance).abs().max()) < 5 * deviation**2 * math.sqrt(2 / count)
@@ -207,9 +207,9 @@ def test_the_log_likelihood_of_a_mixture_on_the_linear_path():
 
 
 @paths
-@pytest.mark.parametrize("law", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
-def test_samples_come_with_the_log_density_that_the_likelihood_finds(path, law):
-    flow = MixtureFlow(path, law)
+@pytest.mark.parametrize("distribution", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
+def test_samples_come_with_the_log_density_that_the_likelihood_finds(path, distribution):
+    flow = MixtureFlow(path, distribution)
     x, log_density = sample_with_log_density(flow, 300, generator(0))
     torch.testing.assert_close(x, sample_ode(flow, 300, generator(0)))
     # Both solve the same ODE, one in each direction, with a fourth-order error below 2e-6 at 50 steps.

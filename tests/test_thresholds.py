@@ -12,13 +12,13 @@ from flowtilt.tfft import TailProblem
 from flowtilt.thresholds import active_share, descend_threshold, dual_objective, threshold
 from primal import best, objective
 
-SIDES = ("lower", "upper")
+TAILS = ("lower", "upper")
 
 
-def dual(t, rewards, log_weights, alpha, mass, side):
+def dual(t, rewards, log_weights, alpha, mass, tail):
     """The dual objective at many thresholds ``t`` (m,), written down as the papers have it."""
     excess = rewards - np.atleast_1d(t)[:, None]
-    cut = np.minimum(excess, 0) if side == "lower" else np.maximum(excess, 0)
+    cut = np.minimum(excess, 0) if tail == "lower" else np.maximum(excess, 0)
     return np.atleast_1d(t) + alpha * logsumexp(cut / (alpha * mass) + log_weights, axis=1)
 
 
@@ -118,56 +118,56 @@ def test_weighted_thresholds_against_brute_force(problem):
     assert values[0] == pytest.approx(values[1], abs=1e-8)
 
 
-@given(weighted_problems(), st.sampled_from(SIDES))
-def test_integer_weights_are_repeated_rewards(problem, side):
+@given(weighted_problems(), st.sampled_from(TAILS))
+def test_integer_weights_are_repeated_rewards(problem, tail):
     rewards, weights, alpha, mass = problem
     repeated = np.repeat(rewards, weights.astype(int))
     logs = uniform(repeated)
-    thresholds = [threshold(rewards, alpha, mass, side, weights), threshold(repeated, alpha, mass, side)]
-    values = dual(thresholds, repeated, logs, alpha, mass, side)
+    thresholds = [threshold(rewards, alpha, mass, tail, weights), threshold(repeated, alpha, mass, tail)]
+    values = dual(thresholds, repeated, logs, alpha, mass, tail)
     assert values[0] == pytest.approx(values[1], abs=1e-10)
 
 
-@given(weighted_problems(), st.sampled_from(SIDES), st.floats(-6, 6))
-def test_the_dual_objective_is_the_formula(problem, side, t):
+@given(weighted_problems(), st.sampled_from(TAILS), st.floats(-6, 6))
+def test_the_dual_objective_is_the_formula(problem, tail, t):
     rewards, weights, alpha, mass = problem
     kept = weights > 0
     logs = np.log(weights[kept] / weights.sum())
-    expected = dual(t, rewards[kept], logs, alpha, mass, side)[0]
-    assert dual_objective(t, rewards, alpha, mass, side, weights) == pytest.approx(expected, abs=1e-10)
+    expected = dual(t, rewards[kept], logs, alpha, mass, tail)[0]
+    assert dual_objective(t, rewards, alpha, mass, tail, weights) == pytest.approx(expected, abs=1e-10)
 
 
-@given(weighted_problems(), st.sampled_from(SIDES), st.floats(-50, 50), st.floats(0.1, 10))
-def test_thresholds_move_with_the_rewards(problem, side, shift, factor):
+@given(weighted_problems(), st.sampled_from(TAILS), st.floats(-50, 50), st.floats(0.1, 10))
+def test_thresholds_move_with_the_rewards(problem, tail, shift, factor):
     """Shifting rewards shifts the threshold; scaling rewards and alpha scales it."""
     rewards, weights, alpha, mass = problem
-    at = threshold(rewards, alpha, mass, side, weights)
-    moved = threshold(factor * rewards + shift, factor * alpha, mass, side, weights)
+    at = threshold(rewards, alpha, mass, tail, weights)
+    moved = threshold(factor * rewards + shift, factor * alpha, mass, tail, weights)
     values = [
-        dual_objective(t, factor * rewards + shift, factor * alpha, mass, side, weights)
+        dual_objective(t, factor * rewards + shift, factor * alpha, mass, tail, weights)
         for t in (factor * at + shift, moved)
     ]
     assert values[0] == pytest.approx(values[1], abs=1e-9)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("alpha", "mass"), [(0.3, 0.25), (1.0, 0.1), (3.0, 0.6)])
-def test_the_dual_value_is_the_primal_optimum(side, seed, alpha, mass):
-    """The optimum over all laws on seven points, found by a convex solver that knows no dual."""
+def test_the_dual_value_is_the_primal_optimum(tail, seed, alpha, mass):
+    """The optimum over all distributions on seven points, found by a convex solver that knows no dual."""
     rng = np.random.default_rng(seed)
     rewards, p = rng.normal(size=7) * 2, rng.dirichlet(np.ones(7))
-    at = threshold(rewards, alpha, mass, side, p)
-    value = dual_objective(at, rewards, alpha, mass, side, p)
-    # The solver's law falls short of the optimum by 1e-8 or so, and cannot exceed it.
-    assert -1e-12 <= value - best(p, rewards, alpha, mass, side) <= 1e-7
-    hinge = TailProblem(side, mass, alpha).pseudo_reward(Quadratic([1.0]), at)
+    at = threshold(rewards, alpha, mass, tail, p)
+    value = dual_objective(at, rewards, alpha, mass, tail, p)
+    # The solver's distribution falls short of the optimum by 1e-8 or so, and cannot exceed it.
+    assert -1e-12 <= value - best(p, rewards, alpha, mass, tail) <= 1e-7
+    hinge = TailProblem(tail, mass, alpha).pseudo_reward(Quadratic([1.0]), at)
     tilted = p * np.exp(hinge.of_rewards(rewards) / alpha)
-    assert objective(tilted / tilted.sum(), p, rewards, alpha, mass, side) == pytest.approx(value, abs=1e-12)
+    assert objective(tilted / tilted.sum(), p, rewards, alpha, mass, tail) == pytest.approx(value, abs=1e-12)
 
 
 @pytest.mark.parametrize(("alpha", "mass"), [(0.5, 0.3), (0.2, 0.05), (2.0, 0.7)])
-def test_the_tilted_law_has_the_tail_mass_above_an_interior_upper_threshold(alpha, mass):
+def test_the_tilted_distribution_has_the_tail_mass_above_an_interior_upper_threshold(alpha, mass):
     rewards = random_rewards(500, tied=False)
     at = threshold(rewards, alpha, mass, "upper")
     tilted = np.exp(np.maximum(rewards - at, 0) / (alpha * mass))
@@ -205,39 +205,39 @@ masses = pytest.mark.parametrize("mass", [1e-300, 1e-12, 0.1, 1 - 1e-12])
 
 @extremes
 @masses
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("scale", [1e-150, 1.0, 1e150])
 @pytest.mark.filterwarnings("error")
-def test_extreme_problems_stay_within_the_rewards(alpha, mass, side, scale):
+def test_extreme_problems_stay_within_the_rewards(alpha, mass, tail, scale):
     rewards = scale * random_rewards(50, tied=False)
-    at = threshold(rewards, alpha, mass, side)
+    at = threshold(rewards, alpha, mass, tail)
     assert rewards.min() <= at <= rewards.max()
-    value = dual_objective(at, rewards, alpha, mass, side)
+    value = dual_objective(at, rewards, alpha, mass, tail)
     # A tilted tail mean less a divergence: between the pretrained tail mean and the largest reward.
-    plain = (lower_tail_mean if side == "lower" else upper_tail_mean)(rewards, mass)
+    plain = (lower_tail_mean if tail == "lower" else upper_tail_mean)(rewards, mass)
     assert plain - 1e-9 * scale <= value <= rewards.max() + 1e-9 * scale
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("mass", [0.013, 0.1037, 0.5, 0.9])
-def test_no_regularisation_finds_the_best_reward_and_much_of_it_the_quantile(side, mass):
+def test_no_regularisation_finds_the_best_reward_and_much_of_it_the_quantile(tail, mass):
     rewards = random_rewards(1000, tied=False)
-    assert threshold(rewards, 1e-9, mass, side) == pytest.approx(rewards.max(), abs=1e-5)
-    level = mass if side == "lower" else 1 - mass
-    stiff = threshold(rewards, 1e9, mass, side)
+    assert threshold(rewards, 1e-9, mass, tail) == pytest.approx(rewards.max(), abs=1e-5)
+    level = mass if tail == "lower" else 1 - mass
+    stiff = threshold(rewards, 1e9, mass, tail)
     neighbours = np.sort(rewards)[
         np.searchsorted(np.sort(rewards), quantile(rewards, level)) + np.array([-1, 0, 1])
     ]
-    assert stiff in neighbours if side == "lower" else neighbours[0] <= stiff <= neighbours[2]
-    tail_mean = lower_tail_mean if side == "lower" else upper_tail_mean
-    value = dual_objective(stiff, rewards, 1e9, mass, side)
+    assert stiff in neighbours if tail == "lower" else neighbours[0] <= stiff <= neighbours[2]
+    tail_mean = lower_tail_mean if tail == "lower" else upper_tail_mean
+    value = dual_objective(stiff, rewards, 1e9, mass, tail)
     assert value == pytest.approx(tail_mean(rewards, mass), abs=1e-6)
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_constant_rewards(side):
-    assert threshold([2.5] * 7, 1.0, 0.3, side) == 2.5
-    assert threshold([2.5], 1e-300, 1e-300, side) == 2.5
+@pytest.mark.parametrize("tail", TAILS)
+def test_constant_rewards(tail):
+    assert threshold([2.5] * 7, 1.0, 0.3, tail) == 2.5
+    assert threshold([2.5], 1e-300, 1e-300, tail) == 2.5
 
 
 @pytest.mark.parametrize(
@@ -259,9 +259,9 @@ def test_constant_rewards(side):
         ({"weights": [1.0, float("nan")]}, "not be negative"),
     ],
 )
-@pytest.mark.parametrize("side", SIDES)
-def test_bad_input_is_named(changes, message, side):
-    arguments = {"rewards": [0.0, 1.0], "alpha": 1.0, "mass": 0.5, "side": side} | changes
+@pytest.mark.parametrize("tail", TAILS)
+def test_bad_input_is_named(changes, message, tail):
+    arguments = {"rewards": [0.0, 1.0], "alpha": 1.0, "mass": 0.5, "tail": tail} | changes
     with pytest.raises(ValueError, match=message):
         threshold(**arguments)
 
@@ -272,8 +272,8 @@ def test_the_active_share_counts_samples_strictly_inside_the_hinge():
     assert active_share(rewards, 1.0, "upper") == 0.4
     reward = Quadratic([1.0])
     x = torch.tensor(rewards, dtype=torch.float64)[:, None]
-    for side, share in (("lower", 0.2), ("upper", 0.4)):
-        hinge = TailProblem(side, 0.5, 1.0).pseudo_reward(reward, 1.0)
+    for tail, share in (("lower", 0.2), ("upper", 0.4)):
+        hinge = TailProblem(tail, 0.5, 1.0).pseudo_reward(reward, 1.0)
         assert float(hinge.active(x).double().mean()) == share
 
 

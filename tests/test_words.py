@@ -30,42 +30,42 @@ from flowtilt.functionals.utilities import Entropy, Hinge
 from flowtilt.interpolants import Linear, convert
 from flowtilt.metrics.tails import lower_tail_mean, tail_mean, upper_tail_mean
 from flowtilt.tfft import TailProblem
-from flowtilt.theory.reward_laws import RewardLaw, TailDual
+from flowtilt.theory.reward_distributions import RewardDistribution, TailDual
 from flowtilt.thresholds import active_share, dual_objective, threshold
-from flowtilt.words import check_word, tail_side
+from flowtilt.words import check_word, read_tail
 
 SOURCE = Path(__file__).parents[1] / "src"
 REWARDS = np.random.default_rng(0).normal(size=50)
 LOG_P = np.full(50, -np.log(50))
-LAW = RewardLaw(np.array([0.4, 0.6]), np.array([-1.0, 1.0]), np.array([0.5, 0.7]))
+DISTRIBUTION = RewardDistribution(np.array([0.4, 0.6]), np.array([-1.0, 1.0]), np.array([0.5, 0.7]))
 REWARD = Quadratic(torch.tensor([1.0, 0.5]))
 X = torch.tensor([[0.1, 0.4], [2.0, -1.0], [-0.5, 0.2]])
 
-BY_SIDE: dict[str, Callable[[Any], Any]] = {
-    "threshold": lambda side: threshold(REWARDS, 0.5, 0.2, side),
-    "dual_objective": lambda side: dual_objective(0.1, REWARDS, 0.5, 0.2, side),
-    "active_share": lambda side: active_share(REWARDS, 0.3, side),
-    "tail_mean": lambda side: tail_mean(REWARDS, 0.2, side),
-    "TailProblem": lambda side: TailProblem(side, 0.2, 0.5).threshold(REWARDS),
-    "TailProblem.pseudo_reward": lambda side: (
-        TailProblem(side, 0.2, 0.5).pseudo_reward(REWARD, -1.0).value(X)
+BY_TAIL: dict[str, Callable[[Any], Any]] = {
+    "threshold": lambda tail: threshold(REWARDS, 0.5, 0.2, tail),
+    "dual_objective": lambda tail: dual_objective(0.1, REWARDS, 0.5, 0.2, tail),
+    "active_share": lambda tail: active_share(REWARDS, 0.3, tail),
+    "tail_mean": lambda tail: tail_mean(REWARDS, 0.2, tail),
+    "TailProblem": lambda tail: TailProblem(tail, 0.2, 0.5).threshold(REWARDS),
+    "TailProblem.pseudo_reward": lambda tail: (
+        TailProblem(tail, 0.2, 0.5).pseudo_reward(REWARD, -1.0).value(X)
     ),
-    "Hinge.of_rewards": lambda side: Hinge(REWARD, 0.1, 0.2, side).of_rewards(REWARDS),
-    "Hinge.value": lambda side: Hinge(REWARD, -1.0, 0.2, side).value(X),
-    "Hinge.active": lambda side: Hinge(REWARD, -1.0, 0.2, side).active(X),
-    "grid.hinge": lambda side: hinge(REWARDS, 0.1, 0.2, side),
-    "grid.tail_tilt": lambda side: tail_tilt(LOG_P, REWARDS, 0.5, 0.2, side)[0],
-    "grid.hinge_tilt": lambda side: hinge_tilt(LOG_P, REWARDS, 0.1, 0.5, 0.2, side),
-    "grid.mirror_ascent": lambda side: mirror_ascent(LOG_P, REWARDS, 0.5, 1.0, 0.2, side, 2)[-1],
-    "RewardLaw.active": lambda side: LAW.active(0.1, 0.5, side),
-    "RewardLaw.idle": lambda side: LAW.idle(0.1, side),
-    "TailDual": lambda side: TailDual(LAW, 0.5, 0.2, side).optimum,
+    "Hinge.of_rewards": lambda tail: Hinge(REWARD, 0.1, 0.2, tail).of_rewards(REWARDS),
+    "Hinge.value": lambda tail: Hinge(REWARD, -1.0, 0.2, tail).value(X),
+    "Hinge.active": lambda tail: Hinge(REWARD, -1.0, 0.2, tail).active(X),
+    "grid.hinge": lambda tail: hinge(REWARDS, 0.1, 0.2, tail),
+    "grid.tail_tilt": lambda tail: tail_tilt(LOG_P, REWARDS, 0.5, 0.2, tail)[0],
+    "grid.hinge_tilt": lambda tail: hinge_tilt(LOG_P, REWARDS, 0.1, 0.5, 0.2, tail),
+    "grid.mirror_ascent": lambda tail: mirror_ascent(LOG_P, REWARDS, 0.5, 1.0, 0.2, tail, 2)[-1],
+    "RewardDistribution.active": lambda tail: DISTRIBUTION.active(0.1, 0.5, tail),
+    "RewardDistribution.idle": lambda tail: DISTRIBUTION.idle(0.1, tail),
+    "TailDual": lambda tail: TailDual(DISTRIBUTION, 0.5, 0.2, tail).optimum,
 }
 
 
-@pytest.mark.parametrize("name", BY_SIDE)
+@pytest.mark.parametrize("name", BY_TAIL)
 def test_left_is_lower_right_is_upper_and_no_other_word_is_a_tail(name: str) -> None:
-    by = BY_SIDE[name]
+    by = BY_TAIL[name]
     np.testing.assert_array_equal(by("left"), by("lower"))
     np.testing.assert_array_equal(by("right"), by("upper"))
     assert not np.array_equal(by("lower"), by("upper"))
@@ -74,15 +74,15 @@ def test_left_is_lower_right_is_upper_and_no_other_word_is_a_tail(name: str) -> 
             by(wrong)
 
 
-def test_tail_means_are_those_of_their_side() -> None:
+def test_tail_means_are_those_of_their_tail() -> None:
     assert tail_mean(REWARDS, 0.2, "left") == lower_tail_mean(REWARDS, 0.2)
     assert tail_mean(REWARDS, 0.2, "right") == upper_tail_mean(REWARDS, 0.2)
 
 
 def test_a_tail_is_kept_by_one_of_two_words() -> None:
-    assert Hinge(REWARD, 0.0, 0.2, "left").side == "lower"  # type: ignore[arg-type]
-    assert TailProblem("right", 0.2, 0.5).side == "upper"  # type: ignore[arg-type]
-    assert TailDual(LAW, 0.5, 0.2, "right").side == "upper"  # type: ignore[arg-type]
+    assert Hinge(REWARD, 0.0, 0.2, "left").tail == "lower"  # type: ignore[arg-type]
+    assert TailProblem("right", 0.2, 0.5).tail == "upper"  # type: ignore[arg-type]
+    assert TailDual(DISTRIBUTION, 0.5, 0.2, "right").tail == "upper"  # type: ignore[arg-type]
 
 
 SCHEDULE = DiscreteSchedule((0.9, 0.5, 0.1))
@@ -153,13 +153,13 @@ def test_words_are_told_from_what_is_no_text() -> None:
         with pytest.raises(ValueError, match="it must be a or b, got"):
             check_word(wrong, ("a", "b"), "it")
     with pytest.raises(ValueError, match="a tail must be"):
-        tail_side(["lower"])
+        read_tail(["lower"])
 
 
 PLANE, THEORY = "domains/planar", "pipeline/theory"
 
 
-def test_sides_are_compared_only_where_they_have_been_checked() -> None:
+def test_tails_are_compared_only_where_they_have_been_checked() -> None:
     """A bare comparison with one tail takes every other word for the other tail."""
     compared = {
         (str(file.relative_to(SOURCE / "flowtilt")), found[1])
@@ -168,14 +168,12 @@ def test_sides_are_compared_only_where_they_have_been_checked() -> None:
         if (found := re.search(r"(\S+) [!=]= \"(lower|upper|left|right)\"", line))
     }
     assert {
-        (file, word) for file, word in compared if not word.startswith(("tail_side(", "(tail_side("))
+        (file, word) for file, word in compared if not word.startswith(("read_tail(", "(read_tail("))
     } == {
-        ("thresholds.py", "side"),  # side = tail_side(side) stands before it
-        (f"{PLANE}/experiment.py", "side"),  # of the known tails of utilities
-        (f"{THEORY}/thresholds.py", "side"),  # of the known tails, each in turn
-        *((file, "self.side") for file in ("functionals/utilities.py", "theory/reward_laws.py")),
-        *((f"{THEORY}/thresholds.py", of) for of in ("dual.side", "self.dual.side")),
-        (f"{PLANE}/sections.py", "self.tail"),  # checked as they were read
-        (f"{PLANE}/experiment.py", "self.objective.tail"),
+        ("thresholds.py", "tail"),  # tail = read_tail(tail) stands before it
+        (f"{THEORY}/thresholds.py", "tail"),  # of the known tails, each in turn
+        *((file, "self.tail") for file in ("functionals/utilities.py", "theory/reward_distributions.py")),
+        *((f"{THEORY}/thresholds.py", of) for of in ("dual.tail", "self.dual.tail")),
+        (f"{PLANE}/experiment.py", "self.objective.tail"),  # checked as they were read
         (f"{PLANE}/bench.py", "problem.tail"),
     }

@@ -1,7 +1,7 @@
-"""Flow Density Control: raise any functional of the generated law, one tilt at a time.
+"""Flow Density Control: raise any functional of the generated distribution, one tilt at a time.
 
-Mirror ascent in the space of laws (De Santi et al. 2025, algorithm 1): linearise the objective at
-the current law, solve the entropy-regularised control problem with its first variation as the
+Mirror ascent in the space of distributions (De Santi et al. 2025, algorithm 1): linearise the objective at
+the current distribution, solve the entropy-regularised control problem with its first variation as the
 reward and the current model as the base, repeat.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.control.base import Solution, TrainingDiverged
-from flowtilt.functionals.base import FirstVariation, Functional, Law, Objective, WeightedVariation
+from flowtilt.functionals.base import Distribution, FirstVariation, Functional, Objective, WeightedVariation
 from flowtilt.model import FlowModel
 from flowtilt.parallel import processes
 from flowtilt.ranges import COUNT, POSITIVE, check
@@ -52,16 +52,16 @@ class MirrorAscent:
     Attributes:
         step_weight: KL weight of each step (the paper's eta), in units of the objective a nat. With
             a KL term of weight alpha in the objective it must be at least alpha.
-        law_samples: samples of the current law that the first variation is estimated from.
-        law_steps: time steps of the memoryless process that draws them.
+        distribution_samples: samples of the current distribution that the first variation is estimated from.
+        distribution_steps: time steps of the memoryless process that draws them.
     """
 
     step_weight: float
-    law_samples: int
-    law_steps: int
+    distribution_samples: int
+    distribution_steps: int
 
     def __post_init__(self) -> None:
-        check(self, step_weight=POSITIVE, law_samples=COUNT, law_steps=COUNT)
+        check(self, step_weight=POSITIVE, distribution_samples=COUNT, distribution_steps=COUNT)
 
 
 @dataclass
@@ -103,9 +103,9 @@ def ascend(
     done = int(result.history[-1]["iteration"]) if result.history else iterations.start
     for k in range(done, iterations.stop):
         random = generator(k)
-        law = _law(result.model, settings, random)
-        variation = objective.linearise(law)
-        level = _level(objective, law, variation)
+        distribution = _distribution(result.model, settings, random)
+        variation = objective.linearise(distribution)
+        level = _level(objective, distribution, variation)
         if k == iterations.start:
             first = level
         _check_rise(first, level, k, iterations, settings)
@@ -121,29 +121,33 @@ def ascend(
             slot.save(weights_of(result.model) | {"start": _kept(first)}, result.history, settings)
             inner.discard()
     if done < iterations.stop and first is not None:
-        law = _law(result.model, settings, random)
+        distribution = _distribution(result.model, settings, random)
         _check_rise(
-            first, _level(objective, law, objective.linearise(law)), iterations.stop, iterations, settings
+            first,
+            _level(objective, distribution, objective.linearise(distribution)),
+            iterations.stop,
+            iterations,
+            settings,
         )
     return result
 
 
-def _law(model: FlowModel, settings: MirrorAscent, random: torch.Generator) -> Law:
-    """The law of a model with samples of the memoryless process, drawn by all processes."""
-    count, sharing = settings.law_samples, processes()
+def _distribution(model: FlowModel, settings: MirrorAscent, random: torch.Generator) -> Distribution:
+    """The distribution of a model with samples of the memoryless process, drawn by all processes."""
+    count, sharing = settings.distribution_samples, processes()
     context = model.draw_context(count, random)
-    own = sample_sde(model, count, settings.law_steps, random, context, sharing)[-1]
-    return Law(model, sharing.gather(own, positions_of(count, sharing), count), context)
+    own = sample_sde(model, count, settings.distribution_steps, random, context, sharing)[-1]
+    return Distribution(model, sharing.gather(own, positions_of(count, sharing), count), context)
 
 
 class Level(NamedTuple):
-    """A utility at a law, and the standard error that it has from the law's samples."""
+    """A utility at a distribution, and the standard error that it has from the distribution's samples."""
 
     value: float
     error: float
 
 
-def _level(objective: Functional, law: Law, variation: FirstVariation) -> Level | None:
+def _level(objective: Functional, distribution: Distribution, variation: FirstVariation) -> Level | None:
     """The utility of the objective; None where its values are dear, or the samples too few for an error.
 
     The first variation is the influence of a sample: the error is its spread over the root of their number.
@@ -153,21 +157,22 @@ def _level(objective: Functional, law: Law, variation: FirstVariation) -> Level 
         utility, variation = objective.utility, variation.parts[0][1]
     if variation.split()[1] is not None:
         return None
-    influence = variation.value(law.samples, law.context).double()
+    influence = variation.value(distribution.samples, distribution.context).double()
     influence = influence[~influence.isnan()]
     if len(influence) < FEWEST:
         return None
-    return Level(utility.value(law), float(influence.std()) / math.sqrt(len(influence)))
+    return Level(utility.value(distribution), float(influence.std()) / math.sqrt(len(influence)))
 
 
 def _check_rise(
     first: Level | None, level: Level | None, done: int, iterations: range, settings: MirrorAscent
 ) -> None:
-    """Refuse to go on from a law whose utility is below that of the start.
+    """Refuse to go on from a distribution whose utility is below that of the start.
 
-    The objective of a law is at most its utility, since a divergence is not negative, and at the pretrained
-    law it is equal: an ascent from there whose utility is below has lowered its objective. From a law that
-    is on its way already, the utility may give way to the divergence: what a nat is worth in a step is left.
+    The objective of a distribution is at most its utility, since a divergence is not negative, and at the
+    pretrained distribution it is equal: an ascent from there whose utility is below has lowered its
+    objective. From a distribution that is on its way already, the utility may give way to the divergence:
+    what a nat is worth in a step is left.
 
     Raises:
         TrainingDiverged: if it is, by more than four standard errors of the two.
@@ -198,7 +203,8 @@ def _taken_up(start: FlowModel, slot: Slot | None, settings: MirrorAscent) -> tu
 
 
 def _kept(level: Level | None) -> Tensor:
-    """A level as a state has it, (2,): measured again, it would cost what the values of its law cost.
+    """A level as a state has it, (2,): measured again, it would cost what the values of its distribution
+    cost.
 
     Where there is none, the error is below 0.
     """

@@ -110,8 +110,3 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def one_line(error: BaseException) -> str:
     """The kind and the message of an error, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def folder_of(results: str | Path, experiment: str, made: str, seed: int) -> Path:
-    """Where the files of a run are kept; ``made`` is its method, or the layer of rows solved together."""
-    return Path(results) / "runs" / experiment / made / f"seed{seed}"

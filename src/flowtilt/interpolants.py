@@ -67,10 +67,6 @@ class Interpolant(ABC):
         beta = self.beta(t)
         return beta * (self.kappa(t) * beta - self.beta_rate(t))
 
-    def sigma(self, t: Tensor) -> Tensor:
-        """Memoryless noise ``sqrt(2 eta)``."""
-        return torch.sqrt(2 * self.eta(t))
-
 
 @dataclass(frozen=True)
 class Linear(Interpolant):
@@ -143,7 +139,7 @@ class Cosine(Interpolant):
     is the straight one, ``t = sin^2(pi w / 2)``: near the data ``beta = nu^2 (1 - t)``, as smooth as there.
     With a larger nu the path lags behind: near the noise ``alpha`` is of order ``t^nu``, so that at 0 the
     velocity is 0 whatever the data are. Samplers begin at :attr:`start` instead, where a straight path has
-    ``alpha`` of 1e-6, and this one less: the law there is that of the noise to this order.
+    ``alpha`` of 1e-6, and this one less: the distribution there is that of the noise to this order.
 
     Rates are for times strictly between 0 and 1.
     """
@@ -368,7 +364,7 @@ def memoryless_step(path: Interpolant, t: float, s: float, data_variance: float 
     """Coefficients of the memoryless step from time ``t`` to the later time ``s``.
 
     Reversed in time, the memoryless process is the Markov chain that adds noise to data, so the
-    law of ``x_s`` given ``x_t`` and the endpoint is a Gaussian known exactly. The step draws from
+    distribution of ``x_s`` given ``x_t`` and the endpoint is a Gaussian known exactly. The step draws from
     it with the endpoint replaced by its prediction, and widens it by the variance that the
     endpoint would have if the data were isotropic Gaussian with ``data_variance``. With 0 this is
     DDPM's ancestral step (DDIM with eta = 1), with 1 the other end of DDPM's range (Ho et al.

@@ -101,7 +101,7 @@ class FlowModel(nn.Module, ABC):
         return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
     def score(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
-        """Score of the path's law at ``(x, t)``, 0 < t < 1, from the velocity."""
+        """Score of the path's distribution at ``(x, t)``, 0 < t < 1, from the velocity."""
         return convert(self.velocity(x, t, context), x, t, self.path, "velocity", "score")
 
     def linearised(

@@ -10,7 +10,7 @@ from flowtilt.functionals.utilities import Hinge
 from flowtilt.ranges import POSITIVE, between, check
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import threshold
-from flowtilt.words import Side, tail_side
+from flowtilt.words import Tail, read_tail
 
 
 @dataclass(frozen=True)
@@ -18,23 +18,23 @@ class TailProblem:
     """A KL-regularised tail mean: what TFFT solves in one fine-tuning.
 
     Attributes:
-        side: the tail; ``left`` and ``right`` are taken for ``lower`` and ``upper``, all else is refused.
+        tail: the tail; ``left`` and ``right`` are taken for ``lower`` and ``upper``, all else is refused.
         mass: its probability, in (0, 1).
         alpha: KL weight, in units of the reward a nat.
     """
 
-    side: Side
+    tail: Tail
     mass: float
     alpha: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "side", tail_side(self.side))
+        object.__setattr__(self, "tail", read_tail(self.tail))
         check(self, "a tail problem's ", mass=between(0, 1), alpha=POSITIVE)
 
     def threshold(self, rewards: ArrayLike) -> float:
         """The exact dual threshold of an offline batch of pretrained rewards."""
-        return threshold(rewards, self.alpha, self.mass, self.side)
+        return threshold(rewards, self.alpha, self.mass, self.tail)
 
     def pseudo_reward(self, reward: Reward, at: float) -> Hinge:
         """The hinge whose expected value, under KL weight ``alpha``, the fine-tuning raises."""
-        return Hinge(reward, at, self.mass, self.side)
+        return Hinge(reward, at, self.mass, self.tail)

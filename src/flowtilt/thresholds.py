@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowtilt.ranges import NOT_NEGATIVE, at_least, check_value
-from flowtilt.words import Side, tail_side
+from flowtilt.words import Tail, read_tail
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,12 @@ def _prepare(rewards: ArrayLike, alpha: float, mass: float, weights: ArrayLike |
 
 
 def dual_objective(
-    t: float, rewards: ArrayLike, alpha: float, mass: float, side: Side, weights: ArrayLike | None = None
+    t: float, rewards: ArrayLike, alpha: float, mass: float, tail: Tail, weights: ArrayLike | None = None
 ) -> float:
     """The dual objective of one tail at the threshold ``t``, in units of the reward."""
     batch = _prepare(rewards, alpha, mass, weights)
     excess = batch.rewards - t
-    cut = np.maximum(excess, 0.0) if tail_side(side) == "upper" else np.minimum(excess, 0.0)
+    cut = np.maximum(excess, 0.0) if read_tail(tail) == "upper" else np.minimum(excess, 0.0)
     return float(t + batch.alpha * _log_mean_exp(cut / batch.scale, batch.log_weights))
 
 
@@ -94,23 +94,23 @@ def _logsumexp(a: np.ndarray) -> float:
 
 
 def threshold(
-    rewards: ArrayLike, alpha: float, mass: float, side: Side, weights: ArrayLike | None = None
+    rewards: ArrayLike, alpha: float, mass: float, tail: Tail, weights: ArrayLike | None = None
 ) -> float:
     """Exact optimal threshold of one tail, in O(N log N).
 
     Args:
         rewards: of pretrained samples, (N,).
         alpha: KL weight, positive.
-        mass: of the tail, in (0, 1): the level b of the lower tail, 1 - b of the upper.
-        side: the tail, ``lower`` (or ``left``) or ``upper`` (or ``right``).
+        mass: of the tail, in (0, 1): the papers' b for the lower tail, 1 - b for the upper.
+        tail: the tail, ``lower`` (or ``left``) or ``upper`` (or ``right``).
         weights: of the samples, not negative; equal if not given.
 
     Raises:
-        ValueError: for parameters out of range, another side, rewards that are infinite, or none that has a
+        ValueError: for parameters out of range, another tail, rewards that are infinite, or none that has a
             value.
     """
-    side, batch = tail_side(side), _prepare(rewards, alpha, mass, weights)
-    return _lower_threshold(batch) if side == "lower" else _upper_threshold(batch, mass)
+    tail, batch = read_tail(tail), _prepare(rewards, alpha, mass, weights)
+    return _lower_threshold(batch) if tail == "lower" else _upper_threshold(batch, mass)
 
 
 def _lower_threshold(batch: _SortedBatch) -> float:
@@ -142,7 +142,7 @@ def _lower_log_means(batch: _SortedBatch) -> np.ndarray:
 
 
 def _upper_threshold(batch: _SortedBatch, mass: float) -> float:
-    """The point where the tilted law has exactly ``mass`` above the threshold, or a kink.
+    """The point where the tilted distribution has exactly ``mass`` above the threshold, or a kink.
 
     With the rewards after ``j`` active, the slope of the dual vanishes at
     ``scale (log sum_{i > j} w_i exp(r_i / scale) - log(mass / (1 - mass)) - log sum_{i <= j} w_i)``.
@@ -196,10 +196,10 @@ def _upper_slope(batch: _SortedBatch, t: float, mass: float) -> float:
     return 1.0 - np.exp(_logsumexp(exponents[active]) - _logsumexp(exponents)) / mass
 
 
-def active_share(rewards: ArrayLike, at: float, side: Side) -> float:
+def active_share(rewards: ArrayLike, at: float, tail: Tail) -> float:
     """Share of samples on which the hinge at ``at`` has a gradient, of those whose reward has not failed."""
     r = np.asarray(rewards, dtype=np.float64)
     r = r[~np.isnan(r)]
     if not r.size:
         raise ValueError("an active share needs at least one reward that has a value")
-    return float(np.mean(r < at if tail_side(side) == "lower" else r > at))
+    return float(np.mean(r < at if read_tail(tail) == "lower" else r > at))

@@ -8,22 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
-Side = Literal["lower", "upper"]
-"""A tail of a law of rewards: its worst values, or its best."""
+Tail = Literal["lower", "upper"]
+"""A tail of a distribution of rewards: its worst values, or its best."""
 
-_SIDES: dict[str, Side] = {"lower": "lower", "left": "lower", "upper": "upper", "right": "upper"}
+_TAILS: dict[str, Tail] = {"lower": "lower", "left": "lower", "upper": "upper", "right": "upper"}
 
 
-def tail_side(word: Any) -> Side:
+def read_tail(word: Any) -> Tail:
     """The tail that a word names: ``lower`` or ``left``, ``upper`` or ``right``, as the papers call it.
 
     Raises:
         ValueError: for any other word.
     """
-    side = _SIDES.get(word) if isinstance(word, str) else None
-    if side is None:
+    tail = _TAILS.get(word) if isinstance(word, str) else None
+    if tail is None:
         raise ValueError(f"a tail must be lower (or left) or upper (or right), got {word!r}")
-    return side
+    return tail
 
 
 def check_word(word: Any, known: Any, what: str) -> None:

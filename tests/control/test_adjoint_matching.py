@@ -17,10 +17,10 @@ from closed_forms import (
     Perceptron,
     Quadratic,
     Stacked,
-    chain_law,
+    chain_distribution,
     generator,
     halving_orders,
-    matched_law,
+    matched_distribution,
     memoryless_limit,
     relative_error,
     tensor,
@@ -286,7 +286,7 @@ def test_the_scales_of_the_loss_tend_to_those_of_the_continuous_problem(path):
         steps = memoryless_steps(flow, count)
         scale = loss_scale(flow, steps)
         inner = slice(count // 10, count - count // 10)
-        sigma = path.sigma(tensor(time_grid(count)[:-1]))[inner]
+        sigma = (2 * path.eta(tensor(time_grid(count)[:-1]))).sqrt()[inner]
         errors.append(
             max(
                 float((scale.mean[inner] * sigma / 2 - 1).abs().max()),
@@ -322,7 +322,7 @@ def test_what_adjoint_matching_converges_to_has_order_one(path, reward, power, t
     flow = MixtureFlow(path, GAUSSIAN)
     flow.time_power = power
     for count in (80, 160, 320, 640):
-        found = matched_law(flow, reward, KL_WEIGHT, count, target)
+        found = matched_distribution(flow, reward, KL_WEIGHT, count, target)
         for name, value, exact in zip(errors, found, limit, strict=True):
             errors[name].append(float(torch.linalg.norm(value - exact)))
     if target == "state":
@@ -336,7 +336,7 @@ def test_what_adjoint_matching_converges_to_has_order_one(path, reward, power, t
 
 
 @rewards
-def test_without_memory_the_limit_is_the_tilted_law(reward):
+def test_without_memory_the_limit_is_the_tilted_distribution(reward):
     mean, covariance = memoryless_limit(PATHS["linear"], GAUSSIAN, reward, KL_WEIGHT)
     tilted = GAUSSIAN.tilted(reward, KL_WEIGHT)
     torch.testing.assert_close(mean, tilted.mean)
@@ -466,7 +466,7 @@ schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULE
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize("target", ["state", "step"])
-def test_with_columns_apart_what_adjoint_matching_converges_to_is_the_tilted_law_to_order_one(
+def test_with_columns_apart_what_adjoint_matching_converges_to_is_the_tilted_distribution_to_order_one(
     schedule, reward, power, target
 ):
     """The tilt couples columns whose noise vanishes at different rates; the limit is the joint tilt."""
@@ -475,7 +475,7 @@ def test_with_columns_apart_what_adjoint_matching_converges_to_is_the_tilted_law
     flow = ColumnwiseFlow(schedule, GAUSSIAN)
     flow.time_power = power
     for count in (40, 80, 160, 320):
-        found = matched_law(flow, reward, KL_WEIGHT, count, target)
+        found = matched_distribution(flow, reward, KL_WEIGHT, count, target)
         for name, value, limit in zip(errors, found, (exact.mean, exact.covariance), strict=True):
             errors[name].append(float(torch.linalg.norm(value - limit)))
     for name in errors:
@@ -493,11 +493,11 @@ def test_a_gaussian_with_columns_apart_is_tilted_to_the_closed_form(schedule, re
     flow = CorrectedFlow(ColumnwiseFlow(schedule, GAUSSIAN), AffineTable(schedule, steps))
     choice = settings(steps=steps, batch=batch, pool=batch)
     solution = solve(flow, RewardVariation(reward), KL_WEIGHT, choice, generator(0))
-    mean, covariance = chain_law(solution.model, steps)
+    mean, covariance = chain_distribution(solution.model, steps)
     exact = GAUSSIAN.tilted(reward, KL_WEIGHT)
     assert relative_error(mean, exact.mean) < 0.01
     assert relative_error(covariance, exact.covariance) < 0.04
-    discrete = matched_law(flow, reward, KL_WEIGHT, steps)
+    discrete = matched_distribution(flow, reward, KL_WEIGHT, steps)
     assert relative_error(mean, discrete[0]) < 0.01
     assert relative_error(covariance, discrete[1]) < 0.015
 
@@ -510,7 +510,7 @@ def test_with_columns_apart_the_control_energy_is_the_divergence_from_the_base(s
     solution = solve(flow, RewardVariation(LINEAR), KL_WEIGHT, choice, generator(0))
     c = LINEAR.linear / KL_WEIGHT
     expected = float(c @ GAUSSIAN.covariance @ c) / 2
-    assert solution.history[-1]["control_energy"] == pytest.approx(expected, rel=0.03)
+    assert solution.history[-1]["path_kl"] == pytest.approx(expected, rel=0.03)
 
 
 @paths
@@ -533,7 +533,7 @@ def test_columns_that_share_a_path_are_solved_as_one_state(path, estimator, clip
     for a, b in zip(*(s.model.correction.parameters() for s in solutions), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     for row, other in zip(*(s.history for s in solutions), strict=True):
-        for key in ("loss", "control_energy", "gradient_norm", "clipped_share"):
+        for key in ("loss", "path_kl", "gradient_norm", "clipped_share"):
             assert row[key] == pytest.approx(other[key], rel=1e-10, abs=1e-14)
 
 
@@ -559,17 +559,17 @@ estimators = pytest.mark.parametrize("estimator", ["pathwise", "likelihood_ratio
 )
 @pytest.mark.slow_after(2)
 def test_a_gaussian_is_tilted_to_the_closed_form(path, reward, steps, batch, estimator, adjoint):
-    """Mean and covariance within 3 %. The trained law is propagated exactly: no sampling error in it."""
+    """Mean and covariance within 3 %. The trained one is propagated exactly, without sampling error."""
     flow = CorrectedFlow(MixtureFlow(path, GAUSSIAN), AffineTable(path, steps))
     choice = settings(steps=steps, batch=batch, pool=batch, endpoint_gradient=estimator, adjoint=adjoint)
     solution = solve(flow, RewardVariation(reward), KL_WEIGHT, choice, generator(0))
-    mean, covariance = chain_law(solution.model, steps)
+    mean, covariance = chain_distribution(solution.model, steps)
     exact = GAUSSIAN.tilted(reward, KL_WEIGHT)
     assert relative_error(mean, exact.mean) < 0.03
     assert relative_error(covariance, exact.covariance) < 0.03
     # Most of that is the discretisation; the noise of training leaves up to 0.006, by seed, and more
     # where a smooth reward is known by its values alone.
-    discrete = matched_law(flow, reward, KL_WEIGHT, steps)
+    discrete = matched_distribution(flow, reward, KL_WEIGHT, steps)
     noise = 0.01 if estimator == "pathwise" else 0.02
     assert relative_error(mean, discrete[0]) < noise
     assert relative_error(covariance, discrete[1]) < noise
@@ -583,16 +583,14 @@ def test_the_control_energy_is_the_divergence_from_the_base(path):
     solution = solve(flow, RewardVariation(LINEAR), KL_WEIGHT, choice, generator(0))
     c = LINEAR.linear / KL_WEIGHT
     # Left by discretisation at 40 steps: the sum over steps of order one in their size.
-    assert solution.history[-1]["control_energy"] == pytest.approx(
-        float(c @ GAUSSIAN.covariance @ c) / 2, rel=0.03
-    )
+    assert solution.history[-1]["path_kl"] == pytest.approx(float(c @ GAUSSIAN.covariance @ c) / 2, rel=0.03)
 
 
-def posterior_share(x, law):
-    """Mean posterior probability of the second component: its weight, for samples of the law."""
+def posterior_share(x, distribution):
+    """Mean posterior probability of the second component: its weight, for samples of the distribution."""
     log_parts = [
         w.log() + torch.distributions.MultivariateNormal(m, c).log_prob(x)
-        for w, m, c in zip(law.weights, law.means, law.covariances, strict=True)
+        for w, m, c in zip(distribution.weights, distribution.means, distribution.covariances, strict=True)
     ]
     return float(torch.softmax(torch.stack(log_parts), 0)[1].mean())
 
@@ -627,31 +625,31 @@ def test_the_model_moves_towards_the_reward(path, sign):
     mean = sample_sde(solution.model, 20_000, 10, generator(1))[-1].mean(0)
     assert sign * float(mean[0] - 0.42) > 0.4  # the closed form moves by 0.5
     # Against the fixed point at 10 steps: 0.02 are four standard errors, the rest is for 120 updates.
-    expected, _ = matched_law(flow, reward, 1.0, 10)
+    expected, _ = matched_distribution(flow, reward, 1.0, 10)
     torch.testing.assert_close(mean, expected, rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("side", ["lower", "upper"])
+@pytest.mark.parametrize("tail", ["lower", "upper"])
 @pytest.mark.slow_after(1)
-def test_a_hinge_is_solved_with_a_pool_larger_than_the_batch(side):
+def test_a_hinge_is_solved_with_a_pool_larger_than_the_batch(tail):
     """N(0, 1) along x tilted by ``exp(hinge)``: two pieces of Gaussians with a known mean."""
-    at, mass, weight = (-0.8, 0.25, 4.0) if side == "lower" else (0.8, 0.25, 4.0)
+    at, mass, weight = (-0.8, 0.25, 4.0) if tail == "lower" else (0.8, 0.25, 4.0)
     slope = 1 / (mass * weight)  # of the exponent on the active side
     x = np.linspace(-9, 9, 40_001)
-    cut = np.minimum(x - at, 0) if side == "lower" else np.maximum(x - at, 0)
+    cut = np.minimum(x - at, 0) if tail == "lower" else np.maximum(x - at, 0)
     density = norm.pdf(x) * np.exp(slope * cut)
     density /= density.sum()
     path = PATHS["linear"]
     standard = Mixture.gaussian([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])
     flow = CorrectedFlow(MixtureFlow(path, standard), Perceptron(path))
-    hinge = Hinge(Quadratic([1.0, 0.0]), at, mass, side)
+    hinge = Hinge(Quadratic([1.0, 0.0]), at, mass, tail)
     choice = settings(updates=120, batch=128, pool=512, learning_rate=0.01, steps=40)
     solution = solve(flow, hinge, weight, choice, generator(0))
     found = sample_sde(solution.model, 20_000, 40, generator(1))[-1][:, 0]
     # Four standard errors are 0.03; the rest is for 40 steps and a network of 120 updates.
     assert float(found.mean()) == pytest.approx(float(density @ x), abs=0.05)
-    active = found < at if side == "lower" else found > at
-    expected = density[x < at if side == "lower" else x > at].sum()
+    active = found < at if tail == "lower" else found > at
+    expected = density[x < at if tail == "lower" else x > at].sum()
     assert float(active.double().mean()) == pytest.approx(expected, abs=0.02)
     assert solution.history[-1]["active_share"] == pytest.approx(expected, abs=5 * math.sqrt(0.25 / 512))
 
@@ -681,10 +679,10 @@ def test_a_solve_repeats_itself_leaves_the_base_alone_and_reports_every_update()
         assert bool((a != 0).any())
     assert seen == runs[0].history
     assert [row["update"] for row in seen] == [0, 1, 2]
-    expected = {"update", "loss", "active_share", "failed_share", "control_energy", "gradient_norm"}
+    expected = {"update", "loss", "active_share", "failed_share", "path_kl", "gradient_norm"}
     assert set(seen[0]) == expected | {"clipped_share", "network_passes", "seconds"}
     # The first update still runs the base; velocities are compared at times in single precision.
-    assert seen[0]["control_energy"] < 1e-12
+    assert seen[0]["path_kl"] < 1e-12
     assert all(row["active_share"] == 1 for row in seen)
 
 
@@ -963,7 +961,7 @@ def test_micro_batches_add_up_to_the_batch(tilt):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     for a, b in zip(whole.history, parts.history, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
-        assert a["control_energy"] == pytest.approx(b["control_energy"], rel=1e-9)
+        assert a["path_kl"] == pytest.approx(b["path_kl"], rel=1e-9)
 
 
 class ByUse(FlowModel):

@@ -11,7 +11,7 @@ from closed_forms import (
     Quadratic,
     generator,
     halving_orders,
-    matched_law,
+    matched_distribution,
     tensor,
 )
 from flowtilt.control import discretisation
@@ -69,9 +69,9 @@ def test_the_weights_at_the_shipped_steps(path, adjoint):
 @paths
 def test_gaussian_data_and_a_linear_tilt_have_the_exact_velocity_at_any_number_of_steps(path, count):
     """``v* - v = eta alpha c / (alpha^2 S + beta^2)``, which the step's move misses by an order of one."""
-    law = Mixture.gaussian([0.5], [[0.4]])
+    distribution = Mixture.gaussian([0.5], [[0.4]])
     reward = Quadratic([0.8])
-    base, tilted = (MixtureFlow(path, m) for m in (law, law.tilted(reward, 1.0)))
+    base, tilted = (MixtureFlow(path, m) for m in (distribution, distribution.tilted(reward, 1.0)))
     steps, chosen = memoryless_steps(base, count), torch.arange(1, count)
     trajectories = torch.randn(count + 1, 5, 1, generator=generator(0), dtype=torch.float64)
     terminal = Terminal(-reward.gradient(trajectories[-1]))
@@ -88,11 +88,12 @@ def test_gaussian_data_and_a_linear_tilt_have_the_exact_velocity_at_any_number_o
 
 
 def test_the_mean_that_a_linear_tilt_reaches_is_nearer_at_every_number_of_steps():
-    law, reward = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]]), Quadratic([1.0, 0.5])
-    flow, exact = MixtureFlow(PATHS["linear"], law), law.tilted(reward, 1.0).mean
+    distribution, reward = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]]), Quadratic([1.0, 0.5])
+    flow, exact = MixtureFlow(PATHS["linear"], distribution), distribution.tilted(reward, 1.0).mean
     for steps in (10, 20, 40):
         found = {
-            t: float((matched_law(flow, reward, 1.0, steps, t)[0] - exact).norm()) for t in ("state", "step")
+            t: float((matched_distribution(flow, reward, 1.0, steps, t)[0] - exact).norm())
+            for t in ("state", "step")
         }
         assert found["state"] < found["step"]
 

@@ -17,7 +17,7 @@ from closed_forms import (
     Quadratic,
     Stacked,
     affine_velocity,
-    chain_law,
+    chain_distribution,
     generator,
     pushforward,
     relative_error,
@@ -130,11 +130,11 @@ FEATURES = {
 }
 
 
-def grid_tilt(penalty, kl_weight, law):
+def grid_tilt(penalty, kl_weight, distribution):
     """Points, probabilities and weights of the penalised problem on a grid, from its optimality condition."""
     axis = np.linspace(-7, 7, 281)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
-    p = multivariate_normal(law.mean.numpy(), law.covariance.numpy()).pdf(points)
+    p = multivariate_normal(distribution.mean.numpy(), distribution.covariance.numpy()).pdf(points)
     p /= p.sum()
     g = Waves()(torch.from_numpy(points)).numpy()
     weight = WEIGHTS[penalty]
@@ -195,16 +195,16 @@ def test_bank_and_weights_are_in_the_order_of_the_values(penalty):
 # --- The control variate -----------------------------------------------------------------------
 
 
-def laws(seed, spread, size=400):
+def distributions(seed, spread, size=400):
     logs = spread * np.random.default_rng(seed).normal(size=size)
     q = np.exp(logs - logs.max())
     return q / q.sum(), np.full(size, 1 / size)
 
 
 @pytest.mark.parametrize("spread", [0.01, 0.3, 0.6, 1.0, 3.0, 30.0])
-def test_draws_count_for_the_tilted_law_and_the_control_variate_for_the_base(spread):
-    """Drawn probabilities times their factors are the two laws; the noise is what a residual is left with."""
-    q, p = laws(0, spread)
+def test_draws_count_for_the_tilted_distribution_and_the_control_variate_for_the_base(spread):
+    """Drawn probabilities times their factors are the two distributions; the noise is what is left."""
+    q, p = distributions(0, spread)
     plan = plan_draws(q)
     drawn = np.diff(plan.cumulative.numpy(), prepend=0)
     tilted, base = drawn * plan.tilted.numpy(), drawn * plan.base.numpy()
@@ -224,12 +224,14 @@ def test_draws_count_for_the_tilted_law_and_the_control_variate_for_the_base(spr
 
 
 def test_the_control_variate_is_for_small_tilts():
-    coefficients = [plan_draws(laws(0, spread)[0]).coefficient for spread in (0.01, 0.3, 0.6, 1.0, 3.0)]
+    coefficients = [
+        plan_draws(distributions(0, spread)[0]).coefficient for spread in (0.01, 0.3, 0.6, 1.0, 3.0)
+    ]
     assert coefficients[0] == pytest.approx(1, abs=1e-3)
     assert coefficients[0] > coefficients[1] > coefficients[2] > 0
     assert coefficients[-1] == 0
     # Noise of the size of the weights' variance, which is the square of the spread.
-    assert plan_draws(laws(0, 0.01)[0]).noise == pytest.approx(1e-4, rel=0.15)
+    assert plan_draws(distributions(0, 0.01)[0]).noise == pytest.approx(1e-4, rel=0.15)
     even = plan_draws(np.full(10, 0.1))
     assert (even.coefficient, even.noise) == pytest.approx((1, 0), abs=1e-15)
 
@@ -283,7 +285,7 @@ class AffinePolynomial(torch.nn.Module):
         return tilt_gain(self.path, t)[:, None] * moved
 
 
-def ode_law(model, steps=160):
+def ode_distribution(model, steps=160):
     """Mean and covariance at time 1 of the probability-flow ODE, for a velocity affine in the state.
 
     By the implicit midpoint rule, of order 2 in the step.
@@ -304,10 +306,10 @@ def ode_law(model, steps=160):
 def test_a_gaussian_is_tilted_to_the_closed_form(path, reward):
     """Mean and covariance within 3 %: of that the bank's error is 1 %, and the optimiser's up to 2 % by seed.
 
-    The fitted law is propagated exactly: no sampling error in it. The memoryless process samples the
+    The fitted distribution is propagated exactly: no sampling error in it. The memoryless process samples the
     tilt itself. The probability-flow ODE starts the variance-preserving path from N(0, I), where the
-    law at time 0 has a mean of ``alpha(0) = 0.049`` of the data's, and keeps that difference: once in the
-    bank, once in the sampling.
+    distribution at time 0 has a mean of ``alpha(0) = 0.049`` of the data's, and keeps that difference: once
+    in the bank, once in the sampling.
     """
     flow = CorrectedFlow(MixtureFlow(path, GAUSSIAN), AffinePolynomial(path))
     choice = settings(bank=100_000, steps=8, updates=400, batch=1024, learning_rate=0.1)
@@ -315,7 +317,10 @@ def test_a_gaussian_is_tilted_to_the_closed_form(path, reward):
     tilt = GAUSSIAN.tilted(reward, KL_WEIGHT)
     of_bank = pushforward(path, GAUSSIAN, 0, 1).tilted(reward, KL_WEIGHT)
     by_ode = pushforward(path, of_bank, 0, 1)
-    for (mean, covariance), exact in ((ode_law(model), by_ode), (chain_law(model, 320), tilt)):
+    for (mean, covariance), exact in (
+        (ode_distribution(model), by_ode),
+        (chain_distribution(model, 320), tilt),
+    ):
         assert relative_error(mean, exact.mean) < 0.03
         assert relative_error(covariance, exact.covariance) < 0.03
 
@@ -350,26 +355,26 @@ def test_for_every_penalty_the_fit_has_the_mean_of_the_weighted_bank(penalty):
     torch.testing.assert_close(solution.model.means[0], expected, rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("side", ["lower", "upper"])
+@pytest.mark.parametrize("tail", ["lower", "upper"])
 @pytest.mark.slow_after(1)
-def test_a_hinge_is_solved(side):
+def test_a_hinge_is_solved(tail):
     """N(0, 1) along x tilted by ``exp(hinge)``: two pieces of Gaussians with a known mean."""
-    at, mass, weight = (-0.8, 0.25, 4.0) if side == "lower" else (0.8, 0.25, 4.0)
+    at, mass, weight = (-0.8, 0.25, 4.0) if tail == "lower" else (0.8, 0.25, 4.0)
     slope = 1 / (mass * weight)  # of the exponent on the active side
     x = np.linspace(-9, 9, 40_001)
-    cut = np.minimum(x - at, 0) if side == "lower" else np.maximum(x - at, 0)
+    cut = np.minimum(x - at, 0) if tail == "lower" else np.maximum(x - at, 0)
     density = norm.pdf(x) * np.exp(slope * cut)
     density /= density.sum()
     path = PATHS["linear"]
     standard = Mixture.gaussian([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])
     flow = CorrectedFlow(MixtureFlow(path, standard), Perceptron(path))
-    hinge = Hinge(Quadratic([1.0, 0.0]), at, mass, side)
+    hinge = Hinge(Quadratic([1.0, 0.0]), at, mass, tail)
     solution = solve(flow, hinge, weight, settings(updates=150), generator(0))
     found = sample_ode(solution.model, 20_000, generator(1), settings=OdeSettings(steps=8))[:, 0]
     # Four standard errors are 0.03; the rest is for the bank and a network of few updates.
     assert float(found.mean()) == pytest.approx(float(density @ x), abs=0.05)
-    active = found < at if side == "lower" else found > at
-    expected = density[x < at if side == "lower" else x > at].sum()
+    active = found < at if tail == "lower" else found > at
+    expected = density[x < at if tail == "lower" else x > at].sum()
     assert float(active.double().mean()) == pytest.approx(expected, abs=0.02)
     # Stratified draws hold the share of the bank, which varies with its size.
     assert solution.history[-1]["active_share"] == pytest.approx(expected, abs=0.02)
@@ -512,7 +517,7 @@ def test_contexts_stay_with_their_samples():
     assert solution.history[0]["active_share"] == pytest.approx(expected, abs=0.03)
 
 
-def test_the_active_share_is_that_of_the_tilted_law_and_never_above_one():
+def test_the_active_share_is_that_of_the_tilted_distribution_and_never_above_one():
     """Of draws with importance weights it would be more than 1 in every other update."""
     hinge = Hinge(LINEAR, 1.5, 0.5, "upper")
     choice = settings(**(QUICK | {"bank": 500, "batch": 16, "updates": 40}))

@@ -3,44 +3,55 @@ import pytest
 import torch
 
 from closed_forms import Quadratic, tensor
-from flowtilt.functionals.base import FiniteLaw, Functional, Law, Objective, WeightedSum, per_sample
+from flowtilt.functionals.base import (
+    Distribution,
+    FiniteDistribution,
+    Functional,
+    Objective,
+    WeightedSum,
+    per_sample,
+)
 from flowtilt.functionals.divergences import KL, Renyi
 from flowtilt.functionals.utilities import SQ, CVaR, Entropy, ExpectedReward, LogBarrier
 
 FIRST, SECOND = Quadratic([1.0, 0.0]), Quadratic([0.0, 1.0])
 SAMPLES = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-LAW = Law(None, SAMPLES)
+DISTRIBUTION = Distribution(None, SAMPLES)
 
 
-def finite_law():
+def finite_distribution():
     random = np.random.default_rng(0)
     p, q = random.dirichlet(np.ones(50)), random.dirichlet(np.ones(50))
-    return FiniteLaw(SAMPLES, np.log(p), np.log(q))
+    return FiniteDistribution(SAMPLES, np.log(p), np.log(q))
 
 
 class Unusable(Functional):
     """A functional that must not be evaluated."""
 
-    def value(self, law):
+    def value(self, distribution):
         raise AssertionError("evaluated")
 
     linearise = finite_value = finite_variation = value
 
 
 def test_a_weighted_sum_is_the_sum_of_its_parts():
-    parts = ((2.0, CVaR(FIRST, 0.3)), (-0.5, ExpectedReward(SECOND)), (0.7, SQ(SECOND, 0.6)))
-    whole, law = WeightedSum(parts), finite_law()
-    for method, at in (("value", LAW), ("finite_value", law), ("finite_variation", law)):
+    parts = ((2.0, CVaR(FIRST, 0.3)), (-0.5, ExpectedReward(SECOND)), (0.7, SQ(SECOND, 0.4)))
+    whole, distribution = WeightedSum(parts), finite_distribution()
+    for method, at in (
+        ("value", DISTRIBUTION),
+        ("finite_value", distribution),
+        ("finite_variation", distribution),
+    ):
         expected = sum(weight * getattr(part, method)(at) for weight, part in parts)
         np.testing.assert_allclose(getattr(whole, method)(at), expected, rtol=1e-13)
-    variations = [(weight, part.linearise(LAW)) for weight, part in parts]
-    found = whole.linearise(LAW)
+    variations = [(weight, part.linearise(DISTRIBUTION)) for weight, part in parts]
+    found = whole.linearise(DISTRIBUTION)
     for method in ("value", "gradient"):
         expected = sum(weight * getattr(part, method)(SAMPLES) for weight, part in variations)
         torch.testing.assert_close(getattr(found, method)(SAMPLES), expected)
     assert torch.equal(found.active(SAMPLES), variations[0][1].active(SAMPLES))
     assert found.sparse
-    assert not WeightedSum(parts[1:]).linearise(LAW).sparse
+    assert not WeightedSum(parts[1:]).linearise(DISTRIBUTION).sparse
 
 
 def test_sums_nest():
@@ -49,11 +60,13 @@ def test_sums_nest():
     flat = WeightedSum(
         ((1.0, CVaR(FIRST, 0.3)), (2.0, ExpectedReward(SECOND)), (-0.25, ExpectedReward(FIRST)))
     )
-    assert outer.value(LAW) == pytest.approx(flat.value(LAW), rel=1e-14)
-    torch.testing.assert_close(outer.linearise(LAW).gradient(SAMPLES), flat.linearise(LAW).gradient(SAMPLES))
+    assert outer.value(DISTRIBUTION) == pytest.approx(flat.value(DISTRIBUTION), rel=1e-14)
+    torch.testing.assert_close(
+        outer.linearise(DISTRIBUTION).gradient(SAMPLES), flat.linearise(DISTRIBUTION).gradient(SAMPLES)
+    )
     assert outer.components == flat.components
     assert outer.rewards == (FIRST, SECOND, FIRST)
-    assert outer.linearise(LAW).sparse
+    assert outer.linearise(DISTRIBUTION).sparse
 
 
 def test_a_sum_has_the_hardest_tier_and_the_dearest_need_of_its_parts():
@@ -74,11 +87,13 @@ def test_a_sum_has_the_hardest_tier_and_the_dearest_need_of_its_parts():
 )
 def test_terms_of_weight_zero_are_not_evaluated(build):
     reward = ExpectedReward(FIRST)
-    functional, law = build(reward, Unusable()), finite_law()
-    assert functional.value(LAW) == reward.value(LAW)
-    assert functional.finite_value(law) == reward.finite_value(law)
-    np.testing.assert_array_equal(functional.finite_variation(law), reward.finite_variation(law))
-    assert torch.equal(functional.linearise(LAW).gradient(SAMPLES), FIRST.gradient(SAMPLES))
+    functional, distribution = build(reward, Unusable()), finite_distribution()
+    assert functional.value(DISTRIBUTION) == reward.value(DISTRIBUTION)
+    assert functional.finite_value(distribution) == reward.finite_value(distribution)
+    np.testing.assert_array_equal(
+        functional.finite_variation(distribution), reward.finite_variation(distribution)
+    )
+    assert torch.equal(functional.linearise(DISTRIBUTION).gradient(SAMPLES), FIRST.gradient(SAMPLES))
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
@@ -92,12 +107,12 @@ def test_rewards_of_a_functional_are_its_attributes():
     assert Entropy().rewards == ()
 
 
-def test_finite_laws_keep_their_points():
-    law = finite_law().with_p(np.eye(50)[3])
-    assert law.log_p[3] == 0
-    assert np.isneginf(np.delete(law.log_p, 3)).all()
-    np.testing.assert_array_equal(law.reference, finite_law().reference)
-    assert ExpectedReward(FIRST).finite_value(law) == float(SAMPLES[3, 0])
+def test_finite_distributions_keep_their_points():
+    distribution = finite_distribution().with_p(np.eye(50)[3])
+    assert distribution.log_p[3] == 0
+    assert np.isneginf(np.delete(distribution.log_p, 3)).all()
+    np.testing.assert_array_equal(distribution.reference, finite_distribution().reference)
+    assert ExpectedReward(FIRST).finite_value(distribution) == float(SAMPLES[3, 0])
 
 
 def test_factors_follow_their_samples():

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from closed_forms import generator, tensor
-from flowtilt.functionals.base import FiniteLaw, Law
+from flowtilt.functionals.base import Distribution, FiniteDistribution
 from flowtilt.functionals.design import (
     OptimalDesign,
     PolynomialFeatures,
@@ -12,7 +12,7 @@ from flowtilt.functionals.design import (
 )
 
 SAMPLES = torch.randn(200, 2, generator=generator(0), dtype=torch.float64) * tensor([1.0, 0.5]) + 0.3
-LAW = Law(None, SAMPLES)
+DISTRIBUTION = Distribution(None, SAMPLES)
 FEATURES = [PolynomialFeatures(1), PolynomialFeatures(2), RandomFourierFeatures(count=7, seed=3)]
 features = pytest.mark.parametrize("features", FEATURES, ids=["linear", "quadratic", "fourier"])
 criteria = pytest.mark.parametrize("criterion", ["log_det", "trace", "eigenvalue"])
@@ -40,21 +40,21 @@ def test_values_variations_and_gradients_against_the_formulas(criterion, feature
     x = SAMPLES[:30].clone().requires_grad_(True)
     value, variation = formula(criterion, information(features(SAMPLES)), features(x))
     (gradient,) = torch.autograd.grad(variation.sum(), x)
-    found = design.linearise(LAW)
+    found = design.linearise(DISTRIBUTION)
     # Both invert a matrix of condition number below 1e6.
-    assert design.value(LAW) == pytest.approx(float(value), rel=1e-9)
+    assert design.value(DISTRIBUTION) == pytest.approx(float(value), rel=1e-9)
     torch.testing.assert_close(found.value(x.detach()), variation.detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found.gradient(x.detach()), gradient, rtol=1e-9, atol=1e-8)
 
 
 @criteria
-def test_the_finite_law_of_the_samples_gives_the_same(criterion):
+def test_the_finite_distribution_of_the_samples_gives_the_same(criterion):
     design, n = OptimalDesign(criterion), len(SAMPLES)
     uniform = np.full(n, -np.log(n))
-    law = FiniteLaw(SAMPLES, uniform, uniform)
-    assert design.finite_value(law) == pytest.approx(design.value(LAW), rel=1e-10)
-    found = design.linearise(LAW).value(SAMPLES).numpy()
-    np.testing.assert_allclose(design.finite_variation(law), found, rtol=1e-9)
+    distribution = FiniteDistribution(SAMPLES, uniform, uniform)
+    assert design.finite_value(distribution) == pytest.approx(design.value(DISTRIBUTION), rel=1e-10)
+    found = design.linearise(DISTRIBUTION).value(SAMPLES).numpy()
+    np.testing.assert_allclose(design.finite_variation(distribution), found, rtol=1e-9)
 
 
 def test_polynomial_features():
@@ -85,7 +85,7 @@ def test_bad_random_features_are_refused(arguments):
 
 @criteria
 def test_a_singular_information_matrix_is_refused_with_its_condition(criterion):
-    few = Law(None, SAMPLES[:3])
+    few = Distribution(None, SAMPLES[:3])
     with pytest.raises(SingularDesign, match=r"6 features is singular \(condition number .* at ridge 0\)"):
         OptimalDesign(criterion, ridge=0.0).value(few)
     with pytest.raises(SingularDesign, match="raise the ridge"):
@@ -94,9 +94,9 @@ def test_a_singular_information_matrix_is_refused_with_its_condition(criterion):
 
 
 def test_samples_in_single_precision_are_taken_in_double():
-    single = Law(None, SAMPLES.float())
+    single = Distribution(None, SAMPLES.float())
     design = OptimalDesign("trace")
-    assert design.value(single) == pytest.approx(design.value(LAW), rel=1e-5)
+    assert design.value(single) == pytest.approx(design.value(DISTRIBUTION), rel=1e-5)
     variation = design.linearise(single)
     assert variation.value(single.samples).dtype == torch.float32
     assert variation.gradient(single.samples).dtype == torch.float32

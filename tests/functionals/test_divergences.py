@@ -7,14 +7,14 @@ from closed_forms import (
     PATHS,
     Mixture,
     MixtureFlow,
-    chain_law,
+    chain_distribution,
     generator,
     halving_orders,
     pushforward,
     tensor,
 )
 from flowtilt.functionals import kernels
-from flowtilt.functionals.base import FiniteLaw, Law
+from flowtilt.functionals.base import Distribution, FiniteDistribution
 from flowtilt.functionals.divergences import KL, MMD, ReferenceDraw, Renyi, ScoreDifference
 from flowtilt.functionals.kernels import KERNELS, gaussian, kernel_matrix, kernel_means
 from mode_flow import ModeFlow
@@ -24,11 +24,11 @@ Q = Mixture.gaussian([-0.2, 0.1], [[0.7, -0.1], [-0.1, 1.2]])
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 
 
-def gaussian_score(law, path, t, x):
+def gaussian_score(distribution, path, t, x):
     """Score at time t of the path of a Gaussian, from its covariance alone."""
     alpha, beta = path.alpha(tensor(t)), path.beta(tensor(t))
-    precision = torch.linalg.inv(alpha**2 * law.covariance + beta**2 * tensor(torch.eye(2)))
-    return (alpha * law.mean - x) @ precision
+    precision = torch.linalg.inv(alpha**2 * distribution.covariance + beta**2 * tensor(torch.eye(2)))
+    return (alpha * distribution.mean - x) @ precision
 
 
 @paths
@@ -48,7 +48,7 @@ def test_the_default_time_stands_for_the_data_to_first_order(path):
     exact = gaussian_score(P, path, 1.0, x) - gaussian_score(Q, path, 1.0, x)
     errors = []
     for gap in (0.01, 0.002, 0.001, 0.0005):  # the later ones small enough to see the order
-        found = KL(MixtureFlow(path, Q), 1 - gap).linearise(Law(MixtureFlow(path, P), x)).gradient(x)
+        found = KL(MixtureFlow(path, Q), 1 - gap).linearise(Distribution(MixtureFlow(path, P), x)).gradient(x)
         errors.append(float((found - exact).norm() / exact.norm()))
     assert KL(MixtureFlow(path, Q)).score_time == 0.99
     assert errors[0] < 0.03
@@ -66,16 +66,16 @@ def divergence_of_gaussians(p, q):
 @pytest.mark.slow_after(1)
 def test_the_value_of_kl_against_the_closed_form(path):
     p, q = MixtureFlow(path, P), MixtureFlow(path, Q)
-    laws = [pushforward(path, law, 0.0, 1.0) for law in (P, Q)]
+    distributions = [pushforward(path, distribution, 0.0, 1.0) for distribution in (P, Q)]
     count = 4000
-    x = laws[0].sample(count, generator(0))
-    ratios = laws[0].log_density(x) - laws[1].log_density(x)
-    value = KL(q).value(Law(p, x))
+    x = distributions[0].sample(count, generator(0))
+    ratios = distributions[0].log_density(x) - distributions[1].log_density(x)
+    value = KL(q).value(Distribution(p, x))
     # On these samples: the log-likelihoods' error of less than 1e-3. Over samples: four standard errors.
     assert value == pytest.approx(float(ratios.mean()), abs=1e-3)
     noise = 4 * float(ratios.std()) / count**0.5
-    assert value == pytest.approx(divergence_of_gaussians(*laws), abs=noise + 1e-3)
-    assert KL(p).value(Law(p, x[:10])) == 0
+    assert value == pytest.approx(divergence_of_gaussians(*distributions), abs=noise + 1e-3)
+    assert KL(p).value(Distribution(p, x[:10])) == 0
 
 
 FLOWS = MixtureFlow(PATHS["linear"], P), MixtureFlow(PATHS["linear"], Q)
@@ -94,7 +94,7 @@ def test_the_value_of_renyi_against_the_closed_form(order):
     count = 3000
     x = P.sample(count, generator(0))
     powers = torch.exp((order - 1) * (P.log_density(x) - Q.log_density(x)))
-    value = Renyi(FLOWS[1], order, samples=count).value(Law(FLOWS[0], x))
+    value = Renyi(FLOWS[1], order, samples=count).value(Distribution(FLOWS[0], x))
     # On these samples: the error of a mean log ratio, below 1e-3. Over samples: four standard errors.
     assert value == pytest.approx(float(powers.mean().log()) / (order - 1), abs=1e-3)
     noise = 4 * float(powers.std() / powers.mean()) / count**0.5 / abs(order - 1)
@@ -103,12 +103,12 @@ def test_the_value_of_renyi_against_the_closed_form(order):
 
 def test_renyi_meets_kl_at_order_one():
     x = P.sample(300, generator(1))
-    kl = KL(FLOWS[1]).value(Law(FLOWS[0], x))
-    values = [Renyi(FLOWS[1], order).value(Law(FLOWS[0], x)) for order in (1 - 1e-5, 1 + 1e-5)]
+    kl = KL(FLOWS[1]).value(Distribution(FLOWS[0], x))
+    values = [Renyi(FLOWS[1], order).value(Distribution(FLOWS[0], x)) for order in (1 - 1e-5, 1 + 1e-5)]
     # It deviates by half the variance of the log ratio times the distance from 1.
     assert values == pytest.approx([kl, kl], abs=1e-4)
     gradients = [
-        functional.linearise(Law(FLOWS[0], x)).gradient(x)
+        functional.linearise(Distribution(FLOWS[0], x)).gradient(x)
         for functional in (Renyi(FLOWS[1], 1 + 1e-6), KL(FLOWS[1]))
     ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
@@ -122,7 +122,7 @@ def test_the_first_variation_of_renyi_against_exact_densities(order):
     powers = torch.exp((order - 1) * (P.log_density(x) - Q.log_density(x)))
     expected = order / (order - 1) * torch.exp((order - 1) * log_ratio) / powers.mean()
     (slope,) = torch.autograd.grad(expected.sum(), at)
-    variation = Renyi(FLOWS[1], order, NEAR).linearise(Law(FLOWS[0], x))
+    variation = Renyi(FLOWS[1], order, NEAR).linearise(Distribution(FLOWS[0], x))
     # Log densities to 1e-3, scores to 1e-3 of their size.
     torch.testing.assert_close(variation.value(at.detach()), expected.detach(), rtol=3e-3, atol=0)
     scale = float(slope.abs().max())
@@ -136,12 +136,12 @@ def test_points_without_mass_are_the_limit_of_little_mass(order):
     p, q = np.array([0.2, 0.0, 0.8, 0.0]), np.array([0.1, 0.3, 0.6, 0.0])
     functional = KL(None) if order is None else Renyi(None, order)
 
-    def law(p, q):
+    def distribution(p, q):
         with np.errstate(divide="ignore"):
-            return FiniteLaw(torch.zeros(4, 1), np.log(p), np.log(q))
+            return FiniteDistribution(torch.zeros(4, 1), np.log(p), np.log(q))
 
-    empty = law(p, q)
-    little = law((p + 1e-15) / (p + 1e-15).sum(), (q + 1e-15) / (q + 1e-15).sum())
+    empty = distribution(p, q)
+    little = distribution((p + 1e-15) / (p + 1e-15).sum(), (q + 1e-15) / (q + 1e-15).sum())
     assert functional.finite_value(empty) == pytest.approx(functional.finite_value(little), abs=1e-4)
     found, limit = (functional.finite_variation(some) for some in (empty, little))
     np.testing.assert_allclose(found[[0, 2, 3]], limit[[0, 2, 3]], rtol=1e-3, atol=1e-3)
@@ -155,8 +155,8 @@ def test_points_without_mass_are_the_limit_of_little_mass(order):
 def test_renyi_takes_the_first_samples_only():
     x = P.sample(50, generator(0))
     few = Renyi(FLOWS[1], 2.0, samples=20)
-    assert few.value(Law(FLOWS[0], x)) == few.value(Law(FLOWS[0], x[:20]))
-    assert few.value(Law(FLOWS[0], x)) != few.value(Law(FLOWS[0], x[:19]))
+    assert few.value(Distribution(FLOWS[0], x)) == few.value(Distribution(FLOWS[0], x[:20]))
+    assert few.value(Distribution(FLOWS[0], x)) != few.value(Distribution(FLOWS[0], x[:19]))
 
 
 @pytest.mark.parametrize("order", [1.0, 0.0, -2.0, float("nan"), float("inf")])
@@ -177,16 +177,16 @@ def mean_kernel(p, q, bandwidth):
 
 @pytest.mark.parametrize("bandwidth", [0.5, 2.0])
 def test_the_value_of_mmd_between_gaussians(bandwidth):
-    """Squared, the V-statistic has the mean ``MMD^2 + sum (1 - E k) / N``, one term for each law."""
+    """Squared, the V-statistic has the mean ``MMD^2 + sum (1 - E k) / N``, one term for each distribution."""
     count, steps = 2000, 20
     functional = MMD(STANDARD, "gaussian", bandwidth, ReferenceDraw(count, steps))
     far = Mixture.gaussian([1.5, -1.0], P.covariance)
     x = far.sample(count, generator(0))
-    found = functional.value(Law(None, x))
-    p, q = (far.mean, far.covariance), chain_law(STANDARD, steps)
+    found = functional.value(Distribution(None, x))
+    p, q = (far.mean, far.covariance), chain_distribution(STANDARD, steps)
     own, cross, other = (mean_kernel(a, b, bandwidth) for a, b in ((p, p), (p, q), (q, q)))
     bias = (2 - own - other) / count
-    witness = functional.linearise(Law(None, x))
+    witness = functional.linearise(Distribution(None, x))
     spreads = [float(witness.value(v).var()) * found**2 for v in (x, functional.draw.of(STANDARD))]
     # Four standard errors of the squared discrepancy, to first order in the witness.
     noise = 4 * 2 * (sum(spreads) / count) ** 0.5
@@ -195,15 +195,15 @@ def test_the_value_of_mmd_between_gaussians(bandwidth):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_mmd_of_samples_is_that_of_their_finite_law(kernel):
+def test_mmd_of_samples_is_that_of_their_finite_distribution(kernel):
     functional = MMD(STANDARD, kernel, 0.7, ReferenceDraw(30, 5))
     x, y = P.sample(40, generator(0)), functional.draw.of(STANDARD)
     with np.errstate(divide="ignore"):
         own, other = (np.log(np.repeat(mass, (40, 30))) for mass in ([1 / 40, 0], [0, 1 / 30]))
-    finite = FiniteLaw(torch.cat([x, y]), own, other)
-    law = Law(None, x)
-    assert functional.value(law) == pytest.approx(functional.finite_value(finite), rel=1e-10)
-    values = functional.linearise(law).value(finite.points).numpy()
+    finite = FiniteDistribution(torch.cat([x, y]), own, other)
+    distribution = Distribution(None, x)
+    assert functional.value(distribution) == pytest.approx(functional.finite_value(finite), rel=1e-10)
+    values = functional.linearise(distribution).value(finite.points).numpy()
     np.testing.assert_allclose(values, functional.finite_variation(finite), atol=1e-10)
 
 
@@ -212,7 +212,7 @@ def test_the_gradient_of_the_witness_against_its_formula():
     functional = MMD(STANDARD, "gaussian", bandwidth, ReferenceDraw(50, 5))
     x, y = P.sample(60, generator(0)), functional.draw.of(STANDARD)
     at = P.sample(20, generator(1))
-    witness = functional.linearise(Law(None, x))
+    witness = functional.linearise(Distribution(None, x))
 
     def slope(of):
         difference = (at[:, None] - of[None]) / bandwidth
@@ -229,18 +229,18 @@ def test_the_energy_distance_against_scipy():
     x, y = random.normal(size=40) + 1, random.normal(size=30)
     with np.errstate(divide="ignore"):
         own, other = (np.log(np.repeat(mass, (40, 30))) for mass in ([1 / 40, 0], [0, 1 / 30]))
-    law = FiniteLaw(tensor(np.concatenate([x, y]))[:, None], own, other)
-    found = MMD(STANDARD, "energy").finite_value(law)
+    distribution = FiniteDistribution(tensor(np.concatenate([x, y]))[:, None], own, other)
+    found = MMD(STANDARD, "energy").finite_value(distribution)
     assert found == pytest.approx(energy_distance(x, y), rel=1e-10)
-    assert MMD(STANDARD, "energy", 4.0).finite_value(law) == pytest.approx(found / 2, rel=1e-10)
+    assert MMD(STANDARD, "energy", 4.0).finite_value(distribution) == pytest.approx(found / 2, rel=1e-10)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_where_the_laws_agree_the_witness_is_zero(kernel):
+def test_where_the_distributions_agree_the_witness_is_zero(kernel):
     functional = MMD(STANDARD, kernel, draw=ReferenceDraw(50, 5))
     x = functional.draw.of(STANDARD)
-    assert functional.value(Law(None, x)) == 0
-    variation = functional.linearise(Law(None, x))
+    assert functional.value(Distribution(None, x)) == 0
+    variation = functional.linearise(Distribution(None, x))
     assert not variation.value(x).any()
     assert not variation.gradient(x).any()
 

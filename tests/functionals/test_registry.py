@@ -9,7 +9,7 @@ import torch
 
 from closed_forms import Mixture, MixtureFlow, Quadratic, generator, tensor
 from flowtilt.domains.planar.model import PlanarFlow
-from flowtilt.functionals.base import FirstVariation, Functional, Law, Objective, WeightedSum
+from flowtilt.functionals.base import Distribution, FirstVariation, Functional, Objective, WeightedSum
 from flowtilt.functionals.checks import (
     CheckError,
     check_entry,
@@ -19,7 +19,13 @@ from flowtilt.functionals.checks import (
     check_tensors,
 )
 from flowtilt.functionals.critic import CriticSettings
-from flowtilt.functionals.curvature import Chords, curvature, example_problem, random_laws, tier_table
+from flowtilt.functionals.curvature import (
+    Chords,
+    curvature,
+    example_problem,
+    random_distributions,
+    tier_table,
+)
 from flowtilt.functionals.design import PolynomialFeatures, RandomFourierFeatures
 from flowtilt.functionals.divergences import KL, ReferenceDraw, Renyi, Wasserstein1
 from flowtilt.functionals.registry import (
@@ -37,13 +43,13 @@ from flowtilt.sampling import OdeSettings
 from mode_flow import ModeFlow, Modes
 
 REGISTRIES = (UTILITIES, DIVERGENCES)
-LAW, FINITE = example_problem()
+DISTRIBUTION, FINITE = example_problem()
 MODES = [
     Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]]),
     Mixture.gaussian([-0.8, 0.4], [[0.5, -0.1], [-0.1, 0.9]]),
 ]
 PRETRAINED = Mixture.gaussian([-0.2, 0.1], [[0.7, -0.1], [-0.1, 1.2]])
-# Scores are taken where the likelihood's ODE begins: both then speak of the same law.
+# Scores are taken where the likelihood's ODE begins: both then speak of the same distribution.
 MODEL = Ingredients(
     reward=Quadratic([1.0, 0.5], [[0.3, 0.1], [0.1, 0.2]]),
     reference=MixtureFlow(Linear(), PRETRAINED),
@@ -67,26 +73,28 @@ def examples():
 every_example = pytest.mark.parametrize(("registry", "name", "example"), examples())
 
 
-def model_law(count: int = 40, seed: int = 0) -> Law:
+def model_distribution(count: int = 40, seed: int = 0) -> Distribution:
     model = ModeFlow(Linear(), MODES)
     context = torch.arange(count) % 2
-    samples = torch.stack([law.sample(count, generator(2 * seed + k)) for k, law in enumerate(MODES)])
-    return Law(model, samples[context, torch.arange(count)], context)
+    samples = torch.stack(
+        [distribution.sample(count, generator(2 * seed + k)) for k, distribution in enumerate(MODES)]
+    )
+    return Distribution(model, samples[context, torch.arange(count)], context)
 
 
 def check_at_models(functional: Functional) -> None:
-    """:func:`check_gradient` between laws of correlated modes."""
-    check_gradient(functional, model_law(), model_law(seed=1))
+    """:func:`check_gradient` between distributions of correlated modes."""
+    check_gradient(functional, model_distribution(), model_distribution(seed=1))
 
 
 @every_example
 def test_first_variation_against_finite_differences(registry, name, example):
-    check_first_variation(registry.build(name, example, FINITE), LAW)
+    check_first_variation(registry.build(name, example, FINITE), DISTRIBUTION)
 
 
 @every_example
 def test_linearisations_bound_what_is_concave_or_convex(registry, name, example):
-    check_tangents(registry.build(name, example, FINITE), LAW)
+    check_tangents(registry.build(name, example, FINITE), DISTRIBUTION)
 
 
 @every_example
@@ -96,7 +104,7 @@ def test_gradients_are_those_of_the_values(registry, name, example):
 
 @every_example
 def test_linearisations_leave_the_samples_alone(registry, name, example):
-    check_tensors(registry.build(name, example, MODEL), model_law(6))
+    check_tensors(registry.build(name, example, MODEL), model_distribution(6))
 
 
 @every_example
@@ -105,13 +113,13 @@ def test_gradients_have_the_precision_of_the_samples(registry, name, example):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network, reference = (PlanarFlow(Linear(), (8,), "silu", "velocity") for _ in range(2))
-    law = model_law(8)
+    distribution = model_distribution(8)
     if name == "diverse_modes":  # the one that asks for a model of modes
         network = Modes([network, reference])
-    samples = law.samples.float()
+    samples = distribution.samples.float()
     ingredients = replace(MODEL, reference=reference, score_time=0.975, draw=ReferenceDraw(30, 5))
     functional = registry.build(name, example, ingredients)
-    check_tensors(functional, Law(network, samples, law.context))
+    check_tensors(functional, Distribution(network, samples, distribution.context))
 
 
 EXPECTED = {
@@ -152,11 +160,11 @@ def test_renyi_of_order_two_is_the_log_of_a_convex_functional():
     functional = Renyi(FINITE.reference, 2.0)
 
     class Exponential(Renyi):
-        def finite_value(self, law):
-            return float(np.exp(super().finite_value(law)))
+        def finite_value(self, distribution):
+            return float(np.exp(super().finite_value(distribution)))
 
-    assert curvature(functional, LAW) == "neither"
-    assert curvature(Exponential(FINITE.reference, 2.0), LAW) == "convex"
+    assert curvature(functional, DISTRIBUTION) == "neither"
+    assert curvature(Exponential(FINITE.reference, 2.0), DISTRIBUTION) == "convex"
 
 
 @pytest.mark.parametrize(
@@ -172,9 +180,13 @@ def test_chords_are_classified_up_to_rounding(lowest, highest, expected):
     assert Chords(lowest, highest, 1e-12).curvature == expected
 
 
-def test_random_laws_keep_the_modes():
-    for law in random_laws(LAW, 10, seed=0):
-        np.testing.assert_allclose(np.bincount(LAW.modes, law.p), np.bincount(LAW.modes, LAW.p), rtol=1e-12)
+def test_random_distributions_keep_the_modes():
+    for distribution in random_distributions(DISTRIBUTION, 10, seed=0):
+        np.testing.assert_allclose(
+            np.bincount(DISTRIBUTION.modes, distribution.p),
+            np.bincount(DISTRIBUTION.modes, DISTRIBUTION.p),
+            rtol=1e-12,
+        )
 
 
 @dataclass(frozen=True)
@@ -195,17 +207,23 @@ class MeanNorm(Functional):
     strength: float = 1.0
     error: float = field(default=1.0)
 
-    def value(self, law):
-        return self.strength * float(law.samples.mean(0).square().sum())
+    def value(self, distribution):
+        return self.strength * float(distribution.samples.mean(0).square().sum())
 
-    def linearise(self, law):
-        return _Along(2 * self.strength * law.samples.mean(0))
+    def linearise(self, distribution):
+        return _Along(2 * self.strength * distribution.samples.mean(0))
 
-    def finite_value(self, law):
-        return self.strength * float(np.square(law.p @ law.points.numpy()).sum())
+    def finite_value(self, distribution):
+        return self.strength * float(np.square(distribution.p @ distribution.points.numpy()).sum())
 
-    def finite_variation(self, law):
-        return 2 * self.error * self.strength * law.points.numpy() @ (law.p @ law.points.numpy())
+    def finite_variation(self, distribution):
+        return (
+            2
+            * self.error
+            * self.strength
+            * distribution.points.numpy()
+            @ (distribution.p @ distribution.points.numpy())
+        )
 
 
 TOY = Entry(MeanNorm, parameters={"strength": number()}, examples=({"strength": 3.0},))
@@ -215,7 +233,7 @@ def test_a_functional_is_checked_by_being_registered(monkeypatch):
     monkeypatch.setitem(UTILITIES, "mean_norm", TOY)
     (added,) = [p.values for p in examples() if p.values[1] == "mean_norm"]
     registry, name, example = added
-    check_first_variation(registry.build(name, example, FINITE), LAW)
+    check_first_variation(registry.build(name, example, FINITE), DISTRIBUTION)
     assert [checked.curvature for checked in check_entry(UTILITIES["mean_norm"])] == ["convex"]
     (row,) = [row for row in tier_table() if row.name == "mean_norm"]
     assert (row.paper, row.curvature, row.measured) == ("general", "convex", "general")
@@ -223,16 +241,16 @@ def test_a_functional_is_checked_by_being_registered(monkeypatch):
 
 def test_a_wrong_first_variation_fails_the_checks():
     with pytest.raises(CheckError, match="MeanNorm: first variation against finite differences: off by"):
-        check_first_variation(MeanNorm(3.0, error=1.001), LAW)
+        check_first_variation(MeanNorm(3.0, error=1.001), DISTRIBUTION)
     with pytest.raises(CheckError, match="MeanNorm, convex: below its linearisation: off by"):
-        check_tangents(MeanNorm(3.0, error=-1.0), LAW)
+        check_tangents(MeanNorm(3.0, error=-1.0), DISTRIBUTION)
     with pytest.raises(CheckError, match="first variation"):
         check_entry(Entry(partial(MeanNorm, error=1.001)))
 
 
 class _WrongSlope(MeanNorm):
-    def linearise(self, law):
-        exact = super().linearise(law)
+    def linearise(self, distribution):
+        exact = super().linearise(distribution)
 
         class Wrong(_Along):
             def gradient(self, x, context=None):
@@ -249,12 +267,12 @@ def test_a_wrong_gradient_fails_the_checks():
 
 
 class _Doubled(MeanNorm):
-    def linearise(self, law):
+    def linearise(self, distribution):
         class Double(_Along):
             def gradient(self, x, context=None):
                 return super().gradient(x, context).double()
 
-        return Double(super().linearise(law).direction)
+        return Double(super().linearise(distribution).direction)
 
 
 def test_a_gradient_of_another_precision_fails_the_checks():
@@ -273,7 +291,7 @@ def test_entries_are_checked_by_one_call(entry):
 
 
 def test_entries_are_built_from_plain_data():
-    built = UTILITIES.build("cvar", {"level": 0.25}, FINITE)
+    built = UTILITIES.build("cvar", {"mass": 0.25}, FINITE)
     assert built == CVaR(FINITE.reward, 0.25)
     draw = {"kind": "random_fourier", "count": 8, "bandwidth": 2}
     design = UTILITIES.build("optimal_design", {"criterion": "trace", "features": draw, "ridge": 0.5}, FINITE)
@@ -291,12 +309,12 @@ def test_entries_are_built_from_plain_data():
 
 BAD = [
     (UTILITIES, "cvr", {}, ["utility 'cvr'", "known: expected_reward, cvar, sq"]),
-    (UTILITIES, "cvar", {}, ["utility cvar", "key level: missing", "known keys: level"]),
-    (UTILITIES, "cvar", {"level": 0.1, "b": 1}, ["key b: unknown", "known keys: level"]),
-    (UTILITIES, "expected_reward", {"level": 0.1}, ["key level: unknown", "known keys: none"]),
-    (UTILITIES, "cvar", {"level": "low"}, ["key level", "finite number", "'low'", "known keys: level"]),
-    (UTILITIES, "cvar", {"level": True}, ["key level", "True"]),
-    (UTILITIES, "cvar", {"level": 1.5}, ["utility cvar", "tail level", "1.5", "known keys: level"]),
+    (UTILITIES, "cvar", {}, ["utility cvar", "key mass: missing", "known keys: mass"]),
+    (UTILITIES, "cvar", {"mass": 0.1, "b": 1}, ["key b: unknown", "known keys: mass"]),
+    (UTILITIES, "expected_reward", {"mass": 0.1}, ["key mass: unknown", "known keys: none"]),
+    (UTILITIES, "cvar", {"mass": "low"}, ["key mass", "finite number", "'low'", "known keys: mass"]),
+    (UTILITIES, "cvar", {"mass": True}, ["key mass", "True"]),
+    (UTILITIES, "cvar", {"mass": 1.5}, ["utility cvar", "mass of a tail", "1.5", "known keys: mass"]),
     (UTILITIES, "mean_variance", {"risk": float("nan")}, ["key risk", "nan"]),
     (UTILITIES, "diverse_modes", {"modes": 2.5}, ["key modes", "whole number", "2.5"]),
     (UTILITIES, "diverse_modes", {"modes": 1}, ["at least 2", "1"]),
@@ -351,7 +369,7 @@ def test_bad_parameters_are_named(registry, name, parameters, words):
 @pytest.mark.parametrize(
     ("registry", "name", "parameters", "lacks"),
     [
-        (UTILITIES, "cvar", {"level": 0.1}, "reward"),
+        (UTILITIES, "cvar", {"mass": 0.1}, "reward"),
         (UTILITIES, "log_barrier", {"bound": 1}, "reward"),
         (DIVERGENCES, "kl", {}, "reference"),
     ],
@@ -362,10 +380,10 @@ def test_missing_ingredients_are_named(registry, name, parameters, lacks):
 
 
 def test_sums_are_built_from_lists():
-    items = [{"name": "cvar", "weight": 2, "level": 0.25}, {"name": "expected_reward"}]
+    items = [{"name": "cvar", "weight": 2, "mass": 0.25}, {"name": "expected_reward"}]
     built = UTILITIES.build_sum(items, FINITE)
     assert built == WeightedSum(((2.0, CVaR(FINITE.reward, 0.25)), (1.0, ExpectedReward(FINITE.reward))))
-    check_first_variation(built, LAW)
+    check_first_variation(built, DISTRIBUTION)
     with pytest.raises(ValueError, match="key weight: must be a finite number, got 'x'"):
         UTILITIES.build_sum([{"name": "expected_reward", "weight": "x"}], FINITE)
     with pytest.raises(ValueError, match="key name: missing"):
@@ -405,11 +423,11 @@ def test_needs_are_checked():
 
 
 def test_the_example_problem_is_one_of_pairs():
-    """Every point once in each mode, so that laws of a sample and its mode are tested as such."""
-    assert LAW.modes.tolist() == [0] * 15 + [1] * 15
-    assert torch.equal(LAW.points[:15], LAW.points[15:])
-    assert LAW.p.sum() == pytest.approx(1)
-    assert LAW.reference.sum() == pytest.approx(1)
+    """Every point once in each mode, so that distributions of a sample and its mode are tested as such."""
+    assert DISTRIBUTION.modes.tolist() == [0] * 15 + [1] * 15
+    assert torch.equal(DISTRIBUTION.points[:15], DISTRIBUTION.points[15:])
+    assert DISTRIBUTION.p.sum() == pytest.approx(1)
+    assert DISTRIBUTION.reference.sum() == pytest.approx(1)
     x = tensor([[0.3, -0.2], [1.0, 2.0]])
     velocity = FINITE.reference.velocity(x, tensor([0.2, 0.9]))
     exact = MixtureFlow(Linear(), Mixture.gaussian([0.0, 0.0], np.eye(2)))

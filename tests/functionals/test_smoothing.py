@@ -1,4 +1,4 @@
-"""Functionals of laws with noise: gradients by scores against closed forms and a brute-force oracle."""
+"""Functionals of distributions with noise: gradients by scores against closed forms and brute force."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from closed_forms import PATHS, Mixture, MixtureFlow, tensor
-from flowtilt.functionals.base import Law
+from flowtilt.functionals.base import Distribution
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.smoothing import smoothed
 from flowtilt.functionals.utilities import Entropy
@@ -25,11 +25,11 @@ TIME = 0.6
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 
 
-def noisy_precision(law, path):
+def noisy_precision(distribution, path):
     """Inverse covariance of a Gaussian's ``p_t``, and the path's coefficients."""
     t = torch.tensor(TIME, dtype=torch.float64)
     alpha, beta = path.alpha(t), path.beta(t)
-    (covariance,) = law.covariances
+    (covariance,) = distribution.covariances
     return torch.linalg.inv(alpha**2 * covariance + beta**2 * torch.eye(2, dtype=torch.float64)), alpha
 
 
@@ -37,7 +37,7 @@ def noisy_precision(law, path):
 def test_entropy_of_a_gaussian_with_noise_is_exact_with_one_pair(path):
     """``-log p_t`` is quadratic: pairs of noise cancel, and ``alpha^2 S_t^-1 (x - m)`` is left."""
     flow = MixtureFlow(path, GAUSSIAN)
-    found = Entropy(score_time=TIME, pairs=1).linearise(Law(flow, POINTS)).gradient(POINTS)
+    found = Entropy(score_time=TIME, pairs=1).linearise(Distribution(flow, POINTS)).gradient(POINTS)
     precision, alpha = noisy_precision(GAUSSIAN, path)
     (mean,) = GAUSSIAN.means
     torch.testing.assert_close(found, alpha**2 * (POINTS - mean) @ precision, rtol=1e-9, atol=1e-9)
@@ -46,7 +46,7 @@ def test_entropy_of_a_gaussian_with_noise_is_exact_with_one_pair(path):
 @paths
 def test_divergence_of_gaussians_with_noise_is_exact_with_one_pair(path):
     flow, reference = MixtureFlow(path, GAUSSIAN), MixtureFlow(path, OTHER)
-    found = KL(reference, score_time=TIME, pairs=1).linearise(Law(flow, POINTS)).gradient(POINTS)
+    found = KL(reference, score_time=TIME, pairs=1).linearise(Distribution(flow, POINTS)).gradient(POINTS)
     own, alpha = noisy_precision(GAUSSIAN, path)
     other, _ = noisy_precision(OTHER, path)
     expected = alpha**2 * ((POINTS - OTHER.means[0]) @ other - (POINTS - GAUSSIAN.means[0]) @ own)
@@ -74,7 +74,7 @@ def test_entropy_of_a_mixture_with_noise_against_a_grid(path):
         return -float(mass @ torch.logsumexp(logs, 0))
 
     pairs = 4000
-    found = Entropy(score_time=TIME, pairs=pairs).linearise(Law(flow, POINTS)).gradient(POINTS)
+    found = Entropy(score_time=TIME, pairs=pairs).linearise(Distribution(flow, POINTS)).gradient(POINTS)
     step = 1e-4
     for x, gradient in zip(POINTS, found, strict=True):
         expected = tensor(
@@ -86,14 +86,14 @@ def test_entropy_of_a_mixture_with_noise_against_a_grid(path):
 
 def test_a_sample_has_the_same_noise_in_any_batch():
     flow = MixtureFlow(PATHS["vp"], MIXTURE)
-    variation = Entropy(score_time=TIME, pairs=2).linearise(Law(flow, POINTS))
+    variation = Entropy(score_time=TIME, pairs=2).linearise(Distribution(flow, POINTS))
     whole = variation.gradient(POINTS)
     for i in (2, 0, 1):
         torch.testing.assert_close(variation.gradient(POINTS[i : i + 1])[0], whole[i], rtol=1e-12, atol=1e-12)
     assert bool((variation.gradient(POINTS + 1e-9) != whole).any())
 
 
-def test_the_states_asked_for_have_the_law_of_the_path():
+def test_the_states_asked_for_have_the_distribution_of_the_path():
     """Mean ``alpha x`` exactly, and the variance of the noise."""
     path, seen = PATHS["vp"], []
     flow = MixtureFlow(path, MIXTURE)
@@ -116,7 +116,7 @@ def test_a_divergence_from_itself_has_no_gradient_and_takes_no_pass(pairs):
             return super().velocity(*given)
 
     flow = Counted(PATHS["vp"], MIXTURE)
-    found = KL(flow, score_time=TIME, pairs=pairs).linearise(Law(flow, POINTS)).gradient(POINTS)
+    found = KL(flow, score_time=TIME, pairs=pairs).linearise(Distribution(flow, POINTS)).gradient(POINTS)
     assert bool((found == 0).all())
     assert Counted.calls == 0
 
@@ -125,4 +125,4 @@ def test_there_is_no_value():
     flow = MixtureFlow(PATHS["vp"], MIXTURE)
     for functional in (Entropy(pairs=1), KL(flow, pairs=1)):
         with pytest.raises(NotImplementedError, match="gradients alone"):
-            functional.value(Law(flow, POINTS))
+            functional.value(Distribution(flow, POINTS))

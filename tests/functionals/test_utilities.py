@@ -14,7 +14,7 @@ from closed_forms import (
     pushforward,
     tensor,
 )
-from flowtilt.functionals.base import FiniteLaw, Law, Objective, WeightedVariation
+from flowtilt.functionals.base import Distribution, FiniteDistribution, Objective, WeightedVariation
 from flowtilt.functionals.utilities import (
     SQ,
     CVaR,
@@ -37,80 +37,73 @@ tails = pytest.mark.parametrize("functional", TAILS, ids=["cvar", "sq"])
 
 
 def on_points(rewards):
-    """The uniform law on points whose first coordinate is their reward."""
-    return Law(None, tensor(rewards)[:, None])
+    """The uniform distribution on points whose first coordinate is their reward."""
+    return Distribution(None, tensor(rewards)[:, None])
 
 
-def mass_of(functional, level):
-    return level if functional is CVaR else 1 - level
-
-
-def value(functional, rewards, level, probabilities):
-    return TAILS[functional](rewards, mass_of(functional, level), probabilities)
+def value(functional, rewards, mass, probabilities):
+    return TAILS[functional](rewards, mass, probabilities)
 
 
 @tails
-@pytest.mark.parametrize("level", [0.0137, 0.25, 0.5, 0.87, 0.993])
-def test_first_variations_against_finite_differences(functional, level):
-    """The tail mean is linear in the probabilities near a law whose quantile lies inside an atom."""
+@pytest.mark.parametrize("mass", [0.0137, 0.25, 0.5, 0.87, 0.993])
+def test_first_variations_against_finite_differences(functional, mass):
+    """The tail mean is linear in the probabilities near a distribution whose quantile lies inside an atom."""
     rng = np.random.default_rng(0)
     n, step = 101, 1e-6
     rewards, p = rng.normal(size=n) * 3, np.full(n, 1 / n)
-    hinge = functional(COORDINATE, level).linearise(on_points(rewards))
-    assert (hinge.mass, hinge.side) == (
-        pytest.approx(mass_of(functional, level)),
-        "lower" if functional is CVaR else "upper",
-    )
+    hinge = functional(COORDINATE, mass).linearise(on_points(rewards))
+    assert (hinge.mass, hinge.tail) == (mass, "lower" if functional is CVaR else "upper")
     for _ in range(20):
         direction = rng.normal(size=n)
         direction -= direction.mean()
-        values = [value(functional, rewards, level, p + sign * step * direction) for sign in (1, -1)]
+        values = [value(functional, rewards, mass, p + sign * step * direction) for sign in (1, -1)]
         slope = (values[0] - values[1]) / (2 * step)
         # Rounding only: values of about 3, known to 1e-15, over a difference of 2e-6 and the mass.
         assert slope == pytest.approx(direction @ hinge.of_rewards(rewards), abs=1e-8 / hinge.mass)
 
 
 @st.composite
-def two_laws(draw):
+def two_distributions(draw):
     rewards = draw(st.lists(st.integers(-30, 30), min_size=2, max_size=20, unique=True))
     weights = draw(st.lists(st.integers(0, 9), min_size=len(rewards), max_size=len(rewards)).filter(any))
     return np.array(rewards) / 7, np.array(weights) / sum(weights), draw(st.integers(1, 19)) / 20
 
 
-@given(two_laws())
+@given(two_distributions())
 def test_the_lower_tail_mean_is_convex_and_the_upper_concave(problem):
     """So the linearisation bounds the functional, also where the quantile sits between two atoms."""
-    rewards, q, level = problem
+    rewards, q, mass = problem
     p = np.full(len(rewards), 1 / len(rewards))
     for functional, sign in ((CVaR, 1), (SQ, -1)):
-        hinge = functional(COORDINATE, level).linearise(on_points(rewards))
-        gain = value(functional, rewards, level, q) - value(functional, rewards, level, p)
+        hinge = functional(COORDINATE, mass).linearise(on_points(rewards))
+        gain = value(functional, rewards, mass, q) - value(functional, rewards, mass, p)
         linear = (q - p) @ hinge.of_rewards(rewards)
         assert sign * (gain - linear) >= -1e-11
 
 
 @tails
-@pytest.mark.parametrize("level", [0.01, 0.3, 0.99])
-def test_values_are_tail_means_of_the_rewards(functional, level):
+@pytest.mark.parametrize("mass", [0.01, 0.3, 0.99])
+def test_values_are_tail_means_of_the_rewards(functional, mass):
     rewards = np.random.default_rng(1).normal(size=333)
-    found = functional(COORDINATE, level).value(on_points(rewards))
-    assert found == pytest.approx(value(functional, rewards, level, None), rel=1e-14)
+    found = functional(COORDINATE, mass).value(on_points(rewards))
+    assert found == pytest.approx(value(functional, rewards, mass, None), rel=1e-14)
 
 
 @tails
-@pytest.mark.parametrize("level", [0.0, 1.0, -0.1, 1.1, float("nan")])
-def test_levels_outside_the_unit_interval_are_refused(functional, level):
-    with pytest.raises(ValueError, match="tail level"):
-        functional(COORDINATE, level)
+@pytest.mark.parametrize("mass", [0.0, 1.0, -0.1, 1.1, float("nan")])
+def test_masses_outside_the_unit_interval_are_refused(functional, mass):
+    with pytest.raises(ValueError, match="mass of a tail"):
+        functional(COORDINATE, mass)
 
 
-@pytest.mark.parametrize("side", ["lower", "upper"])
-def test_the_gradient_of_a_hinge_is_that_of_its_formula(side):
+@pytest.mark.parametrize("tail", ["lower", "upper"])
+def test_the_gradient_of_a_hinge_is_that_of_its_formula(tail):
     reward = Quadratic([1.0, -2.0], [[2.0, 0.5], [0.5, 1.0]])
-    hinge = Hinge(reward, threshold=-0.7, mass=0.05, side=side)
+    hinge = Hinge(reward, threshold=-0.7, mass=0.05, tail=tail)
     x = torch.randn(200, 2, generator=generator(0), dtype=torch.float64, requires_grad=True)
     excess = reward.value(x) + 0.7
-    formula = (excess.clamp(max=0) if side == "lower" else excess.clamp(min=0)) / 0.05
+    formula = (excess.clamp(max=0) if tail == "lower" else excess.clamp(min=0)) / 0.05
     (expected,) = torch.autograd.grad(formula.sum(), x)
     torch.testing.assert_close(hinge.gradient(x.detach()), expected)
     np.testing.assert_allclose(hinge.of_rewards(reward(x).numpy()), formula.detach().numpy(), rtol=1e-14)
@@ -119,31 +112,31 @@ def test_the_gradient_of_a_hinge_is_that_of_its_formula(side):
     assert 0 < int(active.sum()) < 200
 
 
-@pytest.mark.parametrize("side", ["lower", "upper"])
-def test_a_hinge_is_flat_at_its_threshold_and_where_no_sample_reaches(side):
+@pytest.mark.parametrize("tail", ["lower", "upper"])
+def test_a_hinge_is_flat_at_its_threshold_and_where_no_sample_reaches(tail):
     x = tensor([[1.0], [1.0]])
-    hinge = Hinge(COORDINATE, threshold=1.0, mass=0.5, side=side)
+    hinge = Hinge(COORDINATE, threshold=1.0, mass=0.5, tail=tail)
     assert not hinge.active(x).any()
     assert torch.equal(hinge.gradient(x), torch.zeros_like(x))
 
 
 def test_expected_reward():
-    law = on_points([1.0, 2.0, 6.0])
-    assert ExpectedReward(COORDINATE).value(law) == 3.0
-    variation = ExpectedReward(COORDINATE).linearise(law)
-    assert torch.equal(variation.gradient(law.samples), torch.ones(3, 1).double())
-    assert variation.active(law.samples).all()
+    distribution = on_points([1.0, 2.0, 6.0])
+    assert ExpectedReward(COORDINATE).value(distribution) == 3.0
+    variation = ExpectedReward(COORDINATE).linearise(distribution)
+    assert torch.equal(variation.gradient(distribution.samples), torch.ones(3, 1).double())
+    assert variation.active(distribution.samples).all()
     assert not variation.sparse
 
 
 def test_an_objective_is_a_weighted_difference():
-    law = on_points(np.arange(10.0))
+    distribution = on_points(np.arange(10.0))
     objective = Objective(CVaR(COORDINATE, 0.25), ExpectedReward(COORDINATE), alpha=2.0)
-    assert objective.value(law) == pytest.approx((0 + 1 + 0.5 * 2) / 2.5 - 2 * 4.5)
-    variation = objective.linearise(law)
+    assert objective.value(distribution) == pytest.approx((0 + 1 + 0.5 * 2) / 2.5 - 2 * 4.5)
+    variation = objective.linearise(distribution)
     # The quantile at 0.25 is 2: below it the hinge's slope is 1 / 0.25, everywhere else 0.
     expected = tensor([4.0, 4.0] + [0.0] * 8)[:, None] - 2.0
-    torch.testing.assert_close(variation.gradient(law.samples), expected)
+    torch.testing.assert_close(variation.gradient(distribution.samples), expected)
 
 
 def test_active_samples_are_those_of_the_utility():
@@ -175,15 +168,17 @@ def differentiated(formula, x):
 
 @pytest.mark.parametrize("risk", [0.7, -0.2])
 def test_mean_variance(risk):
-    functional, law = MeanVariance(BENT, risk), Law(None, CLOUD)
+    functional, distribution = MeanVariance(BENT, risk), Distribution(None, CLOUD)
     rewards = BENT.value(CLOUD)
     mean = rewards.mean()
-    assert functional.value(law) == pytest.approx(float(mean - risk * rewards.var(correction=0)), rel=1e-13)
+    assert functional.value(distribution) == pytest.approx(
+        float(mean - risk * rewards.var(correction=0)), rel=1e-13
+    )
 
     def formula(x):
         return BENT.value(x) - risk * (BENT.value(x) ** 2 - 2 * mean * BENT.value(x))
 
-    variation = functional.linearise(law)
+    variation = functional.linearise(distribution)
     torch.testing.assert_close(variation.value(CLOUD), formula(CLOUD))
     torch.testing.assert_close(variation.gradient(CLOUD), differentiated(formula, CLOUD))
     with pytest.raises(ValueError, match="must be finite, got risk=nan"):
@@ -192,15 +187,15 @@ def test_mean_variance(risk):
 
 def test_log_barrier():
     cost = Quadratic([0.2, 0.1], [[-0.3, 0.0], [0.0, -0.1]])
-    functional, law = LogBarrier(BENT, cost, bound=1.0, strength=0.3), Law(None, CLOUD)
+    functional, distribution = LogBarrier(BENT, cost, bound=1.0, strength=0.3), Distribution(None, CLOUD)
     slack = 1.0 - float(cost(CLOUD).mean())
     expected = float(BENT(CLOUD).mean()) + 0.3 * np.log(slack)
-    assert functional.value(law) == pytest.approx(expected, rel=1e-13)
+    assert functional.value(distribution) == pytest.approx(expected, rel=1e-13)
 
     def formula(x):
         return BENT.value(x) - 0.3 / slack * cost.value(x)
 
-    variation = functional.linearise(law)
+    variation = functional.linearise(distribution)
     torch.testing.assert_close(variation.value(CLOUD), formula(CLOUD))
     torch.testing.assert_close(variation.gradient(CLOUD), differentiated(formula, CLOUD))
     # Away from the cost: the paper's sign would move towards it.
@@ -210,12 +205,12 @@ def test_log_barrier():
 
 def test_an_infeasible_barrier_names_cost_and_bound():
     functional = LogBarrier(COORDINATE, COORDINATE, bound=1.5)
-    law = on_points([1.0, 2.0, 3.0])
+    distribution = on_points([1.0, 2.0, 3.0])
     uniform = np.log(np.full(3, 1 / 3))
-    finite = FiniteLaw(law.samples, uniform, uniform)
+    finite = FiniteDistribution(distribution.samples, uniform, uniform)
     for call, at in (
-        (functional.value, law),
-        (functional.linearise, law),
+        (functional.value, distribution),
+        (functional.linearise, distribution),
         (functional.finite_value, finite),
         (functional.finite_variation, finite),
     ):
@@ -233,13 +228,13 @@ paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 
 @paths
 def test_the_value_of_entropy_against_the_closed_form(path):
-    law, count = pushforward(path, P, 0.0, 1.0), 2000
-    x = law.sample(count, generator(0))
-    surprise = -law.log_density(x)
-    value = Entropy().value(Law(MixtureFlow(path, P), x))
+    distribution, count = pushforward(path, P, 0.0, 1.0), 2000
+    x = distribution.sample(count, generator(0))
+    surprise = -distribution.log_density(x)
+    value = Entropy().value(Distribution(MixtureFlow(path, P), x))
     # On these samples: the log-likelihoods' error of less than 1e-3. Over samples: four standard errors.
     assert value == pytest.approx(float(surprise.mean()), abs=1e-3)
-    exact = 1 + np.log(2 * np.pi) + 0.5 * float(torch.logdet(law.covariance))
+    exact = 1 + np.log(2 * np.pi) + 0.5 * float(torch.logdet(distribution.covariance))
     assert value == pytest.approx(exact, abs=4 * float(surprise.std()) / count**0.5 + 1e-3)
 
 
@@ -250,7 +245,7 @@ def test_the_gradient_of_entropy_is_minus_the_score(path):
     exact = (x - P.mean) @ torch.linalg.inv(P.covariance)
     errors = []
     for gap in (0.01, 0.002, 0.001, 0.0005):
-        found = Entropy(1 - gap).linearise(Law(MixtureFlow(path, P), x)).gradient(x)
+        found = Entropy(1 - gap).linearise(Distribution(MixtureFlow(path, P), x)).gradient(x)
         errors.append(float((found - exact).norm() / exact.norm()))
     assert Entropy().score_time == 0.99
     assert errors[0] < 0.03
@@ -262,7 +257,7 @@ MODES = [P, Mixture.gaussian([-0.8, 0.4], [[0.5, -0.1], [-0.1, 0.9]])]
 
 def log_ratio(x, modes):
     """``log p_z - log mean_k p_k`` by exact densities."""
-    logs = torch.stack([law.log_density(x) for law in MODES])
+    logs = torch.stack([distribution.log_density(x) for distribution in MODES])
     return logs[modes, torch.arange(len(x))] - torch.logsumexp(logs, 0) + np.log(2)
 
 
@@ -273,11 +268,11 @@ def test_diverse_modes_against_exact_densities():
     errors = []
     for margin in (1e-4, 1e-6):
         functional = DiverseModes(2, 1 - margin, OdeSettings(margin=margin))
-        variation = functional.linearise(Law(model, CLOUD, modes))
+        variation = functional.linearise(Distribution(model, CLOUD, modes))
         values, gradient = variation.value(CLOUD, modes), variation.gradient(CLOUD, modes)
         errors.append([float((values - log_ratio(CLOUD, modes)).abs().max())])
         errors[-1].append(float((gradient - expected).abs().max()))
-        value = functional.value(Law(model, CLOUD, modes))
+        value = functional.value(Distribution(model, CLOUD, modes))
         assert value == pytest.approx(float(log_ratio(CLOUD, modes).mean()), abs=errors[-1][0])
     # Of first order in the distance kept from both ends of time, and nothing else.
     assert max(errors[1]) < 1e-4
@@ -287,10 +282,12 @@ def test_diverse_modes_against_exact_densities():
 def test_distant_modes_tell_everything_and_equal_ones_nothing():
     far = ModeFlow(PATHS["linear"], [Mixture.gaussian([s, 0.0], np.eye(2)) for s in (-9.0, 9.0)])
     modes = torch.arange(20) % 2
-    x = torch.stack([law.sample(20, generator(k)) for k, law in enumerate(far.laws)])[modes, torch.arange(20)]
-    assert DiverseModes(2).value(Law(far, x, modes)) == pytest.approx(np.log(2), abs=1e-6)
+    x = torch.stack(
+        [distribution.sample(20, generator(k)) for k, distribution in enumerate(far.distributions)]
+    )[modes, torch.arange(20)]
+    assert DiverseModes(2).value(Distribution(far, x, modes)) == pytest.approx(np.log(2), abs=1e-6)
     same = ModeFlow(PATHS["linear"], [P, P])
-    assert DiverseModes(2).value(Law(same, x, modes)) == pytest.approx(0, abs=1e-12)
+    assert DiverseModes(2).value(Distribution(same, x, modes)) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -306,21 +303,23 @@ def test_distant_modes_tell_everything_and_equal_ones_nothing():
 def test_diverse_modes_need_a_mode_for_each_sample(context, shown):
     model = ModeFlow(PATHS["linear"], MODES)
     with pytest.raises(ValueError, match=f"one integer from 0 to 1 for each sample, got .*{shown}"):
-        DiverseModes(2).linearise(Law(model, CLOUD, context))
+        DiverseModes(2).linearise(Distribution(model, CLOUD, context))
 
 
-def test_diverse_modes_of_a_finite_law_are_the_mutual_information():
+def test_diverse_modes_of_a_finite_distribution_are_the_mutual_information():
     """``sum p(x, z) log p(x, z) / (p(x) p(z))`` over a table."""
     table = np.random.default_rng(0).dirichlet(np.ones(15)).reshape(3, 5)
     points = tensor(np.tile(np.arange(5.0), 3))[:, None]
-    law = FiniteLaw(points, np.log(table.ravel()), np.zeros(15), np.repeat(np.arange(3), 5))
+    distribution = FiniteDistribution(points, np.log(table.ravel()), np.zeros(15), np.repeat(np.arange(3), 5))
     ratio = np.log(table / (table.sum(0) * table.sum(1, keepdims=True)))
-    assert DiverseModes(3).finite_value(law) == pytest.approx(float((table * ratio).sum()), rel=1e-12)
-    np.testing.assert_allclose(DiverseModes(3).finite_variation(law), ratio.ravel(), atol=1e-13)
+    assert DiverseModes(3).finite_value(distribution) == pytest.approx(
+        float((table * ratio).sum()), rel=1e-12
+    )
+    np.testing.assert_allclose(DiverseModes(3).finite_variation(distribution), ratio.ravel(), atol=1e-13)
     with pytest.raises(ValueError, match="modes from 0 to 2"):
-        DiverseModes(2).finite_value(law)
+        DiverseModes(2).finite_value(distribution)
     with pytest.raises(ValueError, match="give it modes"):
-        DiverseModes(2).finite_value(FiniteLaw(points, law.log_p, law.log_p))
+        DiverseModes(2).finite_value(FiniteDistribution(points, distribution.log_p, distribution.log_p))
 
 
 def test_fewer_than_two_modes_are_refused():

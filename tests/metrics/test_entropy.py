@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binom, norm
 
 from flowtilt.metrics.entropy import histogram_entropy, likelihood_entropy
 
@@ -21,7 +22,7 @@ def test_histogram_entropy_counts_cells():
     assert histogram_entropy(np.repeat(centres, 3, axis=0), extent=2.0, bins=4) == pytest.approx(math.log(8))
 
 
-def test_histogram_entropy_of_a_gaussian_is_that_of_the_law_and_of_the_cells():
+def test_histogram_entropy_of_a_gaussian_is_that_of_the_distribution_and_of_the_cells():
     """Less the Miller bias of (occupied cells - 1) / 2n; five standard errors of 1 / sqrt(n)."""
     n, extent, bins = 400_000, 5.0, 40
     x = np.random.default_rng(1).normal(size=(n, 2))
@@ -30,7 +31,7 @@ def test_histogram_entropy_of_a_gaussian_is_that_of_the_law_and_of_the_cells():
     occupied = np.count_nonzero(np.histogram2d(x[:, 0], x[:, 1], bins=[edges, edges])[0])
     cells = 2 * math.log(bins / (2 * extent))
     bias = (occupied - 1) / (2 * n)
-    # Cells of h = 0.25 add the curvature term h^2 / 24 * 2 = 0.005 to the entropy of the cells' law.
+    # Cells of h = 0.25 add the curvature term h^2 / 24 * 2 = 0.005 to the entropy of the cells' distribution.
     curvature = 2 * (2 * extent / bins) ** 2 / 24
     assert found == pytest.approx(
         math.log(2 * math.pi * math.e) + cells - bias + curvature, abs=5 / math.sqrt(n)
@@ -55,3 +56,26 @@ def test_bad_input_is_explained():
         likelihood_entropy([])
     with pytest.raises(ValueError, match="finite log-densities; 1 are not"):
         likelihood_entropy([0.0, math.nan])
+
+
+def test_histogram_entropy_of_the_official_example_by_its_estimator():
+    """Ten parts of N(0, I) and one of N((3, 3), 0.09 I): 3,000 points in 200 x 200 cells give 7.56.
+
+    The expectation is a sum over cells, whose counts are binomial.
+    """
+    generator, n = np.random.default_rng(3), 3000
+    edges = np.linspace(-6, 6, 201)
+    one = np.diff(norm.cdf(edges))
+    two = np.diff(norm.cdf((edges - 3) / 0.3))
+    cells = (10 * np.outer(one, one) + np.outer(two, two)) / 11
+    counts = np.arange(1, 40)
+    term = -(counts / n) * np.log(counts / n)
+    expected = sum(float(binom.pmf(c, n, cells).sum()) * t for c, t in zip(counts, term, strict=True))
+    found = []
+    for _ in range(20):
+        small = generator.random(n) < 1 / 11
+        x = generator.normal(size=(n, 2))
+        x[small] = 3 + 0.3 * x[small]
+        found.append(histogram_entropy(x, 6.0, 200))
+    assert np.mean(found) == pytest.approx(expected, abs=5 * np.std(found) / math.sqrt(20))
+    assert expected == pytest.approx(7.56, abs=0.01)

@@ -9,13 +9,13 @@ from scipy.stats import norm
 from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
 
 TAIL_MEANS = {"lower": lower_tail_mean, "upper": upper_tail_mean}
-sides = pytest.mark.parametrize("side", TAIL_MEANS)
+tails = pytest.mark.parametrize("tail", TAIL_MEANS)
 
 
-def fill_tail(values, weights, mass, side):
+def fill_tail(values, weights, mass, tail):
     """Exact tail mean in rational arithmetic: sort, take weights from one end, the last one in part."""
     total = sum(weights)
-    pairs = sorted(zip(values, weights, strict=True), reverse=side == "upper")
+    pairs = sorted(zip(values, weights, strict=True), reverse=tail == "upper")
     left, sum_ = Fraction(mass), Fraction(0)
     for value, weight in pairs:
         taken = min(left, Fraction(weight, total))
@@ -36,24 +36,24 @@ def samples(draw):
     return values, weights, mass
 
 
-@sides
+@tails
 @given(sample=samples())
-def test_tail_means_against_exact_rational_sums(side, sample):
+def test_tail_means_against_exact_rational_sums(tail, sample):
     values, weights, mass = sample
-    found = TAIL_MEANS[side](values, mass, weights)
+    found = TAIL_MEANS[tail](values, mass, weights)
     # Cumulative weights are rounded at 1e-16; at the boundary that moves 1e-16 / mass of the tail.
     scale = max(1.0, np.ptp(values))
-    assert found == pytest.approx(fill_tail(values, weights, mass, side), abs=1e-14 * scale / mass, rel=1e-12)
+    assert found == pytest.approx(fill_tail(values, weights, mass, tail), abs=1e-14 * scale / mass, rel=1e-12)
 
 
-@sides
+@tails
 @given(sample=samples())
-def test_equal_weights_are_the_default_and_integer_weights_are_repetitions(side, sample):
+def test_equal_weights_are_the_default_and_integer_weights_are_repetitions(tail, sample):
     values, weights, mass = sample
     repeated = np.repeat(values, weights)
     tolerance = 1e-14 * max(1.0, np.ptp(values)) / mass
-    weighted = TAIL_MEANS[side](values, mass, weights)
-    assert TAIL_MEANS[side](repeated, mass) == pytest.approx(weighted, abs=tolerance, rel=1e-12)
+    weighted = TAIL_MEANS[tail](values, mass, weights)
+    assert TAIL_MEANS[tail](repeated, mass) == pytest.approx(weighted, abs=tolerance, rel=1e-12)
 
 
 @given(sample=samples())
@@ -111,16 +111,16 @@ def test_quantiles_on_a_boundary_are_the_lower_value():
     assert quantile([5.0, 7.0], 1e-12, [0.0, 1.0]) == 7.0
 
 
-@sides
+@tails
 @pytest.mark.parametrize("mass", [0.01, 0.3, 0.9])
-def test_tail_means_of_a_gridded_normal_density(side, mass):
+def test_tail_means_of_a_gridded_normal_density(tail, mass):
     """``E[Z | Z < q] = -phi(q) / mass``, on a grid as the exact rows use it."""
     x = np.linspace(-9, 9, 20_001)
-    found = TAIL_MEANS[side](x, mass, norm.pdf(x))
+    found = TAIL_MEANS[tail](x, mass, norm.pdf(x))
     exact = norm.pdf(norm.ppf(mass)) / mass
     # The trapezoidal rule is exact here; the boundary cell is off by part of a spacing of 9e-4, times its
     # own share of the tail.
-    assert (found if side == "upper" else -found) == pytest.approx(exact, abs=1e-6)
+    assert (found if tail == "upper" else -found) == pytest.approx(exact, abs=1e-6)
 
 
 @pytest.mark.parametrize("function", [*TAIL_MEANS.values(), quantile])

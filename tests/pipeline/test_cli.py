@@ -72,9 +72,9 @@ def test_all_stages_in_a_row(folder: Folder) -> None:
     assert not list(folder.path.rglob("*.tmp*"))
 
 
-def solved(folder: Folder, layer: str) -> dict[str, dict[str, float]]:
+def solved(folder: Folder, solution: str) -> dict[str, dict[str, float]]:
     """The rows that are solved on the grid."""
-    rows: dict[str, dict[str, float]] = json.loads(folder.file(layer, "metrics.json").read_text())["rows"]
+    rows: dict[str, dict[str, float]] = json.loads(folder.file(solution, "metrics.json").read_text())["rows"]
     return rows
 
 
@@ -181,9 +181,9 @@ def test_a_threshold_that_is_not_there(folder: Folder, capsys: pytest.CaptureFix
 
 def test_bad_level_and_alpha_reach_the_user_whole(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     data = yaml.safe_load(folder.config.read_text())
-    data["objective"]["level"] = 1.5
+    data["objective"]["mass"] = 1.5
     folder.config.write_text(yaml.safe_dump(data))
-    fails(capsys, folder.finetune("am"), str(folder.config), "objective.level", "less than 1")
+    fails(capsys, folder.finetune("am"), str(folder.config), "objective.mass", "less than 1")
 
 
 @pytest.mark.parametrize(

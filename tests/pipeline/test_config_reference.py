@@ -23,7 +23,7 @@ from flowtilt.pipeline.cli import main
 from flowtilt.pipeline.config import OverridesConfig, WorkflowConfig
 from flowtilt.pipeline.config_reference import anchor, chapters, field_texts, reference
 from flowtilt.pipeline.configuration import Section
-from flowtilt.pipeline.experiment import load_file
+from flowtilt.pipeline.experiment import Skip, load_file
 from small import CONFIG
 
 ROOT = CONFIG.parent
@@ -84,13 +84,14 @@ def test_every_key_of_an_experiment_is_in_the_reference(file: Path) -> None:
 
 
 def test_keys_of_the_workflow_are_those_that_it_takes() -> None:
-    rows = dict(tables())["The workflow: `config.yaml`"]
-    assert [row[0].strip("`") for row in rows if not row[0].startswith("`overrides.")] == [
-        *WorkflowConfig.model_fields
-    ]
-    assert {row[0].strip("`") for row in rows if row[0].startswith("`overrides.")} == {
-        f"overrides.{key}" for key in OverridesConfig.model_fields
-    }
+    found = dict(tables())
+    rows = found["The workflow: `config.yaml`"]
+    for own, kind in (
+        (rows, WorkflowConfig),
+        (found["`overrides`"], OverridesConfig),
+        (found["`overrides.skip`"], Skip),
+    ):
+        assert [row[0].strip("`") for row in own] == [*kind.model_fields]
     required = {row[0].strip("`") for row in rows if row[2] == "*required*"}
     assert required == {key for key, field in WorkflowConfig.model_fields.items() if field.is_required()}
 

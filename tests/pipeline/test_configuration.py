@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from flowtilt.pipeline.cli import main
 from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import (
     ConfigError,
+    Section,
     check_case_name,
     check_name,
     merge,
@@ -22,7 +24,7 @@ from flowtilt.pipeline.configuration import (
     workflow_config,
 )
 from flowtilt.pipeline.experiment import load_file, load_resolved
-from flowtilt.pipeline.sections import check_methods
+from flowtilt.pipeline.sections import LEVEL, check_methods
 from flowtilt.pipeline.theory.config import load_theory
 from flowtilt.yaml_files import dump_yaml
 from small import CONFIG, in_plane
@@ -88,7 +90,7 @@ AM: dict[str, Any] = {"kind": "am"}
     [
         ("risk_averse_2d", {"methods": {"my method": AM}}, "methods.my method"),
         ("risk_averse_2d", {"methods": {"..": AM}}, "methods..."),
-        ("risk_averse_2d", {"base": "../x"}, "base"),
+        ("risk_averse_2d", {"starts_from": "../x"}, "starts_from"),
         ("ot_2d", {"methods": {"am (5)": AM}}, "methods.am (5)"),
         (
             "ot_2d",
@@ -116,6 +118,37 @@ def test_names_are_checked_when_a_file_is_read(
         load_file(path)
     assert f"{path}" in str(caught.value)
     assert f"key {key}: a name must be 1 to 80 letters" in str(caught.value)
+
+
+OLD_KEYS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("base", "starts_from", "risk_averse_2d", {"base": "novelty_2d"}),
+    ("objective.level", LEVEL, "risk_averse_2d", {"objective": {"level": 0.01}}),
+    ("objective.level", LEVEL, "molecules_qm9", {"objective": {"level": 0.998}}),
+    ("methods.tfft.level", LEVEL, "molecules_qm9", {"methods": {"tfft": {"level": 0.9}}}),
+    ("methods.tfft.rise", "narrowing", "molecules_qm9", {"methods": {"tfft": {"rise": 0.5}}}),
+    ("evaluation.pictures", "images", "text_to_image_entropy", {"evaluation": {"pictures": 10}}),
+    ("problems.gaussian.law", "distribution", "threshold", {"problems": {"gaussian": {"law": {}}}}),
+]
+
+
+def test_a_key_of_an_earlier_version_is_answered_with_its_new_name(tmp_path: Path) -> None:
+    for key, new, file, change in OLD_KEYS:
+        kind, load = ("theory", load_theory) if file == "threshold" else ("experiments", load_file)
+        path = changed(tmp_path, file, change, kind)
+        with pytest.raises(ConfigError) as caught:
+            load(path)  # type: ignore[operator]
+        assert f"{path}: key {key}: has been renamed to {new}" in str(caught.value)
+    # Domains are imported as their files are read.
+    assert {key.rpartition(".")[2] for key, *_ in OLD_KEYS} == {
+        key for one in sections(Section) for key in one.renamed
+    }
+
+
+def sections(kind: type[Section]) -> Iterator[type[Section]]:
+    """A section and all that derive from it."""
+    yield kind
+    for own in kind.__subclasses__():
+        yield from sections(own)
 
 
 def test_names_of_files_are_checked_when_they_are_read(tmp_path: Path) -> None:
@@ -224,7 +257,7 @@ def test_what_is_skipped_is_named_once(skip: dict[str, Any]) -> None:
     [
         ({"shift": {"deltas": [0.1, 0.1]}}, "key shift.deltas: 0.1 occurs twice"),
         ({"shift": {"deltas": [1, 1.0]}}, "key shift.deltas: 1.0 occurs twice"),
-        ({"problems": {"one law": {}}}, "key problems.one law"),
+        ({"problems": {"one distribution": {}}}, "key problems.one distribution"),
     ],
 )
 def test_studies_of_the_theory_are_held_to_the_same(change: dict[str, Any], said: str) -> None:
@@ -316,7 +349,7 @@ def test_a_json_mapping_with_a_key_twice_is_refused(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("change", "key", "said"),
     [
-        ({"objective": {"level": "8e-1"}}, "objective.level", "must be a number, and text was given"),
+        ({"objective": {"mass": "8e-1"}}, "objective.mass", "must be a number, and text was given"),
         ({"solver": {"updates": True}}, "solver.updates", "must be a number, and true or false was given"),
         ({"solver": {"learning_rate": True}}, "solver.learning_rate", "must be a number"),
         ({"solver": {"updates": "10"}}, "solver.updates", "must be a number, and text was given"),
@@ -363,26 +396,24 @@ def settings(given: list[Path], *config: str, replaced: bool = False) -> SimpleN
 def test_the_configuration_is_merged_as_snakemake_merges_it(tmp_path: Path) -> None:
     own, one, two = (tmp_path / f"{name}.yaml" for name in ("config", "one", "two"))
     own.write_text("results: res\ngpu: 1\noverrides: {seeds: 5, solver: {pool: 8}}\n")
-    one.write_text("overrides: {seeds: 3, objective: {level: 8e-1}}\n")
+    one.write_text("overrides: {seeds: 3, objective: {mass: 8e-1}}\n")
     two.write_text("overrides: {seeds: 2}\n")
     files = [one, two, own]  # as in workflow.configfiles
-    expected = {"seeds": 2, "solver": {"pool": 8}, "objective": {"level": 0.8}}
+    expected = {"seeds": 2, "solver": {"pool": 8}, "objective": {"mass": 0.8}}
     assert workflow_config(files, settings([one, two]), {}) == {
         "results": "res",
         "gpu": 1,
         "overrides": expected,
     }
     assert workflow_config(files, settings([one, two], replaced=True), {}) == {
-        "overrides": {"seeds": 2, "objective": {"level": 0.8}}
+        "overrides": {"seeds": 2, "objective": {"mass": 0.8}}
     }
-    last = settings(
-        [one, two], "overrides={seeds: 1, objective: {level: 7e-1}}", "results='010'", "theory=[]"
-    )
+    last = settings([one, two], "overrides={seeds: 1, objective: {mass: 7e-1}}", "results='010'", "theory=[]")
     assert workflow_config(files, last, {}) == {
         "results": "010",
         "gpu": 1,
         "theory": [],
-        "overrides": {"seeds": 1, "solver": {"pool": 8}, "objective": {"level": 0.7}},
+        "overrides": {"seeds": 1, "solver": {"pool": 8}, "objective": {"mass": 0.7}},
     }
 
 

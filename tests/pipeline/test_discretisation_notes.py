@@ -34,5 +34,5 @@ def test_molecules_have_their_time_grid_and_name_methods_that_differ() -> None:
 
 
 @pytest.mark.parametrize("name", ["text_to_image_left_tail", "text_to_image_entropy"])
-def test_pictures_have_the_noise_schedule(name: str) -> None:
+def test_images_have_the_noise_schedule(name: str) -> None:
     assert note_of(name).startswith("Discretisation: ")

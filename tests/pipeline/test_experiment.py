@@ -14,7 +14,7 @@ from small import CONFIG, in_plane
 
 EXPERIMENTS = CONFIG / "experiments"
 RISK = EXPERIMENTS / "risk_averse_2d.yaml"
-TAIL: dict[str, Any] = {"utility": {"kind": "cvar", "level": 0.2}, "divergence": {"kind": "kl"}}
+TAIL: dict[str, Any] = {"utility": {"kind": "cvar", "mass": 0.2}, "divergence": {"kind": "kl"}}
 
 
 def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
@@ -36,14 +36,14 @@ def test_every_shipped_file_loads_and_survives_a_round_trip(file: Path, tmp_path
 @pytest.mark.parametrize(
     ("change", "key", "hint"),
     [
-        ({"objective": {"level": 1.0}}, "objective.level", "less than 1"),
-        ({"objective": {"level": 0.0}}, "objective.level", "greater than 0"),
-        ({"objective": {"level": -0.1}}, "objective.level", "greater than 0"),
+        ({"objective": {"mass": 1.0}}, "objective.mass", "less than 1"),
+        ({"objective": {"mass": 0.0}}, "objective.mass", "greater than 0"),
+        ({"objective": {"mass": -0.1}}, "objective.mass", "greater than 0"),
         ({"objective": {"alpha": 0.0}}, "objective.alpha", "greater than 0"),
         ({"objective": {"alpha": -1.0}}, "objective.alpha", "greater than 0"),
         ({"seeds": 0}, "seeds", "at least 1"),
         ({"seeds": []}, "seeds", "at least 1"),
-        ({"objective": {"lvl": 0.1}}, "objective.lvl", "known keys here: tail, level, alpha"),
+        ({"objective": {"lvl": 0.1}}, "objective.lvl", "known keys here: tail, mass, alpha"),
         ({"colour": "red"}, "colour", "known keys here: name"),
         ({"solver": {"pool": 1}}, "solver", "must be at least batch"),
         ({"solver": {"batch": 1}}, "solver.batch", "greater than or equal to 2"),
@@ -92,13 +92,9 @@ def test_errors_name_the_file_the_key_and_the_fix(
         ),
         ({"methods": {"t": {"kind": "tfft", "objective": TAIL}}, "reward": None}, "(whole file)", "a reward"),
         (
-            {
-                "methods": {
-                    "t": {"kind": "tfft", "objective": {**TAIL, "utility": {"kind": "sq", "level": 1}}}
-                }
-            },
+            {"methods": {"t": {"kind": "tfft", "objective": {**TAIL, "utility": {"kind": "sq", "mass": 1}}}}},
             "(whole file)",
-            "level: between 0 and 1",
+            "mass: between 0 and 1",
         ),
         (
             {"methods": {"am": {"solver": {"bnk": 3}}}},
@@ -147,10 +143,10 @@ def test_errors_of_functional_experiments(
 
 
 @pytest.mark.parametrize(
-    ("utility", "level", "spec"), [("cvar", 0.2, ("lower", 0.2, 3.0)), ("sq", 0.75, ("upper", 0.25, 3.0))]
+    ("utility", "mass", "spec"), [("cvar", 0.2, ("lower", 0.2, 3.0)), ("sq", 0.25, ("upper", 0.25, 3.0))]
 )
-def test_tail_of_a_method_on_a_functional(utility: str, level: float, spec: tuple[str, float, float]) -> None:
-    objective = {**TAIL, "utility": {"kind": utility, "level": level}}
+def test_tail_of_a_method_on_a_functional(utility: str, mass: float, spec: tuple[str, float, float]) -> None:
+    objective = {**TAIL, "utility": {"kind": utility, "mass": mass}}
     tfft = {"kind": "tfft", "objective": objective}
     (experiment,) = load_file(EXPERIMENTS / "ot_2d.yaml", in_plane(methods={"tfft": tfft})).values()
     assert experiment.tail_of("tfft") == spec
@@ -223,7 +219,7 @@ def test_a_study_changes_only_what_its_case_says() -> None:
     (parent,) = load_file(RISK).values()
     narrow, wide = cases["resolution_2d/stripes-0.05"], cases["resolution_2d/stripes-0.48"]
     assert narrow.reward == parent.reward
-    assert narrow.base == wide.base == "risk_averse_2d"
+    assert narrow.starts_from == wide.starts_from == "risk_averse_2d"
     assert wide.reward.width == 0.48
     assert wide.reward.bump == parent.reward.bump
     assert narrow.solver == parent.solver
@@ -304,10 +300,10 @@ def test_digests_change_with_what_a_stage_reads_and_with_nothing_else() -> None:
         assert stage_digest(before, stage) == stage_digest(fewer, stage)
 
 
-def test_metric_names_follow_the_level() -> None:
+def test_metric_names_follow_the_mass() -> None:
     (experiment,) = load_file(RISK).values()
     assert (experiment.main_metric, experiment.mean_metric) == ("worst_1pct_cost", "mean_cost")
-    (upper,) = load_file(EXPERIMENTS / "novelty_2d.yaml", in_plane(objective={"level": 0.998})).values()
+    (upper,) = load_file(EXPERIMENTS / "novelty_2d.yaml", in_plane(objective={"mass": 0.002})).values()
     assert upper.main_metric == "top_0.2pct_reward"
     (functional,) = load_file(EXPERIMENTS / "ot_2d.yaml").values()
     assert (functional.main_metric, functional.mean_metric) == ("functional", "mean_reward")

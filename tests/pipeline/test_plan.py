@@ -149,7 +149,7 @@ def test_files_of_a_tail_in_the_plane(planned: Callable[..., Plan]) -> None:
         for name in ("threshold.json", "model.safetensors", "history.csv", "samples.npz", "metrics.json")
     }
     for rows in ("exact", "resolved"):
-        assert {f"{run}/{rows}/seed0/metrics.json", f"{run}/{rows}/seed0/laws.npz"} <= set(files)
+        assert {f"{run}/{rows}/seed0/metrics.json", f"{run}/{rows}/seed0/distributions.npz"} <= set(files)
     assert f"{run}/pretrained/seed0/density.npz" in files
     assert f"{run}/pretrained/seed0/offline.npz" not in files  # made where a threshold takes it, and no more
     assert not [file for file in files if "seed2" in file]
@@ -169,7 +169,7 @@ def test_files_of_a_tail_in_the_plane(planned: Callable[..., Plan]) -> None:
 
 def test_files_of_other_kinds_of_experiments(whole: Plan) -> None:
     run = "results/runs/ot_2d/fdc_dA/seed0"
-    made = ("model.safetensors", "history.csv", "samples.npz", "metrics.json", "laws.npz")
+    made = ("model.safetensors", "history.csv", "samples.npz", "metrics.json", "distributions.npz")
     assert [file for file in whole.run_files("ot_2d") if file.startswith(f"{run}/")] == [
         f"{run}/{name}" for name in made
     ]
@@ -225,8 +225,8 @@ def test_what_tables_are_made_from(whole: Plan) -> None:
     weighted = "results/runs/solvers_2d/entropy/weighted_fitting_500/seed0"
     assert {f"{weighted}/metrics.json", f"{weighted}/history.csv"} <= {*solvers}
     base = "results/runs/molecules_qm9"
-    levels = {f"{base}/{run}/seed0/metrics.json" for run in ("pretrained", "am", "tfft", "tfft_0.8_fitted")}
-    assert levels <= {*whole.read_by_table("molecules_tail_sweep")}
+    compared = {f"{base}/{run}/seed0/metrics.json" for run in ("pretrained", "am", "tfft", "tfft_0.8_fitted")}
+    assert compared <= {*whole.read_by_table("molecules_tail_sweep")}
     assert {*whole.read_by_table("ot_2d")} == {*whole.run_files("ot_2d", "metrics.json")}
     assert {*whole.run_files("ot_2d"), "results/resolution.json"} <= {*whole.read_by_figures("ot_2d")}
 
@@ -281,9 +281,9 @@ JOBS: list[tuple[str, dict[str, str], dict[str, Any], dict[str, str]]] = [
         {"density": f"{RISK}/pretrained/seed1/density.npz", "resolution": "results/resolution.json"},
         {
             "metrics": f"{RISK}/exact/seed1/metrics.json",
-            "laws": f"{RISK}/exact/seed1/laws.npz",
+            "distributions": f"{RISK}/exact/seed1/distributions.npz",
             "resolved_metrics": f"{RISK}/resolved/seed1/metrics.json",
-            "resolved_laws": f"{RISK}/resolved/seed1/laws.npz",
+            "resolved_distributions": f"{RISK}/resolved/seed1/distributions.npz",
         },
     ),
     ("molecules_data", {}, {}, {"molecules": "results/data/qm9.npz"}),
@@ -460,7 +460,7 @@ def test_the_runs_of_a_file_are_measured_together(whole: Plan) -> None:
         f"OMP_NUM_THREADS=1 flowtilt measure {whole.config_files[config.name]} --seed 3 --results results "
         "--workers 1"
     )
-    assert set(rule_of(whole, "planar_measure_ot_2d").outputs) == {"samples", "metrics", "laws"}
+    assert set(rule_of(whole, "planar_measure_ot_2d").outputs) == {"samples", "metrics", "distributions"}
     cases = rule_of(whole, "planar_measure_iterations_2d")
     assert f"{RISK}/pretrained/seed3/density.npz" in cases.inputs(seed="3")["runs"]
 
@@ -854,7 +854,7 @@ def test_overrides_of_a_study_that_is_not_run_are_left_aside(planned: Callable[.
 @pytest.mark.parametrize(
     ("name", "key", "value", "words"),
     [
-        ("risk_averse_2d", "objective.level", 1.0, ("risk_averse_2d.yaml: key objective.level",)),
+        ("risk_averse_2d", "objective.mass", 1.0, ("risk_averse_2d.yaml: key objective.mass",)),
         ("risk_averse_2d", "objective.alpha", -1.0, ("key objective.alpha",)),
         ("risk_averse_2d", "solver.update", 3, ("key solver.update",)),
         ("risk_averse_2d", "methods.amm", {"kind": "adjoint"}, ("key methods.amm",)),
@@ -892,7 +892,10 @@ def test_an_unknown_parent_of_a_case_is_refused(edited: Callable[..., None]) -> 
     ("objective", "words"),
     [
         ({"utility": {"kind": "entropie"}}, ("key objective.utility: unknown utility 'entropie'", "entropy")),
-        ({"utility": {"kind": "cvar", "lvl": 0.1}}, ("utility cvar: key lvl: unknown; known keys: level",)),
+        (
+            {"utility": {"kind": "cvar", "lvl": 0.1}},
+            ("utility cvar: key lvl: unknown; known keys here: mass",),
+        ),
         ({"divergence": {"kind": "klx"}}, ("key objective.divergence: unknown divergence 'klx'", "renyi")),
     ],
 )

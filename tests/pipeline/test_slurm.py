@@ -11,6 +11,7 @@ from flowtilt.pipeline.slurm import (
     Cluster,
     ClusterError,
     Partition,
+    Submission,
     ask_cluster,
     check_submissions,
     read_minutes,
@@ -48,43 +49,43 @@ def test_partitions_are_read() -> None:
     assert list(read_partitions("\n".join(listed)).values()) == [CPU, GPU, LONG]
 
 
-def test_submissions_that_fit_are_let_through() -> None:
-    submissions = [
-        ("a", {"runtime": 1440, "gpu": 0}),
-        ("b", {"slurm_partition": "long", "runtime": 100000}),
-        ("c", {"slurm_partition": "cpu,gpu", "gpu": 1, "runtime": 2000}),
-        ("d", {"slurm_partition": "elsewhere", "clusters": "other", "gpu": 1}),
-    ]
-    check_submissions(cluster(CPU, LONG, GPU), submissions)
+@pytest.mark.parametrize(
+    ("partition", "asked"),
+    [
+        ("", Submission("a", 1440)),
+        ("long", Submission("b", 100000)),
+        ("cpu,gpu", Submission("c", 2000, gpus=1)),
+    ],
+)
+def test_submissions_that_fit_are_let_through(partition: str, asked: Submission) -> None:
+    check_submissions(cluster(CPU, LONG, GPU), partition, [asked])
 
 
 @pytest.mark.parametrize(
-    ("partitions", "resources", "words"),
+    ("partitions", "named", "asked", "words"),
     [
-        ((LONG, GPU), {}, ("no default", "long, gpu", "SBATCH_PARTITION", "--default-resources")),
-        ((CPU, LONG), {"slurm_partition": "cpus"}, ("no partition cpus", "cpu, long")),
-        ((CPU, GPU), {"gpu": 1}, ("finetune asks for a GPU", "partition cpu", "--config gpu=0")),
-        ((CPU,), {"gres": "gpu:1"}, ("finetune asks for a GPU",)),
-        ((CPU, LONG), {"runtime": 1441}, ("finetune asks for 1441 min", "cpu (1440 min)", "runtime=MINUTES")),
+        ((LONG, GPU), "", {}, ("no default", "long, gpu", "SBATCH_PARTITION", "--default-resources")),
+        ((CPU, LONG), "cpus", {}, ("no partition cpus", "cpu, long")),
+        ((CPU, GPU), "", {"gpus": 1}, ("finetune asks for a GPU", "partition cpu", "--config gpu=0")),
+        ((CPU, LONG), "", {"minutes": 1441}, ("asks for 1441 min", "cpu (1440 min)", "runtime=MINUTES")),
     ],
 )
 def test_a_submission_that_cannot_run_is_refused(
-    partitions: tuple[Partition, ...], resources: dict[str, object], words: tuple[str, ...]
+    partitions: tuple[Partition, ...], named: str, asked: dict[str, int], words: tuple[str, ...]
 ) -> None:
     with pytest.raises(ClusterError) as error:
-        check_submissions(cluster(*partitions), [("finetune", resources)])
+        check_submissions(cluster(*partitions), named, [Submission("finetune", **{"minutes": 10, **asked})])
     for word in words:
         assert word in str(error.value)
 
 
 def test_the_state_of_jobs_is_asked_of_what_remembers_them() -> None:
-    assert status_command(cluster(CPU), "sacct", 20) == "sacct"
-    assert status_command(cluster(CPU), "squeue", 20) == "squeue"
-    assert status_command(cluster(CPU, accounts=False), "sacct", 20) == "squeue"
+    assert status_command(cluster(CPU), 20) == "sacct"
+    assert status_command(cluster(CPU, accounts=False), 20) == "squeue"
     with pytest.raises(ClusterError, match=r"after 200 s \(MinJobAge\).* 240 s"):
-        status_command(cluster(CPU, accounts=False, remembered=200), "sacct", 20)
+        status_command(cluster(CPU, accounts=False, remembered=200), 20)
     with pytest.raises(ClusterError, match="600 s"):
-        status_command(cluster(CPU, accounts=False), "squeue", 200)
+        status_command(cluster(CPU, accounts=False), 200)
 
 
 def set_up_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:

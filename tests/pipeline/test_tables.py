@@ -31,8 +31,8 @@ from flowtilt.files import atomic_path
 from flowtilt.pipeline.experiment import load_file, read_study
 from flowtilt.pipeline.report.comparison import COMPARISON_COLUMNS, comparison, read_reported
 from flowtilt.pipeline.report.measurements import (
-    LAYERS,
     LONG_COLUMNS,
+    SOLUTIONS,
     Method,
     ResultsError,
     Runs,
@@ -64,14 +64,14 @@ from small import CONFIG, in_plane
 
 REPORTED = CONFIG / "reported_results.csv"
 TAILS = {
-    row_name(method, layer): tail
+    row_name(method, solution): tail
     for method, tails in {
         "pretrained": (262.0, 261.0, 261.0),
         "am": (289.0, 92.0, 280.0),
         "fdc": (110.0, 91.0, 105.0),
         "tfft": (95.0, 90.0, 93.0),
     }.items()
-    for layer, tail in zip(LAYERS, tails, strict=True)
+    for solution, tail in zip(SOLUTIONS, tails, strict=True)
 }
 
 
@@ -228,8 +228,8 @@ def _long(lines: list[tuple[str, str, str, int, float]]) -> pd.DataFrame:
 @given(
     st.sampled_from(["am", "fdc_k5", "exactly", "tfft"]), st.sampled_from(["network", "exact", "resolved"])
 )
-def test_row_names_split_back(method: str, layer: str) -> None:
-    assert split_row(row_name(method, layer)) == (method, layer)
+def test_row_names_split_back(method: str, solution: str) -> None:
+    assert split_row(row_name(method, solution)) == (method, solution)
 
 
 # ------------------------------------------------------------------------------- wording
@@ -323,7 +323,7 @@ def test_written_table_reads_back_in_full_precision(results: Path, long: pd.Data
     for column in ("value", "sd", "reported"):
         np.testing.assert_array_equal([float(line[column] or "nan") for line in read], frame[column])
     assert {"gap", "relative_gap"} <= {line["metric"] for line in read}
-    assert {line["layer"] for line in read} == {"network", "exact", "resolved"}
+    assert {line["solution"] for line in read} == {"network", "exact", "resolved"}
     assert sorted(p.name for p in (results / "tables").iterdir()) == ["risk.csv", "risk.md", "risk.tex"]
     assert "± " in (results / "tables/risk.md").read_text(encoding="utf-8")
 
@@ -349,12 +349,12 @@ def test_failure_leaves_the_earlier_table(results: Path) -> None:
 
 def functional_runs(results: Path, changes: dict[str, float]) -> Runs:
     """An experiment on functionals, two seeds, whose networks change G by 8, but those named on seed 1."""
-    runs = made_up_runs("entropy_2d", "reward", mass=1.0, layers=("network", "exact", "optimum"), title="")
+    runs = made_up_runs("entropy_2d", "reward", mass=1.0, solutions=("network", "exact", "optimum"), title="")
     runs = replace(runs, tail_metric="functional", solved_apart=False)
 
-    def value(method: str, layer: str, seed: int) -> dict[str, float | None]:
-        metrics = functional_metrics(method, layer, seed)
-        if layer == "network" and seed == 1 and method in changes:
+    def value(method: str, solution: str, seed: int) -> dict[str, float | None]:
+        metrics = functional_metrics(method, solution, seed)
+        if solution == "network" and seed == 1 and method in changes:
             metrics["functional"] = 1.0 + changes[method]
         return metrics
 
@@ -368,7 +368,7 @@ def test_a_network_that_lowers_its_own_objective_is_named(tmp_path: Path) -> Non
     write_panels(tmp_path / "t", *experiment_table(tmp_path, runs, read_reported(REPORTED)))
     text = (tmp_path / "t.md").read_text()
     assert "- fdc lowers its own G on 1 of 2 seeds: it changes by 3.8 ± 6.0 from that" in text
-    assert "- G rises over that of the pretrained law on every seed under am, tfft." in text
+    assert "- G rises over that of the pretrained distribution on every seed under am, tfft." in text
 
 
 def test_on_a_tail_the_objective_is_compared_with_the_pretrained_one(results: Path) -> None:
@@ -383,7 +383,7 @@ def test_studies_name_what_lowers_its_own_objective(tmp_path: Path) -> None:
     study = width_study(tmp_path, {0.1: 300.0, 0.2: 100.0})
     with_base = replace(study, cases=tuple(replace(c, methods=METHODS[:2]) for c in study.cases))
     for runs, tail in zip(with_base.cases, (300.0, 100.0), strict=True):
-        tails = {row_name(m, layer): 262.0 for m in ("pretrained", "am") for layer in LAYERS}
+        tails = {row_name(m, solution): 262.0 for m in ("pretrained", "am") for solution in SOLUTIONS}
         write_metrics(tmp_path, runs, plain_metrics(runs, tails | {"am": tail}))
     write_panels(tmp_path / "t", *study_table(tmp_path, with_base))
     text = (tmp_path / "t.md").read_text()
@@ -505,7 +505,9 @@ def test_iterations_stand_beside_the_line_of_reference(tmp_path: Path) -> None:
     )
     runs = made_up_runs("iterations/novelty", "reward", methods=methods, of="novelty_2d")
     network = {"fdc_k1": 100.0, "fdc_k2": 300.0, "fdc_k10": 200.0, "tfft": 250.0}
-    tails = {row_name(m, layer): v for m, v in network.items() for layer in ("network", "exact", "resolved")}
+    tails = {
+        row_name(m, solution): v for m, v in network.items() for solution in ("network", "exact", "resolved")
+    }
     write_metrics(tmp_path, runs, plain_metrics(runs, tails))
     study = StudyRuns("iterations", "Iterations", "K", (runs,))
     points = study_points(collect_study(tmp_path, study), study)
@@ -540,7 +542,7 @@ def test_tables_of_all_the_projects_experiments(tmp_path: Path) -> None:
     for file in files:
         for experiment in load_file(file, overrides).values():
             runs = runs_of(experiment)
-            tails = {row_name(m.name, layer): 90.0 for m in runs.methods for layer in LAYERS}
+            tails = {row_name(m.name, solution): 90.0 for m in runs.methods for solution in SOLUTIONS}
             metrics = plain_metrics(runs, tails) if runs.has_tail else functional_metrics
             write_metrics(tmp_path, runs, metrics)
             write_histories(tmp_path, experiment)

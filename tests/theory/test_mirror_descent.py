@@ -19,7 +19,7 @@ from flowtilt.pipeline.theory.mirror_descent import (
     relative_curvature,
     study,
 )
-from flowtilt.theory.laws import excess, gaussian_mixture, kl_divergence, normalise, square_grid
+from flowtilt.theory.distributions import excess, gaussian_mixture, kl_divergence, normalise, square_grid
 from flowtilt.theory.utilities import Entropy, ExpectedReward, KernelMatching, LogBarrier, OptimalDesign
 from small import CONFIG
 
@@ -46,15 +46,15 @@ def tables():
     return study(CONFIGURED)
 
 
-def laws_near(problem, count, seed=0, spread=0.7):
-    """Random laws: the base times the exponential of noise."""
+def distributions_near(problem, count, seed=0, spread=0.7):
+    """Random distributions: the base times the exponential of noise."""
     rng = np.random.default_rng(seed)
     return [
         normalise(problem.log_base + spread * rng.normal(size=problem.log_base.size)) for _ in range(count)
     ]
 
 
-# --------------------------------------------------------------------------- laws and utilities
+# --------------------------------------------------------------------------- distributions and utilities
 
 
 def test_excess_keeps_its_digits_through_zero():
@@ -67,7 +67,7 @@ def test_excess_keeps_its_digits_through_zero():
     np.testing.assert_allclose(excess(d)[5:], d[5:] + np.exp(-d[5:]) - 1, rtol=1e-14)
 
 
-def test_divergence_of_close_laws_is_half_the_weighted_square():
+def test_divergence_of_close_distributions_is_half_the_weighted_square():
     p = np.full(50, 1 / 50)
     change = 1e-10 * np.where(np.arange(50) % 2, 1.0, -1.0)
     kl = kl_divergence(np.log(p) + np.log1p(change), np.log(p))
@@ -77,7 +77,7 @@ def test_divergence_of_close_laws_is_half_the_weighted_square():
 @pytest.mark.parametrize("name", NAMES)
 def test_variation_is_the_derivative_of_the_value(problems, name):
     problem, step = problems[name], 1e-6
-    p = np.exp(laws_near(problem, 1)[0])
+    p = np.exp(distributions_near(problem, 1)[0])
     rng = np.random.default_rng(1)
     for _ in range(3):
         v = p * rng.normal(size=p.size)
@@ -90,7 +90,7 @@ def test_variation_is_the_derivative_of_the_value(problems, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_curvature_is_the_derivative_of_the_variation(problems, name):
     utility, step = problems[name].utility, 1e-6
-    p = np.exp(laws_near(problems[name], 1)[0])
+    p = np.exp(distributions_near(problems[name], 1)[0])
     v = p * np.random.default_rng(2).normal(size=p.size)
     v -= p * v.sum()
     slope = (utility.variation(p + step * v) - utility.variation(p - step * v)) / (2 * step)
@@ -100,7 +100,9 @@ def test_curvature_is_the_derivative_of_the_variation(problems, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_divergence_is_the_distance_from_the_tangent(problems, name):
     utility = problems[name].utility
-    for log_p, log_q in zip(laws_near(problems[name], 5, 3), laws_near(problems[name], 5, 4), strict=True):
+    for log_p, log_q in zip(
+        distributions_near(problems[name], 5, 3), distributions_near(problems[name], 5, 4), strict=True
+    ):
         p, q = np.exp(log_p), np.exp(log_q)
         direct = utility.value(q) + utility.variation(q) @ (p - q) - utility.value(p)
         assert utility.divergence(log_p, log_q) == pytest.approx(direct, abs=1e-12)
@@ -110,20 +112,20 @@ def test_divergence_is_the_distance_from_the_tangent(problems, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_proven_constants_hold_for_random_laws(problems, name):
+def test_proven_constants_hold_for_random_distributions(problems, name):
     problem = problems[name]
     L = problem.utility.smoothness(problem.log_base, problem.alpha) + problem.alpha
     low = problem.utility.strong_concavity + problem.alpha
-    laws = laws_near(problem, 12, 5)
-    for law in laws[:4]:
-        smallest, largest = relative_curvature(problem, law)
+    distributions = distributions_near(problem, 12, 5)
+    for distribution in distributions[:4]:
+        smallest, largest = relative_curvature(problem, distribution)
         assert low * (1 - 1e-9) <= smallest <= largest <= L * (1 + 1e-9)
-    found = ratios(problem, zip(laws[:6], laws[6:], strict=True))
+    found = ratios(problem, zip(distributions[:6], distributions[6:], strict=True))
     assert low * (1 - 1e-9) <= min(found) <= max(found) <= L * (1 + 1e-9)
 
 
 def on_two_cells(size, i, j, share):
-    """Nearly all mass on two cells, so that the law is still positive."""
+    """Nearly all mass on two cells, so that the distribution is still positive."""
     p = np.full(size, 1e-13)
     p[i], p[j] = share, 1 - share
     return np.log(p / p.sum())
@@ -160,17 +162,17 @@ def test_barrier_constant_is_attained_at_its_largest_mean_cost(problems):
     assert largest == pytest.approx(L, rel=1e-6)  # the other cells hold 1e-11 of the mass
 
 
-def test_no_law_above_the_start_has_a_larger_mean_cost(problems):
-    """Laws that push the mean cost up as cheaply as can be: tilts by reward and cost."""
+def test_no_distribution_above_the_start_has_a_larger_mean_cost(problems):
+    """Distributions that push the mean cost up as cheaply as can be: tilts by reward and cost."""
     problem = problems["log_barrier"]
     utility = problem.utility
     most = utility._largest_mean_cost(problem.log_base, problem.alpha)
     start = problem.value(problem.log_base)
     costs = []
     for k in np.linspace(-1.0, 1.0, 2001):
-        law = normalise(problem.log_base + (utility.reward + k * utility.cost) / problem.alpha)
-        if problem.value(law) >= start:
-            costs.append(np.exp(law) @ utility.cost)
+        distribution = normalise(problem.log_base + (utility.reward + k * utility.cost) / problem.alpha)
+        if problem.value(distribution) >= start:
+            costs.append(np.exp(distribution) @ utility.cost)
     # Along the tilts the bound is attained, up to the spacing of k.
     assert most - 0.01 <= max(costs) <= most
 
@@ -201,17 +203,17 @@ def test_optimum_is_certified_and_where_a_long_ascent_ends(problems, optima, nam
     problem, optimum = problems[name], optima[name]
     assert 0 <= problem.certificate(optimum) < 1e-26
     L = problem.utility.smoothness(problem.log_base, problem.alpha) + problem.alpha
-    law = problem.ascend(L, 1500)[-1]
-    np.testing.assert_allclose(np.exp(law), np.exp(optimum), atol=1e-10)
+    distribution = problem.ascend(L, 1500)[-1]
+    np.testing.assert_allclose(np.exp(distribution), np.exp(optimum), atol=1e-10)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_certificate_bounds_the_gap_and_gaps_are_differences_of_values(problems, optima, name):
     problem, optimum = problems[name], optima[name]
-    for law in laws_near(problem, 5, 6, spread=0.2):
-        gap = problem.divergence(law, optimum)
-        assert gap == pytest.approx(problem.value(optimum) - problem.value(law), abs=1e-12)
-        assert gap <= problem.certificate(law) * (1 + 1e-12)
+    for distribution in distributions_near(problem, 5, 6, spread=0.2):
+        gap = problem.divergence(distribution, optimum)
+        assert gap == pytest.approx(problem.value(optimum) - problem.value(distribution), abs=1e-12)
+        assert gap <= problem.certificate(distribution) * (1 + 1e-12)
 
 
 def test_expected_reward_arrives_in_one_step_and_in_closed_form(problems, optima):
@@ -219,10 +221,10 @@ def test_expected_reward_arrives_in_one_step_and_in_closed_form(problems, optima
     tilt = normalise(problem.log_base + problem.utility.reward / problem.alpha)
     np.testing.assert_allclose(optima["expected_reward"], tilt, atol=1e-13)
     np.testing.assert_allclose(problem.ascend(problem.alpha, 1)[-1], tilt, atol=1e-13)
-    for k, law in enumerate(problem.ascend(4 * problem.alpha, 10)):
+    for k, distribution in enumerate(problem.ascend(4 * problem.alpha, 10)):
         share = 1 - 0.75**k
         expected = normalise(problem.log_base + share * problem.utility.reward / problem.alpha)
-        np.testing.assert_allclose(law, expected, atol=1e-13)
+        np.testing.assert_allclose(distribution, expected, atol=1e-13)
 
 
 def test_entropy_iterates_are_powers_of_the_base(problems, optima):
@@ -231,9 +233,9 @@ def test_entropy_iterates_are_powers_of_the_base(problems, optima):
     np.testing.assert_allclose(optima["entropy"], normalise(end * problem.log_base), atol=1e-13)
     L = problem.alpha + problem.utility.weight
     np.testing.assert_allclose(problem.ascend(L, 1)[-1], optima["entropy"], atol=1e-13)
-    for k, law in enumerate(problem.ascend(4 * L, 10)):
+    for k, distribution in enumerate(problem.ascend(4 * L, 10)):
         power = end + (1 - end) * 0.75**k
-        np.testing.assert_allclose(law, normalise(power * problem.log_base), atol=1e-12)
+        np.testing.assert_allclose(distribution, normalise(power * problem.log_base), atol=1e-12)
 
 
 def test_kernel_optimum_solves_its_own_equation(problems, optima):
@@ -313,8 +315,11 @@ def test_fitted_rate_of_a_geometric_sequence():
 
 def test_ratios_leave_out_pairs_that_are_too_close(problems):
     problem = problems["entropy"]
-    law = problem.log_base
-    assert ratios(problem, [(law, law), (law, normalise(law * (1 + 1e-12)))]) == []
+    distribution = problem.log_base
+    assert (
+        ratios(problem, [(distribution, distribution), (distribution, normalise(distribution * (1 + 1e-12)))])
+        == []
+    )
     assert isinstance(problem.utility, Entropy)
     assert isinstance(problems["kernel_matching"].utility, KernelMatching)
     assert isinstance(problems["expected_reward"].utility, ExpectedReward)

@@ -83,7 +83,7 @@ def test_studies_start_without_torch() -> None:
         ("threshold", {"batches": {"sizes": [100, 100, 200]}}, "sizes must rise"),
         ("threshold", {"batches": {"fit_from": 10**6}}, "fit_from (1000000) leaves fewer than three"),
         ("threshold", {"problems": {"gaussian": {"mass": 1.0}}}, "problems.gaussian.mass"),
-        ("threshold", {"problems": {"gaussian": {"law": {"means": []}}}}, "one entry per component"),
+        ("threshold", {"problems": {"gaussian": {"distribution": {"means": []}}}}, "one entry per component"),
         ("threshold", {"shift": {"deltas": [-0.1]}}, "shift.deltas"),
     ],
 )

@@ -21,15 +21,15 @@ from flowtilt.pipeline.theory.thresholds import (
     weighted_slope,
     worst_threshold,
 )
-from flowtilt.theory.reward_laws import RewardLaw, TailDual
+from flowtilt.theory.reward_distributions import RewardDistribution, TailDual
 
-GAUSSIAN = RewardLaw((1.0,), (0.0,), (1.0,))
-CLIPPED = RewardLaw((1.0,), (0.0,), (1.0,), -4.0, 4.0)
-SIDES = ("lower", "upper")
+GAUSSIAN = RewardDistribution((1.0,), (0.0,), (1.0,))
+CLIPPED = RewardDistribution((1.0,), (0.0,), (1.0,), -4.0, 4.0)
+TAILS = ("lower", "upper")
 
 
-def duals(law, alpha=10.0, mass=0.1):
-    return {side: TailDual(law, alpha, mass, side) for side in SIDES}
+def duals(distribution, alpha=10.0, mass=0.1):
+    return {tail: TailDual(distribution, alpha, mass, tail) for tail in TAILS}
 
 
 # --------------------------------------------------------------------------- errors of batches
@@ -41,12 +41,12 @@ def gaussian_errors():
     return config, batch_errors("gaussian", duals(GAUSSIAN), config)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.slow_after(1)
-def test_errors_fall_as_the_square_root_of_the_batch(gaussian_errors, side):
+def test_errors_fall_as_the_square_root_of_the_batch(gaussian_errors, tail):
     config, errors = gaussian_errors
-    dual = duals(GAUSSIAN)[side]
-    fit = fit_row("gaussian", dual, errors[side], config.fit_from)
+    dual = duals(GAUSSIAN)[tail]
+    fit = fit_row("gaussian", dual, errors[tail], config.fit_from)
     # The log of a root mean square of n normal errors has the standard deviation 1 / sqrt(2 n).
     x = np.repeat(np.log(config.sizes), [config.replicates(size) for size in config.sizes])
     deviation = 1 / np.sqrt(2 * ((x - x.mean()) ** 2).sum())
@@ -57,16 +57,16 @@ def test_errors_fall_as_the_square_root_of_the_batch(gaussian_errors, side):
     assert fit["kind"] == "regular"
     # The mean of n squared normal errors is known to sqrt(2 / n), its root to half of that.
     assert fit["over_limit"] == pytest.approx(1.0, abs=3 / np.sqrt(2 * x.size))
-    for row in error_rows("gaussian", dual, errors[side]):
+    for row in error_rows("gaussian", dual, errors[tail]):
         assert row["error_10pct"] < row["error_median"] < row["error_90pct"]
         # The median of n half-normal errors is known to 1.17 / sqrt(n) of itself.
         assert row["error_median"] == pytest.approx(row["limit_median"], rel=3 * 1.17 / 10)
 
 
 def test_a_kink_is_hit_exactly_and_has_no_slope():
-    law = RewardLaw((0.95, 0.05), (0.0, 1.0), (0.0, 0.0))
+    distribution = RewardDistribution((0.95, 0.05), (0.0, 1.0), (0.0, 0.0))
     config = BatchConfig(sizes=[100, 1000, 3000], rewards=10_000, fewest=10, most=50, fit_from=100)
-    pair = duals(law)
+    pair = duals(distribution)
     errors = batch_errors("two_level", pair, config)["lower"]
     fit = fit_row("two_level", pair["lower"], errors, config.fit_from)
     assert fit["kind"] == "kink"
@@ -111,30 +111,32 @@ def test_descent_of_a_parabola():
 def test_gradient_descent_reaches_the_exact_threshold_at_its_rate():
     paths, rates = descents("gaussian", duals(GAUSSIAN)["upper"], 2000, 200)
     found = {row["descent"]: row for row in rates}
-    law, batch, normalised = (
-        found[kind] for kind in ("fixed step, law", "fixed step, batch", "normalised, batch")
+    distribution, batch, normalised = (
+        found[kind] for kind in ("fixed step, distribution", "fixed step, batch", "normalised, batch")
     )
-    assert law["final_error"] < 1e-13
-    assert law["rate"] == pytest.approx(law["expected_rate"], abs=1e-3)
+    assert distribution["final_error"] < 1e-13
+    assert distribution["rate"] == pytest.approx(distribution["expected_rate"], abs=1e-3)
     assert batch["minimum"] == "smooth"
     assert batch["final_error"] < 1e-13
     assert batch["rate"] == pytest.approx(batch["expected_rate"], abs=1e-3)
     assert normalised["final_error"] < 1e-8
-    errors = [row["error"] for row in paths if row["descent"] == "fixed step, law" and row["error"] > 1e-13]
+    errors = [
+        row["error"] for row in paths if row["descent"] == "fixed step, distribution" and row["error"] > 1e-13
+    ]
     assert (np.diff(errors) < 0).all()  # with a step below one over the curvature
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_convex_on_the_right_and_between_rewards_on_the_left(side):
-    law, batch = convexity("gaussian", duals(GAUSSIAN)[side], 1000)
-    if side == "upper":
-        assert law["convex_share"] == batch["convex_share"] == 1.0
-        assert law["largest"] > 1  # and not only by being flat
+@pytest.mark.parametrize("tail", TAILS)
+def test_convex_on_the_right_and_between_rewards_on_the_left(tail):
+    distribution, batch = convexity("gaussian", duals(GAUSSIAN)[tail], 1000)
+    if tail == "upper":
+        assert distribution["convex_share"] == batch["convex_share"] == 1.0
+        assert distribution["largest"] > 1  # and not only by being flat
     else:
         assert batch["where"] == "batch, between rewards"
         assert batch["smallest"] > batch["rounding"]
         assert batch["concave_share"] == 0.0
-        assert law["smallest"] < -1  # although the law's own dual is concave at its maximum
+        assert distribution["smallest"] < -1  # although the distribution's own dual is concave at its maximum
 
 
 # --------------------------------------------------------------------------- shifts
@@ -168,8 +170,8 @@ def test_the_sharp_bound_is_attained(shift_rows):
 
 def test_small_shifts_have_the_bound_of_the_delta_method():
     """For small KL the sharp bound is sqrt(2 KL) times the estimates' limiting deviation."""
-    for side in SIDES:
-        dual = TailDual(CLIPPED, 10.0, 0.1, side)
+    for tail in TAILS:
+        dual = TailDual(CLIPPED, 10.0, 0.1, tail)
         low, high = ShiftBounds(dual, 1e-10).sharp()
         expected = np.sqrt(2e-10) * dual.deviation()
         assert high - dual.optimum == pytest.approx(expected, rel=1e-3)
@@ -177,9 +179,9 @@ def test_small_shifts_have_the_bound_of_the_delta_method():
 
 
 def test_rate_function_of_two_atoms_is_a_binary_divergence():
-    """Two atoms leave one law with a stationary point at t."""
-    law = RewardLaw((0.8, 0.2), (0.0, 1.0), (0.0, 0.0), -5.0, 5.0)
-    dual = TailDual(law, 10.0, 0.1, "upper")
+    """Two atoms leave one distribution with a stationary point at t."""
+    distribution = RewardDistribution((0.8, 0.2), (0.0, 1.0), (0.0, 0.0), -5.0, 5.0)
+    dual = TailDual(distribution, 10.0, 0.1, "upper")
     for t in (0.2, 0.5, 0.9):
         beyond = 0.9 * np.exp(1 - t)
         share = 0.1 / (0.1 + beyond)
@@ -187,7 +189,7 @@ def test_rate_function_of_two_atoms_is_a_binary_divergence():
         assert rate_function(dual, t)[0] == pytest.approx(kl, rel=1e-10)
 
 
-def test_worst_law_has_its_threshold_where_it_should():
+def test_worst_distribution_has_its_threshold_where_it_should():
     dual = TailDual(CLIPPED, 10.0, 0.1, "upper")
     for at in (dual.optimum - 0.3, dual.optimum + 0.3):
         found, kl = worst_threshold(dual, at)

@@ -1,4 +1,4 @@
-"""Pictures in the workflow: the smoke run, a folder like Stable Diffusion 1.4's, a training."""
+"""Images in the workflow: the smoke run, a folder like Stable Diffusion 1.4's, a training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workflow_copy import SMOKE, Project
 pytest.importorskip("diffusers", reason="the extra 'images' is not installed")
 pytest.importorskip("open_clip", reason="the extra 'images' is not installed")
 
-from small_pictures import EMBEDDED, write_models
+from small_images import EMBEDDED, write_models
 
 LEFT_TAIL, ENTROPY = "text_to_image_left_tail", "text_to_image_entropy"
 
@@ -42,7 +42,7 @@ def test_all_files_of_a_run_are_there(finished: Project) -> None:
         *("threshold.json", "model.safetensors", "history.csv", "images", "metrics.json", "scores.npz")
     }
     overrides = yaml.safe_load((finished.folder / "config" / "smoke.yaml").read_text())["overrides"]
-    expected = overrides["images"]["evaluation"]["pictures"] * 20
+    expected = overrides["images"]["evaluation"]["images"] * 20
     assert len(list((runs / "tfft" / "seed0" / "images").glob("*.png"))) == expected
     for name in (LEFT_TAIL, ENTROPY):
         for kind in ("images", "scores"):
@@ -53,7 +53,7 @@ def test_all_files_of_a_run_are_there(finished: Project) -> None:
 
 def test_a_change_reruns_what_reads_it(finished: Project) -> None:
     change = finished.folder / "change.yaml"
-    change.write_text(yaml.safe_dump({"overrides": {"images": {"evaluation": {"pictures": 3}}}}))
+    change.write_text(yaml.safe_dump({"overrides": {"images": {"evaluation": {"images": 3}}}}))
     jobs = finished.planned(*SMOKE, change.name, "--", LEFT_TAIL, ENTROPY)
     assert finished.planned(*SMOKE) == {}
     assert {"images_sample", "images_evaluate"} <= jobs.keys()

@@ -308,7 +308,7 @@ def test_an_experiment_that_is_named_twice_is_refused(project: Project) -> None:
 def test_numbers_of_the_command_line_are_numbers(project: Project) -> None:
     """As they are in files: Snakemake reads text from within a value, and YAML 1.1's numbers from files."""
     given = (
-        "overrides={planar: {seeds: 1, objective: {level: 8e-1, alpha: -1e0}}}",
+        "overrides={planar: {seeds: 1, objective: {mass: 8e-1, alpha: -1e0}}}",
         "experiments=[risk_averse_2d]",
     )
     run = project.snakemake("--dry-run", "--config", *given)

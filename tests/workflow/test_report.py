@@ -52,7 +52,7 @@ def test_the_report_holds_every_table_and_figure(finished: Project, report: Path
 
 
 def test_the_report_loads_nothing_from_elsewhere(report: Path) -> None:
-    """Scripts, styles and pictures are in the file; links that a reader may follow are another matter."""
+    """Scripts, styles and images are in the file; links that a reader may follow are another matter."""
     text = report.read_text(encoding="utf-8")
     assert not re.findall(r"<(?:script|img|iframe)[^>]+src=[\"']https?:", text)
     assert not re.findall(r"<link[^>]+href=[\"']https?:", text)
@@ -64,9 +64,9 @@ def test_a_browser_shows_the_report(report: Path) -> None:
     dom = browse(report, "--dump-dom")
     for words in ("Beside the papers", "Experiments", "Costs and provenance", "Flow Density Control"):
         assert words in dom
-    picture = report.with_name("report.png")
-    browse(report, f"--screenshot={picture}")
-    pixels = matplotlib.image.imread(picture)
+    image = report.with_name("report.png")
+    browse(report, f"--screenshot={image}")
+    pixels = matplotlib.image.imread(image)
     assert pixels.shape[:2] == (HEIGHT, WIDTH)
     # Something is drawn, over most of the height and more than a bar at the side.
     drawn = (pixels[..., :3] < 0.9).any(2)

@@ -33,13 +33,13 @@ if CLONE is not None and (CLONE / "src").is_dir() and SOURCES != (CLONE / "src")
 CONFIG_FILE = str(located("config/config.yaml"))
 CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 APPTAINER = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
-IMAGE = ""
+CONTAINER = ""
 
 if APPTAINER:
-    IMAGE = os.path.abspath(located("envs/flowtilt.sif"))
-    if CONDA or not os.path.exists(IMAGE):
+    CONTAINER = os.path.abspath(located("envs/flowtilt.sif"))
+    if CONDA or not os.path.exists(CONTAINER):
         raise WorkflowError(
-            "--software-deployment-method apptainer runs every job in the image envs/flowtilt.sif, "
+            "--software-deployment-method apptainer runs every job in the container envs/flowtilt.sif, "
             + (
                 "which has no conda: ask for one of the two"
                 if CONDA

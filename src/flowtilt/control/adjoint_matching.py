@@ -1,4 +1,4 @@
-"""Adjoint Matching (Domingo-Enrich et al. 2025): fine-tune a flow towards a tilted law.
+"""Adjoint Matching (Domingo-Enrich et al. 2025): fine-tune a flow towards a tilted distribution.
 
 The problem ``max_p E_p[f] - lambda KL(p || p_base)`` is solved by ``p_base exp(f / lambda)``.
 With memoryless noise it is a control problem whose optimal control is found by regression:
@@ -75,7 +75,7 @@ class AdjointMatchingSettings:
         learning_rate: of Adam, warmed up over ``warmup`` of the updates and annealed to zero by a cosine.
         warmup: share of the updates.
         ramp: share of the updates over which the tilt grows linearly to its full strength, so that
-            the sampled law follows the tilted one instead of overshooting it; the last update
+            the sampled distribution follows the tilted one instead of overshooting it; the last update
             solves the problem itself.
         gradient_clip: bound on the norm of the parameters' gradient.
         control_clip: bound on the norm of the control that a sample asks for at a step, or None. A control
@@ -385,7 +385,7 @@ def _clipped(adjoints: Tensor, scale: LossScale, bound: float | None) -> tuple[T
     return factors * adjoints, int((controls > bound).sum())
 
 
-def _control_energy(per_step: Tensor, settings: AdjointMatchingSettings) -> float:
+def _path_kl(per_step: Tensor, settings: AdjointMatchingSettings) -> float:
     """Path-space KL divergence ``E 1/2 int |u|^2 dt`` from mean squared controls at the chosen steps.
 
     The last share of the steps is there whole; the drawn rest stands for all of the rest.
@@ -628,7 +628,7 @@ def solve(
     progress: Progress | None = None,
     slot: Slot | None = None,
 ) -> Solution:
-    """Fine-tune a copy of ``base`` to the law proportional to ``p_base exp(tilt / kl_weight)``.
+    """Fine-tune a copy of ``base`` to the distribution proportional to ``p_base exp(tilt / kl_weight)``.
 
     Processes that were joined (:mod:`flowtilt.parallel`) share the trajectories of every update. Both models
     run in evaluation mode all the while, in the regression too: their difference is the control, and dropout
@@ -647,7 +647,7 @@ def solve(
     Returns:
         The fine-tuned model and its history: ``loss``, ``active_share`` (of the pool, the
         endpoints on which the tilt is active and has a gradient that is not zero), ``failed_share`` (those
-        without a value of a reward that may fail; they have no gradient), ``control_energy`` (the
+        without a value of a reward that may fail; they have no gradient), ``path_kl`` (the
         path-space KL divergence from the base, in nats, estimated on the steps of the loss),
         ``gradient_norm``, ``clipped_share`` (of the controls asked for in the loss, those that were
         shortened), ``network_passes`` (states that have gone through the network since the start, a backward
@@ -721,14 +721,14 @@ def _train(
             "loss": loss,
             "active_share": buffer.batch.active_share,
             "failed_share": buffer.batch.failed_share,
-            "control_energy": _control_energy(sharing.total(energies) / settings.batch, settings),
+            "path_kl": _path_kl(sharing.total(energies) / settings.batch, settings),
             "gradient_norm": float(norm),
             "clipped_share": buffer.clipped,
             "network_passes": passes,
             "seconds": state.seconds(),
         }
         latest = [*state.history[1 - WINDOW :], row]
-        spent = sum(each["control_energy"] for each in latest) / len(latest)
+        spent = sum(each["path_kl"] for each in latest) / len(latest)
         if not spent <= MOST_NATS:
             found = f"the model has moved {spent:.4g} nats from its base, more than {MOST_NATS:g},"
             raise TrainingDiverged(_diverged(found, update, settings))

@@ -19,8 +19,8 @@ class TrainingDiverged(ArithmeticError):
 MOST_NATS = 100.0
 """Path-space KL divergence from its base, in nats, at which a solve is given up.
 
-A law that far away has nothing in common with its base that could be sampled: a density ratio of e^100. The
-solves of the shipped experiments spend less than 15.
+A distribution that far away has nothing in common with its base that could be sampled: a density ratio of
+e^100. The solves of the shipped experiments spend less than 15.
 """
 
 WINDOW = 5

@@ -130,7 +130,8 @@ class _Regression:
         self.ratios = (scale.noise / scale.mean).cpu().numpy()
         self.x = np.linspace(-_REACH, _REACH, _POINTS)
         self.base = [_Modes.at(path, t, self.x, np.array([0.0, *MEANS])) for t in times[:-1]]
-        # The end's law is that of alpha(1) times the data, but for its noise: so is the reward's slope.
+        # The end's distribution is that of alpha(1) times the data, but for its noise: so is the reward's
+        # slope.
         self.end = -SLOPE / float(path.alpha(torch.tensor(1.0, dtype=torch.float64, device="cpu")))
 
     def move(self, model: Array) -> Array:

@@ -2,7 +2,7 @@
 
 On samples with probabilities ``p_i`` and values ``g_i`` the problem
 
-    max over laws q = w p  of  sum_i q_i g_i - alpha sum_i p_i f(w_i)
+    max over distributions q = w p  of  sum_i q_i g_i - alpha sum_i p_i f(w_i)
 
 is concave. With the convex conjugate ``f*`` its dual is
 
@@ -22,8 +22,8 @@ with ``f(1) = f'(1) = 0``, ``f''(1) = 1``, and the orders 1 and 0 as limits. Eve
 in ``log w``, where the conjugate is ``expm1(k log w) / k`` for every order: nothing overflows, and
 nothing is lost where weights are near 1 or slopes near the end of their domain.
 
-Orders below 1 bound the slopes. If the values are not bounded above on the base law, a larger bank
-then puts ever more weight on its best sample instead of approaching a law with a density: the
+Orders below 1 bound the slopes. If the values are not bounded above on the base distribution, a larger bank
+then puts ever more weight on its best sample instead of approaching a distribution with a density: the
 effective sample size shows it.
 
 This module stays clear of torch.
@@ -60,10 +60,6 @@ class Penalty:
         """``(f*)'(s)``, any shape; infinite from the end of the domain on, for orders below 1."""
         return np.exp(self._log_weight(slopes))
 
-    def conjugate(self, slopes: ArrayLike) -> np.ndarray:
-        """``f*(s)``, the largest ``w s - f(w)`` over ``w >= 0``, any shape; infinite outside the domain."""
-        return self.curvature * _conjugate(self.order, self._log_weight(slopes))
-
     def _log_weight(self, slopes: ArrayLike) -> np.ndarray:
         s = np.asarray(slopes, dtype=np.float64) / self.curvature
         return _log_weights(self.order, 0.0, -s)
@@ -87,7 +83,7 @@ PENALTIES: dict[str, Penalty] = {
 | squared_hellinger | (sqrt(w) - 1)^2 | s / (1-s), s < 1 | 1 / (1-s)^2 |
 
 The squared Hellinger distance in the form that has the weight ``1 / (1-s)^2`` has the curvature
-``f''(1) = 1/2``, the others 1: under equal alpha it holds the law half as firmly near the base.
+``f''(1) = 1/2``, the others 1: under equal alpha it holds the distribution half as firmly near the base.
 """
 
 
@@ -199,15 +195,15 @@ def solve_weights(
     dual = -bank.alpha * slope + bank.alpha * float(bank.p @ _conjugate(order, log_w))
     nu = bank.best - bank.spread * (bank.alpha * slope)
 
-    # What rounding left of the normalisation is divided out, so that q is a law.
+    # What rounding left of the normalisation is divided out, so that q is a distribution.
     log_w = log_w - np.log1p(float(bank.p @ np.expm1(log_w)))
     q = bank.p * np.exp(log_w)
     primal = -float(q @ bank.drops) - bank.alpha * float(bank.p @ _divergence(order, log_w))
-    weights, law = np.zeros(bank.kept.size), np.zeros(bank.kept.size)
-    weights[bank.kept], law[bank.kept] = np.exp(log_w), q
+    weights, distribution = np.zeros(bank.kept.size), np.zeros(bank.kept.size)
+    weights[bank.kept], distribution[bank.kept] = np.exp(log_w), q
     return BankWeights(
         weights=weights,
-        probabilities=law,
+        probabilities=distribution,
         nu=float(nu),
         primal=bank.best + bank.spread * primal,
         dual=bank.best + bank.spread * dual,

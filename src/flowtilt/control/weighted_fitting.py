@@ -1,4 +1,4 @@
-"""Weighted fitting (Bobrin et al. 2026): reach a tilted law without a gradient of the reward.
+"""Weighted fitting (Bobrin et al. 2026): reach a tilted distribution without a gradient of the reward.
 
 The problem ``max_p E_p[f] - lambda D(p || p_base)`` is first solved on a bank of samples of the base
 model, where it is a small convex problem whose solution is a weight for each sample
@@ -14,7 +14,7 @@ not a square, the gradient at the base has that part.
 
 A sample whose value is NaN, of a reward that may fail, is left out of the bank, as if the base never drew it.
 
-What bounds the method is the bank: a law that the base hardly samples is carried by few samples.
+What bounds the method is the bank: a distribution that the base hardly samples is carried by few samples.
 The effective sample size says how many; a low one is reported, an unusable one refused.
 """
 
@@ -58,7 +58,8 @@ class WeightedFittingSettings:
     Attributes:
         bank: samples of the base model.
         sampler: how they are drawn: by the probability-flow ODE, or by the memoryless SDE. Where
-            ``alpha(0)`` is not 0 the ODE's law differs from the data's by about that share of its mean.
+            ``alpha(0)`` is not 0 the ODE's distribution differs from the data's by about that share of its
+            mean.
         steps: time steps of the sampler; the ODE takes four network passes each, the SDE one.
         penalty: name of the divergence from the base, of :data:`flowtilt.control.penalties.PENALTIES`.
         minimum_ess: effective samples below which the bank is refused.
@@ -132,7 +133,7 @@ def draw_bank(
     settings: WeightedFittingSettings,
     generator: torch.Generator,
 ) -> Bank:
-    """Draw samples of ``base`` and solve for the weights of the tilted law on them.
+    """Draw samples of ``base`` and solve for the weights of the tilted distribution on them.
 
     Args:
         base: the model to tilt.
@@ -178,7 +179,7 @@ def _check(solution: BankWeights, settings: WeightedFittingSettings) -> None:
     if ess < settings.minimum_ess * (1 - 1e-9):
         raise UnusableBank(f"{found}, below the minimum of {settings.minimum_ess:g}; {fix}")
     if ess < settings.warning_ess:
-        logger.warning("%s: the fitted law rests on few samples; %s", found, fix)
+        logger.warning("%s: the fitted distribution rests on few samples; %s", found, fix)
 
 
 def stratified_uniforms(count: int, generator: torch.Generator) -> Tensor:
@@ -212,10 +213,11 @@ class Plan:
 
     Attributes:
         cumulative: sums of the probabilities of the draw, ending in 1, (N,).
-        tilted: probability under the tilted law over that of the draw, (N,).
-        base: that under the base law, times the coefficient, (N,).
+        tilted: probability under the tilted distribution over that of the draw, (N,).
+        base: that under the base distribution, times the coefficient, (N,).
         coefficient: of the control variate, in [0, 1]; 0 for none.
-        noise: variance of the gradient over that of draws from the tilted law, for residuals of one size.
+        noise: variance of the gradient over that of draws from the tilted distribution, for residuals of one
+            size.
     """
 
     cumulative: Tensor
@@ -226,17 +228,17 @@ class Plan:
 
 
 def plan_draws(probabilities: np.ndarray, price: float = FORWARD) -> Plan:
-    """Draw from the tilted law, or use the base's residuals as a control variate if that is better.
+    """Draw from the tilted distribution, or use the base's residuals as a control variate if that is better.
 
-    The gradient of the loss under the tilted law q is ``E_q[<dr, r>]``, and near the base it is noise of
-    the size of the residual. The base's own ``E_p[<dr, r_base>]`` vanishes, so any multiple c of it may
-    be subtracted. With both means over draws from ``m = (p + q) / 2`` the variance is
+    The gradient of the loss under the tilted distribution q is ``E_q[<dr, r>]``, and near the base it is
+    noise of the size of the residual. The base's own ``E_p[<dr, r_base>]`` vanishes, so any multiple c of it
+    may be subtracted. With both means over draws from ``m = (p + q) / 2`` the variance is
     ``sum (q - c p)^2 / m`` times that of a residual, least at ``c = sum(p q / m) / sum(p^2 / m)``; with
     draws from q alone it is 1. The control variate has a price, and is used where the variance falls by
     more than that.
 
     Args:
-        probabilities: q of the samples, (N,); the base law p is uniform on them.
+        probabilities: q of the samples, (N,); the base distribution p is uniform on them.
         price: network passes that the control variate takes a draw, beside those of training.
     """
     q, p = probabilities / probabilities.sum(), np.full(len(probabilities), 1 / len(probabilities))
@@ -288,7 +290,7 @@ def _native(model: FlowModel, batch: _Batch, weights: Tensor) -> Tensor:
 
 
 def _losses(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> tuple[Tensor, float]:
-    """What to minimise, and the native loss under the tilted law, which it is without a control variate."""
+    """What to minimise, and the native loss under the tilt, which it is without a control variate."""
     if not model.quadratic_loss:
         native = _native(model, batch, plan.tilted)
         return native, float(native.detach())
@@ -307,7 +309,7 @@ def _losses(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> tup
 
 
 def _subtract_gradient_at_base(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> None:
-    """The control variate of any loss: its gradient at the base, whose mean under the base's law is zero."""
+    """The control variate of any loss: its gradient at the base, whose mean is zero under the base."""
     own = list(base.parameters())
     at_base = torch.autograd.grad(_native(base, batch, plan.base), own, allow_unused=True)
     for parameter, gradient in zip(model.parameters(), at_base, strict=True):
@@ -341,11 +343,12 @@ def solve(
     progress: Progress | None = None,
     slot: Slot | None = None,
 ) -> Solution:
-    """Fit a copy of ``base`` to the law that maximises ``E[tilt] - kl_weight D(law || base)``.
+    """Fit a copy of ``base`` to the distribution that maximises ``E[tilt] - kl_weight D(distribution ||
+    base)``.
 
-    Under the KL penalty that is the law proportional to ``p_base exp(tilt / kl_weight)``. Both models run in
-    evaluation mode all the while, in the fit too: the base's residuals are a control variate of the model's,
-    and a dropout of their own would undo it. The solution has the base's own mode.
+    Under the KL penalty that is the distribution proportional to ``p_base exp(tilt / kl_weight)``. Both
+    models run in evaluation mode all the while, in the fit too: the base's residuals are a control variate of
+    the model's, and a dropout of their own would undo it. The solution has the base's own mode.
 
     Args:
         base: the model to tilt; left unchanged.
@@ -358,9 +361,9 @@ def solve(
 
     Returns:
         The fitted model; its history: ``loss`` and ``active_share`` (the native loss, and the share of
-        samples on which the tilt is active, both under the tilted law; the latter exactly, from the weights
-        of the bank, and 0 if all values are equal), ``failed_share`` (of the bank, samples without a value),
-        ``gradient_norm``,
+        samples on which the tilt is active, both under the tilted distribution; the latter exactly, from the
+        weights of the bank, and 0 if all values are equal), ``failed_share`` (of the bank, samples without a
+        value), ``gradient_norm``,
         ``network_passes`` (states that have gone through the network since the start, the bank's
         included, a backward pass counted as two; what the tilt's own values take is not in it),
         ``seconds``; and as diagnostics the weights' ``effective_sample_size``,

@@ -1,8 +1,8 @@
-"""What a functional of a law is to the solvers: a value and a first variation.
+"""What a functional of a distribution is to the solvers: a value and a first variation.
 
-A law comes in two forms. A :class:`Law` is a model with samples from it: values are estimates, and
-first variations are functions of the endpoint with a gradient. A :class:`FiniteLaw` is a vector of
-probabilities on given points: values and first variations are exact. The second is where every
+A distribution comes in two forms. A :class:`Distribution` is a model with samples from it: values are
+estimates, and first variations are functions of the endpoint with a gradient. A :class:`FiniteDistribution`
+is a vector of probabilities on given points: values and first variations are exact. The second is where every
 functional is checked against numerical derivatives, and where optima are known.
 """
 
@@ -29,11 +29,11 @@ Need = Literal["nothing", "score", "density", "critic"]
 
 
 @dataclass(frozen=True)
-class Law:
-    """A law given by a model and samples from it.
+class Distribution:
+    """A distribution given by a model and samples from it.
 
     Attributes:
-        model: the flow whose endpoint law it is.
+        model: the flow whose endpoint distribution it is.
         samples: draws from it, (batch, ...).
         context: the draws' context.
     """
@@ -44,14 +44,14 @@ class Law:
 
 
 @dataclass(frozen=True)
-class FiniteLaw:
+class FiniteDistribution:
     """Probabilities on points of the space.
 
     Attributes:
         points: float64, (n, ...).
         log_p: log probabilities, (n,); minus infinity where there is no mass.
-        log_reference: those of the pretrained law on the same points, (n,).
-        modes: the mode that each point belongs to, integers from 0, (n,); for laws of a sample and
+        log_reference: those of the pretrained distribution on the same points, (n,).
+        modes: the mode that each point belongs to, integers from 0, (n,); for distributions of a sample and
             a mode together, where the same point may occur once in every mode.
     """
 
@@ -67,11 +67,11 @@ class FiniteLaw:
 
     @property
     def reference(self) -> np.ndarray:
-        """Probabilities of the pretrained law, (n,)."""
+        """Probabilities of the pretrained distribution, (n,)."""
         return np.exp(self.log_reference)
 
-    def with_p(self, p: np.ndarray) -> FiniteLaw:
-        """The law with other probabilities (n,) on the same points."""
+    def with_p(self, p: np.ndarray) -> FiniteDistribution:
+        """The distribution with other probabilities (n,) on the same points."""
         with np.errstate(divide="ignore"):
             return replace(self, log_p=np.log(p))
 
@@ -93,7 +93,7 @@ def gradient_of(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class FirstVariation(ABC):
-    """The first variation of a functional at a fixed law: a function of the endpoint.
+    """The first variation of a functional at a fixed distribution: a function of the endpoint.
 
     Constants do not tilt: its value is known up to one.
 
@@ -133,7 +133,7 @@ class FirstVariation(ABC):
 
 
 class Functional(ABC):
-    """A functional of the generated law.
+    """A functional of the generated distribution.
 
     Attributes:
         tier: where FDC's hierarchy puts the functional.
@@ -144,20 +144,20 @@ class Functional(ABC):
     needs: Need = "nothing"
 
     @abstractmethod
-    def value(self, law: Law) -> float:
-        """The functional at ``law``, estimated from its samples."""
+    def value(self, distribution: Distribution) -> float:
+        """The functional at ``distribution``, estimated from its samples."""
 
     @abstractmethod
-    def linearise(self, law: Law) -> FirstVariation:
-        """The first variation at ``law``."""
+    def linearise(self, distribution: Distribution) -> FirstVariation:
+        """The first variation at ``distribution``."""
 
     @abstractmethod
-    def finite_value(self, law: FiniteLaw) -> float:
-        """The functional at a finite law, exactly."""
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        """The functional at a finite distribution, exactly."""
 
     @abstractmethod
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        """The first variation at every point of a finite law, up to a constant, (n,)."""
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        """The first variation at every point of a finite distribution, up to a constant, (n,)."""
 
     @property
     def components(self) -> tuple[Functional, ...]:
@@ -252,23 +252,23 @@ class _Sum(Functional):
     def rewards(self) -> tuple[Reward, ...]:
         return tuple(reward for part in self.components for reward in part.rewards)
 
-    def value(self, law: Law) -> float:
-        return sum(weight * part.value(law) for weight, part in self.terms if weight != 0)
+    def value(self, distribution: Distribution) -> float:
+        return sum(weight * part.value(distribution) for weight, part in self.terms if weight != 0)
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        return sum(weight * part.finite_value(law) for weight, part in self.terms if weight != 0)
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        return sum(weight * part.finite_value(distribution) for weight, part in self.terms if weight != 0)
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        total = np.zeros(len(law.log_p))
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        total = np.zeros(len(distribution.log_p))
         for weight, part in self.terms:
             if weight != 0:
-                total = total + weight * part.finite_variation(law)
+                total = total + weight * part.finite_variation(distribution)
         return total
 
-    def linearise(self, law: Law) -> WeightedVariation:
+    def linearise(self, distribution: Distribution) -> WeightedVariation:
         (first_weight, first), *rest = self.terms
-        parts = [(weight, part.linearise(law)) for weight, part in rest if weight != 0]
-        return WeightedVariation(((first_weight, first.linearise(law)), *parts))
+        parts = [(weight, part.linearise(distribution)) for weight, part in rest if weight != 0]
+        return WeightedVariation(((first_weight, first.linearise(distribution)), *parts))
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ class Objective(_Sum):
 
     Attributes:
         utility: what to raise.
-        divergence: what keeps the law near the pretrained one.
+        divergence: what keeps the distribution near the pretrained one.
         alpha: weight of the divergence, in units of the utility a nat; not negative.
     """
 

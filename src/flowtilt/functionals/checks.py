@@ -11,8 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from flowtilt.functionals.base import FiniteLaw, Functional, Law
-from flowtilt.functionals.curvature import Curvature, chords, example_law, example_problem, random_laws
+from flowtilt.functionals.base import Distribution, FiniteDistribution, Functional
+from flowtilt.functionals.curvature import (
+    Curvature,
+    chords,
+    example_distribution,
+    example_problem,
+    random_distributions,
+)
 from flowtilt.functionals.divergences import ReferenceDraw
 from flowtilt.functionals.registry import Entry, Registry
 from flowtilt.sampling import OdeSettings
@@ -22,7 +28,9 @@ class CheckError(AssertionError):
     """A functional whose parts do not agree; the message holds the measured error."""
 
 
-def check_first_variation(functional: Functional, law: FiniteLaw, tolerance: float = 1e-5) -> float:
+def check_first_variation(
+    functional: Functional, distribution: FiniteDistribution, tolerance: float = 1e-5
+) -> float:
     """``d/dh F(p + h d) = <first variation, d>`` along 20 random directions that keep the total mass.
 
     Central differences err by h^2 times third derivatives and by 1e-16 F / h: both below 1e-7 here,
@@ -30,7 +38,7 @@ def check_first_variation(functional: Functional, law: FiniteLaw, tolerance: flo
 
     Args:
         functional: to be checked.
-        law: where; all its probabilities positive.
+        distribution: where; all its probabilities positive.
         tolerance: of the difference, in units of the functional.
 
     Returns:
@@ -40,26 +48,31 @@ def check_first_variation(functional: Functional, law: FiniteLaw, tolerance: flo
         CheckError: if it is above the tolerance, or the first variation has another shape than (n,).
     """
     random, step = np.random.default_rng(0), 1e-5
-    variation = functional.finite_variation(law)
-    if variation.shape != law.p.shape:
+    variation = functional.finite_variation(distribution)
+    if variation.shape != distribution.p.shape:
         raise CheckError(
-            f"{_name(functional)}.finite_variation has the shape {variation.shape}, not {law.p.shape}"
+            f"{_name(functional)}.finite_variation has the shape {variation.shape}, "
+            f"not {distribution.p.shape}"
         )
     errors = []
     for _ in range(20):
-        direction = law.p * random.normal(size=len(law.p))
-        direction -= law.p * direction.sum()
-        up, down = (functional.finite_value(law.with_p(law.p + s * step * direction)) for s in (1, -1))
+        direction = distribution.p * random.normal(size=len(distribution.p))
+        direction -= distribution.p * direction.sum()
+        up, down = (
+            functional.finite_value(distribution.with_p(distribution.p + s * step * direction))
+            for s in (1, -1)
+        )
         errors.append(abs((up - down) / (2 * step) - direction @ variation))
     return _held(max(errors), tolerance, f"{_name(functional)}: first variation against finite differences")
 
 
-def check_tangents(functional: Functional, law: FiniteLaw) -> Curvature:
-    """What random chords show to be concave lies below its linearisation at every other law, and so on.
+def check_tangents(functional: Functional, distribution: FiniteDistribution) -> Curvature:
+    """What random chords show to be concave lies below its linearisation at every other distribution, and so
+    on.
 
     Args:
         functional: to be checked.
-        law: where it is linearised; the others are 100 random ones on its points.
+        distribution: where it is linearised; the others are 100 random ones on its points.
 
     Returns:
         The curvature along the chords: compare it with the tier that the functional claims.
@@ -67,12 +80,12 @@ def check_tangents(functional: Functional, law: FiniteLaw) -> Curvature:
     Raises:
         CheckError: with how far the functional is on the wrong side of its linearisation.
     """
-    found = chords(functional, law)
-    value, variation = functional.finite_value(law), functional.finite_variation(law)
+    found = chords(functional, distribution)
+    value, variation = functional.finite_value(distribution), functional.finite_variation(distribution)
     above = np.array(
         [
-            functional.finite_value(other) - value - (other.p - law.p) @ variation
-            for other in random_laws(law, 100, seed=5)
+            functional.finite_value(other) - value - (other.p - distribution.p) @ variation
+            for other in random_distributions(distribution, 100, seed=5)
         ]
     )
     if found.is_concave:
@@ -82,17 +95,19 @@ def check_tangents(functional: Functional, law: FiniteLaw) -> Curvature:
     return found.curvature
 
 
-def check_gradient(functional: Functional, law: Law, at: Law, tolerance: float = 1e-4) -> float:
+def check_gradient(
+    functional: Functional, distribution: Distribution, at: Distribution, tolerance: float = 1e-4
+) -> float:
     """The gradient of the first variation is that of its value, by central differences.
 
-    The likelihood's ODE starts from the standard normal law 1e-5 after the noise, where the path's
-    law is of that order away from it: scores and its gradients agree to a few times 1e-5.
+    The likelihood's ODE starts from the standard normal distribution 1e-5 after the noise, where the path's
+    distribution is of that order away from it: scores and its gradients agree to a few times 1e-5.
 
     Args:
         functional: to be checked.
-        law: where it is linearised.
+        distribution: where it is linearised.
         at: samples in double precision where the gradient is taken, other ones: a hinge has its kink
-            at one of the law's own.
+            at one of the distribution's own.
         tolerance: of the difference, over the largest slope.
 
     Returns:
@@ -102,7 +117,7 @@ def check_gradient(functional: Functional, law: Law, at: Law, tolerance: float =
         CheckError: if it is above the tolerance, or the gradient has another shape than the samples.
     """
     step = 1e-4
-    variation = functional.linearise(law)
+    variation = functional.linearise(distribution)
     gradient = variation.gradient(at.samples, at.context)
     if gradient.shape != at.samples.shape:
         raise CheckError(
@@ -119,7 +134,7 @@ def check_gradient(functional: Functional, law: Law, at: Law, tolerance: float =
     return _held(relative, tolerance, f"{_name(functional)}: gradient against the value's differences")
 
 
-def check_tensors(functional: Functional, law: Law) -> None:
+def check_tensors(functional: Functional, distribution: Distribution) -> None:
     """Gradients are finite, detached and of the samples' precision, and leave the samples alone.
 
     Networks run in single precision, and a solver feeds gradients back into them.
@@ -127,14 +142,14 @@ def check_tensors(functional: Functional, law: Law) -> None:
     Raises:
         CheckError: saying which does not hold.
     """
-    before = law.samples.clone()
-    gradient = functional.linearise(law).gradient(law.samples, law.context)
+    before = distribution.samples.clone()
+    gradient = functional.linearise(distribution).gradient(distribution.samples, distribution.context)
     wrong = {
         "the gradient is not finite": not bool(torch.isfinite(gradient).all()),
         "the gradient is not detached": gradient.requires_grad,
         f"the gradient is {gradient.dtype}, the samples {before.dtype}": gradient.dtype != before.dtype,
-        "the samples were changed": not torch.equal(law.samples, before),
-        "the value is not finite": not np.isfinite(functional.value(law)),
+        "the samples were changed": not torch.equal(distribution.samples, before),
+        "the value is not finite": not np.isfinite(functional.value(distribution)),
     }
     if said := [words for words, holds in wrong.items() if holds]:
         raise CheckError(f"{_name(functional)}: {'; '.join(said)}")
@@ -158,15 +173,15 @@ class Checked:
 
 
 def check_entry(entry: Entry) -> list[Checked]:
-    """All checks of every example of an entry, on small problems in the plane whose laws are known.
+    """All checks of every example of an entry, on small problems in the plane whose distributions are known.
 
     Raises:
         CheckError: with the measured error of the first check that fails.
         ValueError: if an example's parameters are not those of the entry.
     """
     registry = Registry("functional", {"checked": entry})
-    finite_law, finite = example_problem()
-    # Scores are taken where the likelihood's ODE begins: both then speak of the same law.
+    finite_distribution, finite = example_problem()
+    # Scores are taken where the likelihood's ODE begins: both then speak of the same distribution.
     model = replace(
         finite,
         score_time=1 - 1e-5,
@@ -177,12 +192,15 @@ def check_entry(entry: Entry) -> list[Checked]:
     found = []
     for example in entry.examples:
         functional = registry.build("checked", example, finite)
-        error = check_first_variation(functional, finite_law)
-        curvature = check_tangents(functional, finite_law)
+        error = check_first_variation(functional, finite_distribution)
+        curvature = check_tangents(functional, finite_distribution)
         on_model = registry.build("checked", example, model)
-        gradient = check_gradient(on_model, example_law(), example_law(seed=1))
-        law = example_law(8)
-        check_tensors(registry.build("checked", example, single), replace(law, samples=law.samples.float()))
+        gradient = check_gradient(on_model, example_distribution(), example_distribution(seed=1))
+        distribution = example_distribution(8)
+        check_tensors(
+            registry.build("checked", example, single),
+            replace(distribution, samples=distribution.samples.float()),
+        )
         found.append(Checked(dict(example), error, curvature, gradient))
     return found
 

@@ -30,7 +30,7 @@ class CriticSettings:
 
     Attributes:
         updates: of the optimiser.
-        batch: samples of either law in each update.
+        batch: samples of either distribution in each update.
         width: of the two hidden layers.
         learning_rate: of Adam, annealed to zero by a cosine.
         penalty: weight of the squared excess of the gradient's dual norm over 1, in units of the
@@ -79,10 +79,6 @@ class CriticPotential(FirstVariation):
         """Coordinates in which the metric is Euclidean and the samples have unit spread, (batch, d)."""
         return (x.flatten(1).to(self.centre.dtype) * self.root_weights - self.centre) / self.spread
 
-    def dual_norms(self, x: Tensor) -> Tensor:
-        """Dual norm of the gradient at ``x`` (batch, ...), at most 1 where it is feasible, (batch,)."""
-        return (self.gradient(x).flatten(1).to(self.root_weights) / self.root_weights).norm(dim=1)
-
 
 def train_critic(
     samples: Tensor, reference: Tensor, weights: Sequence[float], settings: CriticSettings
@@ -97,8 +93,8 @@ def train_critic(
     updates resolve better.
 
     Args:
-        samples: of the law, (n, ...).
-        reference: samples of the other law, (m, ...).
+        samples: of the distribution, (n, ...).
+        reference: samples of the other distribution, (m, ...).
         weights: of the ground metric, one for each coordinate.
         settings: of the training; the result follows from them and the samples alone.
 

@@ -1,6 +1,6 @@
-"""How a functional curves in the law, measured along random chords between finite laws.
+"""How a functional curves in the distribution, measured along random chords between finite distributions.
 
-For laws p and q and a share s, ``F((1 - s) p + s q) - (1 - s) F(p) - s F(q)`` is never negative for
+For distributions p and q and a share s, ``F((1 - s) p + s q) - (1 - s) F(p) - s F(q)`` is never negative for
 a concave functional, never positive for a convex one, and 0 for a linear one. The paper's tiers say
 which *problems* are convex: to raise a concave utility, or to lower a convex divergence.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.functionals.base import FiniteLaw, Functional, Law, Need, Tier
+from flowtilt.functionals.base import Distribution, FiniteDistribution, Functional, Need, Tier
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients, Registry
 from flowtilt.interpolants import Linear, broadcast_time
 from flowtilt.model import Context, FlowModel
@@ -59,36 +59,46 @@ class Chords:
         return "neither"
 
 
-def random_laws(law: FiniteLaw, count: int, seed: int) -> Iterator[FiniteLaw]:
-    """Laws on the points of ``law``, from nearly uniform to nearly on a single point.
+def random_distributions(
+    distribution: FiniteDistribution, count: int, seed: int
+) -> Iterator[FiniteDistribution]:
+    """Distributions on the points of ``distribution``, from nearly uniform to nearly on a single point.
 
     Where points have modes, each mode keeps its probability: fine-tuning does not change it.
     """
     random = np.random.default_rng(seed)
-    modes = np.zeros(len(law.log_p), dtype=np.int64) if law.modes is None else law.modes
-    kept = np.bincount(modes, law.p)
+    modes = (
+        np.zeros(len(distribution.log_p), dtype=np.int64)
+        if distribution.modes is None
+        else distribution.modes
+    )
+    kept = np.bincount(modes, distribution.p)
     for _ in range(count):
         weights = np.exp(random.choice([0.3, 1.0, 3.0]) * random.normal(size=len(modes)))
-        yield law.with_p(weights * (kept / np.bincount(modes, weights))[modes])
+        yield distribution.with_p(weights * (kept / np.bincount(modes, weights))[modes])
 
 
-def chords(functional: Functional, law: FiniteLaw, count: int = 200, seed: int = 0) -> Chords:
-    """Gaps of a functional above random chords between laws on the points of ``law``."""
+def chords(
+    functional: Functional, distribution: FiniteDistribution, count: int = 200, seed: int = 0
+) -> Chords:
+    """Gaps of a functional above random chords between distributions on the points of ``distribution``."""
     random = np.random.default_rng(seed + 1)
-    laws = list(random_laws(law, 2 * count, seed))
+    distributions = list(random_distributions(distribution, 2 * count, seed))
     gaps, sizes = [], []
-    for a, b in zip(laws[:count], laws[count:], strict=True):
+    for a, b in zip(distributions[:count], distributions[count:], strict=True):
         share = random.uniform(0.1, 0.9)
-        between = functional.finite_value(law.with_p((1 - share) * a.p + share * b.p))
+        between = functional.finite_value(distribution.with_p((1 - share) * a.p + share * b.p))
         ends = functional.finite_value(a), functional.finite_value(b)
         gaps.append(between - (1 - share) * ends[0] - share * ends[1])
         sizes.append(max(map(abs, (between, *ends))))
     return Chords(min(gaps), max(gaps), 1e-10 * max(sizes))
 
 
-def curvature(functional: Functional, law: FiniteLaw, count: int = 200, seed: int = 0) -> Curvature:
+def curvature(
+    functional: Functional, distribution: FiniteDistribution, count: int = 200, seed: int = 0
+) -> Curvature:
     """Whether a functional is linear, concave, convex or neither, as far as random chords show."""
-    return chords(functional, law, count, seed).curvature
+    return chords(functional, distribution, count, seed).curvature
 
 
 def measured_tier(found: Curvature, kind: str) -> Tier:
@@ -151,8 +161,8 @@ class _Distance(Reward):
         return 1 - 1 / (1 + x[:, 1] ** 2)
 
 
-def example_problem(points: int = 15, seed: int = 0) -> tuple[FiniteLaw, Ingredients]:
-    """A small finite law in the plane on which every registered functional is defined.
+def example_problem(points: int = 15, seed: int = 0) -> tuple[FiniteDistribution, Ingredients]:
+    """A small finite distribution in the plane on which every registered functional is defined.
 
     Args:
         points: number of them; each occurs once in either of two modes.
@@ -162,11 +172,11 @@ def example_problem(points: int = 15, seed: int = 0) -> tuple[FiniteLaw, Ingredi
     x = torch.from_numpy(random.normal(size=(points, 2))).repeat(2, 1)
     p, q = (np.exp(0.7 * random.normal(size=2 * points)) for _ in range(2))
     modes = np.repeat([0, 1], points)
-    law = FiniteLaw(x, np.log(p / p.sum()), np.log(q / q.sum()), modes)
-    return law, Ingredients(reward=_Slope(), reference=_Gaussians([[0.0, 0.0]]), cost=_Distance())
+    distribution = FiniteDistribution(x, np.log(p / p.sum()), np.log(q / q.sum()), modes)
+    return distribution, Ingredients(reward=_Slope(), reference=_Gaussians([[0.0, 0.0]]), cost=_Distance())
 
 
-def example_law(count: int = 40, seed: int = 0) -> Law:
+def example_distribution(count: int = 40, seed: int = 0) -> Distribution:
     """Samples of a model in the plane that has two modes, half of them of either, in double precision.
 
     Args:
@@ -176,7 +186,7 @@ def example_law(count: int = 40, seed: int = 0) -> Law:
     model = _Gaussians([[0.5, -0.3], [-0.8, 0.4]], variance=0.7)
     context = torch.arange(count) % 2
     noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return Law(model, model.means[context] + math.sqrt(model.variance) * noise, context)
+    return Distribution(model, model.means[context] + math.sqrt(model.variance) * noise, context)
 
 
 @dataclass(frozen=True)
@@ -204,12 +214,12 @@ class TierRow:
 
 def tier_table(registries: tuple[Registry, ...] = (UTILITIES, DIVERGENCES)) -> list[TierRow]:
     """The paper's tier beside the measured one, for every example of every registered functional."""
-    law, ingredients = example_problem()
+    distribution, ingredients = example_problem()
     rows = []
     for registry in registries:
         for name, entry in registry.items():
             for example in entry.examples:
-                found = curvature(registry.build(name, example, ingredients), law)
+                found = curvature(registry.build(name, example, ingredients), distribution)
                 measured = measured_tier(found, registry.kind)
                 row = (registry.kind, name, dict(example), entry.needs, entry.tier, found, measured)
                 rows.append(TierRow(*row))

@@ -1,4 +1,4 @@
-"""Optimal experimental design: how much of a feature space a law's samples span.
+"""Optimal experimental design: how much of a feature space a distribution's samples span.
 
 With features ``phi`` the information matrix is ``M = E_p[phi phi^T] + ridge I``. All three classical
 criteria are concave in M, and their first variations are quadratic forms of the features (De Santi
@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from flowtilt.devices import seeded
-from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, gradient_of
+from flowtilt.functionals.base import (
+    Distribution,
+    FiniteDistribution,
+    FirstVariation,
+    Functional,
+    gradient_of,
+)
 from flowtilt.model import Context
 
 Criterion = Literal["log_det", "trace", "eigenvalue"]
@@ -125,7 +131,7 @@ class FeatureForm(FirstVariation):
 
 @dataclass(frozen=True)
 class OptimalDesign(Functional):
-    """A criterion of the information matrix ``M = E_p[phi phi^T] + ridge I``; concave in the law.
+    """A criterion of the information matrix ``M = E_p[phi phi^T] + ridge I``; concave in the distribution.
 
     Where the smallest eigenvalue of M is shared, the eigenvalue criterion has a kink: one of its
     supergradients is returned.
@@ -182,23 +188,23 @@ class OptimalDesign(Functional):
             weights = 1 / values if self.criterion == "log_det" else values**-2
         return (vectors * weights) @ vectors.T
 
-    def _of_law(self, law: Law) -> tuple[np.ndarray, np.ndarray]:
-        count = len(law.samples)
-        return self._spectrum(self._features(law.samples), np.full(count, 1 / count))
+    def _of_distribution(self, distribution: Distribution) -> tuple[np.ndarray, np.ndarray]:
+        count = len(distribution.samples)
+        return self._spectrum(self._features(distribution.samples), np.full(count, 1 / count))
 
     def _features(self, x: Tensor) -> np.ndarray:
         with torch.no_grad():
             return self.features(x.double()).numpy(force=True)
 
-    def value(self, law: Law) -> float:
-        return self._value(self._of_law(law))
+    def value(self, distribution: Distribution) -> float:
+        return self._value(self._of_distribution(distribution))
 
-    def linearise(self, law: Law) -> FeatureForm:
-        return FeatureForm(self.features, torch.as_tensor(self._matrix(self._of_law(law))))
+    def linearise(self, distribution: Distribution) -> FeatureForm:
+        return FeatureForm(self.features, torch.as_tensor(self._matrix(self._of_distribution(distribution))))
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        return self._value(self._spectrum(self._features(law.points), law.p))
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        return self._value(self._spectrum(self._features(distribution.points), distribution.p))
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        phi = self._features(law.points)
-        return ((phi @ self._matrix(self._spectrum(phi, law.p))) * phi).sum(1)
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        phi = self._features(distribution.points)
+        return ((phi @ self._matrix(self._spectrum(phi, distribution.p))) * phi).sum(1)

@@ -1,4 +1,4 @@
-"""Divergences from the pretrained law.
+"""Divergences from the pretrained distribution.
 
 First variations are those of FDC (De Santi et al. 2025, table 1), up to constants, each with respect
 to the first argument.
@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from flowtilt.devices import seeded
-from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, gradient_of, per_sample
+from flowtilt.functionals.base import (
+    Distribution,
+    FiniteDistribution,
+    FirstVariation,
+    Functional,
+    gradient_of,
+    per_sample,
+)
 from flowtilt.functionals.critic import CriticPotential, CriticSettings, train_critic
 from flowtilt.functionals.kernels import Kernel, kernel_by_name, kernel_matrix, kernel_means
 from flowtilt.functionals.smoothing import NO_SMOOTHED_VALUE, smoothed
@@ -30,7 +37,7 @@ class ScoreDifference(FirstVariation):
 
     A score follows from a velocity through a division by ``eta``, which vanishes at the data, so
     both are taken at ``time`` just before it, where a solver still trains the velocity. With ``pairs`` of
-    noise it is that of the laws which the two paths have at that time, see
+    noise it is that of the distributions which the two paths have at that time, see
     :func:`flowtilt.functionals.smoothing.smoothed`.
     """
 
@@ -64,10 +71,10 @@ class ScoreDifference(FirstVariation):
         return difference / self.model.path.eta(t)
 
 
-def _log_ratios(law: FiniteLaw) -> np.ndarray:
+def _log_ratios(distribution: FiniteDistribution) -> np.ndarray:
     """``log p - log reference`` at every point, (n,); 0 where neither has mass."""
-    neither = np.isneginf(law.log_p) & np.isneginf(law.log_reference)
-    return np.where(neither, 0.0, law.log_p) - np.where(neither, 0.0, law.log_reference)
+    neither = np.isneginf(distribution.log_p) & np.isneginf(distribution.log_reference)
+    return np.where(neither, 0.0, distribution.log_p) - np.where(neither, 0.0, distribution.log_reference)
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class KL(Functional):
         reference: the pretrained model.
         score_time: time at which scores stand for those of the data, in (0, 1).
         ode: how the likelihoods are solved.
-        pairs: if not zero, the divergence is that of the laws with noise, see
+        pairs: if not zero, the divergence is that of the distributions with noise, see
             :class:`flowtilt.functionals.utilities.Entropy`.
     """
 
@@ -93,18 +100,20 @@ class KL(Functional):
     def __post_init__(self) -> None:
         check(self, "a KL divergence's ", score_time=between(0, 1), pairs=at_least(0))
 
-    def value(self, law: Law) -> float:
-        return float(self.linearise(law).value(law.samples, law.context).double().mean())
+    def value(self, distribution: Distribution) -> float:
+        return float(
+            self.linearise(distribution).value(distribution.samples, distribution.context).double().mean()
+        )
 
-    def linearise(self, law: Law) -> ScoreDifference:
-        return ScoreDifference(law.model, self.reference, self.score_time, self.ode, self.pairs)
+    def linearise(self, distribution: Distribution) -> ScoreDifference:
+        return ScoreDifference(distribution.model, self.reference, self.score_time, self.ode, self.pairs)
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        held = law.p > 0
-        return float(law.p[held] @ _log_ratios(law)[held])
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        held = distribution.p > 0
+        return float(distribution.p[held] @ _log_ratios(distribution)[held])
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        return _log_ratios(law)
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        return _log_ratios(distribution)
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ class Renyi(Functional):
         order: b, positive and not 1.
         score_time: time at which scores stand for those of the data, in (0, 1).
         ode: how the likelihoods are solved.
-        samples: how many of the law's samples the mean is taken over, the first ones.
+        samples: how many of the distribution's samples the mean is taken over, the first ones.
     """
 
     tier = "general"
@@ -165,39 +174,39 @@ class Renyi(Functional):
             )
         check(self, "a Renyi divergence's ", samples=COUNT, score_time=between(0, 1))
 
-    def _log_normaliser(self, law: Law) -> float:
-        kept = min(self.samples, len(law.samples))
-        context = law.model.select_context(law.context, torch.arange(kept))
-        ratios = ScoreDifference(law.model, self.reference, self.score_time, self.ode)
-        exponents = (self.order - 1) * ratios.value(law.samples[:kept], context).double()
+    def _log_normaliser(self, distribution: Distribution) -> float:
+        kept = min(self.samples, len(distribution.samples))
+        context = distribution.model.select_context(distribution.context, torch.arange(kept))
+        ratios = ScoreDifference(distribution.model, self.reference, self.score_time, self.ode)
+        exponents = (self.order - 1) * ratios.value(distribution.samples[:kept], context).double()
         return float(torch.logsumexp(exponents, 0)) - math.log(kept)
 
-    def value(self, law: Law) -> float:
-        return self._log_normaliser(law) / (self.order - 1)
+    def value(self, distribution: Distribution) -> float:
+        return self._log_normaliser(distribution) / (self.order - 1)
 
-    def linearise(self, law: Law) -> PoweredRatio:
-        ratios = ScoreDifference(law.model, self.reference, self.score_time, self.ode)
-        return PoweredRatio(ratios, self.order, self._log_normaliser(law))
+    def linearise(self, distribution: Distribution) -> PoweredRatio:
+        ratios = ScoreDifference(distribution.model, self.reference, self.score_time, self.ode)
+        return PoweredRatio(ratios, self.order, self._log_normaliser(distribution))
 
-    def _finite_terms(self, law: FiniteLaw) -> tuple[np.ndarray, float]:
+    def _finite_terms(self, distribution: FiniteDistribution) -> tuple[np.ndarray, float]:
         """Exponents ``(b - 1) log(p / reference)`` and the log of their mean's exponential."""
-        exponents = (self.order - 1) * _log_ratios(law)
-        held = law.p > 0
-        return exponents, float(np.logaddexp.reduce(law.log_p[held] + exponents[held]))
+        exponents = (self.order - 1) * _log_ratios(distribution)
+        held = distribution.p > 0
+        return exponents, float(np.logaddexp.reduce(distribution.log_p[held] + exponents[held]))
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        return self._finite_terms(law)[1] / (self.order - 1)
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        return self._finite_terms(distribution)[1] / (self.order - 1)
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        exponents, log_normaliser = self._finite_terms(law)
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        exponents, log_normaliser = self._finite_terms(distribution)
         return self.order / (self.order - 1) * np.exp(exponents - log_normaliser)
 
 
 @dataclass(frozen=True)
 class ReferenceDraw:
-    """How samples of the pretrained model are drawn, to compare a law's samples with.
+    """How samples of the pretrained model are drawn, to compare a distribution's samples with.
 
-    By the memoryless process, as the law's own in Flow Density Control: with as many steps, errors
+    By the memoryless process, as the distribution's own in Flow Density Control: with as many steps, errors
     of the discretisation are the same on both sides.
 
     Attributes:
@@ -222,14 +231,14 @@ class ReferenceDraw:
 
 @dataclass(frozen=True)
 class Witness(FirstVariation):
-    """``(E_p k(x, .) - E_q k(x, .)) / size`` over samples of the two laws.
+    """``(E_p k(x, .) - E_q k(x, .)) / size`` over samples of the two distributions.
 
     Attributes:
-        samples: of the law, float64, (n, ...).
-        reference: of the pretrained law, float64, (m, ...).
+        samples: of the distribution, float64, (n, ...).
+        reference: of the pretrained distribution, float64, (m, ...).
         kernel: of the distance in units of the bandwidth.
         bandwidth: unit of the distance.
-        size: of the difference, in the kernel's norm; at 0 the laws agree and the variation is 0.
+        size: of the difference, in the kernel's norm; at 0 the distributions agree and the variation is 0.
     """
 
     samples: Tensor
@@ -258,10 +267,10 @@ def _discrepancy(square: float, scale: float) -> float:
 class MMD(Functional):
     """Maximum mean discrepancy ``sup E_p f - E_q f`` over the kernel's unit ball (not squared).
 
-    Estimated as the V-statistic: the exact discrepancy of the two *empirical* laws, so that it is
+    Estimated as the V-statistic: the exact discrepancy of the two *empirical* distributions, so that it is
     never negative and the first variation belongs to the value. It is biased upwards: two sets of N
-    samples of one law are ``sqrt(2 (k(x, x) - E k) / N)`` apart in the root mean square. Where the
-    laws agree the discrepancy has a kink; its first variation is taken as 0 there.
+    samples of one distribution are ``sqrt(2 (k(x, x) - E k) / N)`` apart in the root mean square. Where the
+    distributions agree the discrepancy has a kink; its first variation is taken as 0 there.
 
     Attributes:
         reference: the pretrained model.
@@ -282,30 +291,30 @@ class MMD(Functional):
         if not 0 < self.bandwidth < math.inf:
             raise ValueError(f"a kernel's bandwidth must be positive and finite, got {self.bandwidth}")
 
-    def value(self, law: Law) -> float:
-        return self.linearise(law).size
+    def value(self, distribution: Distribution) -> float:
+        return self.linearise(distribution).size
 
-    def linearise(self, law: Law) -> Witness:
+    def linearise(self, distribution: Distribution) -> Witness:
         kernel = kernel_by_name(self.kernel)
-        x, y = law.samples.double(), self.draw.of(self.reference).double()
+        x, y = distribution.samples.double(), self.draw.of(self.reference).double()
         pairs = ((x, x), (x, y), (y, y))
         own, cross, other = (float(kernel_means(kernel, a, b, self.bandwidth).mean()) for a, b in pairs)
         size = _discrepancy(own - 2 * cross + other, abs(own) + abs(cross) + abs(other))
         return Witness(x, y, kernel, self.bandwidth, size)
 
-    def _finite_terms(self, law: FiniteLaw) -> tuple[np.ndarray, float]:
+    def _finite_terms(self, distribution: FiniteDistribution) -> tuple[np.ndarray, float]:
         """The witness at every point, and the discrepancy."""
-        points = law.points.double()
+        points = distribution.points.double()
         kernel = kernel_matrix(kernel_by_name(self.kernel), points, points, self.bandwidth).numpy(force=True)
-        difference = law.p - law.reference
+        difference = distribution.p - distribution.reference
         witness = kernel @ difference
         return witness, _discrepancy(float(difference @ witness), float(np.abs(kernel).max()))
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        return self._finite_terms(law)[1]
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        return self._finite_terms(distribution)[1]
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        witness, size = self._finite_terms(law)
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        witness, size = self._finite_terms(distribution)
         return witness / size if size > 0 else np.zeros_like(witness)
 
 
@@ -323,9 +332,10 @@ class Unmoved(FirstVariation):
 class Wasserstein1(Functional):
     """Wasserstein-1 distance under ``d(x, y) = sqrt(sum_i w_i (x_i - y_i)^2)``.
 
-    The first variation is the Kantorovich potential: by a critic for a model's law, which gives a
+    The first variation is the Kantorovich potential: by a critic for a model's distribution, which gives a
     lower estimate of the distance between the two sets of samples; by the network simplex, exactly,
-    for a finite law. At the pretrained law itself the distance has a kink, and the variation is 0.
+    for a finite distribution. At the pretrained distribution itself the distance has a kink, and the
+    variation is 0.
 
     Attributes:
         reference: the pretrained model.
@@ -345,29 +355,31 @@ class Wasserstein1(Functional):
     def __post_init__(self) -> None:
         check_metric(self.weights)
 
-    def value(self, law: Law) -> float:
-        potential, reference = self._trained(law)
-        own, other = potential.value(law.samples), potential.value(reference)
+    def value(self, distribution: Distribution) -> float:
+        potential, reference = self._trained(distribution)
+        own, other = potential.value(distribution.samples), potential.value(reference)
         return float(own.double().mean() - other.double().mean())
 
-    def linearise(self, law: Law) -> FirstVariation:
-        # At the pretrained law the distance is at its minimum: 0 is a subgradient, where a critic
-        # would separate two sets of samples of one law by their noise.
-        return Unmoved() if law.model is self.reference else self._trained(law)[0]
+    def linearise(self, distribution: Distribution) -> FirstVariation:
+        # At the pretrained distribution the distance is at its minimum: 0 is a subgradient, where a critic
+        # would separate two sets of samples of one distribution by their noise.
+        return Unmoved() if distribution.model is self.reference else self._trained(distribution)[0]
 
-    def _trained(self, law: Law) -> tuple[CriticPotential, Tensor]:
+    def _trained(self, distribution: Distribution) -> tuple[CriticPotential, Tensor]:
         """The critic, and the samples of the pretrained model that it was trained on."""
         reference = self.draw.of(self.reference)
-        return train_critic(law.samples, reference, self.weights, self.critic), reference
+        return train_critic(distribution.samples, reference, self.weights, self.critic), reference
 
-    def _finite(self, law: FiniteLaw) -> Transport:
-        points = law.points.numpy(force=True)
-        return kantorovich(ground_distances(points, points, self.weights), law.p, law.reference)
+    def _finite(self, distribution: FiniteDistribution) -> Transport:
+        points = distribution.points.numpy(force=True)
+        return kantorovich(
+            ground_distances(points, points, self.weights), distribution.p, distribution.reference
+        )
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        return self._finite(law).value
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        return self._finite(distribution).value
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        if np.array_equal(law.log_p, law.log_reference):
-            return np.zeros(len(law.log_p))
-        return self._finite(law).potential
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        if np.array_equal(distribution.log_p, distribution.log_reference):
+            return np.zeros(len(distribution.log_p))
+        return self._finite(distribution).potential

@@ -24,7 +24,7 @@ def inverse_multiquadric(distance: Tensor) -> Tensor:
 
 
 def energy(distance: Tensor) -> Tensor:
-    """``-r``: positive definite on differences of laws; the squared discrepancy is the energy distance."""
+    """``-r``: positive definite on differences of distributions; its squared MMD is the energy distance."""
     return -distance
 
 

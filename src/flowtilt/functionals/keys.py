@@ -31,12 +31,12 @@ class FunctionalKeys(NamedTuple):
     keys: Mapping[str, Key] = {}
 
 
-_LEVEL = Key("number in (0, 1)", "Quantile level where the tail begins.")
+_MASS = Key("number in (0, 1)", "Share of probability in the tail.")
 
 UTILITY_KEYS: dict[str, FunctionalKeys] = {
     "expected_reward": FunctionalKeys("Mean of the reward."),
-    "cvar": FunctionalKeys("Mean of the worst share `level` of the reward.", {"level": _LEVEL}),
-    "sq": FunctionalKeys("Mean of the best share 1 - `level` of the reward.", {"level": _LEVEL}),
+    "cvar": FunctionalKeys("Mean of the worst share `mass` of the reward.", {"mass": _MASS}),
+    "sq": FunctionalKeys("Mean of the best share `mass` of the reward.", {"mass": _MASS}),
     "mean_variance": FunctionalKeys(
         "Mean of the reward less `risk` times its variance.",
         {"risk": Key("number", "Weight of the variance, in inverse reward units; negative seeks variance.")},
@@ -76,30 +76,32 @@ UTILITY_KEYS: dict[str, FunctionalKeys] = {
 }
 
 DIVERGENCE_KEYS: dict[str, FunctionalKeys] = {
-    "kl": FunctionalKeys("Kullback-Leibler divergence from the pretrained law, in nats."),
+    "kl": FunctionalKeys("Kullback-Leibler divergence from the pretrained distribution, in nats."),
     "renyi": FunctionalKeys(
-        "Rényi divergence from the pretrained law, in nats.",
+        "Rényi divergence from the pretrained distribution, in nats.",
         {
             "order": Key("number > 0, not 1", "Order of the divergence."),
-            "samples": Key("whole number ≥ 1", "How many of the law's samples its mean is taken over.", 2000),
+            "samples": Key(
+                "whole number ≥ 1", "How many of the distribution's samples its mean is taken over.", 2000
+            ),
         },
     ),
     "mmd": FunctionalKeys(
-        "Maximum mean discrepancy from the pretrained law.",
+        "Maximum mean discrepancy from the pretrained distribution.",
         {
             "kernel": Key("`gaussian`, `inverse_multiquadric` or `energy`", "The kernel of a distance."),
             "bandwidth": Key("number > 0", "Unit of the distance, in units of the samples.", 1.0),
         },
     ),
     "wasserstein1": FunctionalKeys(
-        "Wasserstein-1 distance from the pretrained law in a ground metric, by a critic.",
+        "Wasserstein-1 distance from the pretrained distribution in a ground metric, by a critic.",
         {
             "weights": Key(
                 "list of numbers > 0",
                 "Weights w of the coordinates in the metric d(x, y)^2 = sum_i w_i (x_i - y_i)^2.",
             ),
             "critic.updates": Key("whole number ≥ 1", "Optimiser steps of the critic.", 1000),
-            "critic.batch": Key("whole number ≥ 1", "Samples of either law an update.", 256),
+            "critic.batch": Key("whole number ≥ 1", "Samples of either distribution an update.", 256),
             "critic.width": Key("whole number ≥ 1", "Width of its two hidden layers.", 64),
             "critic.learning_rate": Key("number > 0", "Learning rate of Adam at the start.", 3e-3),
             "critic.penalty": Key(

@@ -289,8 +289,8 @@ UTILITIES = Registry(
     "utility",
     {
         "expected_reward": Entry(ExpectedReward, takes=("reward",)),
-        "cvar": Entry(CVaR, takes=("reward",), parameters={"level": number()}, examples=({"level": 0.3},)),
-        "sq": Entry(SQ, takes=("reward",), parameters={"level": number()}, examples=({"level": 0.7},)),
+        "cvar": Entry(CVaR, takes=("reward",), parameters={"mass": number()}, examples=({"mass": 0.3},)),
+        "sq": Entry(SQ, takes=("reward",), parameters={"mass": number()}, examples=({"mass": 0.3},)),
         "mean_variance": Entry(
             MeanVariance, takes=("reward",), parameters={"risk": number()}, examples=({"risk": 0.5},)
         ),
@@ -344,7 +344,7 @@ DIVERGENCES = Registry(
         ),
     },
 )
-"""What keeps the law near the pretrained one."""
+"""What keeps the distribution near the pretrained one."""
 
 
 class UnmetNeed(ValueError):

@@ -1,4 +1,4 @@
-"""First variations of functionals of a law with noise: what is left of a law at a time of its path."""
+"""First variations of functionals of a distribution with noise: of what is left of one along its path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 from flowtilt.devices import seeded
 from flowtilt.model import Context, FlowModel
 
-NO_SMOOTHED_VALUE = "of a law with noise there are gradients alone, by scores; its density is not computed"
+NO_SMOOTHED_VALUE = (
+    "of a distribution with noise there are gradients alone, by scores; its density is not computed"
+)
 
 
 def smoothed(
@@ -21,12 +23,12 @@ def smoothed(
     context: Context,
     pairs: int,
 ) -> Tensor:
-    """Gradient at the data of a functional's first variation on the law ``p_t`` of a path.
+    """Gradient at the data of a functional's first variation on the distribution ``p_t`` of a path.
 
-    With ``x_t = alpha x + beta n``, a functional of ``p_t`` is one of the data's law, whose first variation
-    at ``x`` is ``E_n g(alpha x + beta n)`` with ``g`` the one at ``p_t``: its gradient is ``alpha E_n`` of
-    that of ``g``. The noise comes in pairs ``n, -n``, which are exact where ``g`` is quadratic, and follows
-    from the samples themselves, so that a sample has the same in any batch.
+    With ``x_t = alpha x + beta n``, a functional of ``p_t`` is one of the data's distribution, whose first
+    variation at ``x`` is ``E_n g(alpha x + beta n)`` with ``g`` the one at ``p_t``: its gradient is ``alpha
+    E_n`` of that of ``g``. The noise comes in pairs ``n, -n``, which are exact where ``g`` is quadratic, and
+    follows from the samples themselves, so that a sample has the same in any batch.
 
     Args:
         gradient: of ``g`` at states, a time and a context.

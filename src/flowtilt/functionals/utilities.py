@@ -1,4 +1,4 @@
-"""Utilities: what to raise. Of the reward's distribution, of the law's spread, of its modes.
+"""Utilities: what to raise. Of the reward's distribution, of the distribution's spread, of its modes.
 
 First variations are those of FDC (De Santi et al. 2025, table 1), up to constants, but for two whose
 sign the paper prints the other way round: the log barrier's and that of diverse modes.
@@ -14,53 +14,56 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.functionals.base import FiniteLaw, FirstVariation, Functional, Law, per_sample
+from flowtilt.functionals.base import Distribution, FiniteDistribution, FirstVariation, Functional, per_sample
 from flowtilt.functionals.smoothing import NO_SMOOTHED_VALUE, smoothed
 from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
 from flowtilt.model import Context, FlowModel, evaluating
 from flowtilt.ranges import FINITE, MASS, at_least, between, check
 from flowtilt.rewards import Reward, RewardError
 from flowtilt.sampling import OdeSettings, log_likelihood
-from flowtilt.words import Side, tail_side
+from flowtilt.words import Tail, read_tail
 
 
 class InfeasibleBarrier(ValueError):
-    """A log barrier at a law whose expected cost is not below the bound."""
+    """A log barrier at a distribution whose expected cost is not below the bound."""
 
 
-def _values_of(rewards: Sequence[Reward], law: Law) -> np.ndarray:
-    """Rewards of the law's samples, float64, (rewards, n); without the samples on which any of them failed.
+def _values_of(rewards: Sequence[Reward], distribution: Distribution) -> np.ndarray:
+    """Rewards of the distribution's samples, float64, (rewards, n); without the samples on which any of them
+    failed.
 
     Raises:
         RewardError: if none is left.
     """
-    every = [reward(law.samples, law.context).double().numpy(force=True) for reward in rewards]
+    every = [
+        reward(distribution.samples, distribution.context).double().numpy(force=True) for reward in rewards
+    ]
     kept = np.asarray(~np.isnan(every).any(axis=0))
     if not kept.any():
         names = " or ".join(type(reward).__name__ for reward in rewards)
         raise RewardError(
-            f"reward {names} failed on all {len(kept)} samples of a law; a functional "
+            f"reward {names} failed on all {len(kept)} samples of a distribution; a functional "
             "needs at least one value: look at the model that draws them"
         )
     return np.array([values[kept] for values in every])
 
 
-def _values(reward: Reward, law: Law) -> np.ndarray:
+def _values(reward: Reward, distribution: Distribution) -> np.ndarray:
     """Values of one reward, (n,); see :func:`_values_of`."""
-    return np.asarray(_values_of([reward], law)[0])
+    return np.asarray(_values_of([reward], distribution)[0])
 
 
-def _finite_values(reward: Reward, law: FiniteLaw) -> np.ndarray:
-    """Rewards at the points of a finite law, float64, (n,).
+def _finite_values(reward: Reward, distribution: FiniteDistribution) -> np.ndarray:
+    """Rewards at the points of a finite distribution, float64, (n,).
 
     Raises:
         RewardError: if one failed: a point has its probability, and cannot be left out as a sample can.
     """
-    values = reward(law.points).double().numpy(force=True)
+    values = reward(distribution.points).double().numpy(force=True)
     if count := int(np.isnan(values).sum()):
         raise RewardError(
-            f"reward {type(reward).__name__} failed on {count} of the {len(values)} points of a finite law, "
-            "which needs a value at each; leave these points out of the law"
+            f"reward {type(reward).__name__} failed on {count} of the {len(values)} points of a finite "
+            "distribution, which needs a value at each; leave these points out of the distribution"
         )
     return np.asarray(values)
 
@@ -98,7 +101,7 @@ class RewardVariation(_OfRewards):
 class Hinge(_OfRewards):
     """A reward cut at a threshold and divided by the mass of the tail.
 
-    ``-(threshold - r)_+ / mass`` for the lower side and ``(r - threshold)_+ / mass`` for the
+    ``-(threshold - r)_+ / mass`` for the lower tail and ``(r - threshold)_+ / mass`` for the
     upper: the first variation of a tail mean when the threshold is the quantile, and TFFT's
     pseudo-reward when it is the dual solution. It is not active on evaluations that failed.
 
@@ -106,23 +109,23 @@ class Hinge(_OfRewards):
         reward: the reward.
         threshold: where the hinge bends, in units of the reward.
         mass: probability of the tail, in (0, 1].
-        side: the tail on which the hinge is not flat; ``left`` and ``right`` are taken for ``lower`` and
+        tail: the tail on which the hinge is not flat; ``left`` and ``right`` are taken for ``lower`` and
             ``upper``, all else is refused.
     """
 
     reward: Reward
     threshold: float
     mass: float
-    side: Side
+    tail: Tail
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "side", tail_side(self.side))
+        object.__setattr__(self, "tail", read_tail(self.tail))
         check(self, "a hinge's ", threshold=FINITE, mass=MASS)
 
     def of_rewards(self, rewards: np.ndarray) -> np.ndarray:
         """The hinge as a function of reward values, any shape."""
         excess = np.asarray(rewards, dtype=np.float64) - self.threshold
-        cut = np.minimum(excess, 0.0) if self.side == "lower" else np.maximum(excess, 0.0)
+        cut = np.minimum(excess, 0.0) if self.tail == "lower" else np.maximum(excess, 0.0)
         return cut / self.mass
 
     @property
@@ -131,11 +134,11 @@ class Hinge(_OfRewards):
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         excess = self.reward(x, context) - self.threshold
-        return (excess.clamp(max=0.0) if self.side == "lower" else excess.clamp(min=0.0)) / self.mass
+        return (excess.clamp(max=0.0) if self.tail == "lower" else excess.clamp(min=0.0)) / self.mass
 
     def active(self, x: Tensor, context: Context = None) -> Tensor:
         rewards = self.reward(x, context)
-        return rewards < self.threshold if self.side == "lower" else rewards > self.threshold
+        return rewards < self.threshold if self.tail == "lower" else rewards > self.threshold
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         gradient = torch.zeros_like(x)
@@ -147,23 +150,23 @@ class Hinge(_OfRewards):
 
 @dataclass(frozen=True)
 class ExpectedReward(Functional):
-    """``E_p[r]``; linear in the law."""
+    """``E_p[r]``; linear in the distribution."""
 
     tier = "linear"
 
     reward: Reward
 
-    def value(self, law: Law) -> float:
-        return float(_values(self.reward, law).mean())
+    def value(self, distribution: Distribution) -> float:
+        return float(_values(self.reward, distribution).mean())
 
-    def linearise(self, law: Law) -> RewardVariation:
+    def linearise(self, distribution: Distribution) -> RewardVariation:
         return RewardVariation(self.reward)
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        return float(law.p @ self.finite_variation(law))
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        return float(distribution.p @ self.finite_variation(distribution))
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        return _finite_values(self.reward, law)
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        return _finite_values(self.reward, distribution)
 
 
 @dataclass(frozen=True)
@@ -172,59 +175,65 @@ class _TailMean(Functional):
 
     Attributes:
         reward: the reward.
-        level: the quantile level b in (0, 1) where the tail begins.
+        mass: share of probability in the tail, in (0, 1).
     """
 
     reward: Reward
-    level: float
+    mass: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.level < 1:
-            raise ValueError(f"a tail level must lie in (0, 1), got {self.level}")
+        if not 0 < self.mass < 1:
+            raise ValueError(f"the mass of a tail must lie in (0, 1), got {self.mass}")
 
 
 @dataclass(frozen=True)
 class CVaR(_TailMean):
-    """Mean of the worst share ``level`` of the reward; convex in the law."""
+    """Mean of the worst share ``mass`` of the reward; convex in the distribution.
+
+    The papers write CVaR_b with the quantile level b where the tail ends: b is ``mass``.
+    """
 
     tier = "convex"
 
-    def value(self, law: Law) -> float:
-        return lower_tail_mean(_values(self.reward, law), self.level)
+    def value(self, distribution: Distribution) -> float:
+        return lower_tail_mean(_values(self.reward, distribution), self.mass)
 
-    def linearise(self, law: Law) -> Hinge:
-        threshold = quantile(_values(self.reward, law), self.level)
-        return Hinge(self.reward, threshold, mass=self.level, side="lower")
+    def linearise(self, distribution: Distribution) -> Hinge:
+        threshold = quantile(_values(self.reward, distribution), self.mass)
+        return Hinge(self.reward, threshold, self.mass, "lower")
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        return lower_tail_mean(_finite_values(self.reward, law), self.level, law.p)
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        return lower_tail_mean(_finite_values(self.reward, distribution), self.mass, distribution.p)
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        rewards = _finite_values(self.reward, law)
-        at = quantile(rewards, self.level, law.p)
-        return Hinge(self.reward, at, self.level, "lower").of_rewards(rewards)
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        rewards = _finite_values(self.reward, distribution)
+        at = quantile(rewards, self.mass, distribution.p)
+        return Hinge(self.reward, at, self.mass, "lower").of_rewards(rewards)
 
 
 @dataclass(frozen=True)
 class SQ(_TailMean):
-    """Superquantile: mean of the best share ``1 - level`` of the reward; concave in the law."""
+    """Superquantile: mean of the best share ``mass`` of the reward; concave in the distribution.
+
+    The papers write SQ_b with the quantile level b where the tail begins: b is ``1 - mass``.
+    """
 
     tier = "general"
 
-    def value(self, law: Law) -> float:
-        return upper_tail_mean(_values(self.reward, law), 1 - self.level)
+    def value(self, distribution: Distribution) -> float:
+        return upper_tail_mean(_values(self.reward, distribution), self.mass)
 
-    def linearise(self, law: Law) -> Hinge:
-        threshold = quantile(_values(self.reward, law), self.level)
-        return Hinge(self.reward, threshold, mass=1 - self.level, side="upper")
+    def linearise(self, distribution: Distribution) -> Hinge:
+        threshold = quantile(_values(self.reward, distribution), 1 - self.mass)
+        return Hinge(self.reward, threshold, self.mass, "upper")
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        return upper_tail_mean(_finite_values(self.reward, law), 1 - self.level, law.p)
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        return upper_tail_mean(_finite_values(self.reward, distribution), self.mass, distribution.p)
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        rewards = _finite_values(self.reward, law)
-        at = quantile(rewards, self.level, law.p)
-        return Hinge(self.reward, at, 1 - self.level, "upper").of_rewards(rewards)
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        rewards = _finite_values(self.reward, distribution)
+        at = quantile(rewards, 1 - self.mass, distribution.p)
+        return Hinge(self.reward, at, self.mass, "upper").of_rewards(rewards)
 
 
 @dataclass(frozen=True)
@@ -234,7 +243,7 @@ class CentredRisk(_OfRewards):
     Attributes:
         reward: the reward r.
         risk: weight of the variance.
-        mean: expected reward of the law.
+        mean: expected reward of the distribution.
     """
 
     reward: Reward
@@ -256,7 +265,7 @@ class CentredRisk(_OfRewards):
 class MeanVariance(Functional):
     """``E r - risk Var r``; the variance is the samples' own, without Bessel's correction.
 
-    The variance is concave in the law, so that this is convex for a positive ``risk``.
+    The variance is concave in the distribution, so that this is convex for a positive ``risk``.
 
     Attributes:
         reward: the reward r.
@@ -272,28 +281,28 @@ class MeanVariance(Functional):
         if not math.isfinite(self.risk):
             raise ValueError(f"the weight of the variance must be finite, got risk={self.risk}")
 
-    def value(self, law: Law) -> float:
-        rewards = _values(self.reward, law)
+    def value(self, distribution: Distribution) -> float:
+        rewards = _values(self.reward, distribution)
         return float(rewards.mean() - self.risk * rewards.var())
 
-    def linearise(self, law: Law) -> CentredRisk:
-        return CentredRisk(self.reward, self.risk, float(_values(self.reward, law).mean()))
+    def linearise(self, distribution: Distribution) -> CentredRisk:
+        return CentredRisk(self.reward, self.risk, float(_values(self.reward, distribution).mean()))
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        rewards = _finite_values(self.reward, law)
-        mean = law.p @ rewards
-        return float(mean - self.risk * (law.p @ (rewards - mean) ** 2))
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        rewards = _finite_values(self.reward, distribution)
+        mean = distribution.p @ rewards
+        return float(mean - self.risk * (distribution.p @ (rewards - mean) ** 2))
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        rewards = _finite_values(self.reward, law)
-        return rewards - self.risk * (rewards - 2 * (law.p @ rewards)) * rewards
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        rewards = _finite_values(self.reward, distribution)
+        return rewards - self.risk * (rewards - 2 * (distribution.p @ rewards)) * rewards
 
 
 @dataclass(frozen=True)
 class NegativeLogDensity(FirstVariation):
     """``-log p``, with the gradient by the model's score at a ``time`` just before the data.
 
-    With ``pairs`` of noise it is that of the law ``p_t`` which the path has at that time, see
+    With ``pairs`` of noise it is that of the distribution ``p_t`` which the path has at that time, see
     :func:`flowtilt.functionals.smoothing.smoothed`.
     """
 
@@ -322,14 +331,15 @@ class NegativeLogDensity(FirstVariation):
 class Entropy(Functional):
     """``-E log p``, in nats; the value needs likelihoods, the gradient only scores.
 
-    For a model it is the differential entropy, for a finite law that of its probabilities.
+    For a model it is the differential entropy, for a finite distribution that of its probabilities.
 
     Attributes:
         score_time: time at which the score stands for that of the data, in (0, 1).
         ode: how the likelihoods are solved.
-        pairs: if not zero, it is the entropy of the law with the noise that the path has at ``score_time``,
-            whose gradient is a mean over so many pairs of noise. What differs by less than the noise then
-            counts for little, and scores are asked for where the model was trained. There is no value.
+        pairs: if not zero, it is the entropy of the distribution with the noise that the path has at
+            ``score_time``, whose gradient is a mean over so many pairs of noise. What differs by less than
+            the noise then counts for little, and scores are asked for where the model was trained. There is
+            no value.
     """
 
     tier = "convex"
@@ -342,18 +352,20 @@ class Entropy(Functional):
     def __post_init__(self) -> None:
         check(self, "an entropy's ", score_time=between(0, 1), pairs=at_least(0))
 
-    def value(self, law: Law) -> float:
-        return float(self.linearise(law).value(law.samples, law.context).double().mean())
+    def value(self, distribution: Distribution) -> float:
+        return float(
+            self.linearise(distribution).value(distribution.samples, distribution.context).double().mean()
+        )
 
-    def linearise(self, law: Law) -> NegativeLogDensity:
-        return NegativeLogDensity(law.model, self.score_time, self.ode, self.pairs)
+    def linearise(self, distribution: Distribution) -> NegativeLogDensity:
+        return NegativeLogDensity(distribution.model, self.score_time, self.ode, self.pairs)
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        held = law.p > 0
-        return -float(law.p[held] @ law.log_p[held])
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        held = distribution.p > 0
+        return -float(distribution.p[held] @ distribution.log_p[held])
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        return -law.log_p
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        return -distribution.log_p
 
 
 @dataclass(frozen=True)
@@ -414,25 +426,31 @@ class LogBarrier(Functional):
         if not expected_cost < self.bound:
             raise InfeasibleBarrier(
                 f"the log barrier is infeasible: the expected cost is {expected_cost:.6g} and must be "
-                f"below the bound {self.bound:.6g}; raise the bound, or start from a law of lower cost"
+                f"below the bound {self.bound:.6g}; raise the bound, or start from a distribution of "
+                "lower cost"
             )
         return self.bound - expected_cost
 
-    def value(self, law: Law) -> float:
-        reward, cost = (float(values.mean()) for values in _values_of([self.reward, self.cost], law))
+    def value(self, distribution: Distribution) -> float:
+        reward, cost = (float(values.mean()) for values in _values_of([self.reward, self.cost], distribution))
         return reward + self.strength * math.log(self._slack(cost))
 
-    def linearise(self, law: Law) -> BarrierVariation:
-        slack = self._slack(float(_values_of([self.reward, self.cost], law)[1].mean()))
+    def linearise(self, distribution: Distribution) -> BarrierVariation:
+        slack = self._slack(float(_values_of([self.reward, self.cost], distribution)[1].mean()))
         return BarrierVariation(self.reward, self.cost, self.strength / slack)
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        slack = self._slack(float(law.p @ _finite_values(self.cost, law)))
-        return float(law.p @ _finite_values(self.reward, law)) + self.strength * math.log(slack)
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        slack = self._slack(float(distribution.p @ _finite_values(self.cost, distribution)))
+        return float(distribution.p @ _finite_values(self.reward, distribution)) + self.strength * math.log(
+            slack
+        )
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        costs = _finite_values(self.cost, law)
-        return _finite_values(self.reward, law) - self.strength / self._slack(float(law.p @ costs)) * costs
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        costs = _finite_values(self.cost, distribution)
+        return (
+            _finite_values(self.reward, distribution)
+            - self.strength / self._slack(float(distribution.p @ costs)) * costs
+        )
 
 
 @dataclass(frozen=True)
@@ -508,7 +526,7 @@ class DiverseModes(Functional):
     """``E_z KL(p_z || mean_k p_k)`` over modes z: how well a sample tells its mode, in nats.
 
     It is the mutual information of sample and mode, at most ``log modes``. The modes of a model are
-    equally likely. A finite law is one of pairs of a point and a mode: it takes the mutual
+    equally likely. A finite distribution is one of pairs of a point and a mode: it takes the mutual
     information of the pair, whatever its modes' probabilities, which fine-tuning does not change.
 
     Attributes:
@@ -527,28 +545,34 @@ class DiverseModes(Functional):
     def __post_init__(self) -> None:
         check(self, "diverse modes' ", modes=at_least(2), score_time=between(0, 1))
 
-    def value(self, law: Law) -> float:
-        return float(self.linearise(law).value(law.samples, law.context).double().mean())
+    def value(self, distribution: Distribution) -> float:
+        return float(
+            self.linearise(distribution).value(distribution.samples, distribution.context).double().mean()
+        )
 
-    def linearise(self, law: Law) -> ModeLogRatio:
-        variation = ModeLogRatio(law.model, self.modes, self.score_time, self.ode)
-        variation.own_modes(law.context, law.samples)
+    def linearise(self, distribution: Distribution) -> ModeLogRatio:
+        variation = ModeLogRatio(distribution.model, self.modes, self.score_time, self.ode)
+        variation.own_modes(distribution.context, distribution.samples)
         return variation
 
-    def finite_value(self, law: FiniteLaw) -> float:
-        held = law.p > 0
-        return float(law.p[held] @ self.finite_variation(law)[held])
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        held = distribution.p > 0
+        return float(distribution.p[held] @ self.finite_variation(distribution)[held])
 
-    def finite_variation(self, law: FiniteLaw) -> np.ndarray:
-        if law.modes is None:
-            raise ValueError("diverse modes need a finite law with a mode for each point: give it modes")
-        if law.modes.min() != 0 or law.modes.max() != self.modes - 1:
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        if distribution.modes is None:
             raise ValueError(
-                f"diverse modes of {self.modes} modes got a finite law with modes from "
-                f"{law.modes.min()} to {law.modes.max()}"
+                "diverse modes need a finite distribution with a mode for each point: give it modes"
             )
-        flat = law.points.flatten(1).numpy(force=True)
+        if distribution.modes.min() != 0 or distribution.modes.max() != self.modes - 1:
+            raise ValueError(
+                f"diverse modes of {self.modes} modes got a finite distribution with modes from "
+                f"{distribution.modes.min()} to {distribution.modes.max()}"
+            )
+        flat = distribution.points.flatten(1).numpy(force=True)
         point = np.unique(flat, axis=0, return_inverse=True)[1].ravel()
         with np.errstate(divide="ignore", invalid="ignore"):
-            of_mode, of_point = (np.log(np.bincount(k, law.p))[k] for k in (law.modes, point))
-            return law.log_p - of_mode - of_point
+            of_mode, of_point = (
+                np.log(np.bincount(k, distribution.p))[k] for k in (distribution.modes, point)
+            )
+            return distribution.log_p - of_mode - of_point

@@ -1,4 +1,4 @@
-"""Two estimates of a law's entropy from its samples, both in the official code of Flow Density Control."""
+"""Two estimates of a distribution's entropy from samples, both in Flow Density Control's official code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 
 def likelihood_entropy(log_density: ArrayLike) -> float:
-    """Differential entropy in nats: minus the mean log-density of a law at its own samples.
+    """Differential entropy in nats: minus the mean log-density of a distribution at its own samples.
 
     Unbiased where the log-densities are right; its standard error is their standard deviation over
     the root of their number.
@@ -31,7 +31,7 @@ def likelihood_entropy(log_density: ArrayLike) -> float:
 def histogram_entropy(samples: ArrayLike, extent: float, bins: int) -> float:
     """Entropy in nats of a histogram of the plane: ``bins`` x ``bins`` cells of ``[-extent, extent]^2``.
 
-    This is the entropy of the *cells*: that of the law is lower by the log of their number a unit
+    This is the entropy of the *cells*: that of the distribution is lower by the log of their number a unit
     of area, ``2 log(bins / (2 extent))``, once there are many samples a cell. With fewer it lies
     below, by about the number of occupied cells less one over twice the number of samples (Miller
     1955), and it never exceeds the log of the number of samples. Samples off the square are left out.

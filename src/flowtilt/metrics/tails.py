@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowtilt.words import Side, tail_side
+from flowtilt.words import Tail, read_tail
 
 
 def _sorted_with_weights(values: ArrayLike, weights: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
@@ -61,16 +61,16 @@ def upper_tail_mean(values: ArrayLike, mass: float, weights: ArrayLike | None = 
     return -lower_tail_mean(-np.asarray(values, dtype=np.float64), mass, weights)
 
 
-def tail_mean(values: ArrayLike, mass: float, side: Side | str, weights: ArrayLike | None = None) -> float:
+def tail_mean(values: ArrayLike, mass: float, tail: Tail | str, weights: ArrayLike | None = None) -> float:
     """Mean of the share ``mass`` in (0, 1] of one tail of the values."""
-    return (lower_tail_mean if tail_side(side) == "lower" else upper_tail_mean)(values, mass, weights)
+    return (lower_tail_mean if read_tail(tail) == "lower" else upper_tail_mean)(values, mass, weights)
 
 
 def dominance_violation(values: ArrayLike, reference: ArrayLike) -> float:
     """How far ``values`` are from dominating ``reference`` at first order, in [0, 1].
 
     The largest amount by which the share of ``values`` at or below any threshold exceeds that of
-    ``reference``: zero if every quantile is at least as high. For N and M samples of one law it is
+    ``reference``: zero if every quantile is at least as high. For N and M samples of one distribution it is
     of the order ``sqrt(1 / N + 1 / M)`` (the one-sided Kolmogorov-Smirnov statistic).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Exact optimal transport between samples and between finite laws, by POT's network simplex.
+"""Exact optimal transport between samples and between finite distributions, by POT's network simplex.
 
 The ground metric is ``d(x, y) = sqrt(sum_i w_i (x_i - y_i)^2)`` with positive weights: moves along a
 coordinate of larger weight are dearer. This module stays clear of torch: POT itself would load it,
@@ -34,7 +34,7 @@ class Transport:
 
     Attributes:
         value: cost of the optimal plan.
-        potential: Kantorovich potential at the points of the first law, (n,): the derivative of the
+        potential: Kantorovich potential at the points of the first distribution, (n,): the derivative of the
             value with respect to their probabilities, up to a constant.
     """
 
@@ -112,33 +112,13 @@ def _flat(x: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
-def wasserstein1(x: ArrayLike, y: ArrayLike, weights: Sequence[float] | None = None) -> float:
-    """Exact Wasserstein-1 distance between two sets of samples, each equally weighted.
-
-    It is the distance of the *empirical* laws. With N samples it lies above that of the laws behind
-    them, by the order of ``N^(-1/2)`` on a line and in the plane (up to a logarithm), ``N^(-1/d)``
-    beyond. Time grows between the second and the third power of the number of samples.
-
-    Args:
-        x: samples, (n, ...); ``n m`` may be up to :data:`LARGEST_PROBLEM`.
-        y: samples, (m, ...).
-        weights: of the ground metric's coordinates, all 1 if not given.
-
-    Raises:
-        TransportError: for samples that are none, not finite or too many.
-        ValueError: for weights that are not positive, or not one for each coordinate.
-    """
-    cost = ground_distances(x, y, weights)
-    n, m = cost.shape
-    value, log = _pot().emd2(
-        np.full(n, 1 / n), np.full(m, 1 / m), cost, numItermax=LARGEST_COUNT_OF_PIVOTS, log=True
-    )
-    _check(log)
-    return float(value)
-
-
 def kantorovich(cost: np.ndarray, p: np.ndarray, q: np.ndarray) -> Transport:
     """Optimal transport of ``p`` to ``q`` with its Kantorovich potential, both exact.
+
+    Between two sets of samples, with equal probabilities, it is that of their *empirical* distributions. With
+    N samples its cost lies above that of the distributions behind them, by the order of ``N^(-1/2)`` on a
+    line and in the plane (up to a logarithm), ``N^(-1/d)`` beyond. Time grows between the second and the
+    third power of the number of samples.
 
     Probabilities below 1e-15 are dropped, which the solver cannot tell from rounding. With the dual
     variables v of ``q``, the potential is their c-transform ``min_j cost_ij - v_j``: defined at
@@ -157,11 +137,11 @@ def kantorovich(cost: np.ndarray, p: np.ndarray, q: np.ndarray) -> Transport:
             f"optimal transport needs finite costs of each pair, ({len(p)}, {len(q)}); got {cost.shape} and "
             f"{int((~np.isfinite(cost)).sum())} that are not finite"
         )
-    for law in (p, q):
-        if not (abs(law.sum() - 1) < 1e-6 and (law >= -1e-15).all()):
+    for distribution in (p, q):
+        if not (abs(distribution.sum() - 1) < 1e-6 and (distribution >= -1e-15).all()):
             raise TransportError(
                 "optimal transport is of probabilities, which sum to one and are not negative; got a sum of "
-                f"{law.sum()} and a smallest one of {law.min(initial=np.inf)}"
+                f"{distribution.sum()} and a smallest one of {distribution.min(initial=np.inf)}"
             )
     rows, columns = p > 1e-15, q > 1e-15
     from_p, to_q = p[rows] / p[rows].sum(), q[columns] / q[columns].sum()

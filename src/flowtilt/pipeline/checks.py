@@ -26,10 +26,6 @@ TABLES = ("comparison", "by_seed")
 def read_plan(data: Mapping[str, Any], where: str) -> Plan:
     """The plan of a configuration, checked: each file alone, and all against each other.
 
-    Args:
-        data: the configuration, merged from its files.
-        where: those files, for messages.
-
     Raises:
         ConfigError: naming the file, the key and the fix.
     """
@@ -108,28 +104,26 @@ def load_files(config: WorkflowConfig, where: str) -> Files:
             if not Path(experiment_file(name)).is_file():
                 raise ConfigError(f"{where}: key overrides.{key}.{name}: there is no {experiment_file(name)}")
     if any(measures_resolution(domain_of(next(iter(cases.values())))) for cases in files.values()):
-        study = _resolution(config, where)
+        if (study := config.resolution) is None:
+            raise ConfigError(
+                f"{where}: key resolution: missing; name the study that the network's resolution is measured "
+                "by"
+            )
         files.setdefault(study, load(study, changes, where, "resolution"))
         if not any(method.kind == "am" for case in files[study].values() for method in case.methods.values()):
             raise ConfigError(
                 f"{where}: key resolution: {study} has no method of kind am to measure the network's "
                 "resolution by; name a study that has"
             )
-    bases = {case.base: name for name, cases in files.items() for case in cases.values()}
+    bases = {case.starts_from: name for name, cases in files.items() for case in cases.values()}
     for base, name in bases.items():
         if base not in files:
-            files[base] = load(base, changes, experiment_file(name), "base")
+            files[base] = load(base, changes, experiment_file(name), "starts_from")
         if base not in files[base]:
-            raise ConfigError(f"{experiment_file(name)}: key base: {base} is a study; name one experiment")
+            raise ConfigError(
+                f"{experiment_file(name)}: key starts_from: {base} is a study; name one experiment"
+            )
     return files
-
-
-def _resolution(config: WorkflowConfig, where: str) -> str:
-    if config.resolution is None:
-        raise ConfigError(
-            f"{where}: key resolution: missing; name the study that the network's resolution is measured by"
-        )
-    return config.resolution
 
 
 def load(name: str, changes: Mapping[str, Any], where: str, key: str) -> dict[str, Experiment]:

@@ -16,9 +16,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowtilt.environment import count
 from flowtilt.loading import message_of
@@ -108,6 +109,144 @@ def _start_logging() -> None:
     log.addHandler(console)
 
 
+class Command(NamedTuple):
+    """A stage of the pipeline's own.
+
+    Attributes:
+        text: what it does.
+        action: ``module:function`` that does it.
+        arguments: what that is called with, in this order; see :data:`ARGUMENTS`.
+    """
+
+    text: str
+    action: str
+    arguments: tuple[str, ...]
+
+
+_REPORT = "flowtilt.pipeline.report"
+_FILE = ("file", "--override", "--results", "--reported", "--output-prefix")
+COMMANDS = {
+    "doctor": Command(
+        "Say what this machine, or the cluster it submits to, can run of a plan.",
+        "flowtilt.pipeline.cli:doctor",
+        ("--configfile", "--partition", "--gpu"),
+    ),
+    "resolve": Command(
+        "Validate a file and write one of its experiments, overrides merged in.",
+        "flowtilt.pipeline.cli:resolve",
+        ("file", "--name", "--override", "--output"),
+    ),
+    "check": Command("Refuse experiments that no job could use.", "flowtilt.pipeline.cli:check", ("config",)),
+    "table": Command("Write an experiment's or a study's table.", f"{_REPORT}.tables:write_table", _FILE),
+    "figures": Command(
+        "Draw an experiment's or a study's figures.", f"{_REPORT}.figures:write_figures", _FILE
+    ),
+    "compare": Command(
+        "Write the comparison with the papers' values.",
+        f"{_REPORT}.tables:write_comparison",
+        ("files", "--override", "--results", "--reported", "--output", "--by-seed", "--earlier"),
+    ),
+    "costs": Command(
+        "Write what the runs cost, from the workflow's benchmarks.",
+        f"{_REPORT}.costs:write_costs",
+        ("files", "--override", "--benchmarks", "--output-prefix", "--earlier"),
+    ),
+    "theory": Command(
+        "Check the papers' guarantees on distributions that are known exactly.",
+        "flowtilt.pipeline.theory.stage:run",
+        ("study", "--override", "--output"),
+    ),
+    "theory-report": Command(
+        "Write a theory study's table and figure.",
+        "flowtilt.pipeline.theory.stage:report",
+        ("result", "--output-prefix", "--figure"),
+    ),
+    "provenance": Command(
+        "Record what made the results.",
+        f"{_REPORT}.provenance:write_provenance",
+        ("--config-hash", "--benchmarks", "--output", "--earlier", "--environment", "--snakemake"),
+    ),
+    "versions": Command(
+        "Record the versions of the packages of this environment.",
+        f"{_REPORT}.provenance:write_versions",
+        ("--output",),
+    ),
+    "page": Command(
+        "Write a table, the comparison or the provenance as an HTML page.",
+        f"{_REPORT}.pages:write_page",
+        ("source", "--title", "--output"),
+    ),
+    "overview": Command(
+        "Write the pages of the comparison, the costs and the provenance.",
+        f"{_REPORT}.pages:write_overview",
+        ("sources", "--output-folder"),
+    ),
+    "config-reference": Command(
+        "Write the reference of all configuration keys.",
+        "flowtilt.pipeline.config_reference:write_reference",
+        ("--output",),
+    ),
+}
+"""By name."""
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, object_pairs_hook=_once)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON mapping")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    from flowtilt.pipeline.configuration import no_repeats
+
+    no_repeats([f"key {key}" for key, _ in pairs])
+    return dict(pairs)
+
+
+def _file(text: str, **more: Any) -> dict[str, Any]:
+    return {"type": Path, "help": text, **more}
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "config": _file("experiments' files, resolved or as written", nargs="+"),
+    "file": _file("a file of config/experiments"),
+    "files": _file("files of config/experiments", nargs="+"),
+    "result": _file("output of the stage theory"),
+    "source": _file("a table's .md, comparison.csv, or provenance.json"),
+    "sources": _file("comparison.csv, costs.md, provenance.json", nargs="+"),
+    "study": _file("a file of config/theory"),
+    "--benchmarks": _file("folder of the workflow's benchmarks", required=True),
+    "--by-seed": _file("file for every metric of every seed", required=True),
+    "--config-hash": {"help": "of the workflow's configuration", "required": True},
+    "--configfile": _file("as for Snakemake: over config/config.yaml", nargs="+", default=[]),
+    "--earlier": _file("the same file of a run whose other results are kept (of a comparison, by_seed.csv)"),
+    "--environment": _file("versions of each environment of the run", nargs="*", default=[]),
+    "--figure": _file("figure to write (png)", required=True),
+    "--gpu": {"type": int, "help": "GPUs of a job (doctor: over the configuration's)"},
+    "--method": {"default": "", "help": "name of one of the experiment's methods"},
+    "--name": {"help": "the experiment or case; may be left out for an ordinary file"},
+    "--output": _file("file to write", required=True),
+    "--output-folder": _file("for pages of the same names", required=True),
+    "--output-prefix": _file("of the files to write", required=True),
+    "--override": {"type": _mapping, "default": {}, "help": "JSON mapping, merged in last"},
+    "--partition": {"help": "of SLURM (default: $SBATCH_PARTITION)"},
+    "--reported": _file("table of the papers' values", required=True),
+    "--results": _file("folder of all results", required=True),
+    "--seed": {"type": int, "help": "seed of the run"},
+    "--snakemake": {"default": "", "help": "its version, where it has an environment of its own"},
+    "--title": {"default": "", "help": "of a table's page"},
+    "--workers": {"type": int, "help": "processes beside its own"},
+}
+"""What stages are given: as argparse has it, by name."""
+
+OF_RUN = ("config", "--method", "--seed", "--results", "--workers", "--gpu")
+"""Of a stage of domains."""
+
+
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     """The parser; domains are loaded for their stages alone, if ``given`` begins with no other name."""
     parser = argparse.ArgumentParser(
@@ -115,103 +254,25 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     )
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
 
-    def add(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
+    def add(name: str, text: str, arguments: Sequence[str], handler: Handler) -> None:
         stage = stages.add_parser(name, help=text, description=text)
         stage.set_defaults(handler=handler)
-        return stage
+        for argument in arguments:
+            stage.add_argument(argument, **ARGUMENTS[argument])
 
-    stage = add("doctor", _doctor, "Say what this machine, or the cluster it submits to, can run of a plan.")
-    stage.add_argument(
-        "--configfile", type=Path, nargs="+", default=[], help="as for Snakemake: over config/config.yaml"
-    )
-    stage.add_argument("--partition", default=None, help="of SLURM (default: $SBATCH_PARTITION)")
-    stage.add_argument("--gpu", type=int, default=None, help="GPUs of a job, over the configuration's")
-
-    stage = add("resolve", _resolve, "Validate a file and write one of its experiments, overrides merged in.")
-    stage.add_argument("file", type=Path, help="a file of config/experiments")
-    stage.add_argument("--name", help="the experiment or case; may be left out for an ordinary file")
-    stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
-    stage.add_argument("--output", type=Path, required=True)
-
-    stage = add("check", _check, "Refuse experiments that no job could use.")
-    stage.add_argument("config", type=Path, nargs="+", help=_CONFIG)
-
-    for name, handler, text in (
-        ("table", _table, "Write an experiment's or a study's table."),
-        ("figures", _figures, "Draw an experiment's or a study's figures."),
-    ):
-        stage = add(name, handler, text)
-        stage.add_argument("file", type=Path, help="a file of config/experiments")
-        stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
-        stage.add_argument("--results", type=Path, required=True, help="results folder to read")
-        stage.add_argument("--reported", type=Path, required=True, help="table of the papers' values")
-        stage.add_argument("--output-prefix", type=Path, required=True)
-
-    stage = add("compare", _compare, "Write the comparison with the papers' values.")
-    stage.add_argument("files", type=Path, nargs="+", help="files of config/experiments")
-    stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
-    stage.add_argument("--results", type=Path, required=True, help="results folder to read")
-    stage.add_argument("--reported", type=Path, required=True, help="table of the papers' values")
-    stage.add_argument("--output", type=Path, required=True)
-    stage.add_argument("--by-seed", type=Path, required=True, help="file for every metric of every seed")
-    stage.add_argument("--earlier", type=Path, help="by_seed.csv of a run whose other experiments are kept")
-
-    stage = add("costs", _costs, "Write what the runs cost, from the workflow's benchmarks.")
-    stage.add_argument("files", type=Path, nargs="+", help="files of config/experiments")
-    stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
-    stage.add_argument("--benchmarks", type=Path, required=True, help="folder of the workflow's benchmarks")
-    stage.add_argument("--output-prefix", type=Path, required=True)
-    stage.add_argument("--earlier", type=Path, help="costs.csv of a run whose other experiments are kept")
-
-    stage = add("theory", _theory, "Check the papers' guarantees on laws that are known exactly.")
-    stage.add_argument("file", type=Path, help="a file of config/theory")
-    stage.add_argument("--override", type=_mapping, default={}, help="JSON mapping, merged in last")
-    stage.add_argument("--output", type=Path, required=True)
-
-    stage = add("theory-report", _theory_report, "Write a theory study's table and figure.")
-    stage.add_argument("file", type=Path, help="output of the stage theory")
-    stage.add_argument("--output-prefix", type=Path, required=True, help="of the table's files")
-    stage.add_argument("--figure", type=Path, required=True, help="figure to write (png)")
-
-    stage = add("provenance", _provenance, "Record what made the results.")
-    stage.add_argument("--config-hash", required=True)
-    stage.add_argument("--benchmarks", type=Path, required=True, help="folder of the workflow's benchmarks")
-    stage.add_argument("--output", type=Path, required=True)
-    stage.add_argument("--earlier", type=Path, help="provenance of an earlier run whose results are kept")
-
-    stage.add_argument(
-        "--environment", type=Path, nargs="*", default=[], help="versions of each environment of the run"
-    )
-    stage.add_argument("--snakemake", default="", help="its version, where it has an environment of its own")
-
-    stage = add("versions", _versions, "Record the versions of the packages of this environment.")
-    stage.add_argument("--output", type=Path, required=True)
-
-    stage = add("page", _page, "Write a table, the comparison or the provenance as an HTML page.")
-    stage.add_argument("source", type=Path, help="a table's .md, comparison.csv, or provenance.json")
-    stage.add_argument("--title", default="", help="of a table's page")
-    stage.add_argument("--output", type=Path, required=True, help="HTML file to write")
-
-    stage = add("overview", _overview, "Write the pages of the comparison, the costs and the provenance.")
-    stage.add_argument("source", type=Path, nargs="+", help="comparison.csv, costs.md, provenance.json")
-    stage.add_argument("--output-folder", type=Path, required=True, help="for pages of the same names")
-
-    stage = add("config-reference", _config_reference, "Write the reference of all configuration keys.")
-    stage.add_argument("--output", type=Path, required=True, help="file to write (Markdown)")
-
+    for name, command in COMMANDS.items():
+        add(name, command.text, command.arguments, partial(_call, command))
     if not given or given[0] not in stages.choices:
         for name, domains in _stages().items():
-            stage = add(name, _run_stage, f"A stage of experiments of {domains}.")
-            stage.add_argument("config", type=Path, nargs="+", help=_CONFIG)
-            stage.add_argument("--method", default="", help="name of one of the experiment's methods")
-            stage.add_argument("--seed", type=int, help="seed of the run")
-            stage.add_argument("--results", type=Path, required=True, help="folder of all results")
-            stage.add_argument("--workers", type=int, help="processes beside its own")
-            stage.add_argument("--gpu", type=int, default=0, help="GPUs that the job was given")
+            add(name, f"A stage of experiments of {domains}.", OF_RUN, _run_stage)
     return parser
 
 
-_CONFIG = "experiments' files, resolved or as written"
+def _call(command: Command, a: argparse.Namespace) -> None:
+    from flowtilt.pipeline.domain import imported
+
+    given = (getattr(a, name.lstrip("-").replace("-", "_")) for name in command.arguments)
+    imported(command.action)(*given)
 
 
 def _stages() -> dict[str, str]:
@@ -242,51 +303,36 @@ def _run_stage(a: argparse.Namespace) -> None:
     imported(stage.action)(job)
 
 
-def _check(a: argparse.Namespace) -> None:
+def check(config: Sequence[Path]) -> None:
+    """Refuse experiments that no job could use, by their domains."""
     from flowtilt.pipeline.domain import domain_of, imported
     from flowtilt.pipeline.experiment import load_resolved
 
-    for file in a.config:
+    for file in config:
         experiment = load_resolved(file)
         if verify := domain_of(experiment).verify:
             imported(verify)(experiment)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    from flowtilt.pipeline.configuration import no_repeats
-
-    no_repeats([f"key {key}" for key, _ in pairs])
-    return dict(pairs)
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text, object_pairs_hook=_once)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("must be a JSON mapping")
-    return value
-
-
-def _doctor(a: argparse.Namespace) -> None:
+def doctor(configfile: Sequence[Path], partition: str | None, gpu: int | None) -> None:
+    """Print what there is to run a configuration on."""
     from flowtilt.pipeline.doctor import examine
 
-    partition = os.environ.get("SBATCH_PARTITION", "") if a.partition is None else a.partition
-    for line in examine(a.configfile, partition, a.gpu):
+    for line in examine(configfile, partition or os.environ.get("SBATCH_PARTITION", ""), gpu):
         print(line)
 
 
-def _resolve(a: argparse.Namespace) -> None:
+def resolve(file: Path, name: str | None, override: dict[str, Any], output: Path) -> None:
+    """Write one experiment of a file."""
     from flowtilt.files import write_text
     from flowtilt.pipeline.configuration import ConfigError
     from flowtilt.pipeline.experiment import dump, load_file
 
-    experiments = load_file(a.file, a.override)
-    name = a.name or (next(iter(experiments)) if len(experiments) == 1 else None)
+    experiments = load_file(file, override)
+    name = name or (next(iter(experiments)) if len(experiments) == 1 else None)
     if name not in experiments:
-        raise ConfigError(f"{a.file}: --name must be one of {', '.join(experiments)}")
-    write_text(a.output, dump(experiments[name]))
+        raise ConfigError(f"{file}: --name must be one of {', '.join(experiments)}")
+    write_text(output, dump(experiments[name]))
 
 
 def prepare_torch(gpu: bool = False) -> None:
@@ -307,74 +353,6 @@ def prepare_torch(gpu: bool = False) -> None:
     gc.enable()
     torch.set_num_threads(count("OMP_NUM_THREADS"))
     torch.set_flush_denormal(True)
-
-
-def _table(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.report.tables import write_table
-
-    write_table(a.file, a.override, a.results, a.reported, a.output_prefix)
-
-
-def _figures(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.report.figures import write_figures
-
-    write_figures(a.file, a.override, a.results, a.reported, a.output_prefix)
-
-
-def _compare(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.report.tables import write_comparison
-
-    write_comparison(a.files, a.override, a.results, a.reported, a.output, a.by_seed, a.earlier)
-
-
-def _costs(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.report.costs import write_costs
-
-    write_costs(a.files, a.override, a.benchmarks, a.output_prefix, a.earlier)
-
-
-def _theory(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.theory import stage as theory
-
-    for violation in theory.run(a.file, a.override, a.output):
-        log.warning("a bound is violated: %s", violation)
-
-
-def _theory_report(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.theory import stage as theory
-
-    theory.report(a.file, a.output_prefix, a.figure)
-
-
-def _provenance(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.report.provenance import write_provenance
-
-    write_provenance(a.config_hash, a.benchmarks, a.output, a.earlier, a.environment, a.snakemake)
-
-
-def _versions(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.report.provenance import write_versions
-
-    write_versions(a.output)
-
-
-def _page(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.report.pages import write_page
-
-    write_page(a.source, a.title or a.source.stem, a.output)
-
-
-def _overview(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.report.pages import write_page
-
-    for source in a.source:
-        write_page(source, source.stem.capitalize(), a.output_folder / f"{source.stem}.html")
-
-
-def _config_reference(a: argparse.Namespace) -> None:
-    from flowtilt.pipeline.config_reference import write_reference
-
-    write_reference(a.output)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 
 from flowtilt.pipeline.configuration import Name, Section, ToldApart
+from flowtilt.pipeline.experiment import Skip
 
 
 def _folder(path: str) -> str:
@@ -29,7 +30,7 @@ class OverridesConfig(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    skip: Changes = Field(default_factory=dict)
+    skip: dict[str, Skip] = Field(default_factory=dict)
     """By the name of an experiment file, its cases and methods that are left out."""
 
     files: Changes = Field(default_factory=dict)

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, get_args
 
 from flowtilt.files import write_text
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
-from flowtilt.pipeline.config import OverridesConfig, WorkflowConfig
+from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError, Section
 from flowtilt.pipeline.domain import Chapter, Domain, known_domains
-from flowtilt.pipeline.experiment import Skip, Study
+from flowtilt.pipeline.experiment import Study
 from flowtilt.pipeline.theory.config import MirrorDescentConfig, ThresholdStudyConfig
 
 Schema = Mapping[str, Any]
@@ -112,15 +112,22 @@ make docs
 """
 
 
-_LOADED = {"base": "its name"}
+_LOADED = {"starts_from": "its name"}
 """Defaults that a file is given as it is loaded, before it is checked."""
 
 
 @functools.cache
 def chapters() -> tuple[Chapter, ...]:
-    """Of the kinds of files: those of every domain, studies, and the theory's."""
-    return (*(chapter for domain in known_domains() for chapter in domain.chapters()), *_OTHERS)
+    """Of the kinds of files: the workflow's, those of every domain, studies, and the theory's."""
+    return (_WORKFLOW, *(chapter for domain in known_domains() for chapter in domain.chapters), *_OTHERS)
 
+
+_WORKFLOW = Chapter(
+    "The workflow: `config.yaml`",
+    "What Snakemake reads: `config.yaml`, and the scales that override it.",
+    WorkflowConfig,
+    "of the workflow",
+)
 
 _OTHERS = (
     Chapter(
@@ -157,12 +164,12 @@ def write_reference(output: Path) -> None:
 def reference() -> str:
     """The whole document."""
     light = next(domain.name for domain in known_domains() if not domain.packages)  # runs anywhere
-    parts = [INTRODUCTION.replace("DOMAIN", light), _workflow()]
+    parts = [INTRODUCTION.replace("DOMAIN", light)]
     headings = _headings()
     for chapter in chapters():
         described = _described(chapter.kind)
         parts += [f"## {chapter.title}\n", f"{chapter.text}\n", _keys(described, headings)]
-        for found in _sections(chapter.kind):
+        for found in (section for section in _all_sections() if section.chapters[0].kind is chapter.kind):
             parts += [f"### {headings[found.kind]}\n", f"{_prose(found.kind)}\n"]
             parts.append(_keys(_described(found.kind), headings))
         if chapter.functionals:
@@ -171,29 +178,6 @@ def reference() -> str:
 
 
 # ----------------------------------------------------------------------------------- chapters
-
-
-def _workflow() -> str:
-    """The chapter of ``config.yaml``, with the keys of ``overrides`` under their full names."""
-    rows = []
-    whole, below = _described(WorkflowConfig), _described(OverridesConfig)["properties"]
-    for key, own in whole["properties"].items():
-        # Its keys follow here, and not under a heading of their own.
-        flat = {**own, "$ref": None, "type": "object", "default": {}} if key == "overrides" else own
-        rows.append(_row(key, key in whole["required"], flat, {}))
-        if key == "overrides":
-            rows += [_row(f"overrides.{inner}", False, other, {}) for inner, other in below.items()]
-    text = "What Snakemake reads: `config.yaml`, and the scales that override it."
-    return "\n".join(
-        [
-            "## The workflow: `config.yaml`\n",
-            f"{text}\n",
-            _table(rows),
-            "### Each entry of `overrides.skip`\n",
-            f"{_prose(Skip)}\n",
-            _keys(_described(Skip), {}),
-        ]
-    )
 
 
 def _functionals(title: str, functionals: Mapping[str, FunctionalKeys]) -> str:
@@ -224,14 +208,14 @@ class Found(NamedTuple):
     def of(self) -> str:
         """How it is told apart from sections of the same name."""
         first = domain_of_chapter(self.chapters[0])
-        own = list(first.chapters()) if first is not None else []
+        own = list(first.chapters) if first is not None else []
         everywhere = len(own) > 1 and all(chapter in self.chapters for chapter in own)
         return first.words if everywhere and first is not None else self.chapters[0].of
 
 
 def domain_of_chapter(chapter: Chapter) -> Domain | None:
     """The domain whose experiments a chapter is of; None for studies and the theory."""
-    return next((domain for domain in known_domains() if chapter in domain.chapters()), None)
+    return next((domain for domain in known_domains() if chapter in domain.chapters), None)
 
 
 @functools.cache
@@ -249,11 +233,6 @@ def _all_sections() -> tuple[Found, ...]:
     for chapter in chapters():
         walk(chapter.kind, "", chapter)
     return tuple(found.values())
-
-
-def _sections(kind: type[Section]) -> Iterator[Found]:
-    """The sections that are first met in the chapter of a file."""
-    return (found for found in _all_sections() if found.chapters[0].kind is kind)
 
 
 def _headings() -> dict[type[Section], str]:
@@ -371,7 +350,8 @@ def _row(key: str, required: bool, own: Schema, headings: Mapping[type[Section],
 def _default(own: Schema, required: bool) -> str:
     if required:
         return "*required*"
-    default = own.get("default", {} if _is_mapping(own) else [] if "items" in own else None)
+    mapping = own.get("type") == "object" or "additionalProperties" in own
+    default = own.get("default", {} if mapping else [] if "items" in own else None)
     if default is None:
         return "*none*"
     if default in ({}, []):
@@ -381,10 +361,6 @@ def _default(own: Schema, required: bool) -> str:
     return f"`{json.dumps(default)}`"
 
 
-def _is_mapping(own: Schema) -> bool:
-    return own.get("type") == "object" or "additionalProperties" in own
-
-
 def _words(own: Schema, headings: Mapping[type[Section], str], plural: bool = False) -> str:
     """Type and range of a JSON schema in words."""
     s = "s" if plural else ""
@@ -392,7 +368,8 @@ def _words(own: Schema, headings: Mapping[type[Section], str], plural: bool = Fa
         options = [option for option in own.get("anyOf", own.get("oneOf")) if option != {"type": "null"}]
         return " or ".join(_words(option, headings, plural) for option in options)
     if own.get("$ref"):
-        return _link(_kinds()[own["$ref"]], headings)
+        heading = headings[_kinds()[own["$ref"]]]
+        return f"[{heading}](#{anchor(heading)})"
     if "enum" in own or "const" in own:
         values = [f"`{value}`" for value in own.get("enum", [own.get("const")])]
         return " or ".join(filter(None, [", ".join(values[:-1]), values[-1]]))
@@ -406,11 +383,6 @@ def _words(own: Schema, headings: Mapping[type[Section], str], plural: bool = Fa
     if own["type"] == "boolean":
         return "`true` or `false`"
     return f"{'whole number' if own['type'] == 'integer' else 'number'}{s}{_range(own)}"
-
-
-def _link(kind: type[Section], headings: Mapping[type[Section], str]) -> str:
-    heading = headings[kind]
-    return f"[{heading}](#{anchor(heading)})"
 
 
 def anchor(heading: str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -113,6 +113,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Keys of earlier versions: what each is called now, and what else has changed about it."""
+
     @model_validator(mode="wrap")
     @classmethod
     def _of_their_kinds(cls, data: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
@@ -152,12 +155,6 @@ def _taken_for_another(given: Any, found: Any) -> tuple[Any, Any] | None:
 def validated(kind: type[Model], data: Any, path: Path, case: str | None = None) -> Model:
     """Some data as a section of a configuration.
 
-    Args:
-        kind: of the section.
-        data: plain, from a file.
-        path: of the file, for messages.
-        case: of a study, for messages.
-
     Raises:
         ConfigError: naming the file, the key and the fix; of the first three errors.
     """
@@ -172,15 +169,22 @@ def explain(where: str, kind: type[BaseModel], error: Any) -> str:
     """One validation error as a sentence with the file, the key and the fix."""
     key = ".".join(str(part) for part in error["loc"] if part != "[key]") or "(whole file)"
     if error["type"] == "extra_forbidden":
-        return (
-            f"{where}: key {key}: unknown; known keys here: {', '.join(_known_keys(kind, error['loc'][:-1]))}"
-        )
+        section = _section_at(kind, error["loc"][:-1])
+        known, renamed = getattr(section, "model_fields", {}), getattr(section, "renamed", {})
+        return f"{where}: key {key}: {unknown_key(error['loc'][-1], known, renamed)}"
     if error["type"] == "missing":
         return f"{where}: key {key}: missing; add it"
     message = error["msg"].removeprefix("Value error, ")
     if isinstance(error["input"], dict):
         return f"{where}: key {key}: {message}"
     return f"{where}: key {key}: {message} (got {error['input']!r})"
+
+
+def unknown_key(key: Any, known: Iterable[str], renamed: Mapping[str, str]) -> str:
+    """What is wrong with a key that is none of the known ones; see :attr:`Section.renamed`."""
+    if key in renamed:
+        return f"has been renamed to {renamed[key]}"
+    return f"unknown; known keys here: {', '.join(known) or 'none'}"
 
 
 def changed(section: Model, changes: Mapping[str, Any], where: str) -> Model:
@@ -196,8 +200,8 @@ def changed(section: Model, changes: Mapping[str, Any], where: str) -> Model:
         raise ValueError(explain(where, kind, error.errors()[0])) from None
 
 
-def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section at ``location``."""
+def _section_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> Any:
+    """The section at ``location``."""
     section: Any = kind
     for part in location:
         fields = getattr(section, "model_fields", {})
@@ -206,7 +210,7 @@ def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[
         annotation = fields[part].annotation
         inner = [a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")]
         section = inner[0] if inner else annotation
-    return list(getattr(section, "model_fields", {}))
+    return section
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

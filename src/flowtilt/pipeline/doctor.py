@@ -61,34 +61,32 @@ def cluster(plan: Plan, partition: str) -> list[str]:
     if shutil.which("sbatch") is None:
         return ["SLURM: not found; jobs run where Snakemake does"]
     found = slurm.ask_cluster()
-    jobs = submissions(plan, partition)
-    slurm.check_submissions(found, jobs)
+    jobs = submissions(plan)
+    slurm.check_submissions(found, partition, jobs)
     partitions = ", ".join(
         f"{each.name} ({each.minutes or 'any'} min{', GPUs' if each.gpus else ''})"
         for each in found.partitions.values()
     )
-    longest = max(int(str(resources["runtime"])) for _, resources in jobs)
-    command = slurm.status_command(found, None, 20)
+    longest = max(job.minutes for job in jobs)
+    command = slurm.status_command(found, 20)
     return [
         f"SLURM: partitions {partitions}; the state of jobs is asked of {command}",
         f"SLURM: what is planned fits; the longest submission asks for at least {longest} min",
     ]
 
 
-def submissions(plan: Plan, partition: str) -> list[tuple[str, dict[str, object]]]:
-    """Name and resources of a job of each rule, and of the shortest submission that jobs of a group share."""
-    where = {"slurm_partition": partition} if partition else {}
-    found: list[tuple[str, dict[str, object]]] = []
+def submissions(plan: Plan) -> list[slurm.Submission]:
+    """A job of each rule, and the shortest submission that jobs of a group share."""
+    found: list[slurm.Submission] = []
     shared: dict[str, int] = {}
     for name, needs in planned(plan).items():
         if needs.local:
             continue
         minutes = needs.minutes(plan.config)
-        found.append((name, {"runtime": minutes, "gpu": needs.gpus(plan.config), **where}))
+        found.append(slurm.Submission(name, minutes, needs.gpus(plan.config)))
         if group := needs.group_in(plan.config):
             shared[group] = shared.get(group, 0) + minutes
-    groups = [(f"the group {name}", {"runtime": time, **where}) for name, time in shared.items()]
-    return [*groups, *found]
+    return [*(slurm.Submission(f"the group {name}", time) for name, time in shared.items()), *found]
 
 
 def planned(plan: Plan) -> dict[str, Needs]:

@@ -71,11 +71,11 @@ class Run:
 
     def pretrained(self, name: str) -> str:
         """A file of the pretrained model of the run's seed, in the experiment that its own derives from."""
-        return self.file_of("pretrained", name, self.experiment.base)
+        return self.file_of("pretrained", name, self.experiment.starts_from)
 
     def shared(self, name: str) -> str:
         """A file that the runs of all seeds start from."""
-        return f"{self.results}/runs/{self.experiment.base}/pretrained/{name}"
+        return f"{self.results}/runs/{self.experiment.starts_from}/pretrained/{name}"
 
     def taken(self) -> dict[str, str]:
         """The threshold that a fine-tuning of kind tfft takes."""
@@ -135,7 +135,7 @@ class Stage:
 
     def folder_of(self, experiment: Experiment) -> str:
         """The experiment whose folder a job writes to."""
-        return experiment.base if self.before else experiment.name
+        return experiment.starts_from if self.before else experiment.name
 
     def written(self, run: Run) -> dict[str, str]:
         """The files of a run's job by their role."""
@@ -249,6 +249,9 @@ class Domain(Protocol):
     """Folder with a caption ``{what is shown}.rst`` of each figure, for Snakemake's report, where
     ``snakemake.params.name`` is the name of the file of experiments; empty for one that fits any figure."""
 
+    chapters: Sequence[Chapter]
+    """What the reference of the configuration says of its experiments."""
+
     assessment: tuple[str, ...]
     """Stages between a run's model and its metrics, whose times the table of costs adds up."""
 
@@ -285,9 +288,6 @@ class Domain(Protocol):
 
     def describe(self, metric: str) -> Description | None:
         """Words and unit of one of its own metrics."""
-
-    def chapters(self) -> Sequence[Chapter]:
-        """What the reference of the configuration says of its experiments."""
 
 
 # -------------------------------------------------------------------------------- the registry
@@ -411,12 +411,21 @@ def job_of(
     if found is None:
         raise ConfigError(f"experiment {first.name}: the stage {stage} is not for experiments of its kind")
     run = Run(str(results), first, method, "" if seed is None else seed)
-    if found.scope != "run":
-        return found, Job(run, experiments, {}, _below(results, found), workers)
+    if found.scope != "run":  # of several experiments; what it writes is known where that is one file
+        outputs = {role: results / file for role, file in found.writes.items() if "{" not in file}
+        return found, Job(run, experiments, {}, outputs, workers)
     _check_run(found, run)
-    inputs = {role: _paths(value) for role, value in found.reads(run).items()}
-    outputs = {role: Path(file) for role, file in found.written(run).items()}
-    return found, Job(run, experiments, inputs, outputs, workers)
+    return found, run_job(found, run, workers)
+
+
+def run_job(stage: Stage, run: Run, workers: int | None = None) -> Job:
+    """The job of a stage on one run."""
+    inputs = {
+        role: Path(value) if isinstance(value, str) else [Path(file) for file in value]
+        for role, value in stage.reads(run).items()
+    }
+    outputs = {role: Path(file) for role, file in stage.written(run).items()}
+    return Job(run, [run.experiment], inputs, outputs, workers)
 
 
 def _check_run(stage: Stage, run: Run) -> None:
@@ -438,15 +447,6 @@ def _check_run(stage: Stage, run: Run) -> None:
             )
     if any("{seed}" in pattern for pattern in stage.writes.values()) and run.seed == "":
         raise ConfigError(f"the stage {stage.name} is of a seed; give it --seed")
-
-
-def _paths(value: str | list[str]) -> Path | list[Path]:
-    return Path(value) if isinstance(value, str) else [Path(file) for file in value]
-
-
-def _below(results: Path, stage: Stage) -> dict[str, Path]:
-    """What a job on several experiments writes, where that is one file."""
-    return {role: results / pattern for role, pattern in stage.writes.items() if "{" not in pattern}
 
 
 def imported(action: str) -> Any:

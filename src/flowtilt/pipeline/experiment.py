@@ -42,11 +42,13 @@ from flowtilt.yaml_files import dump_yaml
 class Experiment(Section):
     """What every experiment, or one case of a study, has; a domain adds its own."""
 
-    layers: ClassVar[tuple[str, ...]] = ("network",)
+    renamed: ClassVar[Mapping[str, str]] = {"base": "starts_from"}
+
+    solutions: ClassVar[tuple[str, ...]] = ("network",)
     """Rows of each method in the tables: its network's, and those that are solved exactly."""
 
     solved_apart: ClassVar[bool] = True
-    """Whether rows solved exactly are made for all methods together, in a folder for each layer."""
+    """Whether rows solved exactly are made for all methods together, in a folder for each solution."""
 
     reads_too: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Sections that a stage reads in experiments of this kind only."""
@@ -66,7 +68,7 @@ class Experiment(Section):
     title: str
     """Title of its table."""
 
-    base: Name
+    starts_from: Name
     """Experiment whose pretrained models this one starts from; by default itself, and for a case of a
     study the experiment that it derives from."""
 
@@ -91,7 +93,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _solvers_are_valid(self) -> Experiment:
-        check_methods(self.methods, self.layers)
+        check_methods(self.methods, self.solutions)
         for name in self.methods:
             self.solver_of(name)
         return self
@@ -113,7 +115,7 @@ class Experiment(Section):
         return self.updates_of(method) * (config.iterations or 1) if config.tuned else 0
 
     def tail_of(self, method: str) -> TailSpec:
-        """Side, mass and KL weight of a method's tail problem.
+        """Tail, mass and KL weight of a method's tail problem.
 
         Raises:
             ConfigError: if what the method maximises is no tail mean under KL.
@@ -121,7 +123,7 @@ class Experiment(Section):
         raise ConfigError(f"experiment {self.name}: key methods.{method}: {self.domain} has no tail")
 
     def masses_of(self, method: str) -> list[float]:
-        """The mass of the tail at every update, of a method whose level rises; empty for others."""
+        """The mass of the tail at every update, of a method whose tail narrows; empty for others."""
         return []
 
     def reward_weight_of(self, method: str) -> float:
@@ -212,8 +214,8 @@ class StudyConfig(Section):
     """What varies, with its unit if it has one: the title of the axis."""
 
     table: str = "axis"
-    """Table and figure, of those that the domain of the cases has: ``axis``, rows along the axis; ``levels``,
-    what each level of the tail reaches at what cost; for cases on functionals ``hierarchy``, what FDC reaches
+    """Table and figure, of those that the domain of the cases has: ``axis``, rows along the axis; ``masses``,
+    what each mass of the tail reaches at what cost; for cases on functionals ``hierarchy``, what FDC reaches
     of each, or ``solvers``, what each solver reaches at what cost."""
 
     set: dict[str, Any] = Field(default_factory=dict)
@@ -283,14 +285,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     of_files = overrides.pop("files", {})
     if not isinstance(of_files, Mapping) or not all(isinstance(v, Mapping) for v in of_files.values()):
         raise ConfigError(f"{path}: key files: must map names of experiment files to their keys and values")
-    for name, changes in overrides.items():
-        if name not in sources():
-            raise ConfigError(
-                f"{path}: key {name}: what is merged into experiments stands under their domain "
-                f"({', '.join(sorted(sources()))}), beside skip and files; move it there"
-            )
-        if not isinstance(changes, Mapping):
-            raise ConfigError(f"{path}: key {name}: must map keys of its experiments to values")
+    _check_domains(overrides, path)
 
     def read(file: Path) -> dict[str, Any]:
         return merge(read_yaml(file), of_files.get(file.stem, {}))
@@ -315,7 +310,7 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
         )
     study = validated(Study, data, path) if "study" in data else None
     if study is None:
-        return {path.stem: finish({"base": path.stem, **data})}
+        return {path.stem: finish({"starts_from": path.stem, **data})}
     if unknown := set(skip.cases) - {case.label for case in study.study.cases}:
         raise ConfigError(f"{path}: key skip.{path.stem}.cases: there is no case {min(unknown)!r}")
     experiments: dict[str, Experiment] = {}
@@ -324,20 +319,35 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
             continue
         name = f"{case.of}.yaml"
         parent = read(preferred(path.parent / name, f"config/experiments/{name}"))
-        name = f"{study.name}/{case.label}"
-        changed = merge(merge(parent, study.study.set), case.set)
-        own = {
-            "name": name,
-            "title": f"{study.title}: {case.label}",
-            "base": case.of,
-            "seeds": study.seeds,
-            "methods": merge(study.study.methods, case.methods),
-            "axis_value": case.value,
-        }
-        if case.also:
-            own["also"] = _methods_of(parent, case, path)
-        experiments[name] = finish({**changed, **own}, case.label)
+        data = _case_data(study, case, parent, path)
+        experiments[data["name"]] = finish(data, case.label)
     return experiments
+
+
+def _check_domains(overrides: Mapping[str, Any], path: Path) -> None:
+    """Refuse what is to be merged into experiments of no domain, or is no mapping."""
+    for name, changes in overrides.items():
+        if name not in sources():
+            raise ConfigError(
+                f"{path}: key {name}: what is merged into experiments stands under their domain "
+                f"({', '.join(sorted(sources()))}), beside skip and files; move it there"
+            )
+        if not isinstance(changes, Mapping):
+            raise ConfigError(f"{path}: key {name}: must map keys of its experiments to values")
+
+
+def _case_data(study: Study, case: Case, parent: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The experiment that a case derives from, with what study and case change."""
+    data = {
+        **merge(merge(parent, study.study.set), case.set),
+        "name": f"{study.name}/{case.label}",
+        "title": f"{study.title}: {case.label}",
+        "starts_from": case.of,
+        "seeds": study.seeds,
+        "methods": merge(study.study.methods, case.methods),
+        "axis_value": case.value,
+    }
+    return {**data, "also": _methods_of(parent, case, path)} if case.also else data
 
 
 def _methods_of(parent: Mapping[str, Any], case: Case, path: Path) -> dict[str, Any]:
@@ -382,7 +392,7 @@ def load_resolved(path: str | Path) -> Experiment:
         raise ConfigError(f"{path}: is a study; name one of its cases' resolved files instead")
     domain = domain_in(data, path)
     data = domain.completed(data, path)
-    return validated(domain.schema(data), {"base": path.stem, **data}, path)
+    return validated(domain.schema(data), {"starts_from": path.stem, **data}, path)
 
 
 def domain_in(data: Mapping[str, Any], path: Path) -> Domain:

@@ -165,8 +165,8 @@ class Plan:
 
     def _metrics(self, run: Run) -> list[str]:
         """Metrics of a run and of the rows that are solved beside it."""
-        solved = run.experiment.layers[1:] if run.experiment.solved_apart else ()
-        return [run.file("metrics.json"), *(run.file_of(layer, "metrics.json") for layer in solved)]
+        solved = run.experiment.solutions[1:] if run.experiment.solved_apart else ()
+        return [run.file("metrics.json"), *(run.file_of(solution, "metrics.json") for solution in solved)]
 
     def read_by_figures(self, name: str) -> list[str]:
         """What the figures of a file are drawn from: all of its runs, and what its table is made from."""

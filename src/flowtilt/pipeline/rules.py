@@ -98,7 +98,11 @@ class StageRule:
         if not self.whole:
             return dict(self.stage.reads(self.run(**wildcards)))
         seed = wildcards.get("seed", "")
-        runs = self._runs(seed) if self.stage.scope == "file" else self._starts()
+        runs = (
+            self._runs(seed)
+            if self.stage.scope == "file"
+            else [Run(self.results, one) for one in self.experiments]
+        )
         files = [file for run in runs for value in self.stage.reads(run).values() for file in _listed(value)]
         return {"runs": unique(files)}
 
@@ -117,10 +121,6 @@ class StageRule:
             for method in experiment.methods:
                 if self.stage.has(experiment, method):
                     yield Run(self.results, experiment, method, seed)
-
-    def _starts(self) -> Iterator[Run]:
-        for experiment in self.experiments:
-            yield Run(self.results, experiment)
 
     # ---------------------------------------------------------------------------------- the job
 

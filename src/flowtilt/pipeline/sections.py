@@ -8,21 +8,25 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field, model_validator
 
 from flowtilt.pipeline.configuration import Count, Positive, Row, Section, Share
-from flowtilt.words import Side, tail_side
+from flowtilt.words import Tail, read_tail
 
-Tail = Annotated[Side, BeforeValidator(tail_side)]
+TailKey = Annotated[Tail, BeforeValidator(read_tail)]
+
+
+LEVEL = "mass: the share of probability in the tail, for an upper tail one minus the level"
+"""What became of the key ``level``; see :attr:`flowtilt.pipeline.configuration.Section.renamed`."""
 
 
 class TailSpec(NamedTuple):
     """The tail problem of one method: what its offline threshold and its single solve are for.
 
     Attributes:
-        side: ``lower`` or ``upper``.
+        tail: ``lower`` or ``upper``.
         mass: probability of the tail, in (0, 1).
         alpha: KL weight, in units of the reward a nat.
     """
 
-    side: Side
+    tail: Tail
     mass: float
     alpha: float
 
@@ -185,18 +189,14 @@ TUNED = ("am", "fdc", "tfft")
 """Kinds of methods that are fine-tuned."""
 
 
-def check_methods(methods: Mapping[str, MethodConfig], layers: Sequence[str]) -> None:
+def check_methods(methods: Mapping[str, MethodConfig], solutions: Sequence[str]) -> None:
     """Refuse methods whose names stand for something else in the results' files and rows.
-
-    Args:
-        methods: by name.
-        layers: rows of each method in the tables: its network's, and those that are solved on the grid.
 
     Raises:
         ValueError: naming the method and the fix.
     """
     for name, method in methods.items():
-        if name in layers:
+        if name in solutions:
             raise ValueError(f"methods.{name}: the name is taken by the rows solved on the grid; rename it")
         if name == "pretrained" and method.kind != "pretrained":
             raise ValueError(
@@ -208,6 +208,6 @@ def check_methods(methods: Mapping[str, MethodConfig], layers: Sequence[str]) ->
                 f"methods.{name}: the pretrained model goes by the name pretrained; write "
                 "pretrained: {kind: pretrained}, once"
             )
-        of, _, layer = name.rpartition("_")
-        if of in methods and layer in layers:
+        of, _, solution = name.rpartition("_")
+        if of in methods and solution in solutions:
             raise ValueError(f"methods.{name}: the name is taken by a row of the method {of}; rename it")

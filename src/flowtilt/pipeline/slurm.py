@@ -84,7 +84,7 @@ def state_command(first_look: int) -> str | None:
     Raises:
         ClusterError: as by :func:`ask_cluster` and :func:`status_command`.
     """
-    return status_command(ask_cluster(), None, first_look) if shutil.which("sbatch") else None
+    return status_command(ask_cluster(), first_look) if shutil.which("sbatch") else None
 
 
 def _answer(*command: str) -> str:
@@ -125,27 +125,46 @@ def read_minutes(limit: str) -> int | None:
     return 1440 * days + 60 * hours + minutes
 
 
-def check_submissions(cluster: Cluster, submissions: Iterable[tuple[str, Mapping[str, object]]]) -> None:
+@dataclass(frozen=True)
+class Submission:
+    """What is asked for at once: its name, minutes, and GPUs."""
+
+    name: str
+    minutes: int
+    gpus: int = 0
+
+
+def check_submissions(cluster: Cluster, partition: str, submissions: Iterable[Submission]) -> None:
     """Refuse submissions that the cluster could not run.
 
     Args:
         cluster: that they would go to.
-        submissions: the name and the resources of each. Those that name another cluster are left to SLURM.
+        partition: where; several names with commas between them, or the cluster's default one if empty.
+        submissions: of jobs.
 
     Raises:
-        ClusterError: for the first one that has no partition, or one that is not there; that asks for GPUs
-            where there are none; or for more time than its partition gives.
+        ClusterError: if there is no such partition; or for the first submission that asks for GPUs where
+            there are none, or for more time than its partition gives.
     """
-    for name, resources in submissions:
-        if any(resources.get(key) for key in ("cluster", "clusters", "slurm_cluster")):
-            continue
-        partitions = _partitions_of(cluster, str(resources.get("slurm_partition") or ""))
-        _check_gpus(name, partitions, resources)
-        _check_time(name, partitions, resources)
+    partitions = _partitions_of(cluster, partition)
+    names = ", ".join(each.name for each in partitions)
+    times = ", ".join(f"{each.name} ({each.minutes} min)" for each in partitions)
+    for asked in submissions:
+        if asked.gpus and not any(each.gpus for each in partitions):
+            raise ClusterError(
+                f"{asked.name} asks for a GPU, and no node of the partition {names} has one; name a "
+                "partition that has (SBATCH_PARTITION=NAME, or --set-resources RULE:slurm_partition=NAME for "
+                "single rules), or do without: --config gpu=0"
+            )
+        if all(each.minutes is not None and each.minutes < asked.minutes for each in partitions):
+            raise ClusterError(
+                f"{asked.name} asks for {asked.minutes} min, more than its partition gives, {times}; it "
+                "would wait for ever. Name another partition, or ask for less: --set-resources "
+                "RULE:runtime=MINUTES, or let fewer jobs share a submission: --group-components GROUP=NUMBER"
+            )
 
 
 def _partitions_of(cluster: Cluster, named: str) -> list[Partition]:
-    """The partitions that a submission may run in; SLURM takes several names with commas between them."""
     known = ", ".join(cluster.partitions)
     how = "SBATCH_PARTITION=NAME in the environment, or --default-resources slurm_partition=NAME"
     if not named:
@@ -161,44 +180,21 @@ def _partitions_of(cluster: Cluster, named: str) -> list[Partition]:
     return [cluster.partitions[name] for name in names]
 
 
-def _check_gpus(name: str, partitions: list[Partition], resources: Mapping[str, object]) -> None:
-    asked = resources.get("gpu") or "gpu" in str(resources.get("gres", ""))
-    if asked and not any(partition.gpus for partition in partitions):
-        where = ", ".join(partition.name for partition in partitions)
-        raise ClusterError(
-            f"{name} asks for a GPU, and no node of the partition {where} has one; name a partition that has "
-            "(SBATCH_PARTITION=NAME, or --set-resources RULE:slurm_partition=NAME for single rules), or do "
-            "without: --config gpu=0"
-        )
-
-
-def _check_time(name: str, partitions: list[Partition], resources: Mapping[str, object]) -> None:
-    minutes = resources.get("runtime")
-    if not isinstance(minutes, int):
-        return
-    if all(partition.minutes is not None and partition.minutes < minutes for partition in partitions):
-        where = ", ".join(f"{partition.name} ({partition.minutes} min)" for partition in partitions)
-        raise ClusterError(
-            f"{name} asks for {minutes} min, more than its partition gives, {where}; it would wait for ever. "
-            "Name another partition, or ask for less: --set-resources RULE:runtime=MINUTES, or let fewer "
-            "jobs share a submission: --group-components GROUP=NUMBER"
-        )
-
-
-def status_command(cluster: Cluster, wanted: str | None, first_look: int) -> str:
+def status_command(cluster: Cluster, first_look: int) -> str:
     """The command that can tell what became of a job: ``sacct`` or ``squeue``.
+
+    The plugin would take ``sacct`` wherever it is installed, though without an accounting database it knows
+    of no job.
 
     Args:
         cluster: that jobs run on.
-        wanted: what the plugin would take: ``sacct`` wherever it is installed, though without an accounting
-            database it knows of no job.
         first_look: seconds before the plugin first asks.
 
     Raises:
         ClusterError: if neither can, since there is no database and the controller forgets too soon.
     """
     if cluster.accounts:
-        return wanted or "sacct"
+        return "sacct"
     needed = max(LONGEST_BETWEEN_LOOKS + SLACK, 3 * first_look)
     if cluster.remembered < needed:
         raise ClusterError(

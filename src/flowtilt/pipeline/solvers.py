@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,7 @@ from flowtilt.resuming import Slot
 
 
 def build_solver(config: SolverConfig, updates: int, progress: Progress | None = None) -> Solver:
-    """A solver with its settings.
-
-    Args:
-        config: of the solver.
-        updates: optimiser steps of each solve.
-        progress: called with each update's row.
-    """
+    """A solver with its settings."""
     solver: Callable[..., Solution]
     if config.kind == "weighted_fitting":
         solver = partial(_weighted_fitting, settings=_weighted_fitting_settings(config, updates))
@@ -45,24 +40,8 @@ def build_solver(config: SolverConfig, updates: int, progress: Progress | None =
 
 def adjoint_matching_settings(config: SolverConfig, updates: int) -> adjoint_matching.AdjointMatchingSettings:
     """The settings of Adjoint Matching that a configuration has, with a number of updates."""
-    return adjoint_matching.AdjointMatchingSettings(
-        updates=updates,
-        batch=config.batch,
-        pool=config.pool,
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        warmup=config.warmup,
-        ramp=config.ramp,
-        gradient_clip=config.gradient_clip,
-        control_clip=config.control_clip,
-        endpoint_gradient=config.endpoint_gradient,
-        adjoint=config.adjoint,
-        target=config.target,
-        last_share=config.last_share,
-        rest_share=config.rest_share,
-        passes=config.passes,
-        micro_batch=config.micro_batch,
-    )
+    own = {field.name for field in fields(adjoint_matching.AdjointMatchingSettings)} - {"updates"}
+    return adjoint_matching.AdjointMatchingSettings(updates=updates, **config.model_dump(include=own))
 
 
 def _weighted_fitting_settings(

@@ -60,11 +60,7 @@ class Climb:
 
 
 class Workbench(ABC):
-    """A pretrained flow of a domain, with what its methods tilt it by.
-
-    Args:
-        job: on whose experiment, with the pretrained model among its inputs.
-    """
+    """A pretrained flow of a domain, with what its methods tilt it by."""
 
     chunk: int | None = None
     """Samples of the offline batch that are drawn together; None for all."""
@@ -188,14 +184,14 @@ def tilt_of(bench: Workbench, threshold_file: Path | None) -> tuple[Tilt, float]
         return RewardVariation(bench.reward), experiment.reward_weight_of(method)
     if threshold_file is None:
         raise StageError(f"method {method!r} needs the file of the stage threshold; run that first")
-    tail = experiment.tail_of(method)
+    problem = experiment.tail_of(method)
     if not experiment.masses_of(method):
         at = read_threshold(threshold_file)["threshold"]
-        return Hinge(bench.reward, at, tail.mass, tail.side), tail.alpha
+        return Hinge(bench.reward, at, problem.mass, problem.tail), problem.alpha
     rungs = read_schedule(threshold_file)
 
-    def rising(progress: float) -> FirstVariation:
+    def narrowing(progress: float) -> FirstVariation:
         rung = rungs[min(len(rungs) - 1, int(progress * len(rungs)))]
-        return Hinge(bench.reward, rung["threshold"], rung["mass"], tail.side)
+        return Hinge(bench.reward, rung["threshold"], rung["mass"], problem.tail)
 
-    return rising, tail.alpha
+    return narrowing, problem.alpha

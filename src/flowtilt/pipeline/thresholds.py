@@ -14,7 +14,7 @@ from flowtilt.pipeline.files import StageError, read_arrays, write_json
 def threshold(job: Job) -> None:
     """Solve TFFT's dual on the rewards of the offline batch; those that failed are left out and counted.
 
-    For a method whose level rises, the file has its mass and threshold at every update too.
+    For a method whose tail narrows, the file has its mass and threshold at every update too.
 
     Raises:
         StageError: if no sample of the batch has a reward.
@@ -25,15 +25,15 @@ def threshold(job: Job) -> None:
     rewards = every[~np.isnan(every)].astype(np.float64)
     if not rewards.size:
         raise StageError(f"{batch}: no sample of the batch has a reward; look at the pretrained model")
-    tail = experiment.tail_of(method)
-    at = thresholds.threshold(rewards, tail.alpha, tail.mass, tail.side)
+    problem = experiment.tail_of(method)
+    at = thresholds.threshold(rewards, problem.alpha, problem.mass, problem.tail)
     row: dict[str, Any] = {
         "threshold": at,
-        "offline_active_share": thresholds.active_share(rewards, at, tail.side),
+        "offline_active_share": thresholds.active_share(rewards, at, problem.tail),
         "offline_samples": len(rewards),
         "offline_failed": len(every) - len(rewards),
     }
     if masses := experiment.masses_of(method):
-        found = (thresholds.threshold(rewards, tail.alpha, mass, tail.side) for mass in masses)
+        found = (thresholds.threshold(rewards, problem.alpha, mass, problem.tail) for mass in masses)
         row["schedule"] = [{"mass": m, "threshold": t} for m, t in zip(masses, found, strict=True)]
     write_json(row, job.outputs["threshold"])

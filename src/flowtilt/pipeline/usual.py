@@ -35,6 +35,7 @@ class BaseDomain:
     report = "flowtilt.pipeline.report.plain"
     captions = ""
     assessment: tuple[str, ...] = ("sample", "evaluate")
+    chapters: Sequence[Chapter] = ()
 
     def completed(self, data: Mapping[str, Any], file: Path) -> dict[str, Any]:
         """Nothing is kept in other files."""
@@ -54,10 +55,6 @@ class BaseDomain:
     def describe(self, metric: str) -> Description | None:
         """No metric is its own."""
         return None
-
-    def chapters(self) -> Sequence[Chapter]:
-        """Its files are described elsewhere."""
-        return ()
 
 
 def offline_stage(reads: Reads, sections: tuple[str, ...], needs: Needs, **other: Any) -> Stage:
@@ -115,7 +112,7 @@ def usual_stages(module: str, flow: tuple[str, ...], pretraining: tuple[str, ...
             f"{module}:pretrain",
             writes={"model": f"{PRETRAINED}/model.safetensors", "history": f"{PRETRAINED}/history.csv"},
             reads=lambda run: {},
-            sections=("base", *flow, *pretraining),
+            sections=("starts_from", *flow, *pretraining),
             needs=training,
             before=True,
             priority=20,

@@ -1,4 +1,4 @@
-"""The papers' guarantees in numbers: exact steps on finite laws, in float64 and without networks.
+"""The papers' guarantees in numbers: exact steps on finite distributions, in float64 and without networks.
 
 Nothing here imports torch; both studies start and end in seconds.
 """

@@ -1,12 +1,13 @@
-"""Concave utilities of a finite law that are smooth relative to negative entropy.
+"""Concave utilities of a finite distribution that are smooth relative to negative entropy.
 
-A utility F is L_F-smooth relative to negative entropy on a convex set C of laws if, for p and q in C,
+A utility F is L_F-smooth relative to negative entropy on a convex set C of distributions if, for p and q in
+C,
 
     D(p, q) := F(q) + <F'(q), p - q> - F(p)  <=  L_F KL(p || q),
 
 and l_F-strongly concave if D(p, q) >= l_F KL(p || q). Both D and KL are the integrals of second
-derivatives along the segment from q to p, with the same weight. So it is enough that at every law z of
-C, and for every v that sums to zero,
+derivatives along the segment from q to p, with the same weight. So it is enough that at every distribution z
+of C, and for every v that sums to zero,
 
     l_F sum v^2 / z  <=  -F''(z)[v, v]  <=  L_F sum v^2 / z:
 
@@ -24,11 +25,11 @@ import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import logsumexp
 
-from flowtilt.theory.laws import excess, kl_divergence
+from flowtilt.theory.distributions import excess, kl_divergence
 
 
 class Utility(ABC):
-    """A concave utility F of laws p on n cells."""
+    """A concave utility F of distributions p on n cells."""
 
     @abstractmethod
     def value(self, p: np.ndarray) -> float:
@@ -154,12 +155,12 @@ class OptimalDesign(Utility):
 
 @dataclass(frozen=True)
 class KernelMatching(Utility):
-    """``-weight (p - q)^T K (p - q) / 2``: minus half the squared MMD to a target law q.
+    """``-weight (p - q)^T K (p - q) / 2``: minus half the squared MMD to a target distribution q.
 
     ``L_F = weight diam^2 / 4`` with ``diam^2 = max_ij K_ii + K_jj - 2 K_ij``, on the whole simplex, and
-    no smaller one holds there. A v that sums to zero is ``|v|_1 / 2`` times a difference of two laws, so
-    that ``v^T K v <= |v|_1^2 diam^2 / 4``, and ``|v|_1^2 <= sum v^2 / z`` by Cauchy and Schwarz. Both
-    are equalities at the law with half its mass on each of two farthest cells.
+    no smaller one holds there. A v that sums to zero is ``|v|_1 / 2`` times a difference of two
+    distributions, so that ``v^T K v <= |v|_1^2 diam^2 / 4``, and ``|v|_1^2 <= sum v^2 / z`` by Cauchy and
+    Schwarz. Both are equalities at the distribution with half its mass on each of two farthest cells.
 
     Attributes:
         kernel: K, (n, n), positive semidefinite.

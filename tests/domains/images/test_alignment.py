@@ -1,4 +1,4 @@
-"""Features and scores of pictures with texts, against open_clip itself on 8-bit pictures."""
+"""Features and scores of images with texts, against open_clip itself on 8-bit images."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from flowtilt.checkpoints import CheckpointError
-from flowtilt.domains.images.alignment import AlignmentModel, classify, fit, load_alignment
+from flowtilt.domains.images.alignment import AlignmentModel, classify_features, fit, load_alignment
 from flowtilt.domains.images.build import WEIGHTS_OF_CLIP, save_clip
 from flowtilt.domains.images.sections import EmbeddedConfig
 from flowtilt.pipeline.configuration import ConfigError
@@ -41,7 +41,7 @@ TINY = {  # as open_clip writes its own names; the vocabulary is that of its tok
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Untrained weights in half precision, as they are shipped, spread so that pictures and texts matter."""
+    """Untrained weights in half precision, as they are shipped, spread so that images and texts matter."""
     path = tmp_path_factory.mktemp("clip")
     save_clip(CONFIG, path, None)
     weights = load_file(path / WEIGHTS_OF_CLIP)
@@ -88,31 +88,33 @@ def as_tensor(colours: np.ndarray) -> torch.Tensor:
 
 
 def directly(name: str, colours: np.ndarray, prompts: list[str], weights: Path | None = None):
-    """Unit features of pictures and texts, and their similarities, as open_clip computes them."""
+    """Unit features of images and texts, and their similarities, as open_clip computes them."""
     own, _, preprocess = open_clip.create_model_and_transforms(name, weights and str(weights))
     own.eval()
-    images = torch.stack([preprocess(Image.fromarray(picture)) for picture in colours])
+    images = torch.stack([preprocess(Image.fromarray(image)) for image in colours])
     with torch.no_grad():
-        pictures = F.normalize(own.encode_image(images), dim=-1)
+        images = F.normalize(own.encode_image(images), dim=-1)
         texts = F.normalize(own.encode_text(open_clip.get_tokenizer(name)(prompts)), dim=-1)
-    return pictures, texts, torch.stack([p @ t for p, t in zip(pictures, texts, strict=True)])
+    return images, texts, torch.stack([p @ t for p, t in zip(images, texts, strict=True)])
 
 
 def test_features_and_scores_are_those_of_open_clip(model, folder):
     """To 1e-5: rounding of float32 in two orders. Half-precision weights are computed with in float32."""
     colours = pixels(4)
-    pictures, texts, scores = directly(f"local-dir:{folder}", colours, PROMPTS)
-    torch.testing.assert_close(model.picture_features(as_tensor(colours)), pictures, atol=1e-5, rtol=0)
+    images, texts, scores = directly(f"local-dir:{folder}", colours, PROMPTS)
+    torch.testing.assert_close(model.image_features(as_tensor(colours)), images, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.text_features(PROMPTS), texts, atol=1e-5, rtol=0)
-    torch.testing.assert_close(model.scores(as_tensor(colours), PROMPTS), scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.scores_of(model.image_features(as_tensor(colours)), PROMPTS), scores, atol=1e-5, rtol=0
+    )
     assert scores.std() > 1e-2  # or the comparison would say nothing
     assert (texts[0] - texts[1]).norm() > 1e-2
     assert load_file(folder / WEIGHTS_OF_CLIP)["visual.proj"].dtype == torch.float16
-    assert model.picture_features(as_tensor(colours).half()).dtype == torch.float32
+    assert model.image_features(as_tensor(colours).half()).dtype == torch.float32
 
 
 def test_a_built_in_name_takes_its_weights_from_a_file(tiny_name, tmp_path):
-    """Pictures are normalised by CLIP's own mean and deviation, which another name does not say."""
+    """Images are normalised by CLIP's own mean and deviation, which another name does not say."""
     torch.manual_seed(0)
     weights = tmp_path / "weights.safetensors"
     made = open_clip.create_model(tiny_name, output_dict=False)
@@ -121,10 +123,12 @@ def test_a_built_in_name_takes_its_weights_from_a_file(tiny_name, tmp_path):
     found = load_alignment(tiny_name, weights)
     assert torch.equal(torch.random.get_rng_state(), before)
     colours = pixels(4)
-    pictures, texts, scores = directly(tiny_name, colours, PROMPTS, weights)
-    torch.testing.assert_close(found.picture_features(as_tensor(colours)), pictures, atol=1e-5, rtol=0)
+    images, texts, scores = directly(tiny_name, colours, PROMPTS, weights)
+    torch.testing.assert_close(found.image_features(as_tensor(colours)), images, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.text_features(PROMPTS), texts, atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.scores(as_tensor(colours), PROMPTS), scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found.scores_of(found.image_features(as_tensor(colours)), PROMPTS), scores, atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(found.mean.flatten(), torch.tensor(open_clip.OPENAI_DATASET_MEAN))
     assert scores.std() > 1e-3
 
@@ -133,13 +137,13 @@ def test_a_built_in_name_takes_its_weights_from_a_file(tiny_name, tmp_path):
     ("shape", "contrast"),
     [((32, 32), 1.0), ((8, 8), 1.0), ((27, 27), 1.0), ((16, 27), 1.0), ((17, 16), 1.0), ((41, 20), 0.5)],
 )
-def test_pictures_of_other_sizes_are_scaled_and_cut_as_8_bit_ones(shape, contrast):
+def test_images_of_other_sizes_are_scaled_and_cut_as_8_bit_ones(shape, contrast):
     """Either pass rounds by half a level, and the second stretches the first's error by the sum of its
     absolute weights, of which 5/4 halfway between pixels is the largest. Pillow rounds its weights to 22
     bits, which is nothing. At half the contrast nothing is cut off, so that the order does not matter."""
     colours = (127.5 + contrast * (pixels(3, *shape) - 127.5)).astype(np.uint8)
     preprocess = Compose([Resize(16, interpolation=InterpolationMode.BICUBIC), CenterCrop(16)])
-    expected = np.stack([np.array(preprocess(Image.fromarray(picture))) for picture in colours])
+    expected = np.stack([np.array(preprocess(Image.fromarray(image))) for image in colours])
     found = fit(as_tensor(colours), 16)
     assert found.shape == (3, 3, 16, 16)
     assert found.abs().max() <= 1
@@ -165,14 +169,14 @@ def test_settings_of_the_folder_are_followed(copied):
     preprocess = open_clip.create_model_and_transforms(f"local-dir:{copied}")[2]
     found = load_alignment(str(copied))
     colours = pixels(2, 32, 32)
-    images = torch.stack([preprocess(Image.fromarray(picture)) for picture in colours])
+    images = torch.stack([preprocess(Image.fromarray(image)) for image in colours])
     ours = (fit(as_tensor(colours), 16, found.interpolation) + 1) / 2
     # Half a level each pass, since bilinear weights are positive; in units of the least deviation.
     assert ((ours - found.mean) / found.std - images).abs().max() < 1.01 / 255 / 0.1
     cubic = (fit(as_tensor(colours), 16) + 1) / 2
     assert ((cubic - found.mean) / found.std - images).abs().max() > 4 / 255 / 0.1
     with pytest.raises(ValueError, match="'squash', which is only done for square ones here; got 16 x 20"):
-        found.picture_features(torch.zeros(1, 3, 16, 20))
+        found.image_features(torch.zeros(1, 3, 16, 20))
 
 
 def test_features_have_a_gradient_through_the_scaling(model):
@@ -181,15 +185,15 @@ def test_features_have_a_gradient_through_the_scaling(model):
     double = AlignmentModel(model.network, model.tokenizer, open_clip.get_model_preprocess_cfg(model.network))
     try:
         double = double.double()
-        pictures = (0.5 * as_tensor(pixels(2, 20, 24))).double().requires_grad_(True)
+        images = (0.5 * as_tensor(pixels(2, 20, 24))).double().requires_grad_(True)
         weights = torch.linspace(-1, 1, 8, dtype=torch.float64)
-        (gradient,) = torch.autograd.grad((double.picture_features(pictures) @ weights).sum(), pictures)
-        direction = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0)).double()
+        (gradient,) = torch.autograd.grad((double.image_features(images) @ weights).sum(), images)
+        direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).double()
 
         def difference(step: float) -> float:
             with torch.no_grad():
                 ahead, behind = (
-                    (double.picture_features(pictures + sign * step * direction) @ weights).sum()
+                    (double.image_features(images + sign * step * direction) @ weights).sum()
                     for sign in (1, -1)
                 )
             return float((ahead - behind) / (2 * step))
@@ -203,27 +207,27 @@ def test_features_have_a_gradient_through_the_scaling(model):
 
 
 def test_the_network_is_frozen_and_texts_and_scores_have_no_graph(model):
-    pictures = torch.zeros(2, 3, 16, 16, requires_grad=True)
+    images = torch.zeros(2, 3, 16, 16, requires_grad=True)
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(module.training for module in model.network.modules())
-    assert not model.scores(pictures, PROMPTS[:2]).requires_grad
+    assert not model.scores_of(model.image_features(images), PROMPTS[:2]).requires_grad
     assert not model.text_features(PROMPTS).requires_grad
-    assert model.picture_features(pictures).requires_grad
+    assert model.image_features(images).requires_grad
 
 
-def test_many_pictures_go_in_parts(model, monkeypatch):
+def test_many_images_go_in_parts(model, monkeypatch):
     sizes = []
     forward = model.network.encode_image
 
-    def counted(pictures, normalize):
-        sizes.append(len(pictures))
-        return forward(pictures, normalize=normalize)
+    def counted(images, normalize):
+        sizes.append(len(images))
+        return forward(images, normalize=normalize)
 
     monkeypatch.setattr(model.network, "encode_image", counted)
-    pictures = as_tensor(pixels(300))
-    found = model.scores(pictures, ["a bridge"] * 300)
+    images = as_tensor(pixels(300))
+    found = model.scores_of(model.image_features(images), ["a bridge"] * 300)
     assert sizes == [256, 44]
-    alone = model.scores(pictures[290:291], ["a bridge"])
+    alone = model.scores_of(model.image_features(images[290:291]), ["a bridge"])
     torch.testing.assert_close(found[290:291], alone, atol=1e-6, rtol=0)
 
 
@@ -254,25 +258,27 @@ def test_long_prompts_are_said_and_cut_off(model, tiny_name, kind, caplog):
 
 def test_classes_are_those_of_the_most_similar_prompt(model):
     names = ["red", "stone {}", "sea"]
-    pictures = as_tensor(pixels(40))
+    images = as_tensor(pixels(40))
     prompts = ["a red bridge", "a stone {} bridge", "a sea bridge"]
-    each = torch.stack([model.scores(pictures, [prompt] * 40) for prompt in prompts], dim=1)
-    found = classify(pictures, model, names, "a {} bridge")
+    each = torch.stack(
+        [model.scores_of(model.image_features(images), [prompt] * 40) for prompt in prompts], dim=1
+    )
+    found = classify_features(model.image_features(images), model, names, "a {} bridge")
     assert found.tolist() == [max(range(3), key=row.__getitem__) for row in each.tolist()]
     assert found.dtype == torch.long
     assert len(set(found.tolist())) > 1
 
 
 def test_bad_input_is_explained(model):
-    pictures = torch.zeros(2, 3, 16, 16)
-    with pytest.raises(ValueError, match=r"expected pictures \(n, 3, height, width\), got \(2, 1, 16, 16\)"):
-        model.picture_features(pictures[:, :1])
+    images = torch.zeros(2, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"expected images \(n, 3, height, width\), got \(2, 1, 16, 16\)"):
+        model.image_features(images[:, :1])
     with pytest.raises(ValueError, match="got 2 and 1 prompts"):
-        model.scores(pictures, ["a bridge"])
+        model.scores_of(model.image_features(images), ["a bridge"])
     with pytest.raises(ValueError, match=r"'a bridge' has no \{\}"):
-        classify(pictures, model, ["red"], "a bridge")
+        classify_features(model.image_features(images), model, ["red"], "a bridge")
     with pytest.raises(ValueError, match="without names"):
-        classify(pictures, model, [], "a {} bridge")
+        classify_features(model.image_features(images), model, [], "a {} bridge")
     settings = {"size": (16, 20), "mean": [0.5] * 3, "std": [0.5] * 3}
     with pytest.raises(ValueError, match=r"takes \(16, 20\) pixels"):
         AlignmentModel(model.network, model.tokenizer, settings)

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from flowtilt.checkpoints import sha256_of
-from flowtilt.domains.images.bridges import CREATIVE, DESIGNS, PROMPTS
+from flowtilt.domains.images.bridges import CREATIVE, DESIGNS
 from flowtilt.domains.images.sections import EmbeddedConfig, GuidanceConfig, ImageModelConfig
 from flowtilt.metrics.diversity import combinations_covered
 from flowtilt.pipeline.experiment import load_file
 from small import CONFIG
+from small_images import PROMPTS
 
 pytest.importorskip("diffusers", reason="the extra 'images' is not installed")
 pytest.importorskip("open_clip", reason="the extra 'images' is not installed")
@@ -73,9 +74,9 @@ def test_weights_are_a_few_megabytes(model: ImageModelConfig) -> None:
     assert sum(file.stat().st_size for file in files if file.is_file()) < 15e6
 
 
-def test_pictures_follow_their_captions(model: ImageModelConfig) -> None:
+def test_images_follow_their_captions(model: ImageModelConfig) -> None:
     """By the shipped CLIP: designs of full captions, and scores above those of captions exchanged."""
-    from flowtilt.domains.images.alignment import classify, load_alignment
+    from flowtilt.domains.images.alignment import classify_features, load_alignment
     from flowtilt.domains.images.pipeline import load_text_to_image
     from flowtilt.sampling import sample_sde
 
@@ -84,22 +85,23 @@ def test_pictures_follow_their_captions(model: ImageModelConfig) -> None:
     context = base.flow.context_of(torch.arange(len(PROMPTS)).repeat(2))
     latents = sample_sde(base.flow, 2 * len(PROMPTS), 20, torch.Generator().manual_seed(0), context)[-1]
     with torch.no_grad():
-        pictures = base.decode(latents)
+        images = base.decode(latents)
     names = list(DESIGNS)
-    found = classify(pictures, scorer, names, "a {} bridge").tolist()
+    features = scorer.image_features(images)
+    found = classify_features(features, scorer, names, "a {} bridge").tolist()
     right = [names[k] in PROMPTS[i] for k, i in zip(found, context.prompt.tolist(), strict=True)]
     # By chance a fifth; 0.44 is two standard errors of 40 draws above one third.
     assert np.mean(right) > 0.44
-    own = scorer.scores(pictures, [PROMPTS[i] for i in context.prompt]).mean()
-    exchanged = scorer.scores(pictures, [PROMPTS[(i + 7) % len(PROMPTS)] for i in context.prompt]).mean()
+    own = scorer.scores_of(features, [PROMPTS[i] for i in context.prompt]).mean()
+    exchanged = scorer.scores_of(features, [PROMPTS[(i + 7) % len(PROMPTS)] for i in context.prompt]).mean()
     assert float(own - exchanged) > 0.1
 
 
 def test_factors_whose_combinations_are_counted_are_told_apart(model: ImageModelConfig) -> None:
-    """Of drawn pictures that the CLIP was not trained on; the number in 100 follows the true one."""
+    """Of drawn images that the CLIP was not trained on; the number in 100 follows the true one."""
     from flowtilt.domains.images.alignment import classify_features, load_alignment
     from flowtilt.domains.images.bridges import COLOURS, MOMENTS, PLACES, bridge_set
-    from flowtilt.domains.images.sampling import as_pictures
+    from flowtilt.domains.images.sampling import as_images
 
     asked = load_file(CONFIG / "experiments" / f"{EXPERIMENTS[0]}.yaml")[EXPERIMENTS[0]].evaluation
     classes = {"design": DESIGNS, "colour": COLOURS, "scenery": PLACES, "time": MOMENTS}
@@ -107,7 +109,7 @@ def test_factors_whose_combinations_are_counted_are_told_apart(model: ImageModel
     assert [asked.designs, *(factor.classes for factor in asked.factors)] == captions
     drawn = bridge_set(1000, seed=model.embedded.bridges.seed + 1)
     scorer = load_alignment(str(ROOT / model.alignment.path))
-    features = scorer.picture_features(as_pictures(drawn.pictures))
+    features = scorer.image_features(as_images(drawn.images))
     templates = [asked.template, *(factor.template for factor in asked.factors)]
     told = [
         classify_features(features, scorer, names, template).numpy()

@@ -1,4 +1,4 @@
-"""Configurations of experiments on pictures: what is refused, and what a stage's hash depends on."""
+"""Configurations of experiments on images: what is refused, and what a stage's hash depends on."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_resolved_experiment_holds_its_model(name: str, tmp_path: Path) -> Non
         (LEFT_TAIL, {"prompts": []}, "prompts"),
         (LEFT_TAIL, {"guidance": {"sampling": 0.5}}, "guidance.sampling"),
         (LEFT_TAIL, {"schedule": {"spacing": "linspace"}}, "schedule.spacing"),
-        (LEFT_TAIL, {"evaluation": {"pictures": 1}}, "evaluation.pictures"),
+        (LEFT_TAIL, {"evaluation": {"images": 1}}, "evaluation.images"),
         (LEFT_TAIL, {"evaluation": {"sets": 0}}, "evaluation.sets"),
         (LEFT_TAIL, {"evaluation": {"factors": [{"classes": ["by day"]}]}}, "evaluation.factors"),
         (
@@ -118,7 +118,7 @@ def test_prompts_of_the_left_tail_are_the_drawn_sets_wishes() -> None:
 
 
 def test_a_stage_runs_again_for_what_it_reads_alone() -> None:
-    before, after = load(LEFT_TAIL), load(LEFT_TAIL, evaluation={"pictures": 4})
+    before, after = load(LEFT_TAIL), load(LEFT_TAIL, evaluation={"images": 4})
     same = {s: stage_digest(before, s) == stage_digest(after, s) for s in STAGES}
     assert {stage for stage, equal in same.items() if not equal} == {"sample", "evaluate"}
     after = load(LEFT_TAIL, objective={"alpha": 1.0})

@@ -1,4 +1,4 @@
-"""Figures of pictures from made-up runs: what is drawn, where, and from what."""
+"""Figures of images from made-up runs: what is drawn, where, and from what."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from flowtilt.domains.images.figures import (
     Strip,
     exploration_figure,
     exploration_strips,
+    images_figure,
+    images_of,
     load_scores,
-    pictures_figure,
-    pictures_of,
-    read_picture,
+    read_image,
     tail_figure,
     tail_strips,
 )
@@ -30,15 +30,15 @@ from flowtilt.pipeline.files import write_arrays
 from flowtilt.pipeline.report.figures import write_figures
 from flowtilt.pipeline.report.measurements import ResultsError, collect, of_row, run_folder, runs_of
 from flowtilt.pipeline.report.style import figure_style, save_figure
-from made_up_images import DESIGNS, ENTROPY, LEFT_TAIL, loaded, write_config, write_pictures
+from made_up_images import DESIGNS, ENTROPY, LEFT_TAIL, loaded, write_config, write_images
 from small import CONFIG
 
 REPORTED = CONFIG / "reported_results.csv"
 PROMPTS = ["a red beam bridge", "a blue arch bridge over the sea at sunset", "a truss bridge"]
-# As many pictures as make the second line of a method shorter than the first.
+# As many images as make the second line of a method shorter than the first.
 SMALL: dict[str, dict[str, Any]] = {
-    ENTROPY: {"evaluation": {"pictures": 14}},
-    LEFT_TAIL: {"evaluation": {"pictures": 4}, "prompts": PROMPTS},
+    ENTROPY: {"evaluation": {"images": 14}},
+    LEFT_TAIL: {"evaluation": {"images": 4}, "prompts": PROMPTS},
 }
 LEVELS = {"pretrained": 0.0, "am": 0.2, "tfft": 0.6, "fdc_alpha_32": 0.3, "fdc": 0.9}
 SEEDS = 2
@@ -53,7 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made-up runs of both experiments, with their figures and files."""
     root = tmp_path_factory.mktemp("results")
     for name in (ENTROPY, LEFT_TAIL):
-        write_pictures(root, small(name), lambda method: LEVELS.get(method, 0.5), size=16)
+        write_images(root, small(name), lambda method: LEVELS.get(method, 0.5), size=16)
         file = write_config(root / "config", name, seeds=SEEDS, **SMALL[name])
         write_figures(file, {}, root, REPORTED, root / "figures" / name)
     return root
@@ -81,15 +81,13 @@ def test_the_same_runs_give_the_same_figures(results: Path, tmp_path: Path) -> N
         assert (tmp_path / f"again_{what}.png").read_bytes() == first.read_bytes()
 
 
-# ---------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------- images
 
 
-def picture_of(
-    results: Path, experiment: ImageExperiment, method: str, prompt: int, number: int
-) -> np.ndarray:
+def image_of(results: Path, experiment: ImageExperiment, method: str, prompt: int, number: int) -> np.ndarray:
     folder = run_folder(results, runs_of(experiment), method, "network", 0) / "images"
-    with Image.open(folder / f"prompt{prompt:03d}_{number:04d}.png") as picture:
-        return np.asarray(picture)
+    with Image.open(folder / f"prompt{prompt:03d}_{number:04d}.png") as image:
+        return np.asarray(image)
 
 
 def test_methods_show_the_same_numbers_framed_by_their_designs(results: Path) -> None:
@@ -101,18 +99,16 @@ def test_methods_show_the_same_numbers_framed_by_their_designs(results: Path) ->
         assert [len(line) for line in strip.lines] == [12, 2]
         design = load_scores(results, runs_of(experiment), strip.name, 0).design
         for number, cell in enumerate(cell for line in strip.lines for cell in line):
-            np.testing.assert_array_equal(
-                cell.picture, picture_of(results, experiment, strip.name, 0, number)
-            )
+            np.testing.assert_array_equal(cell.image, image_of(results, experiment, strip.name, 0, number))
             frames.setdefault(int(design[number]), set()).add(cell.frame)
     assert len(frames) > 2
     assert all(len(colours) == 1 for colours in frames.values())  # one colour a design
     assert len(set.union(*frames.values())) == len(frames)  # and another for each
 
 
-def test_pictures_without_designs_have_no_frame(results: Path, tmp_path: Path) -> None:
-    experiment = loaded(ENTROPY, seeds=1, evaluation={"pictures": 2, "designs": []})
-    write_pictures(tmp_path, experiment, lambda _: 0.0, size=16)
+def test_images_without_designs_have_no_frame(results: Path, tmp_path: Path) -> None:
+    experiment = loaded(ENTROPY, seeds=1, evaluation={"images": 2, "designs": []})
+    write_images(tmp_path, experiment, lambda _: 0.0, size=16)
     for method in experiment.methods:
         file = tmp_path / "runs" / ENTROPY / method / "seed0" / "scores.npz"
         scores = load_scores(tmp_path, runs_of(experiment), method, 0)
@@ -124,7 +120,7 @@ def test_pictures_without_designs_have_no_frame(results: Path, tmp_path: Path) -
         for cell in line
     )
     with figure_style():
-        assert not pictures_of(tmp_path, experiment).legends
+        assert not images_of(tmp_path, experiment).legends
         save_figure(
             exploration_figure(experiment, collect(tmp_path, runs_of(experiment))), tmp_path / "s.png"
         )
@@ -142,23 +138,21 @@ def test_rewards_like_the_pretrained_models_worst_are_red(results: Path) -> None
         reward = load_scores(results, runs, strip.name, 0).reward
         assert [cell.text for cell in cells] == [f"{reward[4 * prompt]:.3f}" for prompt in range(3)]
         for prompt, cell in enumerate(cells):
-            np.testing.assert_array_equal(
-                cell.picture, picture_of(results, experiment, strip.name, prompt, 0)
-            )
+            np.testing.assert_array_equal(cell.image, image_of(results, experiment, strip.name, prompt, 0))
             assert (cell.text_colour != "black") == (reward[4 * prompt] <= bad)
             red, black = red + (cell.text_colour != "black"), black + (cell.text_colour == "black")
     assert red
     assert black
 
 
-def test_pictures_are_squares_in_the_order_of_their_methods() -> None:
+def test_images_are_squares_in_the_order_of_their_methods() -> None:
     bright, dark = np.full((8, 8, 3), 250, np.uint8), np.full((8, 8, 3), 5, np.uint8)
     strips = [
         Strip("pretrained", "pretrained", [[Cell(bright, "0.1"), Cell(dark, "0.2", "red")]]),
         Strip("am", "am", [[Cell(dark, frame="#117733"), Cell(bright)]]),
     ]
     with figure_style():
-        figure = pictures_figure("Title", PROMPTS[:2], strips, [])
+        figure = images_figure("Title", PROMPTS[:2], strips, [])
     (axes,) = figure.axes
     figure.canvas.draw()
     boxes = [image.get_window_extent() for image in axes.images]
@@ -168,7 +162,7 @@ def test_pictures_are_squares_in_the_order_of_their_methods() -> None:
     assert second.x0 == fourth.x0
     assert first.x1 < second.x0
     assert third.y1 < first.y0
-    # Small pictures are enlarged by whole numbers, so that theirs stay sharp.
+    # Small images are enlarged by whole numbers, so that theirs stay sharp.
     assert all(np.asarray(image.get_array()).shape == (256, 256, 3) for image in axes.images)
     assert [int(np.asarray(image.get_array()).mean()) for image in axes.images] == [250, 5, 5, 250]
     (frame,) = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
@@ -182,13 +176,13 @@ def test_pictures_are_squares_in_the_order_of_their_methods() -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_bad_pictures_are_named(tmp_path: Path, damage: str) -> None:
+def test_bad_images_are_named(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "prompt000_0001.png"
     if damage == "truncated":
         Image.new("RGB", (16, 16)).save(file)
         file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(ResultsError, match=r"prompt000_0001\.png: cannot be read") as caught:
-        read_picture(tmp_path, 0, 1)
+        read_image(tmp_path, 0, 1)
     assert f"snakemake --cores all --force {tmp_path}" in str(caught.value)
 
 
@@ -240,7 +234,7 @@ def test_shares_and_scores_are_means_over_seeds(results: Path) -> None:
     with figure_style():
         figure = exploration_figure(experiment, long)
     panels = {axes.get_title() or axes.get_ylabel(): axes for axes in figure.axes}
-    shares = panels["share of pictures"]
+    shares = panels["share of images"]
     heights = [patch.get_height() for patch in shares.patches]  # type: ignore[attr-defined]
     wanted = [of_row(long, m, f"share_{d}").mean() for m in experiment.methods for d in DESIGNS]
     assert heights == pytest.approx(wanted)

@@ -14,17 +14,18 @@ from closed_forms import (
     Mixture,
     Quadratic,
     affine_velocity,
-    chain_law,
+    chain_distribution,
     generator,
     halving_orders,
-    matched_law,
+    matched_distribution,
     memoryless_limit,
     relative_error,
     tensor,
 )
 from flowtilt.control.adjoint_matching import AdjointMatchingSettings, solve
-from flowtilt.domains.images.model import Guidance, LatentFlow, Prompted
+from flowtilt.domains.images.model import LatentFlow, Prompted
 from flowtilt.domains.images.pipeline import schedule_of
+from flowtilt.domains.images.sections import GuidanceConfig
 from flowtilt.functionals.utilities import RewardVariation
 from flowtilt.interpolants import convert, memoryless_step
 from flowtilt.model import FlowModel
@@ -231,7 +232,7 @@ def test_a_guided_unet_is_sampled_as_diffusers_does():
     steps, prompt, scale = 10, torch.tensor([1, 2]), 7.5
     scheduler = scheduler_of(FIRST)
     unet = small_unet()
-    flow = flow_of(unet, scheduler, (4, 4, 4), guidance=Guidance(sampling=scale))
+    flow = flow_of(unet, scheduler, (4, 4, 4), guidance=GuidanceConfig(sampling=scale))
     found = sample_sde(flow, 2, steps, generator(4), flow.context_of(prompt))
     scheduler.set_timesteps(steps)
     rng = generator(4)
@@ -288,7 +289,9 @@ def test_velocity_and_score_follow_from_what_the_denoiser_predicts(known, target
 
 
 def test_the_score_is_that_of_the_guidance_of_the_control():
-    flow = flow_of(Arbitrary(), scheduler_of(TRAILING), guidance=Guidance(5.0, 2.0, 3.0))
+    flow = flow_of(
+        Arbitrary(), scheduler_of(TRAILING), guidance=GuidanceConfig(sampling=5.0, adjoint=2.0, control=3.0)
+    )
     x, t = torch.randn(4, *SHAPE, generator=generator(0)), torch.tensor(0.4)
     context = flow.context_of(torch.arange(4))
     expected = flow.predict(x, t, replace(context, guidance=3.0)) / -flow.path.beta(t)
@@ -313,7 +316,7 @@ def test_a_denoiser_of_noise_alone_is_refused_where_no_signal_is_left(target):
 @pytest.mark.parametrize("scale", [1.0, 0.0, 7.5, -0.5])
 @targets
 def test_guidance_goes_from_the_empty_prompt_through_the_prompt(scale, target):
-    flow = flow_of(Arbitrary(), scheduler_of(TRAILING, target), guidance=Guidance(sampling=scale))
+    flow = flow_of(Arbitrary(), scheduler_of(TRAILING, target), guidance=GuidanceConfig(sampling=scale))
     x, t = torch.randn(6, *SHAPE, generator=generator(0)), torch.linspace(0.1, 0.9, 6)
     prompt = torch.tensor([0, 1, 2, 3, 3, 0])
     found = flow.predict(x, t, flow.context_of(prompt))
@@ -327,7 +330,9 @@ def test_guidance_goes_from_the_empty_prompt_through_the_prompt(scale, target):
 
 
 def test_each_use_has_its_guidance_and_the_prompts_stay():
-    flow = flow_of(Arbitrary(), scheduler_of(TRAILING), guidance=Guidance(7.5, 1.0, 2.0))
+    flow = flow_of(
+        Arbitrary(), scheduler_of(TRAILING), guidance=GuidanceConfig(sampling=7.5, adjoint=1.0, control=2.0)
+    )
     drawn = flow.draw_context(50, generator(3))
     assert drawn.guidance == 7.5
     scales = {use: flow.context_for(use, drawn).guidance for use in ("sampling", "adjoint", "control")}
@@ -343,7 +348,7 @@ def test_each_use_has_its_guidance_and_the_prompts_stay():
 
 
 def test_a_selection_keeps_the_prompts_of_its_samples():
-    flow = flow_of(Arbitrary(), scheduler_of(TRAILING), guidance=Guidance(3.0))
+    flow = flow_of(Arbitrary(), scheduler_of(TRAILING), guidance=GuidanceConfig(sampling=3.0))
     context = flow.context_of(torch.tensor([3, 1, 0, 2, 1]))
     torch.testing.assert_close(context.embeddings, TABLE[[3, 1, 0, 2, 1]])
     some = flow.select_context(context, torch.tensor([4, 0, 0]))
@@ -384,7 +389,7 @@ def test_chunks_change_nothing(scale, shared):
     t = torch.tensor(0.3) if shared else torch.linspace(0.1, 0.9, 8)
     found = {}
     for chunk in (None, 3, 8):
-        guidance = Guidance(sampling=scale)
+        guidance = GuidanceConfig(sampling=scale)
         flow = flow_of(Arbitrary(), scheduler_of(TRAILING), guidance=guidance, chunk=chunk)
         with torch.no_grad():
             found[chunk] = flow.velocity(x, t, flow.context_of(prompt))
@@ -526,7 +531,7 @@ class Flat(FlowModel):
         return self.flow.velocity(x.view(-1, 2, 1, 1), t, context).flatten(1)
 
 
-def law_of(prompt, scale=1.0):
+def distribution_of(prompt, scale=1.0):
     """The data of a prompt under guidance: of a Gaussian it moves the mean alone."""
     return Mixture.gaussian(EMPTY_MEAN + scale * (MEANS[prompt] - EMPTY_MEAN), COVARIANCE)
 
@@ -591,10 +596,10 @@ def test_the_denoiser_is_trained_at_its_timesteps_alone():
 def test_guidance_of_gaussians_moves_their_mean(target):
     """The velocity is affine in it: that of ``N(m_0 + scale (m - m_0), S)``."""
     scale = 2.5
-    flow = gaussian_flow(TRAILING, target, guidance=Guidance(sampling=scale))
+    flow = gaussian_flow(TRAILING, target, guidance=GuidanceConfig(sampling=scale))
     other = gaussian_flow(TRAILING, target)
     other.use_prompts(
-        torch.stack([law_of(prompt, scale).mean for prompt in (0, 1)])[:, None], EMPTY_MEAN[None]
+        torch.stack([distribution_of(prompt, scale).mean for prompt in (0, 1)])[:, None], EMPTY_MEAN[None]
     )
     x = torch.randn(6, 2, 1, 1, generator=generator(0), dtype=torch.float64)
     for t in torch.linspace(0.05, 0.95, 7, dtype=torch.float64):
@@ -613,14 +618,16 @@ schedules = pytest.mark.parametrize(
 @schedules
 @pytest.mark.parametrize("reward", [None, LINEAR, QUADRATIC], ids=["pretrained", "linear", "quadratic"])
 @pytest.mark.slow_after(2)
-def test_the_law_of_the_steps_has_order_one(known, target, reward):
+def test_the_distribution_of_the_steps_has_order_one(known, target, reward):
     """DDIM's steps with eta = 1 leave Gaussian data too little variance: 18 % at 25 steps, 3 % at 200."""
     flow = Flat(gaussian_flow(known, target), 0)
-    limit = memoryless_limit(flow.path, law_of(0), reward, KL_WEIGHT)
+    limit = memoryless_limit(flow.path, distribution_of(0), reward, KL_WEIGHT)
     errors = {"mean": [], "covariance": []}
     for steps in (25, 50, 100, 200):
         found = (
-            chain_law(flow, steps) if reward is None else matched_law(flow, reward, KL_WEIGHT, steps, "step")
+            chain_distribution(flow, steps)
+            if reward is None
+            else matched_distribution(flow, reward, KL_WEIGHT, steps, "step")
         )
         for name, value, exact in zip(errors, found, limit, strict=True):
             errors[name].append(relative_error(value, exact))
@@ -636,11 +643,13 @@ def test_the_law_of_the_steps_has_order_one(known, target, reward):
 
 
 @rewards
-def test_where_no_signal_is_left_at_the_start_the_limit_is_the_tilted_law(reward):
-    exact = law_of(0).tilted(reward, KL_WEIGHT)
+def test_where_no_signal_is_left_at_the_start_the_limit_is_the_tilted_distribution(reward):
+    exact = distribution_of(0).tilted(reward, KL_WEIGHT)
     errors = []
     for known in (NO_SIGNAL, TRAILING):
-        mean, covariance = memoryless_limit(schedule_of(scheduler_of(known)), law_of(0), reward, KL_WEIGHT)
+        mean, covariance = memoryless_limit(
+            schedule_of(scheduler_of(known)), distribution_of(0), reward, KL_WEIGHT
+        )
         errors.append(max(relative_error(mean, exact.mean), relative_error(covariance, exact.covariance)))
     assert errors[0] < 1e-13
     # The signal of 0.068 that Stable Diffusion leaves moves the mean.
@@ -649,7 +658,9 @@ def test_where_no_signal_is_left_at_the_start_the_limit_is_the_tilted_law(reward
 
 @schedules
 @pytest.mark.parametrize("steps", [20, 50])
-def test_what_a_linear_reward_is_matched_to_is_the_tilt_of_the_law_of_the_steps(known, target, steps):
+def test_what_a_linear_reward_is_matched_to_is_the_tilt_of_the_distribution_of_the_steps(
+    known, target, steps
+):
     """All but its first state's part, which no control moves, and the last step's share of it.
 
     The chain's endpoint is ``P x_0`` plus noise of the covariance ``C - P P^T``, and ``exp(c x / lambda)``
@@ -657,7 +668,7 @@ def test_what_a_linear_reward_is_matched_to_is_the_tilt_of_the_law_of_the_steps(
     ``sqrt(velocity eta)``.
     """
     flow = Flat(gaussian_flow(known, target), 1)
-    mean, covariance = chain_law(flow, steps)
+    mean, covariance = chain_distribution(flow, steps)
     eye, coefficients = torch.eye(2, dtype=torch.float64), memoryless_steps(flow, steps)
     product = eye
     for t, step in zip(flow.time_grid(steps)[:-1], coefficients, strict=True):
@@ -666,7 +677,7 @@ def test_what_a_linear_reward_is_matched_to_is_the_tilt_of_the_law_of_the_steps(
     last = coefficients[-1].velocity * flow.path.eta(tensor(flow.time_grid(steps)[-2]))
     c = LINEAR.linear / KL_WEIGHT
     moved = (covariance - product @ product.T) @ c + last * c
-    found = matched_law(flow, LINEAR, KL_WEIGHT, steps, "step")
+    found = matched_distribution(flow, LINEAR, KL_WEIGHT, steps, "step")
     torch.testing.assert_close(found[0], mean + moved, rtol=1e-11, atol=0)
     torch.testing.assert_close(found[1], covariance, rtol=1e-11, atol=0)
     # The last step's share, of the order of a step.
@@ -676,16 +687,18 @@ def test_what_a_linear_reward_is_matched_to_is_the_tilt_of_the_law_of_the_steps(
 def solved(flow, reward, steps, seed=0, **changes):
     """Several updates on the same trajectories, since the family fits within a few hundred of them."""
     settings = {"updates": 160, "batch": 4, "pool": 4, "learning_rate": 0.1, "rest_share": 1.0, "passes": 8}
-    settings["target"] = "step"  # that of the shipped experiments, whose law of the steps is known exactly
+    settings["target"] = (
+        "step"  # that of the shipped experiments, whose distribution of the steps is known exactly
+    )
     own = AdjointMatchingSettings(steps=steps, ramp=0.0, gradient_clip=10.0, **(settings | changes))
     return solve(flow, RewardVariation(reward), KL_WEIGHT, own, generator(seed)).model
 
 
-def check_samples(model, steps, laws, count=5_000):
+def check_samples(model, steps, distributions, count=5_000):
     """Means and covariances of samples of both prompts, within four standard errors of Gaussian ones."""
     context = chosen_prompts(model, 2 * count)
     x = sample_sde(model, 2 * count, steps, generator(1), context)[-1].flatten(1).double()
-    for prompt, (mean, covariance) in enumerate(laws):
+    for prompt, (mean, covariance) in enumerate(distributions):
         own, variances = x[context.prompt == prompt], covariance.diagonal()
         assert float(((own.mean(0) - mean) / (variances / count).sqrt()).abs().max()) < 4
         error = ((torch.outer(variances, variances) + covariance**2) / count).sqrt()
@@ -695,10 +708,10 @@ def check_samples(model, steps, laws, count=5_000):
 @pytest.mark.parametrize(
     ("known", "target", "steps", "guidance"),
     [
-        (TRAILING, "epsilon", 20, Guidance()),
-        (TRAILING, "epsilon", 50, Guidance()),
-        (NO_SIGNAL, "v_prediction", 20, Guidance()),
-        (TRAILING, "sample", 20, Guidance(sampling=3.0, adjoint=1.0, control=2.0)),
+        (TRAILING, "epsilon", 20, GuidanceConfig()),
+        (TRAILING, "epsilon", 50, GuidanceConfig()),
+        (NO_SIGNAL, "v_prediction", 20, GuidanceConfig()),
+        (TRAILING, "sample", 20, GuidanceConfig(sampling=3.0, adjoint=1.0, control=2.0)),
     ],
     ids=["noise", "noise, 50 steps", "v, no signal", "data, guided"],
 )
@@ -706,18 +719,18 @@ def check_samples(model, steps, laws, count=5_000):
 def test_a_linear_reward_moves_the_mean_of_every_prompt(known, target, steps, guidance):
     """The lean adjoint is the same for all states: the regression has no noise, and finds its fixed point."""
     flow = gaussian_flow(known, target, steps, guidance=guidance)
-    model, laws = solved(flow, LINEAR, steps), []
+    model, distributions = solved(flow, LINEAR, steps), []
     for prompt in (0, 1):
-        mean, covariance = chain_law(Flat(model, prompt), steps)
-        matched = matched_law(Flat(flow, prompt), LINEAR, KL_WEIGHT, steps, "step")
+        mean, covariance = chain_distribution(Flat(model, prompt), steps)
+        matched = matched_distribution(Flat(flow, prompt), LINEAR, KL_WEIGHT, steps, "step")
         # Of what is left of 160 updates; samples and adjoints are in single precision.
         assert relative_error(mean, matched[0]) < 2e-4
         assert relative_error(covariance, matched[1]) < 1e-6
-        before, exact = law_of(prompt, guidance.sampling), COVARIANCE @ LINEAR.linear / KL_WEIGHT
+        before, exact = distribution_of(prompt, guidance.sampling), COVARIANCE @ LINEAR.linear / KL_WEIGHT
         # The rest is of the steps, as their order has it.
         assert relative_error(mean - before.mean, exact) < {20: 0.18, 50: 0.1}[steps]
-        laws.append((mean, covariance))
-    check_samples(model, steps, laws)
+        distributions.append((mean, covariance))
+    check_samples(model, steps, distributions)
 
 
 @pytest.mark.parametrize(
@@ -727,19 +740,20 @@ def test_a_linear_reward_moves_the_mean_of_every_prompt(known, target, steps, gu
 )
 @pytest.mark.slow
 def test_a_quadratic_reward_moves_mean_and_covariance(known, target, seed):
-    steps, laws = 20, []
+    steps, distributions = 20, []
     flow = gaussian_flow(known, target, steps, affine=True)
     model = solved(flow, QUADRATIC, steps, seed, updates=240, batch=512, pool=512)
     for prompt in (0, 1):
-        mean, covariance = chain_law(Flat(model, prompt), steps)
-        matched = matched_law(Flat(flow, prompt), QUADRATIC, KL_WEIGHT, steps, "step")
+        mean, covariance = chain_distribution(Flat(model, prompt), steps)
+        matched = matched_distribution(Flat(flow, prompt), QUADRATIC, KL_WEIGHT, steps, "step")
         # The noise of training: over five seeds entries have standard deviations of at most 0.008 and 0.003.
         assert float((mean - matched[0]).abs().max()) < 4 * 0.008
         assert float((covariance - matched[1]).abs().max()) < 4 * 0.003
-        # That is finer than what the tilt of the law of the steps differs by, and of data in continuous time.
-        pretrained = Mixture.gaussian(*chain_law(Flat(flow, prompt), steps))
-        for law, least in ((pretrained, 0.013), (law_of(prompt), 0.08)):
-            other = law.tilted(QUADRATIC, KL_WEIGHT).covariance
+        # That is finer than what the tilt of the distribution of the steps differs by, and of data in
+        # continuous time.
+        pretrained = Mixture.gaussian(*chain_distribution(Flat(flow, prompt), steps))
+        for distribution, least in ((pretrained, 0.013), (distribution_of(prompt), 0.08)):
+            other = distribution.tilted(QUADRATIC, KL_WEIGHT).covariance
             assert float((other - matched[1]).abs().max()) > least
-        laws.append((mean, covariance))
-    check_samples(model, steps, laws)
+        distributions.append((mean, covariance))
+    check_samples(model, steps, distributions)

@@ -22,7 +22,7 @@ from flowtilt.checkpoints import CheckpointError, load_weights, save_weights
 from flowtilt.control.adjoint_matching import AdjointMatchingSettings, solve
 from flowtilt.control.base import Solution
 from flowtilt.domains.images.build import build_autoencoder, build_pipeline, build_text_encoder
-from flowtilt.domains.images.model import Guidance, LatentFlow
+from flowtilt.domains.images.model import LatentFlow
 from flowtilt.domains.images.pipeline import TextToImage, build_schedule, load_text_to_image
 from flowtilt.domains.images.sections import (
     AdapterConfig,
@@ -187,10 +187,10 @@ def test_samples_are_those_of_diffusers(folders, pipeline, name, changes, schedu
     schedule = ScheduleConfig.model_validate(changes)
     loaded = load_text_to_image(folders[name], PROMPTS, schedule=schedule)
     for guidance in (1.0, 3.0):
-        loaded.flow.guidance = Guidance(sampling=guidance)
+        loaded.flow.guidance = GuidanceConfig(sampling=guidance)
         expected = by_diffusers(pipeline, folders[name], guidance, **scheduler)
         torch.testing.assert_close(sampled(loaded), expected, atol=1e-4 * float(expected.std()), rtol=0)
-    loaded.flow.guidance = Guidance(sampling=3.1)
+    loaded.flow.guidance = GuidanceConfig(sampling=3.1)
     assert (sampled(loaded) - expected).abs().max() > 1e-3 * expected.std()
 
 
@@ -205,10 +205,10 @@ def test_the_parts_of_a_loaded_folder(folders, pipeline):
         torch.testing.assert_close(flow.prompts.table, of_prompts)
         torch.testing.assert_close(flow.prompts.empty.expand(2, -1, -1), of_nothing)
         latents = starts(torch.Generator().manual_seed(0))
-        pictures = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-        torch.testing.assert_close(loaded.decode(latents), pictures.clamp(-1, 1))
-        assert pictures.shape == (2, 3, 16, 16)
-        assert pictures.abs().max() > 1  # or it would not matter that colours have an end
+        images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+        torch.testing.assert_close(loaded.decode(latents), images.clamp(-1, 1))
+        assert images.shape == (2, 3, 16, 16)
+        assert images.abs().max() > 1  # or it would not matter that colours have an end
 
 
 def test_half_precision_weights_are_computed_with_in_single(folder, copied):
@@ -423,13 +423,13 @@ def test_targets_that_no_layer_has_are_refused(folder):
 
 
 def gradients(loaded: TextToImage) -> list[Tensor]:
-    """Of the brightness of pictures made of velocities, by the latents and what is tuned."""
+    """Of the brightness of images made of velocities, by the latents and what is tuned."""
     flow = loaded.flow
     parameters = [p.requires_grad_(True) for p in flow.tunable()]
     x = starts(torch.Generator().manual_seed(1)).requires_grad_(True)
     context = flow.context_of(torch.arange(len(PROMPTS)))
-    pictures = loaded.decode(flow.velocity(x, torch.tensor(0.4), context))
-    return list(torch.autograd.grad(pictures.square().mean(), [x, *parameters]))
+    images = loaded.decode(flow.velocity(x, torch.tensor(0.4), context))
+    return list(torch.autograd.grad(images.square().mean(), [x, *parameters]))
 
 
 @pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["whole", "adapter"])
@@ -573,9 +573,7 @@ def test_a_prompt_that_is_too_long_is_cut_and_a_warning_says_so(folder, caplog):
     (record,) = [r for r in caplog.records if r.name.startswith("flowtilt")]
     tokens = len(loaded_tokens(folder, long))
     assert tokens > 30
-    assert record.getMessage() == (
-        f"prompt {long!r} has {tokens} tokens, and the text encoder takes 12: what comes after is not seen"
-    )
+    assert record.getMessage() == (f"prompt {long!r} has {tokens} tokens; the text encoder sees 12 of them")
     assert loaded.flow.prompts.table.shape == (2, 12, 16)
 
 
@@ -592,7 +590,7 @@ def loaded_tokens(folder: Path, prompt: str) -> list[int]:
 
 
 class Brightness(Reward):
-    """Mean colour of the decoded picture."""
+    """Mean colour of the decoded image."""
 
     def __init__(self, loaded: TextToImage) -> None:
         self.decode = loaded.decode
@@ -652,7 +650,7 @@ def test_adjoint_matching_goes_through_a_loaded_model(folder, guidance, passes, 
     solution = solved(loaded, SETTINGS)
     (row,) = solution.history
     assert row["loss"] == pytest.approx(first_loss(loaded, guidance.get("adjoint", 1)), rel=1e-4)
-    assert row["control_energy"] == pytest.approx(0, abs=1e-6)
+    assert row["path_kl"] == pytest.approx(0, abs=1e-6)
     assert row["network_passes"] == passes
     after = solution.model.denoiser.state_dict()
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
@@ -689,9 +687,9 @@ def test_micro_batches_change_nothing(folder, double, adapter):
     settings = replace(SETTINGS, updates=2, passes=2, last_share=0.4, rest_share=0.7, learning_rate=rate)
     together, apart = (solved(loaded, replace(settings, micro_batch=m)) for m in (None, 1))
     for one, other in zip(together.history, apart.history, strict=True):
-        for column in ("loss", "gradient_norm", "control_energy", "network_passes"):
+        for column in ("loss", "gradient_norm", "path_kl", "network_passes"):
             assert other[column] == pytest.approx(one[column], rel=1e-9, abs=1e-12), column
-    assert together.history[1]["control_energy"] > 1e-3
+    assert together.history[1]["path_kl"] > 1e-3
     whole, parts = together.model.weights(), apart.model.weights()
     assert max(float((t - whole[name]).abs().max()) for name, t in loaded.flow.weights().items()) > rate
     assert max(float((t - whole[name]).abs().max()) for name, t in parts.items()) < 1e-6 * rate

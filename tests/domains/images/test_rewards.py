@@ -1,4 +1,4 @@
-"""Rewards of pictures: their values against the models themselves, their gradients against differences."""
+"""Rewards of images: their values against the models themselves, their gradients against differences."""
 
 import copy
 import sys
@@ -32,14 +32,14 @@ def latents(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def decode(x: torch.Tensor) -> torch.Tensor:
-    """Smooth pictures in [-1, 1] of 12 pixels a side, larger than the model's and smaller than 224."""
+    """Smooth images in [-1, 1] of 12 pixels a side, larger than the model's and smaller than 224."""
     wide = nn.functional.interpolate(x, scale_factor=4, mode="bilinear")
     return torch.tanh(0.6 * torch.stack([wide[:, 0] + wide[:, 3], wide[:, 1] - wide[:, 3], wide[:, 2]], 1))
 
 
 @pytest.fixture(scope="module")
 def model() -> AlignmentModel:
-    """A CLIP of open_clip with random weights, large enough that pictures and texts matter."""
+    """A CLIP of open_clip with random weights, large enough that images and texts matter."""
     vision = {"image_size": 8, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8}
     text = {"context_length": 12, "vocab_size": 49408, "width": 16, "layers": 1, "heads": 2}
     with torch.random.fork_rng(devices=[]):
@@ -71,9 +71,9 @@ def check_gradient(reward: Reward, x: torch.Tensor, context: Prompted) -> None:
 def test_clip_reward_is_the_similarity_with_the_samples_own_prompt(model):
     x, positions = latents(6), (2, 0, 1, 0, 0, 2)
     found = ClipReward(decode, model, PROMPTS)(x, prompted(*positions))
-    expected = model.scores(decode(x), [PROMPTS[i] for i in positions])
+    expected = model.scores_of(model.image_features(decode(x)), [PROMPTS[i] for i in positions])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    others = model.scores(decode(x), [PROMPTS[i] for i in (0, 1, 2, 1, 2, 0)])
+    others = model.scores_of(model.image_features(decode(x)), [PROMPTS[i] for i in (0, 1, 2, 1, 2, 0)])
     assert (found - others).abs().min() > 1e-3  # or any prompt would do
 
 
@@ -104,7 +104,7 @@ def test_a_gradient_is_the_samples_own(model):
 @pytest.mark.parametrize("decoder", [decode, lambda x: decode(x.nan_to_num(0, 1, -1))])
 @pytest.mark.parametrize("use", [Reward.__call__, Reward.gradient])
 def test_latents_that_are_not_finite_are_refused(model, bad, decoder, use):
-    """Also where the decoder makes an ordinary picture of them."""
+    """Also where the decoder makes an ordinary image of them."""
     x = latents(3)
     x[1, 2, 0, 1] = bad
     with pytest.raises(RewardError, match="ClipReward is not finite on 1 of 3 samples"):
@@ -129,7 +129,7 @@ def test_contexts_without_the_prompts_are_explained(model, context, message):
 
 
 class StandInNetwork(nn.Module):
-    """Scores bilinear in the picture and the tokens seen, and checks what it is given."""
+    """Scores bilinear in the image and the tokens seen, and checks what it is given."""
 
     def __init__(self, med_config: str, device: torch.device) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def weights(tmp_path):
 
 @pytest.mark.usefixtures("package")
 def test_image_reward_gives_the_package_what_it_takes(weights):
-    """Against torchvision's transforms on the same pictures, 12 pixels a side and not on hard edges."""
+    """Against torchvision's transforms on the same images, 12 pixels a side and not on hard edges."""
     x, positions = latents(4), (1, 0, 2, 1)
     reward = ImageReward(decode, PROMPTS, weights)
     found = reward(x, prompted(*positions))
@@ -207,7 +207,7 @@ def test_image_reward_gives_the_package_what_it_takes(weights):
 
 @pytest.mark.usefixtures("package")
 def test_gradient_of_image_reward(weights):
-    """With paler pictures, whose scaling cuts nothing off."""
+    """With paler images, whose scaling cuts nothing off."""
     reward = ImageReward(lambda x: 0.9 * decode(x), PROMPTS, weights)
     reward.network.double()
     check_gradient(reward, latents(2, torch.float64), prompted(2, 1))

@@ -1,4 +1,4 @@
-"""The stages of pictures by the command line, at tiny size: what they write, and bad input."""
+"""The stages of images by the command line, at tiny size: what they write, and bad input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.pipeline.configuration import merge
 from flowtilt.pipeline.domain import job_of
 from flowtilt.resuming import SECONDS
-from small_pictures import tiny, write_models
+from small_images import tiny, write_models
 
 pytest.importorskip("diffusers", reason="the extra 'images' is not installed")
 pytest.importorskip("open_clip", reason="the extra 'images' is not installed")
@@ -94,7 +94,7 @@ def test_the_threshold_is_the_exact_dual_of_the_offline_batch(left_tail: Folder)
     assert found["offline_samples"] == 12
 
 
-def test_metrics_are_those_of_the_stored_pictures(left_tail: Folder, models: tuple[Path, Path]) -> None:
+def test_metrics_are_those_of_the_stored_images(left_tail: Folder, models: tuple[Path, Path]) -> None:
     """Recomputed from the PNG files with open_clip and vendi-score themselves."""
     import open_clip
     from PIL import Image
@@ -107,8 +107,8 @@ def test_metrics_are_those_of_the_stored_pictures(left_tail: Folder, models: tup
     assert len(files) == 12
     prompts = [left_tail.experiment.prompts[int(file.name[6:9])] for file in files]
     with torch.no_grad():
-        pictures = torch.stack([preprocess(Image.open(file)) for file in files])
-        features = network.eval().encode_image(pictures, normalize=True)
+        images = torch.stack([preprocess(Image.open(file)) for file in files])
+        features = network.eval().encode_image(images, normalize=True)
         texts = network.encode_text(tokenizer(prompts), normalize=True)
     scores = (features * texts).sum(1).double().numpy()
     found = left_tail.metrics("tfft")
@@ -123,18 +123,18 @@ def test_metrics_are_those_of_the_stored_pictures(left_tail: Folder, models: tup
 
 
 def test_methods_of_a_seed_have_the_same_noise(left_tail: Folder, tmp_path: Path) -> None:
-    """An untouched copy of the weights gives the pretrained model's pictures."""
+    """An untouched copy of the weights gives the pretrained model's images."""
     from flowtilt.checkpoints import save_weights
-    from flowtilt.domains.images.sampling import load_base, read_pictures
+    from flowtilt.domains.images.sampling import load_base, read_images
 
     untouched = left_tail.copy(tmp_path)
     weights = untouched.file("tfft", "model.safetensors")
     weights.parent.mkdir(parents=True)
     save_weights(load_base(left_tail.experiment, left_tail.model).flow, weights)
     assert untouched.run("sample", "tfft") == 0
-    same, prompts = read_pictures(untouched.images("tfft"))
-    own, _ = read_pictures(left_tail.images("pretrained"))
-    tuned, _ = read_pictures(left_tail.images("tfft"))
+    same, prompts = read_images(untouched.images("tfft"))
+    own, _ = read_images(left_tail.images("pretrained"))
+    tuned, _ = read_images(left_tail.images("tfft"))
     assert (same == own).all()
     assert (tuned != own).any()
     assert np.bincount(prompts).tolist() == [4, 4, 4]
@@ -159,22 +159,22 @@ def test_diversity_is_the_mean_over_sets(tmp_path: Path, models: tuple[Path, Pat
     """Vendi scores of each set by the package itself, and combinations by a Python set."""
     from vendi_score.vendi import score_dual
 
-    from flowtilt.domains.images.sampling import as_pictures, load_scorer, read_pictures
+    from flowtilt.domains.images.sampling import as_images, load_scorer, read_images
 
     factors = [
         {"classes": ["red", "blue", "grey"], "template": "a {} bridge"},
         {"classes": ["by day", "at night"], "template": "a bridge {}"},
     ]
-    asked = {"pictures": 5, "sets": 3, "factors": factors}
+    asked = {"images": 5, "sets": 3, "factors": factors}
     changes = {"prompts": ["a bridge", "a red bridge"], "evaluation": asked}
     folder = Folder(tmp_path, ENTROPY, models, **changes)
     assert folder.run("model") == 0
     assert folder.assess("pretrained") == 0
-    pictures, _ = read_pictures(folder.images("pretrained"))
+    images, _ = read_images(folder.images("pretrained"))
     scorer = load_scorer(folder.experiment, folder.model)
     with torch.no_grad():
-        features = scorer.picture_features(as_pictures(pictures)).double()
-    # Of two prompts, fifteen pictures each, the first five of both are the first set.
+        features = scorer.image_features(as_images(images)).double()
+    # Of two prompts, fifteen images each, the first five of both are the first set.
     sets = [[*range(k, k + 5), *range(15 + k, 20 + k)] for k in (0, 5, 10)]
     found = folder.metrics("pretrained")
     expected = np.mean([score_dual(features[index].numpy()) for index in sets])
@@ -197,34 +197,34 @@ def _captions(factor: dict[str, Any]) -> list[str]:
 
 
 def test_a_second_set_leaves_the_first_as_it_is(tmp_path: Path, models: tuple[Path, Path]) -> None:
-    from flowtilt.domains.images.sampling import CHUNK, read_pictures
+    from flowtilt.domains.images.sampling import CHUNK, read_images
 
     drawn = []
     for sets in (1, 2):
-        changes = {"evaluation": {"pictures": CHUNK, "sets": sets, "factors": []}, "solver": {"steps": 2}}
+        changes = {"evaluation": {"images": CHUNK, "sets": sets, "factors": []}, "solver": {"steps": 2}}
         folder = Folder(tmp_path / str(sets), ENTROPY, models, **changes)
         assert folder.run("model") == 0
         assert folder.run("sample", "pretrained") == 0
-        drawn.append(read_pictures(folder.images("pretrained"))[0])
+        drawn.append(read_images(folder.images("pretrained"))[0])
     assert len(drawn[1]) == 2 * CHUNK
     assert (drawn[1][:CHUNK] == drawn[0]).all()
 
 
-def test_the_order_of_pictures_is_that_of_their_numbers(tmp_path: Path) -> None:
-    """Names of more than 1,000 prompts or 10,000 pictures of one are not in this order as text."""
+def test_the_order_of_images_is_that_of_their_numbers(tmp_path: Path) -> None:
+    """Names of more than 1,000 prompts or 10,000 images of one are not in this order as text."""
     from PIL import Image
 
     from flowtilt.domains.images.evaluation import set_of
-    from flowtilt.domains.images.files import picture_name
-    from flowtilt.domains.images.sampling import read_pictures
+    from flowtilt.domains.images.files import image_name
+    from flowtilt.domains.images.sampling import read_images
 
     places = [(999, 0), (1000, 1), (1000, 0), (2, 10_000), (2, 9_999), (10_001, 0), (101, 3)]
     for i, place in enumerate(places):
-        Image.new("RGB", (1, 1), (i, 0, 0)).save(tmp_path / picture_name(*place))
-    pictures, prompts = read_pictures(tmp_path)
+        Image.new("RGB", (1, 1), (i, 0, 0)).save(tmp_path / image_name(*place))
+    images, prompts = read_images(tmp_path)
     ordered = sorted(places)
     assert prompts.tolist() == [prompt for prompt, _ in ordered]
-    assert pictures[:, 0, 0, 0].tolist() == [places.index(place) for place in ordered]
+    assert images[:, 0, 0, 0].tolist() == [places.index(place) for place in ordered]
     assert set_of(prompts, 1).tolist() == [0, 1, 0, 0, 0, 1, 0]
     assert set_of(np.array([7, 3, 7, 7, 3, 12, 7]), 2).tolist() == [0, 0, 0, 1, 0, 0, 1]
 
@@ -355,7 +355,7 @@ def test_a_gpu_that_is_not_there_is_refused(
     assert "key gpu: the job was to have 1, and torch sees 0" in caplog.text
 
 
-def test_pictures_that_are_not_finite_are_refused(
+def test_images_that_are_not_finite_are_refused(
     left_tail: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from safetensors.torch import save_file
@@ -366,17 +366,17 @@ def test_pictures_that_are_not_finite_are_refused(
     own.images("tfft").parent.mkdir(parents=True)
     save_file(tensors, own.file("tfft", "model.safetensors"))
     assert own.run("sample", "tfft") == 1
-    assert "4 pictures are not finite" in caplog.text or "12 pictures are not finite" in caplog.text
+    assert "4 images are not finite" in caplog.text or "12 images are not finite" in caplog.text
     assert not own.images("tfft").exists()
 
 
-def test_too_few_pictures_are_refused(
+def test_too_few_images_are_refused(
     left_tail: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = left_tail.copy(tmp_path, "tfft")
     next(iter(own.images("tfft").glob("*.png"))).unlink()
     assert own.run("evaluate", "tfft") == 1
-    assert "11 pictures, not 12" in caplog.text
+    assert "11 images, not 12" in caplog.text
 
 
 def test_messages_come_once_and_the_advice_last(tmp_path: Path, models: tuple[Path, Path]) -> None:
@@ -393,5 +393,5 @@ def test_messages_come_once_and_the_advice_last(tmp_path: Path, models: tuple[Pa
     assert lines[-1].endswith(advice)
     assert "Traceback" not in done.stderr
     assert sum(advice in line for line in lines) == 1
-    assert sum("what comes after is not seen" in line for line in lines) == 1
+    assert sum("the text encoder sees 28 of them" in line for line in lines) == 1
     assert sum("the model sees 28 of them" in line for line in lines) == 1

@@ -1,4 +1,4 @@
-"""Tables and costs of pictures, from made-up metrics."""
+"""Tables and costs of images, from made-up metrics."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_combinations_are_said_where_factors_are_told() -> None:
     ) in said
     assert "combinations_covered" in groups(experiment, "")[""]
     assert "Combinations are those of the design" in note(experiment)
-    assert "means over 3 sets of 100 pictures" in note(loaded(ENTROPY, evaluation={"sets": 3}))
+    assert "means over 3 sets of 100 images" in note(loaded(ENTROPY, evaluation={"sets": 3}))
     assert not {"Combinations", "sets"} & set(note(loaded(ENTROPY)).split())
     assert "combinations_covered" not in groups(loaded(ENTROPY), "")[""]
 

@@ -126,7 +126,7 @@ def test_a_set_has_not_drifted_from_itself():
     assert found["heavy_atoms"] == found["heavy_atoms_reference"]
 
 
-def test_total_variation_of_disjoint_laws_is_one():
+def test_total_variation_of_disjoint_distributions_is_one():
     assert total_variation({1: 0.5, 6: 0.5}, {7: 1.0}) == 1
     assert total_variation({1: 0.5, 6: 0.5}, {1: 0.25, 6: 0.75}) == 0.25
 

@@ -8,15 +8,14 @@ from flowtilt.checkpoints import load_weights
 from flowtilt.domains.molecules import data
 from flowtilt.domains.molecules.build import (
     build_model,
-    build_units,
     decoder,
     padded,
     pretrain,
     separated_atoms,
     type_shares,
 )
-from flowtilt.domains.molecules.sections import MoleculeConfig
-from flowtilt.domains.molecules.states import Units, pack
+from flowtilt.domains.molecules.sections import MoleculeConfig, UnitsConfig
+from flowtilt.domains.molecules.states import pack
 from flowtilt.domains.molecules.xtb import atomic_energy
 from flowtilt.pipeline.configuration import ConfigError, validated
 from flowtilt.resuming import Resumption
@@ -115,8 +114,8 @@ def test_errors_name_the_file_the_key_and_the_fix(tmp_path, change, message):
 def test_decoded_states_are_the_molecules_that_were_packed(molecules):
     config = MoleculeConfig.model_validate(CONFIG)
     chosen = data.load(molecules).of_size(3, 5)
-    source = data.MoleculeSource(chosen, build_units(config))
-    x, numbers = decoder(build_units(config))(source.states, source.mask)
+    source = data.MoleculeSource(chosen, config.units)
+    x, numbers = decoder(config.units)(source.states, source.mask)
     # The source sorts by size, and puts centres of mass at zero.
     ordered = sorted(chosen.as_molecules(), key=lambda molecule: len(molecule.numbers))
     expected_x, expected_numbers = padded(ordered)
@@ -129,7 +128,7 @@ def test_decoded_states_are_the_molecules_that_were_packed(molecules):
 def test_a_type_column_has_no_gradient_of_what_is_decoded():
     config = MoleculeConfig.model_validate(CONFIG)
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    coordinates, _ = decoder(build_units(config))(x, torch.ones(2, 3, dtype=torch.bool))
+    coordinates, _ = decoder(config.units)(x, torch.ones(2, 3, dtype=torch.bool))
     (gradient,) = torch.autograd.grad(coordinates.square().sum(), x)
     assert bool(gradient[..., :3].all())
     assert not gradient[..., 3:].any()
@@ -138,7 +137,7 @@ def test_a_type_column_has_no_gradient_of_what_is_decoded():
 def test_separated_atoms_have_their_energy_as_a_linear_function_of_the_types():
     """Exact differences between molecules of one size: a molecule of other elements, or halfway to it."""
     pytest.importorskip("tblite", reason="the extra 'molecules' is not installed")
-    units, mask = Units(), torch.tensor([[True, True, True, False]])
+    units, mask = UnitsConfig(), torch.tensor([[True, True, True, False]])
     energy = separated_atoms(type_shares(units), workers=1)
 
     def state(*types):

@@ -10,7 +10,8 @@ import torch
 from closed_forms import generator
 from flowtilt.domains.molecules import data
 from flowtilt.domains.molecules.data import DataError, Molecules, MoleculeSource, gather, load, prepare
-from flowtilt.domains.molecules.states import ELEMENTS, Units, unpack
+from flowtilt.domains.molecules.sections import UnitsConfig
+from flowtilt.domains.molecules.states import ELEMENTS, unpack
 
 WATER = ("3", "O", ["O", "H", "H"], [[-0.034, 0.978, 0.008], [0.065, 0.021, 0.002], [0.872, 1.301, 0.001]])
 AMMONIA = (
@@ -174,7 +175,7 @@ def test_splits_have_their_shares_and_stay_with_a_molecule():
 def test_draws_are_whole_molecules_each_as_likely_as_any_other():
     sizes = [3, 5, 4, 7, 5, 3, 6, 4, 5, 5]
     molecules = set_of(sizes)
-    units = Units(type_scale=0.3)
+    units = UnitsConfig(type_scale=0.3)
     for window in (1.0, 0.3):
         source, rng = MoleculeSource(molecules, units, window), generator(0)
         seen = np.zeros(len(sizes))
@@ -197,15 +198,11 @@ def test_draws_are_whole_molecules_each_as_likely_as_any_other():
 
 def test_a_small_window_gives_batches_of_nearly_one_size():
     molecules = set_of(np.arange(1000) % 10 + 3)
-    source, rng = MoleculeSource(molecules, Units(), window=0.02), generator(0)
+    source, rng = MoleculeSource(molecules, UnitsConfig(), window=0.02), generator(0)
     spans = [torch.unique(source(32, rng)[1].sum(1)).numel() for _ in range(50)]
     assert max(spans) <= 2
     with pytest.raises(ValueError, match="window must be in"):
-        MoleculeSource(molecules, Units(), window=0.0)
-
-
-def test_the_shares_of_sizes():
-    assert data.size_histogram(np.array([3, 5, 3, 4])) == {3: 0.5, 4: 0.25, 5: 0.25}
+        MoleculeSource(molecules, UnitsConfig(), window=0.0)
 
 
 @pytest.mark.skipif(find_spec("qm9pack") is None, reason="needs the package qm9pack")

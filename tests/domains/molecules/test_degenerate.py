@@ -30,11 +30,11 @@ from flowtilt.domains.molecules.chemistry import (
     uniqueness,
     without_bonds,
 )
-from flowtilt.domains.molecules.data import DataError, Molecules, MoleculeSource, gather, size_histogram
+from flowtilt.domains.molecules.data import DataError, Molecules, MoleculeSource, gather
 from flowtilt.domains.molecules.energies import attach, energy, evaluate, molecules_of, single_points
 from flowtilt.domains.molecules.relaxation import RelaxationSettings, relax, relax_one
 from flowtilt.domains.molecules.sdf import SdfError, describe, holds, read_sdf, write_sdf
-from flowtilt.domains.molecules.states import Units
+from flowtilt.domains.molecules.sections import UnitsConfig
 from flowtilt.domains.molecules.workers import WorkerPool
 from flowtilt.domains.molecules.xtb import (
     Failure,
@@ -190,9 +190,8 @@ REFUSED = [
         ([BAD["no atoms"][0]], np.array([1.0]), [None], [Structure("O")], frozenset(), None),
         "without atoms has a reward",
     ),
-    (size_histogram, (np.array([], dtype=int),), "at least one molecule"),
     (gather, ([],), "no molecules"),
-    (MoleculeSource, (NONE, Units()), "no molecules to draw from"),
+    (MoleculeSource, (NONE, UnitsConfig()), "no molecules to draw from"),
     (NONE.of_size, (1, 9), "no molecule of 1 to 9 atoms"),
 ]
 
@@ -276,7 +275,7 @@ def test_a_field_that_does_not_converge_is_a_failure():
 
 def test_every_public_function_is_tried_here():
     """Those that read QM9's package need its files, whose damage has tests of its own."""
-    package = {data.prepare, data.load, data.source_files}
+    package = {data.prepare, data.prepare_job, data.load, data.source_files}
     tried = {id(value) for value in (*globals().values(), *package, data.read_records)}
     for module in (assessment, chemistry, data, energies, relaxation, sdf, xtb):
         for name, function in inspect.getmembers(module, inspect.isfunction):

@@ -8,7 +8,7 @@ import xtb_program
 from flowtilt.domains.molecules.energies import XTBReward, energy, evaluate, molecules_of
 from flowtilt.domains.molecules.workers import WorkerPool
 from flowtilt.domains.molecules.xtb import Failure, Molecule, XTBSettings, single_point
-from flowtilt.functionals.base import Law
+from flowtilt.functionals.base import Distribution
 from flowtilt.functionals.utilities import SQ, ExpectedReward, Hinge, RewardVariation
 from flowtilt.rewards import RewardError
 
@@ -170,14 +170,14 @@ def test_functionals_leave_failures_out():
     x, numbers = states()
     reward = XTBReward(decode, workers=1)
     kept = -np.array([case.energy for case in SMALL[:4]])
-    law = Law(None, x, numbers)
-    assert ExpectedReward(reward).value(law) == pytest.approx(kept.mean(), abs=1e-6)
-    hinge = SQ(reward, 0.6).linearise(law)
+    distribution = Distribution(None, x, numbers)
+    assert ExpectedReward(reward).value(distribution) == pytest.approx(kept.mean(), abs=1e-6)
+    hinge = SQ(reward, 0.4).linearise(distribution)
     assert hinge.threshold == pytest.approx(np.sort(kept)[2], abs=1e-6)
     assert not hinge.active(x, numbers)[4]
     assert RewardVariation(reward).active(x, numbers).tolist() == [True, True, True, True, False]
-    with pytest.raises(RewardError, match="failed on all 5 samples of a law"):
-        SQ(reward, 0.6).linearise(Law(None, 0.01 * x, numbers))
+    with pytest.raises(RewardError, match="failed on all 5 samples of a distribution"):
+        SQ(reward, 0.4).linearise(Distribution(None, 0.01 * x, numbers))
 
 
 def test_a_batch_that_fails_as_a_whole_is_said_once_and_has_no_gradient(caplog):

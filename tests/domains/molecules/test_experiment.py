@@ -27,13 +27,17 @@ def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("change", "key", "hint"),
     [
-        ({"objective": {"level": 1.0}}, "objective.level", "less than 1"),
-        ({"objective": {"level": 0.0}}, "objective.level", "greater than 0"),
+        ({"objective": {"mass": 1.0}}, "objective.mass", "less than 1"),
+        ({"objective": {"mass": 0.0}}, "objective.mass", "greater than 0"),
         ({"objective": {"alpha": 0.0}}, "objective.alpha", "greater than 0"),
-        ({"methods": {"tfft_0.9": {"level": 1.5}}}, "methods.tfft_0.9.level", "less than 1"),
-        ({"methods": {"tfft_0.9": {"rise": 2.0}}}, "methods.tfft_0.9.rise", "less than or equal to 1"),
-        ({"methods": {"am": {"level": 0.9}}}, "methods.am", "level belongs to fdc and tfft, not to am"),
-        ({"methods": {"fdc": {"rise": 0.5}}}, "methods.fdc", "rise belongs to tfft, not to fdc"),
+        ({"methods": {"tfft_0.9": {"mass": 1.5}}}, "methods.tfft_0.9.mass", "less than 1"),
+        (
+            {"methods": {"tfft_0.9": {"narrowing": 2.0}}},
+            "methods.tfft_0.9.narrowing",
+            "less than or equal to 1",
+        ),
+        ({"methods": {"am": {"mass": 0.1}}}, "methods.am", "mass belongs to fdc and tfft, not to am"),
+        ({"methods": {"fdc": {"narrowing": 0.5}}}, "methods.fdc", "narrowing belongs to tfft, not to fdc"),
         ({"methods": {"fdc": {"step": None}}}, "methods.fdc", "needs step"),
         ({"methods": {"data": {"updates": 3}}}, "methods.data", "fine-tuned, not to data"),
         (
@@ -94,11 +98,11 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
 def test_all_objectives_have_one_kl_weight() -> None:
     experiment = tiny()
     for method in ("fdc", "tfft_0.9"):
-        tail = experiment.tail_of(method)
-        assert tail.side == "upper"
-        assert tail.mass == pytest.approx(1 - experiment.level_of(method))
-        assert tail.alpha == experiment.objective.alpha
-    assert experiment.tail_of("tfft_0.9").mass == pytest.approx(0.1)
+        problem = experiment.tail_of(method)
+        assert problem.tail == "upper"
+        assert problem.mass == experiment.mass_of(method)
+        assert problem.alpha == experiment.objective.alpha
+    assert experiment.tail_of("tfft_0.9").mass == 0.1
     assert experiment.main_metric == "top_0.2pct_negative_energy"
 
 
@@ -110,22 +114,22 @@ def test_overrides_of_the_plane_and_of_molecules_do_not_meet() -> None:
     assert (plane.seeds, plane.grid.cells) == ([0, 1, 2, 3, 4], 48)
 
 
-def test_a_study_of_levels_derives_from_its_experiment() -> None:
+def test_a_study_of_masses_derives_from_its_experiment() -> None:
     cases = load_file(EXPERIMENTS / "molecules_tail_sweep.yaml", {"molecules": {"offline": {"samples": 9}}})
-    levels = {"rising": [0.95], "plain": [0.998], "pool": [0.5, 0.8, 0.9, 0.95, 0.998], "large_pool": [0.998]}
-    levels["fitted"] = [0.5]
-    assert list(cases) == [f"molecules_tail_sweep/{label}" for label in levels]
+    masses = {"rising": [0.05], "plain": [0.002], "pool": [0.5, 0.2, 0.1, 0.05, 0.002], "large_pool": [0.002]}
+    masses["fitted"] = [0.5]
+    assert list(cases) == [f"molecules_tail_sweep/{label}" for label in masses]
     for name, case in cases.items():
         own = case
-        assert own.base == "molecules_qm9"
+        assert own.starts_from == "molecules_qm9"
         assert own.offline.samples == 9
-        assert [own.level_of(method) for method in own.methods] == levels[name.partition("/")[2]]
-        rises = {own.methods[method].rise for method in own.methods}
-        assert rises == ({0.5} if name.endswith("rising") else {None})
+        assert [own.mass_of(method) for method in own.methods] == masses[name.partition("/")[2]]
+        narrowing = {own.methods[method].narrowing for method in own.methods}
+        assert narrowing == ({0.5} if name.endswith("rising") else {None})
     plain = cases["molecules_tail_sweep/plain"]
     assert plain.solver.pool == plain.solver.batch
     rising = cases["molecules_tail_sweep/rising"]
-    assert {name: rising.level_of(name) for name in rising.also} == {"tfft_0.9": 0.9, "tfft": 0.998}
+    assert {name: rising.mass_of(name) for name in rising.also} == {"tfft_0.9": 0.1, "tfft": 0.002}
 
 
 def test_a_case_has_methods_of_its_base_as_its_own(tmp_path: Path) -> None:
@@ -134,7 +138,7 @@ def test_a_case_has_methods_of_its_base_as_its_own(tmp_path: Path) -> None:
 
     def load(**case: object) -> None:
         cases = [{"label": "a", "of": "molecules_qm9", "methods": {"am": {"kind": "am"}}, **case}]
-        study = {"axis": "level", "table": "levels", "cases": cases}
+        study = {"axis": "mass", "table": "masses", "cases": cases}
         file.write_text(yaml.safe_dump({"name": "mine", "title": "t", "seeds": 1, "study": study}))
         load_file(file)
 
@@ -158,13 +162,13 @@ def test_what_is_merged_into_one_file_comes_before_the_changes_of_its_cases() ->
         load_file(QM9, {"files": {"molecules_qm9": 3}})
 
 
-def test_a_study_of_levels_is_of_molecules(tmp_path: Path) -> None:
+def test_a_study_of_masses_is_of_molecules(tmp_path: Path) -> None:
     for name in ("risk_averse_2d", "molecules_qm9"):
         (tmp_path / f"{name}.yaml").write_text((EXPERIMENTS / f"{name}.yaml").read_text())
-    for parent, table in (("risk_averse_2d", "levels"), ("molecules_qm9", "axis")):
+    for parent, table in (("risk_averse_2d", "masses"), ("molecules_qm9", "axis")):
         cases = [{"label": "a", "of": parent}]
         methods = {"pretrained": {"kind": "pretrained"}}
-        study = {"axis": "level", "table": table, "cases": cases, "methods": methods}
+        study = {"axis": "mass", "table": table, "cases": cases, "methods": methods}
         file = tmp_path / "mine.yaml"
         file.write_text(yaml.safe_dump({"name": "mine", "title": "t", "seeds": 1, "study": study}))
         with pytest.raises(ConfigError, match=rf"key study\.table: its cases can have .*, got '{table}'"):

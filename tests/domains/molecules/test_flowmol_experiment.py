@@ -24,8 +24,8 @@ pytest.importorskip("rdkit", reason="the extra 'molecules' is not installed")
 
 NAME = "qm9_gaussian"
 METHODS = {
-    "tfft": {"level": 0.8},
-    "fdc": {"iterations": 2, "level": 0.5, "solver": {"pool": 8}},
+    "tfft": {"mass": 0.2},
+    "fdc": {"iterations": 2, "mass": 0.5, "solver": {"pool": 8}},
     "am_fitted": {"kind": "am", "solver": {"kind": "weighted_fitting", "bank": 100, "bank_steps": 20}},
 }
 

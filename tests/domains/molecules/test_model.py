@@ -3,13 +3,13 @@ import torch
 
 from closed_forms import generator
 from flowtilt.domains.molecules.model import MoleculeFlow
-from flowtilt.domains.molecules.network import NetworkSettings
-from flowtilt.domains.molecules.states import WIDTH, Units, centred
+from flowtilt.domains.molecules.sections import MoleculeNetworkConfig, UnitsConfig
+from flowtilt.domains.molecules.states import WIDTH, centred
 from flowtilt.interpolants import convert
 from flowtilt.sampling import OdeSettings, sample_ode, sample_sde
 
 SIZES = torch.tensor([0, 0, 0, 1.0, 0, 2.0, 3.0])
-SMALL = NetworkSettings(layers=2, width=16, vectors=8, pair_width=12, heads=4, radial=8)
+SMALL = MoleculeNetworkConfig(layers=2, width=16, vectors=8, pair_width=12, heads=4, radial=8)
 TIMES = [0.0, 0.02, 0.5, 0.97]
 
 
@@ -17,7 +17,7 @@ TIMES = [0.0, 0.02, 0.5, 0.97]
 def flow():
     """A network with random weights in every layer: as built, the last ones are zero."""
     rng = generator(3)
-    model = MoleculeFlow(SMALL, Units(), SIZES).double().requires_grad_(False)
+    model = MoleculeFlow(SMALL, UnitsConfig(), SIZES).double().requires_grad_(False)
     for parameter in model.parameters():
         scale = parameter.shape[-1] ** -0.5
         parameter.copy_(scale * torch.randn(parameter.shape, generator=rng, dtype=torch.float64))
@@ -172,7 +172,7 @@ def test_gradients_are_finite_where_atoms_coincide(flow):
 
 def test_samplers_stay_in_the_subspace(flow):
     mask = flow.draw_context(7, generator(0))
-    single = MoleculeFlow(SMALL, Units(), SIZES)
+    single = MoleculeFlow(SMALL, UnitsConfig(), SIZES)
     for x in (
         sample_ode(single, 7, generator(1), mask, OdeSettings(steps=4)),
         sample_sde(single, 7, 6, generator(1), mask)[-1],
@@ -184,7 +184,7 @@ def test_samplers_stay_in_the_subspace(flow):
 
 def test_the_loss_is_least_at_the_mean_of_the_endpoint():
     """Two molecules only, so that the posterior mean is known: the loss's gradient there must vanish."""
-    flow = MoleculeFlow(SMALL, Units(type_scale=0.7), SIZES).double()
+    flow = MoleculeFlow(SMALL, UnitsConfig(type_scale=0.7), SIZES).double()
     rng, t, count = generator(0), 0.6, 200_000
     mask = torch.ones(2, 3, dtype=torch.bool)
     x1 = flow.noise_like(torch.zeros(2, 3, WIDTH).double(), rng, mask)
@@ -214,11 +214,11 @@ def test_the_loss_is_least_at_the_mean_of_the_endpoint():
 
 def test_sizes_of_layers_must_divide_by_heads():
     with pytest.raises(ValueError, match=r"vectors \(10\) must be a multiple of heads \(4\)"):
-        NetworkSettings(vectors=10, heads=4)
+        MoleculeNetworkConfig(vectors=10, heads=4)
 
 
 def test_a_missing_mask_is_named():
-    model = MoleculeFlow(SMALL, Units(), SIZES)
+    model = MoleculeFlow(SMALL, UnitsConfig(), SIZES)
     with pytest.raises(TypeError, match="needs the mask of atoms as its context, not NoneType"):
         sample_ode(model, 3, generator(0))
     with pytest.raises(TypeError, match="draw one with draw_context"):
@@ -238,6 +238,6 @@ def test_endpoints_stand_for_molecules_with_one_type_an_atom(flow):
 
 
 def test_the_time_grid_is_the_model_s():
-    model = MoleculeFlow(SMALL, Units(), SIZES, time_power=2.0)
+    model = MoleculeFlow(SMALL, UnitsConfig(), SIZES, time_power=2.0)
     assert model.time_grid(2) == [0.0, 0.75, 1.0]
     assert sample_sde(model, 3, 2, generator(0), model.draw_context(3, generator(0))).shape[0] == 3

@@ -18,13 +18,11 @@ from safetensors.torch import load_file as load_tensors
 
 from by_hand import Driven
 from flowtilt import thresholds
-from flowtilt.domains.molecules.experiment import rising
-from flowtilt.domains.molecules.sampling import sample
+from flowtilt.domains.molecules.experiment import narrowing
 from flowtilt.domains.molecules.sdf import read_sdf
 from flowtilt.domains.molecules.xtb import single_point
 from flowtilt.metrics.tails import upper_tail_mean
 from flowtilt.pipeline.cli import main
-from flowtilt.pipeline.files import StageError
 from flowtilt.pipeline.stages import finetune
 from flowtilt.resuming import SECONDS
 from small_molecules import tiny, write_checkpoint, write_molecules
@@ -65,11 +63,11 @@ FITTED = {"kind": "weighted_fitting", "bank": 400, "bank_steps": 2}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """With the pretrained model and the offline batch."""
     methods = {
-        "tfft": {"level": 0.8},
-        "rising": {"kind": "tfft", "level": 0.9, "rise": 0.5},
-        "fdc": {"iterations": 2, "level": 0.5, "solver": {"pool": 8}},
+        "tfft": {"mass": 0.2},
+        "rising": {"kind": "tfft", "mass": 0.1, "narrowing": 0.5},
+        "fdc": {"iterations": 2, "mass": 0.5, "solver": {"pool": 8}},
         "am_fitted": {"kind": "am", "solver": FITTED},
-        "tfft_fitted": {"kind": "tfft", "level": 0.8, "solver": FITTED},
+        "tfft_fitted": {"kind": "tfft", "mass": 0.2, "solver": FITTED},
     }
     made = Folder(tmp_path_factory.mktemp("molecules"), methods=methods, **REACHABLE)
     assert made.run("pretrain") == 0
@@ -94,7 +92,7 @@ def test_the_threshold_leaves_failures_out_and_counts_them(folder: Folder) -> No
     assert row["offline_active_share"] == (kept > row["threshold"]).mean() > 0
 
 
-def test_a_rising_level_ends_at_the_threshold(folder: Folder) -> None:
+def test_a_narrowing_tail_ends_at_the_threshold(folder: Folder) -> None:
     assert folder.run("threshold", "rising") == 0
     row = json.loads(folder.file("rising", "threshold.json").read_text())
     assert [rung["mass"] for rung in row["schedule"]] == pytest.approx([0.5, 0.5 * 0.2 ** (2 / 3), 0.1])
@@ -104,9 +102,9 @@ def test_a_rising_level_ends_at_the_threshold(folder: Folder) -> None:
 
 
 def test_masses_fall_geometrically_and_then_stay() -> None:
-    assert rising(0.125, 0.5, 8) == pytest.approx([0.5, 0.5**1.5, 0.25, 0.5**2.5, *[0.125] * 4])
-    assert rising(0.125, 0.0, 3) == [0.125] * 3
-    assert rising(0.8, 0.5, 3) == [0.8] * 3
+    assert narrowing(0.125, 0.5, 8) == pytest.approx([0.5, 0.5**1.5, 0.25, 0.5**2.5, *[0.125] * 4])
+    assert narrowing(0.125, 0.0, 3) == [0.125] * 3
+    assert narrowing(0.8, 0.5, 3) == [0.8] * 3
 
 
 @pytest.mark.parametrize("method", ["am", "tfft", "rising", "fdc", "am_fitted", "tfft_fitted"])
@@ -121,7 +119,7 @@ def test_finetuning_moves_the_model_and_counts_what_it_asked_for(folder: Folder,
     sampled = np.full(len(history), batch if method == "am" else pool)
     if method.endswith("_fitted"):  # the bank is drawn before the first update
         sampled = np.where(history["update"] == 0, FITTED["bank"], 0)
-    if method == "fdc":  # the law's samples are drawn before the first update of each iteration
+    if method == "fdc":  # the distribution's samples are drawn before the first update of each iteration
         sampled = sampled + np.where(history["update"] == 0, folder.experiment.offline.samples, 0)
     assert history["evaluated"].tolist() == sampled.tolist()
     assert (history["failed"] <= history["evaluated"]).all()
@@ -149,7 +147,7 @@ class Stopped(Exception):
 def test_a_stopped_finetuning_goes_on_exactly_where_it_was(
     method: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Energies asked for again after the stop, as for FDC's law or a bank, are not counted again."""
+    """Energies asked for again after the stop, as for FDC's distribution or a bank, are not counted again."""
     monkeypatch.setenv(SECONDS, "0")
     assert folder.run("finetune", method) == 0
     weights, history = (folder.file(method, name) for name in ("model.safetensors", "history.csv"))
@@ -310,14 +308,10 @@ def test_wrong_kinds(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None
     fails(capsys, folder.run("finetune"), "the stage finetune is of a method; give it --method, one of: am, ")
     words = ["sample", str(folder.config), "--results", str(folder.path), "--method", "data"]
     fails(capsys, main(words), "the stage sample is of a seed; give it --seed")
-    with pytest.raises(StageError, match="'data' needs the file of the training data"):
-        sample(folder.experiment, "data", 0, folder.path / "no.npz")
-    with pytest.raises(StageError, match="'am' needs the weights to sample"):
-        sample(folder.experiment, "am", 0, folder.path / "no.npz")
 
 
 def test_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    methods = {"rising": {"kind": "tfft", "level": 0.9, "rise": 0.5}}
+    methods = {"rising": {"kind": "tfft", "mass": 0.1, "narrowing": 0.5}}
     own = Folder(tmp_path, methods=methods, **REACHABLE)
     fails(capsys, own.run("offline"), "pretrained/model.safetensors: no such checkpoint", "run the stage")
     fails(capsys, own.run("threshold", "tfft"), "offline.npz: no such file")

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from closed_forms import generator
-from flowtilt.domains.molecules.states import ELEMENTS, WIDTH, Units, centred, pack, unpack
+from flowtilt.domains.molecules.sections import UnitsConfig
+from flowtilt.domains.molecules.states import ELEMENTS, WIDTH, centred, pack, unpack
 
 MASK = torch.arange(5) < torch.tensor([3, 5, 1])[:, None]
 
@@ -13,7 +14,7 @@ def molecules():
     return coordinates, torch.randint(len(ELEMENTS), (3, 5), generator=rng)
 
 
-@pytest.mark.parametrize("units", [Units(), Units(length=2.0, type_scale=0.25)])
+@pytest.mark.parametrize("units", [UnitsConfig(), UnitsConfig(length=2.0, type_scale=0.25)])
 def test_what_is_packed_comes_back_about_its_centre_of_mass(units):
     coordinates, types = molecules()
     x = pack(coordinates, types, MASK, units)
@@ -35,5 +36,5 @@ def test_padding_has_no_part_in_the_centre_of_mass():
 
 @pytest.mark.parametrize("units", [{"length": 0.0}, {"type_scale": -1.0}])
 def test_units_must_be_positive(units):
-    with pytest.raises(ValueError, match=f"{next(iter(units))} must be positive"):
-        Units(**units)
+    with pytest.raises(ValueError, match=rf"{next(iter(units))}\n.*greater than 0"):
+        UnitsConfig(**units)

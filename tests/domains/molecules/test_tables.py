@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flowtilt.domains.molecules.evaluation import LEVELS
+from flowtilt.domains.molecules.evaluation import MASSES
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
-from flowtilt.domains.molecules.figures import Generated, energies_figure, levels_figure, load_generated
-from flowtilt.domains.molecules.tables import LevelLine, levels, levels_panel
+from flowtilt.domains.molecules.figures import Generated, energies_figure, load_generated, masses_figure
+from flowtilt.domains.molecules.tables import MassLine, masses, masses_panel
 from flowtilt.pipeline.experiment import load_file
 from flowtilt.pipeline.files import write_arrays, write_history, write_rows
 from flowtilt.pipeline.report.claims import decided
@@ -31,10 +31,10 @@ MEANS = {"data": 25.5, "pretrained": 25.0, "am": 25.3, "fdc": 25.15}
 
 
 def made_up(method: str, seed: int) -> dict[str, float | None]:
-    """Metrics of one run: am raises the mean by 0.3, tails rise with the level, fdc misses am's best."""
+    """Metrics of one run: am raises the mean by 0.3, tails rise as they narrow, fdc misses am's best."""
     mean = MEANS.get(method, 25.2) + 0.01 * seed
     row: dict[str, float | None] = {"mean_negative_energy": mean, "validity_pct": 70.0}
-    row |= {tail_metric(level): mean + 10 * level for level in LEVELS}
+    row |= {tail_metric(mass): mean + 10 * (1 - mass) for mass in MASSES}
     row["valid_top_0.2pct_negative_energy"] = None
     if method not in ("data", "pretrained"):
         row |= {"active_share": 0.02, "inactive_updates": 0.5, "training_energies": 640.0}
@@ -69,7 +69,7 @@ def test_the_table_stands_beside_both_sources(results: Path) -> None:
     assert ours["value"].to_numpy() == pytest.approx(25.31)
     validity = frame[(frame["method"] == "tfft") & (frame["metric"] == "validity_pct")]
     assert validity["reported"].tolist() == [94.2]
-    assert set(frame["layer"]) == {"network"}
+    assert set(frame["solution"]) == {"network"}
     text = (results / "tables" / "qm9.md").read_text()
     for header in (
         "top-0.2 % mean (hartree)",
@@ -107,25 +107,25 @@ def test_what_seeds_do_not_decide_is_said_so() -> None:
     ]
 
 
-def test_levels_are_compared_with_the_same_runs_at_every_level(results: Path) -> None:
+def test_masses_are_compared_with_the_same_runs_at_every_mass(results: Path) -> None:
     cases = list(load_file(SWEEP).values())
-    lines = levels(results, cases)
+    lines = masses(results, cases)
     assert len(lines) == 5 * 2 + sum(len(case.methods | case.also) for case in cases)
-    by = {(line.case, line.method, line.level): line for line in lines}
-    pretrained, am = by["reference", "pretrained", 0.9], by["reference", "am", 0.9]
-    assert (pretrained.tail, am.tail) == (34.0, 34.3)
+    by = {(line.case, line.method, line.mass): line for line in lines}
+    pretrained, am = by["reference", "pretrained", 0.1], by["reference", "am", 0.1]
+    assert (pretrained.tail_mean, am.tail_mean) == (34.0, 34.3)
     assert am.gain == pytest.approx(0.3)
-    levels_of_pool = (0.5, 0.8, 0.9, 0.95, 0.998)
+    masses_of_pool = (0.5, 0.2, 0.1, 0.05, 0.002)
     assert {key for key in by if key[0] == "pool"} == {
-        ("pool", f"tfft_{level:g}", level) for level in levels_of_pool
+        ("pool", f"tfft_{1 - mass:g}", mass) for mass in masses_of_pool
     }
-    assert ("rising", "tfft", 0.998) in by
-    own = by["fitted", "tfft_0.8_fitted", 0.8]
+    assert ("rising", "tfft", 0.002) in by
+    own = by["fitted", "tfft_0.8_fitted", 0.2]
     assert own.gain == pytest.approx(0.2)
     assert (own.seconds, own.energies, own.active, own.inactive, own.seeds) == (9.0, 640.0, 0.02, 0.5, 1)
     assert own.passes == 1500
-    assert [line.level for line in lines] == sorted(line.level for line in lines)
-    panel = levels_panel(lines, "Levels")
+    assert [line.mass for line in lines] == sorted((line.mass for line in lines), reverse=True)
+    panel = masses_panel(lines, "Masses")
     assert panel.lines[0][:4] == ["0.5", "pretrained", "30.00", ""]
     write_table(SWEEP, {}, results, REPORTED, results / "tables" / "sweep")
     assert len(pd.read_csv(results / "tables" / "sweep.csv")) == len(lines)
@@ -135,7 +135,7 @@ def test_what_several_solves_took_adds_up(results: Path) -> None:
     file = results / "runs" / "molecules_tail_sweep" / "fitted" / "tfft_0.5" / "seed0" / "history.csv"
     history = pd.read_csv(file)
     pd.concat([history.assign(iteration=k) for k in (1, 2, 3)]).to_csv(file, index=False)
-    lines = levels(results, list(load_file(SWEEP).values()))
+    lines = masses(results, list(load_file(SWEEP).values()))
     (own,) = (line for line in lines if (line.case, line.method) == ("fitted", "tfft_0.5"))
     assert (own.passes, own.seconds) == (4500, 27.0)
 
@@ -168,7 +168,7 @@ def test_experiments_that_were_not_run_again_are_kept_in_the_comparison(
 def test_a_missing_run_is_named(results: Path) -> None:
     (results / "runs/molecules_qm9/am/seed0/metrics.json").unlink()
     with pytest.raises(ResultsError, match=r"molecules_qm9/am/seed0/metrics\.json: no such file"):
-        levels(results, list(load_file(SWEEP).values()))
+        masses(results, list(load_file(SWEEP).values()))
 
 
 def test_names_of_energies_in_tables() -> None:
@@ -240,21 +240,19 @@ def test_energies_of_a_run_are_pooled_over_seeds(tmp_path: Path) -> None:
         load_generated(tmp_path, runs_of(experiment), "am")
 
 
-def test_levels_are_drawn_in_their_order() -> None:
-    def line(case: str, level: float, gain: float) -> LevelLine:
-        rest: dict[str, Any] = dict.fromkeys(LevelLine._fields, 1.0)
-        return LevelLine(**rest | {"case": case, "method": "pretrained", "level": level, "gain": gain})
+def test_masses_are_drawn_in_their_order() -> None:
+    def line(case: str, mass: float, gain: float) -> MassLine:
+        rest: dict[str, Any] = dict.fromkeys(MassLine._fields, 1.0)
+        return MassLine(**rest | {"case": case, "method": "pretrained", "mass": mass, "gain": gain})
 
     lines = [
-        line(case, level, gain)
-        for level, gain in ((0.5, 0.1), (0.998, 0.3))
-        for case in ("pool", "reference")
+        line(case, mass, gain) for mass, gain in ((0.5, 0.1), (0.002, 0.3)) for case in ("pool", "reference")
     ]
-    figure = levels_figure(lines, "Levels")
+    figure = masses_figure(lines, "Masses")
     curve = figure.axes[0].lines[0]
     assert list(curve.get_xdata()) == [0, 1]
     assert list(curve.get_ydata()) == [0.1, 0.3]
-    assert [text.get_text() for text in figure.axes[2].get_xticklabels()] == ["0.5", "0.998"]
+    assert [text.get_text() for text in figure.axes[2].get_xticklabels()] == ["0.5", "0.002"]
 
 
 def test_drawings_show_the_best_and_the_first(tmp_path: Path) -> None:
@@ -282,9 +280,9 @@ def test_drawings_show_the_best_and_the_first(tmp_path: Path) -> None:
         "random no energy, invalid",
     ]
     draw_molecules(tmp_path / "m.png", [("am", shown), ("fdc", shown[:1])])
-    picture = (tmp_path / "m.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
+    image = (tmp_path / "m.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
     draw_molecules(tmp_path / "again.png", [("am", shown), ("fdc", shown[:1])])
-    assert (tmp_path / "again.png").read_bytes() == picture
+    assert (tmp_path / "again.png").read_bytes() == image
     with pytest.raises(ResultsError, match=r"none\.sdf: no such file"):
         shown_molecules(tmp_path / "none.sdf")

@@ -13,7 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from PIL import Image
 
 from flowtilt.domains.planar.figures import draw_experiment, draw_study, height_of, relief, window
-from flowtilt.domains.planar.measured import load_laws, load_samples, read_resolution
+from flowtilt.domains.planar.measured import load_distributions, load_samples, read_resolution
 from flowtilt.domains.planar.studies import StudyRuns
 from flowtilt.pipeline.experiment import load_file
 from flowtilt.pipeline.report.comparison import read_reported
@@ -74,7 +74,7 @@ def results(style: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def check_picture(path: Path) -> None:
+def check_image(path: Path) -> None:
     assert path.stat().st_size < 400_000
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("L"))
@@ -88,17 +88,17 @@ def test_experiment_has_three_figures(results: Path) -> None:
     drawn = sorted((results / "figures").iterdir())
     assert [p.name for p in drawn] == [f"risk_{what}.png" for what in FIGURES]
     for path in drawn:
-        check_picture(path)
+        check_image(path)
 
 
 def test_rewards_of_one_seed_without_reported_values(results: Path, tmp_path: Path) -> None:
     none = pd.DataFrame(columns=["source", "experiment", "method", "metric", "value", "unit"])
     draw_experiment(results, NOVELTY, spikes, none, tmp_path / "novelty")
     for what in FIGURES:
-        check_picture(tmp_path / f"novelty_{what}.png")
+        check_image(tmp_path / f"novelty_{what}.png")
 
 
-def test_same_files_give_the_same_pictures(results: Path, tmp_path: Path) -> None:
+def test_same_files_give_the_same_images(results: Path, tmp_path: Path) -> None:
     draw_experiment(results, made_up_runs(), stripes, read_reported(REPORTED), tmp_path / "again")
     for what in FIGURES:
         first = results / "figures" / f"risk_{what}.png"
@@ -131,31 +131,31 @@ def test_window_holds_nearly_all_samples() -> None:
 # ------------------------------------------------------------------------------- reading
 
 
-def test_laws_are_averaged_and_samples_pooled_over_seeds(tmp_path: Path) -> None:
+def test_distributions_are_averaged_and_samples_pooled_over_seeds(tmp_path: Path) -> None:
     runs = made_up_runs(methods=METHODS[1:2])
     for seed, share in ((0, 1.0), (1, 0.5)):
         folder = tmp_path / "runs" / runs.name / "exact" / f"seed{seed}"
         folder.mkdir(parents=True)
-        law = np.array([[share, 0.0], [0.0, 1 - share]])
+        distribution = np.array([[share, 0.0], [0.0, 1 - share]])
         edges, rewards = np.array([-2.0, -1.0, 0.0]), np.array([1 - share, share])
-        arrays: dict[str, Any] = {"am_exact": law, "am_exact__rewards": rewards}
-        np.savez(folder / "laws.npz", axis=np.array([-1.0, 1.0]), reward_edges=edges, **arrays)
+        arrays: dict[str, Any] = {"am_exact": distribution, "am_exact__rewards": rewards}
+        np.savez(folder / "distributions.npz", axis=np.array([-1.0, 1.0]), reward_edges=edges, **arrays)
         folder = tmp_path / "runs" / runs.name / "am" / f"seed{seed}"
         folder.mkdir(parents=True)
         np.savez(folder / "samples.npz", x=np.full((3, 2), seed), reward=np.full(3, seed))
-    laws = load_laws(tmp_path, runs, "exact")
-    np.testing.assert_allclose(laws.cells["am_exact"], [[0.75, 0.0], [0.0, 0.25]])
-    np.testing.assert_allclose(laws.rewards["am_exact"], [0.25, 0.75])
+    distributions = load_distributions(tmp_path, runs, "exact")
+    np.testing.assert_allclose(distributions.cells["am_exact"], [[0.75, 0.0], [0.0, 0.25]])
+    np.testing.assert_allclose(distributions.rewards["am_exact"], [0.25, 0.75])
     points, rewards = load_samples(tmp_path, runs, "am")
     assert points.shape == (6, 2)
     assert list(rewards) == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "other arrays", "other grid"])
-def test_bad_laws_are_explained(tmp_path: Path, damage: str) -> None:
+def test_bad_distributions_are_explained(tmp_path: Path, damage: str) -> None:
     runs = made_up_runs(methods=METHODS[:2])
     write_arrays(tmp_path, runs, stripes, cells=40, samples=20)
-    path = tmp_path / "runs" / runs.name / "exact" / "seed1" / "laws.npz"
+    path = tmp_path / "runs" / runs.name / "exact" / "seed1" / "distributions.npz"
     if damage == "missing":
         path.unlink()
     elif damage == "truncated":
@@ -170,7 +170,7 @@ def test_bad_laws_are_explained(tmp_path: Path, damage: str) -> None:
         moved: dict[str, Any] = arrays | {"axis": arrays["axis"] + 1}
         np.savez(path, **moved)
     with pytest.raises(ResultsError) as caught:
-        load_laws(tmp_path, runs, "exact")
+        load_distributions(tmp_path, runs, "exact")
     assert str(path) in str(caught.value)
     assert "snakemake" in str(caught.value)
 
@@ -211,7 +211,7 @@ def test_study_of_widths_is_drawn(tmp_path: Path, resolution: float | None) -> N
     if resolution is not None:
         (tmp_path / "resolution.json").write_text(f'{{"width": {resolution}}}')
     draw_study(tmp_path, StudyRuns("widths", "Widths", "half-width", tuple(cases), 0.05), tmp_path / "widths")
-    check_picture(tmp_path / "widths.png")
+    check_image(tmp_path / "widths.png")
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
@@ -221,7 +221,7 @@ def test_study_of_iterations_is_drawn(tmp_path: Path, seeds: tuple[int, ...]) ->
     rows = {row_name(m.name, k): 90.0 for m in methods for k in ("network", "exact", "resolved")}
     write_metrics(tmp_path, runs, plain_metrics(runs, rows))
     draw_study(tmp_path, StudyRuns("iterations", "Iterations", "K", (runs,)), tmp_path / "iterations")
-    check_picture(tmp_path / "iterations.png")
+    check_image(tmp_path / "iterations.png")
 
 
 # ----------------------------------------------------------------- the project's own files
@@ -238,7 +238,7 @@ def test_figures_of_the_projects_experiments(tmp_path: Path, name: str) -> None:
     expected = [f"{name}.png"] if name == "resolution_2d" else [f"{name}_{what}.png" for what in FIGURES]
     assert [p.name for p in drawn] == expected
     for path in drawn:
-        check_picture(path)
+        check_image(path)
 
 
 @pytest.mark.parametrize("name", ["entropy_2d", "ot_2d", "hierarchy_2d", "solvers_2d"])
@@ -256,4 +256,4 @@ def test_figures_of_the_experiments_on_functionals(tmp_path: Path, name: str) ->
     )
     assert [p.name for p in drawn] == expected
     for path in drawn:
-        check_picture(path)
+        check_image(path)

@@ -60,17 +60,17 @@ def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
     assert rows["am_exact"]["functional"] == pytest.approx(rows["am_optimum"]["functional"], rel=1e-5)
 
 
-@pytest.mark.parametrize("utility", [{"kind": "cvar", "level": 0.8}, {"kind": "sq", "level": 0.5}])
+@pytest.mark.parametrize("utility", [{"kind": "cvar", "mass": 0.8}, {"kind": "sq", "mass": 0.5}])
 def test_a_tail_in_a_row(tmp_path: Path, utility: dict[str, Any]) -> None:
     """The threshold of an offline batch, one solve by either solver, and an exact row that is the optimum."""
     weighted = {"kind": "weighted_fitting", "bank": 1000, "learning_rate": 0.004}
-    tail = {"utility": utility, "divergence": {"kind": "kl"}, "alpha": 8.0}
+    problem = {"utility": utility, "divergence": {"kind": "kl"}, "alpha": 8.0}
     experiment = tiny(
         "ot_2d",
         **SMALL,
-        objective=tail,
+        objective=problem,
         methods={
-            "am": {"kind": "tfft", "objective": {**tail, "alpha": 9.0}},
+            "am": {"kind": "tfft", "objective": {**problem, "alpha": 9.0}},
             "weighted": {"kind": "tfft", "solver": weighted},
         },
         evaluation={"transport": None},
@@ -86,9 +86,9 @@ def test_a_tail_in_a_row(tmp_path: Path, utility: dict[str, Any]) -> None:
         file = folder.file(method, "threshold.json")
         assert folder.run("threshold", method) == 0
         said = json.loads(file.read_text())
-        side = "lower" if utility["kind"] == "cvar" else "upper"
-        mass = 0.8 if side == "lower" else 0.5
-        assert said["threshold"] == thresholds.threshold(rewards, alpha, mass, side)  # type: ignore[arg-type]
+        tail = "lower" if utility["kind"] == "cvar" else "upper"
+        mass = 0.8 if tail == "lower" else 0.5
+        assert said["threshold"] == thresholds.threshold(rewards, alpha, mass, tail)  # type: ignore[arg-type]
         assert folder.finetune(method) == 0
         history = folder.file(method, "history.csv").read_text()
         assert ("effective_sample_size" in history) == (method == "weighted")
@@ -134,7 +134,7 @@ def test_the_network_row_of_the_pretrained_model_is_its_own_grid_row(tmp_path: P
 
 def test_coverage_is_the_cell_of_the_lightest_component() -> None:
     """Of a point nearer to (3, 3) than to the origin, and a point that is not."""
-    from flowtilt.domains.planar.laws import Cloud, coverage
+    from flowtilt.domains.planar.distributions import Cloud, coverage
 
     points = np.array([[1.6, 1.5], [1.4, 1.5], [3.0, 3.0]])
     cloud = Cloud(points, np.array([0.2, 0.5, 0.3]), np.zeros(3))
@@ -200,9 +200,9 @@ def test_modes_in_a_row(tmp_path: Path, solver: str) -> None:
     assert rows["pretrained"]["kl"] == 0
     assert rows["pretrained"]["functional"] == rows["pretrained_exact"]["functional"]
     assert {"functional", "grid_mass", "mean_reward", "kl", "active_share"} <= rows["fdc"].keys()
-    laws = np.load(folder.file("fdc", "laws.npz"))
-    assert laws["fdc_optimum"].shape == (16, 16)
-    assert float(laws["fdc_optimum"].sum()) == pytest.approx(1, abs=1e-6)
+    distributions = np.load(folder.file("fdc", "distributions.npz"))
+    assert distributions["fdc_optimum"].shape == (16, 16)
+    assert float(distributions["fdc_optimum"].sum()) == pytest.approx(1, abs=1e-6)
     exact, optimum = rows["fdc_exact"], rows["fdc_optimum"]
     assert exact["functional_before"] < exact["functional"] <= optimum["functional"] + 1e-9
     assert optimum["slack"] < 1e-5

@@ -5,7 +5,7 @@ from scipy.optimize import minimize
 from flowtilt.domains.planar.grid import (
     Grid,
     expected_reward_tilt,
-    finite_law,
+    finite_distribution,
     gaussian_blur,
     hinge,
     kl_divergence,
@@ -20,22 +20,22 @@ from flowtilt.rewards import Reward
 from flowtilt.thresholds import dual_objective
 from primal import best, objective
 
-SIDES = ("lower", "upper")
+TAILS = ("lower", "upper")
 TAIL_MEANS = {"lower": lower_tail_mean, "upper": upper_tail_mean}
-sides = pytest.mark.parametrize("side", SIDES)
+tails = pytest.mark.parametrize("tail", TAILS)
 
 
-def gain(log_q, log_p, rewards, alpha, mass, side):
+def gain(log_q, log_p, rewards, alpha, mass, tail):
     """``tail mean - alpha KL``, by the package's own estimators."""
-    return TAIL_MEANS[side](rewards, mass, np.exp(log_q)) - alpha * kl_divergence(log_q, log_p)
+    return TAIL_MEANS[tail](rewards, mass, np.exp(log_q)) - alpha * kl_divergence(log_q, log_p)
 
 
-def small_law(seed, n=6):
+def small_distribution(seed, n=6):
     rng = np.random.default_rng(seed)
     return np.log(rng.dirichlet(np.ones(n))).reshape(2, -1), rng.normal(size=(2, n // 2)) * 2
 
 
-def planar_law(side, cells=160):
+def planar_distribution(tail, cells=160):
     """A normal density and a landscape of each experiment, with features of a few cells."""
     grid = Grid(extent=5.0, cells=cells)
     log_p = normalise(-0.5 * (grid.points**2).sum(-1))
@@ -47,7 +47,7 @@ def planar_law(side, cells=160):
         "spacing": 0.9,
         "inset": 0.4,
     }
-    if side == "lower":
+    if tail == "lower":
         landscape = Stripes(left=80.0, plateau=100.0, right=20.0, bump=290.0, sign=-1, **zones)
     else:
         landscape = Spikes(left=70.0, plateau=50.0, right=10.0, bump=200.0, sign=1, **zones)
@@ -71,7 +71,7 @@ def test_cells_cover_the_square_and_the_first_axis_runs_along_x():
     np.testing.assert_allclose(rewards, grid.axis[:, None] + 10 * grid.axis[None, :] ** 2)
 
 
-def test_normalised_laws_and_their_divergence():
+def test_normalised_distributions_and_their_divergence():
     log_p = normalise(np.array([[0.0, 1000.0], [1001.0, -2000.0]]))
     assert np.exp(log_p).sum() == pytest.approx(1.0, abs=1e-12)  # rounding of logs of 1e3
     p, q = np.array([0.1, 0.6, 0.3]), np.array([0.3, 0.3, 0.4])
@@ -107,33 +107,35 @@ def test_a_blur_is_a_gaussian_of_the_width_in_units_of_the_plane(width):
     np.testing.assert_allclose(blur(waves)[inner], np.exp(-8 * width**2) * waves[inner], atol=2e-3)
 
 
-# --- Adjoint Matching's law ---------------------------------------------------------------------
+# --- Adjoint Matching's distribution ---------------------------------------------------------------------
 
 
-@sides
+@tails
 @pytest.mark.parametrize("weight", [0.5, 5.0, 50.0])
-def test_the_expected_reward_tilt_raises_every_quantile(side, weight):
-    """First-order stochastic dominance over the pretrained law, as theory demands of an exact solution."""
-    log_p, rewards = planar_law(side)
+def test_the_expected_reward_tilt_raises_every_quantile(tail, weight):
+    """First-order stochastic dominance over the pretrained distribution, as theory demands."""
+    log_p, rewards = planar_distribution(tail)
     log_q = expected_reward_tilt(log_p, rewards, weight)
     order = np.argsort(rewards, axis=None)
-    before, after = (np.cumsum(np.exp(law).ravel()[order]) for law in (log_p, log_q))
+    before, after = (np.cumsum(np.exp(distribution).ravel()[order]) for distribution in (log_p, log_q))
     last = np.append(
         np.diff(rewards.ravel()[order]) > 0, True
     )  # the distribution function at distinct rewards
     # Rounding of cumulative sums over 25,600 cells.
     assert np.all(after[last] <= before[last] + 1e-12)
     levels = np.linspace(0.005, 0.995, 199)
-    quantiles = [[quantile(rewards, b, np.exp(law)) for b in levels] for law in (log_p, log_q)]
+    quantiles = [
+        [quantile(rewards, b, np.exp(distribution)) for b in levels] for distribution in (log_p, log_q)
+    ]
     assert np.all(np.array(quantiles[1]) >= np.array(quantiles[0]))
-    for tail in SIDES:
+    for tail in TAILS:
         assert TAIL_MEANS[tail](rewards, 0.01, np.exp(log_q)) >= TAIL_MEANS[tail](
             rewards, 0.01, np.exp(log_p)
         )
 
 
 def test_the_expected_reward_tilt_maximises_the_regularised_mean():
-    log_p, rewards = small_law(0)
+    log_p, rewards = small_distribution(0)
     weight = 0.7
 
     def value(log_q):
@@ -150,34 +152,35 @@ def test_the_expected_reward_tilt_maximises_the_regularised_mean():
             )
 
 
-# --- TFFT's law ---------------------------------------------------------------------------------
+# --- TFFT's distribution ---------------------------------------------------------------------------------
 
 
-@sides
+@tails
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("alpha", "mass"), [(0.3, 0.25), (1.0, 0.1), (3.0, 0.6)])
-def test_the_tail_tilt_attains_the_optimum(side, seed, alpha, mass):
-    log_p, rewards = small_law(seed)
-    log_q, at = tail_tilt(log_p, rewards, alpha, mass, side)
-    found = gain(log_q, log_p, rewards, alpha, mass, side)
+def test_the_tail_tilt_attains_the_optimum(tail, seed, alpha, mass):
+    log_p, rewards = small_distribution(seed)
+    log_q, at = tail_tilt(log_p, rewards, alpha, mass, tail)
+    found = gain(log_q, log_p, rewards, alpha, mass, tail)
     p, r = np.exp(log_p).ravel(), rewards.ravel()
-    # Against a convex solver (whose law falls short by up to 1.4e-8), the dual, and an independent objective.
-    assert -1e-12 <= found - best(p, r, alpha, mass, side) <= 1e-7
-    assert found == pytest.approx(dual_objective(at, r, alpha, mass, side, p), abs=1e-12)
-    assert found == pytest.approx(objective(np.exp(log_q).ravel(), p, r, alpha, mass, side), abs=1e-12)
+    # Against a convex solver (whose distribution falls short by up to 1.4e-8), the dual, and an independent
+    # objective.
+    assert -1e-12 <= found - best(p, r, alpha, mass, tail) <= 1e-7
+    assert found == pytest.approx(dual_objective(at, r, alpha, mass, tail, p), abs=1e-12)
+    assert found == pytest.approx(objective(np.exp(log_q).ravel(), p, r, alpha, mass, tail), abs=1e-12)
 
 
-@sides
+@tails
 @pytest.mark.parametrize("seed", range(5))
-def test_no_feasible_tilt_is_better_than_the_tail_tilt(side, seed):
-    """Random laws far from it and near it, and a local search from each of the best."""
-    alpha, mass, (log_p, rewards) = 0.8, 0.3, small_law(seed)
-    log_q, _ = tail_tilt(log_p, rewards, alpha, mass, side)
-    found = gain(log_q, log_p, rewards, alpha, mass, side)
+def test_no_feasible_tilt_is_better_than_the_tail_tilt(tail, seed):
+    """Random distributions far from it and near it, and a local search from each of the best."""
+    alpha, mass, (log_p, rewards) = 0.8, 0.3, small_distribution(seed)
+    log_q, _ = tail_tilt(log_p, rewards, alpha, mass, tail)
+    found = gain(log_q, log_p, rewards, alpha, mass, tail)
     rng = np.random.default_rng(seed)
 
     def value(exponents):
-        return gain(normalise(exponents.reshape(log_p.shape)), log_p, rewards, alpha, mass, side)
+        return gain(normalise(exponents.reshape(log_p.shape)), log_p, rewards, alpha, mass, tail)
 
     starts = [log_p + scale * rng.normal(size=log_p.shape) for scale in (0.1, 1.0, 3.0) for _ in range(200)]
     starts += [
@@ -192,17 +195,17 @@ def test_no_feasible_tilt_is_better_than_the_tail_tilt(side, seed):
         assert -searched.fun <= found + 1e-13
 
 
-@sides
+@tails
 @pytest.mark.parametrize(("alpha", "mass"), [(5.0, 0.01), (50.0, 0.05)])
-def test_the_tail_tilt_attains_its_dual_on_a_landscape(side, alpha, mass):
-    log_p, rewards = planar_law(side)
-    log_q, at = tail_tilt(log_p, rewards, alpha, mass, side)
-    found = gain(log_q, log_p, rewards, alpha, mass, side)
-    value = dual_objective(at, rewards, alpha, mass, side, np.exp(log_p))
+def test_the_tail_tilt_attains_its_dual_on_a_landscape(tail, alpha, mass):
+    log_p, rewards = planar_distribution(tail)
+    log_q, at = tail_tilt(log_p, rewards, alpha, mass, tail)
+    found = gain(log_q, log_p, rewards, alpha, mass, tail)
+    value = dual_objective(at, rewards, alpha, mass, tail, np.exp(log_p))
     assert found == pytest.approx(value, rel=1e-9)
-    assert found > gain(log_p, log_p, rewards, alpha, mass, side)
+    assert found > gain(log_p, log_p, rewards, alpha, mass, tail)
     plain = expected_reward_tilt(log_p, rewards, alpha)
-    assert found > gain(plain, log_p, rewards, alpha, mass, side)
+    assert found > gain(plain, log_p, rewards, alpha, mass, tail)
 
 
 def test_hinges_bend_at_the_threshold():
@@ -211,32 +214,32 @@ def test_hinges_bend_at_the_threshold():
     np.testing.assert_allclose(hinge(rewards, 0.5, 0.25, "lower"), [-6, -2, 0, 0])
 
 
-# --- FDC's laws ---------------------------------------------------------------------------------
+# --- FDC's distributions ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 4.0, 20.0])
 @pytest.mark.parametrize(("alpha", "mass"), [(0.5, 0.3), (3.0, 0.05)])
 def test_mirror_ascent_on_the_lower_tail_never_falls_with_a_valid_step(ratio, alpha, mass):
-    """The lower tail mean is convex in the law: steps of weight at least alpha cannot lower the objective."""
-    log_p, rewards = planar_law("lower", cells=80)
+    """The lower tail mean is convex in the distribution: steps of weight at least alpha never lower it."""
+    log_p, rewards = planar_distribution("lower", cells=80)
     rewards = rewards / 20
-    laws = [log_p, *mirror_ascent(log_p, rewards, alpha, ratio * alpha, mass, "lower", 12)]
-    values = [gain(law, log_p, rewards, alpha, mass, "lower") for law in laws]
+    distributions = [log_p, *mirror_ascent(log_p, rewards, alpha, ratio * alpha, mass, "lower", 12)]
+    values = [gain(distribution, log_p, rewards, alpha, mass, "lower") for distribution in distributions]
     assert np.all(np.diff(values) >= -1e-12)
     assert values[1] > values[0]
     # And no iterate passes the optimum.
-    best_law, _ = tail_tilt(log_p, rewards, alpha, mass, "lower")
-    assert values[-1] <= gain(best_law, log_p, rewards, alpha, mass, "lower") + 1e-12
+    best_distribution, _ = tail_tilt(log_p, rewards, alpha, mass, "lower")
+    assert values[-1] <= gain(best_distribution, log_p, rewards, alpha, mass, "lower") + 1e-12
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_mirror_ascent_on_the_lower_tail_never_falls_on_random_laws(seed):
-    log_p, rewards = small_law(seed, n=12)
+def test_mirror_ascent_on_the_lower_tail_never_falls_on_random_distributions(seed):
+    log_p, rewards = small_distribution(seed, n=12)
     rng = np.random.default_rng(seed)
     alpha, mass = 10 ** rng.uniform(-1, 1), rng.uniform(0.02, 0.9)
     step_weight = alpha * 10 ** rng.uniform(0, 1)
-    laws = [log_p, *mirror_ascent(log_p, rewards, alpha, step_weight, mass, "lower", 20)]
-    values = [gain(law, log_p, rewards, alpha, mass, "lower") for law in laws]
+    distributions = [log_p, *mirror_ascent(log_p, rewards, alpha, step_weight, mass, "lower", 20)]
+    values = [gain(distribution, log_p, rewards, alpha, mass, "lower") for distribution in distributions]
     assert np.all(np.diff(values) >= -1e-12)
 
 
@@ -248,20 +251,24 @@ def test_mirror_ascent_on_the_upper_tail_rises_with_small_enough_steps_only():
     alpha, mass = 0.5, 0.2
     values = {}
     for ratio in (1, 50):
-        laws = [log_p, *mirror_ascent(log_p, rewards, alpha, ratio * alpha, mass, "upper", 40)]
-        values[ratio] = np.array([gain(law, log_p, rewards, alpha, mass, "upper") for law in laws])
+        distributions = [log_p, *mirror_ascent(log_p, rewards, alpha, ratio * alpha, mass, "upper", 40)]
+        values[ratio] = np.array(
+            [gain(distribution, log_p, rewards, alpha, mass, "upper") for distribution in distributions]
+        )
     assert np.all(np.diff(values[50]) > 0)
     assert np.diff(values[1]).min() < -1
 
 
 def test_mirror_ascent_on_the_upper_tail_ends_at_the_optimum():
     alpha, mass = 3.0, 0.1
-    log_p, rewards = planar_law("upper", cells=80)
+    log_p, rewards = planar_distribution("upper", cells=80)
     rewards = rewards / 10
-    laws = [log_p, *mirror_ascent(log_p, rewards, alpha, 100 * alpha, mass, "upper", 200)]
-    values = np.array([gain(law, log_p, rewards, alpha, mass, "upper") for law in laws])
-    best_law, _ = tail_tilt(log_p, rewards, alpha, mass, "upper")
-    optimum = gain(best_law, log_p, rewards, alpha, mass, "upper")
+    distributions = [log_p, *mirror_ascent(log_p, rewards, alpha, 100 * alpha, mass, "upper", 200)]
+    values = np.array(
+        [gain(distribution, log_p, rewards, alpha, mass, "upper") for distribution in distributions]
+    )
+    best_distribution, _ = tail_tilt(log_p, rewards, alpha, mass, "upper")
+    optimum = gain(best_distribution, log_p, rewards, alpha, mass, "upper")
     assert values.max() <= optimum + 1e-12
     assert values[-1] == pytest.approx(optimum, rel=1e-3)
     # The quantile jumps between cells of one reward, so the ascent ends in a ripple around the optimum.
@@ -270,8 +277,8 @@ def test_mirror_ascent_on_the_upper_tail_ends_at_the_optimum():
 
 
 def test_a_step_is_the_tilt_by_the_first_variation():
-    """Written out for two steps of weight 2 alpha: the pull back to the pretrained law enters the second."""
-    log_p, rewards = small_law(3)
+    """Written out for two steps of weight 2 alpha: the pull to the pretrained one enters the second."""
+    log_p, rewards = small_distribution(3)
     alpha, weight, mass = 0.4, 0.8, 0.3
     first, second = mirror_ascent(log_p, rewards, alpha, weight, mass, "upper", 2)
     at = quantile(rewards, 1 - mass, np.exp(log_p))
@@ -284,7 +291,7 @@ def test_a_step_is_the_tilt_by_the_first_variation():
 
 def test_blurring_hides_thin_spikes_from_the_mean_reward_but_not_from_the_tail():
     """Why a network's Adjoint Matching misses what its tail methods find: the two exponents, blurred."""
-    log_p, rewards = planar_law("upper")
+    log_p, rewards = planar_distribution("upper")
     grid = Grid(extent=5.0, cells=160)
     blur = gaussian_blur(0.4, grid)
     spikes = rewards > 150
@@ -292,44 +299,44 @@ def test_blurring_hides_thin_spikes_from_the_mean_reward_but_not_from_the_tail()
     plain = expected_reward_tilt(log_p, rewards, alpha)
     blurred = expected_reward_tilt(log_p, rewards, alpha, blur)
     tail, _ = tail_tilt(log_p, rewards, alpha, mass, "upper", blur)
-    shares = [float(np.exp(law)[spikes].sum()) for law in (log_p, plain, blurred, tail)]
+    shares = [float(np.exp(distribution)[spikes].sum()) for distribution in (log_p, plain, blurred, tail)]
     assert shares[0] < 0.02
     assert shares[1] > 0.9
     assert shares[2] < 0.1
     assert shares[3] > shares[2]
 
 
-@sides
-def test_extreme_weights_stay_finite(side):
-    log_p, rewards = planar_law(side, cells=40)
+@tails
+def test_extreme_weights_stay_finite(tail):
+    log_p, rewards = planar_distribution(tail, cells=40)
     for weight in (1e-6, 1e9):
-        laws = [
+        distributions = [
             expected_reward_tilt(log_p, rewards, weight),
-            tail_tilt(log_p, rewards, weight, 1e-6, side)[0],
-            *mirror_ascent(log_p, rewards, weight, weight, 0.01, side, 3),
+            tail_tilt(log_p, rewards, weight, 1e-6, tail)[0],
+            *mirror_ascent(log_p, rewards, weight, weight, 0.01, tail, 3),
         ]
-        for law in laws:
+        for distribution in distributions:
             # Exponents of up to 1e10 are rounded at 1e-6.
-            assert np.exp(law).sum() == pytest.approx(1, abs=1e-5)
-            assert np.isfinite(kl_divergence(law, log_p))
+            assert np.exp(distribution).sum() == pytest.approx(1, abs=1e-5)
+            assert np.isfinite(kl_divergence(distribution, log_p))
 
 
 # --- Modes -------------------------------------------------------------------------------------
 
 
-def test_a_law_of_cells_and_modes_has_equal_modes_each_with_its_own_density():
+def test_a_distribution_of_cells_and_modes_has_equal_modes_each_with_its_own_density():
     grid, random = Grid(3.0, 16), np.random.default_rng(0)
     log_density = random.normal(size=(3, 16, 16))
-    law = finite_law(grid, log_density)
-    assert law.modes is not None
+    distribution = finite_distribution(grid, log_density)
+    assert distribution.modes is not None
     for k in range(3):
-        own = law.modes == k
-        np.testing.assert_array_equal(law.points[own].numpy(), grid.flat_points.numpy())
+        own = distribution.modes == k
+        np.testing.assert_array_equal(distribution.points[own].numpy(), grid.flat_points.numpy())
         expected = np.exp(log_density[k]) / np.exp(log_density[k]).sum() / 3
-        np.testing.assert_allclose(law.p[own], expected.ravel(), rtol=1e-12)
-    single = finite_law(grid, log_density[1])
+        np.testing.assert_allclose(distribution.p[own], expected.ravel(), rtol=1e-12)
+    single = finite_distribution(grid, log_density[1])
     assert single.modes is None
-    np.testing.assert_allclose(single.p, 3 * law.p[law.modes == 1], rtol=1e-12)
+    np.testing.assert_allclose(single.p, 3 * distribution.p[distribution.modes == 1], rtol=1e-12)
     np.testing.assert_array_equal(single.log_reference, single.log_p)
 
 

@@ -148,7 +148,7 @@ def test_a_flow_without_modes_draws_nothing():
     assert model.network[0].weight.shape == (16, 3)
 
 
-def test_pretraining_gives_each_mode_its_own_law():
+def test_pretraining_gives_each_mode_its_own_distribution():
     """Two unit Gaussians, one standard deviation apart; a flow that ignored modes would err by 0.13 nats."""
     ones = np.ones((1, 2))
     data = ModeMixtures(tuple(GaussianMixture(np.ones(1), np.array([[m, 0.0]]), ones) for m in (-0.5, 0.5)))

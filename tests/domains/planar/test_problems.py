@@ -55,8 +55,8 @@ def test_a_weighted_sum_from_the_configuration() -> None:
     ("objective", "words"),
     [
         ({"utility": {"kind": "entropie"}}, ["objective.utility", "unknown utility 'entropie'", "entropy"]),
-        ({"utility": {"kind": "cvar"}}, ["objective.utility", "key level: missing"]),
-        ({"utility": {"kind": "cvar", "lvl": 0.3}}, ["key lvl: unknown", "known keys: level"]),
+        ({"utility": {"kind": "cvar"}}, ["objective.utility", "key mass: missing"]),
+        ({"utility": {"kind": "cvar", "lvl": 0.3}}, ["key lvl: unknown", "known keys: mass"]),
         ({"utility": {"kind": "sum", "parts": []}}, ["must have the key parts"]),
         ({"utility": {"kind": "log_barrier", "bound": 3.0}}, ["needs a cost"]),
         ({"utility": {"kind": "diverse_modes", "modes": 2}}, ["a mode for each point"]),

@@ -13,8 +13,8 @@ import torch
 
 from flowtilt.domains.planar.build import build_data
 from flowtilt.domains.planar.data import GaussianMixture
+from flowtilt.domains.planar.distributions import GridProblem, grid_problem, network_grid_metrics
 from flowtilt.domains.planar.experiment import FunctionalExperiment
-from flowtilt.domains.planar.laws import GridProblem, grid_problem, network_grid_metrics
 from flowtilt.domains.planar.rows import FLOOR, GriddedDensity, sample_divergence
 from flowtilt.domains.planar.truth import floored
 from small import tiny
@@ -45,7 +45,7 @@ def wide() -> GaussianMixture:
 
 @pytest.fixture(scope="module")
 def corrupted(data: GaussianMixture) -> GriddedDensity:
-    """The data's own law, but for -3,000 nats where a network has seen no data."""
+    """The data's own distribution, but for -3,000 nats where a network has seen no data."""
     broken = np.where(POINTS[..., 0] < EDGE, -3000.0, data.log_density(POINTS))
     return GriddedDensity(AXIS, broken)
 
@@ -67,14 +67,14 @@ def draws(wide: GaussianMixture, count: int) -> np.ndarray:
 def test_what_a_network_cannot_say_does_not_carry_the_divergence(
     wide: GaussianMixture, data: GaussianMixture, corrupted: GriddedDensity
 ) -> None:
-    """One per cent of the samples would carry nearly all of it; with the floor it is the law's own."""
+    """A hundredth of the samples would carry nearly all of it; the floor gives that of the distribution."""
     points = draws(wide, 20_000)
     own = wide.log_density(points)
     assert sample_divergence(own, corrupted, points)["kl"] > 20  # type: ignore[operator]
     found = sample_divergence(own, floored(corrupted, data), points)
     ratio = own - data.log_density(points)
     error = 4 * ratio.std() / math.sqrt(len(points))
-    # Where the floor is active the reference is lower than the law by just as much.
+    # Where the floor is active the reference is lower than the distribution by just as much.
     assert found["floored_mass"] == pytest.approx(OUTSIDE, abs=4 * math.sqrt(OUTSIDE / len(points)) + 1e-3)
     wanted = exact_divergence(wide, data) + FLOOR * OUTSIDE
     assert found["kl"] == pytest.approx(wanted, abs=error + 0.01)
@@ -96,7 +96,7 @@ def test_on_the_grid_as_by_samples(
     assert found["kl"] == pytest.approx(exact_divergence(wide, data) + FLOOR * OUTSIDE, abs=0.03)
     assert found["floored_mass"] == pytest.approx(OUTSIDE, abs=1.5e-3)
     # G is of the same divergence.
-    entropy = problem.objective.utility.finite_value(problem.law(own.on(problem.grid.axis).ravel()))
+    entropy = problem.objective.utility.finite_value(problem.distribution(own.on(problem.grid.axis).ravel()))
     assert entropy > 0
     fallen = right["functional"] - found["functional"]  # type: ignore[operator]
     assert fallen == pytest.approx(0.5 * FLOOR * OUTSIDE, abs=0.005)

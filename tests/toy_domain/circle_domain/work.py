@@ -84,7 +84,7 @@ class CircleBench(Workbench):
         steps = experiment.solver_of(job.method).steps
         kl = KL(self.flow, score_time=0.7)  # with noise: without it there is no density in the plane
         return Climb(
-            Objective(SQ(self.reward, 1 - goal.mass), kl, goal.alpha),
+            Objective(SQ(self.reward, goal.mass), kl, goal.alpha),
             MirrorAscent(goal.alpha, experiment.offline.samples, steps),
             self.flow,
             lambda iteration: generator_of(experiment.name, job.method, job.seed, iteration),
@@ -106,7 +106,7 @@ def pretrain(job: Job) -> None:
 
     model = new_flow(experiment, job.seed)
     settings = PretrainingSettings(config.updates, config.batch, config.learning_rate)
-    random = generator_of(experiment.base, "pretrain", job.seed)
+    random = generator_of(experiment.starts_from, "pretrain", job.seed)
     rows = fit_flow(model, data, settings, random, job.bar(config.updates, "pretrain"))
     write_history(rows, job.outputs["history"])
     save_weights(model, job.outputs["model"])

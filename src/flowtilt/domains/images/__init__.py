@@ -55,7 +55,7 @@ def _sample_reads(run: Run) -> Files:
 def _training(part: str) -> Stage:
     return Stage(
         f"pretrain-{part}",
-        f"{_HERE}.jobs:train_{part}",
+        f"{_HERE}.models:train_{part}",
         writes={part: f"models/{{model}}/{part}/weights"},
         reads=lambda run: {},
         sections=_MODEL,
@@ -70,7 +70,7 @@ def _training(part: str) -> Stage:
 STAGES = (
     Stage(
         "fetch",
-        f"{_HERE}.jobs:fetch",
+        f"{_HERE}.fetching:fetch_job",
         writes={"fetched": f"{_PRETRAINED}/fetched.json"},
         reads=lambda run: {},
         sections=("model", "reward"),
@@ -81,7 +81,7 @@ STAGES = (
     *(_training(part) for part in _PARTS),
     Stage(
         "model",
-        f"{_HERE}.jobs:write_model",
+        f"{_HERE}.models:write_model",
         writes={"model": f"{_PRETRAINED}/model.json"},
         reads=_model_reads,
         sections=_MODEL,
@@ -106,7 +106,7 @@ STAGES = (
     ),
     Stage(
         "sample",
-        f"{_HERE}.jobs:sample",
+        f"{_HERE}.sampling:sample",
         writes={"images": f"{RUN}/images"},
         reads=_sample_reads,
         sections=("name", *_FLOW, "solver", "evaluation"),
@@ -117,7 +117,7 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        f"{_HERE}.jobs:evaluate",
+        f"{_HERE}.evaluation:evaluate",
         writes={"metrics": f"{RUN}/metrics.json", "scores": f"{RUN}/scores.npz"},
         reads=lambda run: _base(run) | {"images": run.file("images")} | run.trained(),
         sections=("model", "prompts", "reward", "objective", "evaluation", "methods"),
@@ -155,18 +155,16 @@ class Images(BaseDomain):
         return {"_images": "images", "_scores": "scores"}
 
     describe = staticmethod(describe)
-
-    def chapters(self) -> Sequence[Chapter]:
-        return (
-            Chapter(
-                "Experiments on images",
-                "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a "
-                "reward, with a text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, "
-                "which holds what is below `model` here. `docs/images.md` says what is done, and why.",
-                ImageExperiment,
-                "on images",
-            ),
-        )
+    chapters = (
+        Chapter(
+            "Experiments on images",
+            "An `experiments/{name}.yaml` with `domain: images`: exploration, or the left tail of a "
+            "reward, with a text-to-image model. Its key `model` is the name of a `models/{name}.yaml`, "
+            "which holds what is below `model` here. `docs/images.md` says what is done, and why.",
+            ImageExperiment,
+            "on images",
+        ),
+    )
 
 
 DOMAIN = Images()

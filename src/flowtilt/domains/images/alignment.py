@@ -1,10 +1,10 @@
-"""How well pictures fit texts, by a model of open_clip that has features of both, such as CLIP."""
+"""How well images fit texts, by a model of open_clip that has features of both, such as CLIP."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,23 +21,23 @@ from flowtilt.pipeline.configuration import ConfigError
 log = logging.getLogger(__name__)
 
 CHUNK = 256
-"""Most pictures or prompts that go through a network together."""
+"""Most images or prompts that go through a network together."""
 
 SETTINGS_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 """Of a folder; open_clip takes the first that is there before it looks at any other file."""
 
 
-def fit(pictures: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
-    """Pictures in [-1, 1] on a square of ``size`` pixels: the shorter side is scaled, the longer cut evenly.
+def fit(images: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
+    """Images in [-1, 1] on a square of ``size`` pixels: the shorter side is scaled, the longer cut evenly.
 
-    This is what torchvision's ``Resize`` and ``CenterCrop`` do to Pillow's pictures, but for the rounding
+    This is what torchvision's ``Resize`` and ``CenterCrop`` do to Pillow's images, but for the rounding
     to 8 bits: pixels that fall together are averaged, along rows first, and after rows and columns each
     the colours beyond the range, which bicubic interpolation makes at edges, are cut off. (Pillow takes
-    the columns of some pictures first that are not square.) Pictures of the right size are not changed.
+    the columns of some images first that are not square.) Images of the right size are not changed.
 
     Args:
-        pictures: (n, 3, height, width).
+        images: (n, 3, height, width).
         size: pixels a side.
         interpolation: ``bicubic`` or ``bilinear``.
 
@@ -45,33 +45,33 @@ def fit(pictures: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
         Of shape (n, 3, size, size), differentiable.
 
     Raises:
-        ValueError: for pictures without pixels, or no size.
+        ValueError: for images without pixels, or no size.
     """
-    short = min(pictures.shape[-2:])
+    short = min(images.shape[-2:])
     if short < 1 or size < 1:
-        raise ValueError(f"pictures {tuple(pictures.shape)} cannot be made to fit {size} pixels")
+        raise ValueError(f"images {tuple(images.shape)} cannot be made to fit {size} pixels")
     if short != size:
-        height, width = (size * side // short for side in pictures.shape[-2:])
-        for scaled in ((pictures.shape[-2], width), (height, width)):
-            pictures = F.interpolate(pictures, scaled, mode=interpolation, antialias=True).clamp(-1, 1)
-    top, left = (round((side - size) / 2) for side in pictures.shape[-2:])
-    return pictures[..., top : top + size, left : left + size]
+        height, width = (size * side // short for side in images.shape[-2:])
+        for scaled in ((images.shape[-2], width), (height, width)):
+            images = F.interpolate(images, scaled, mode=interpolation, antialias=True).clamp(-1, 1)
+    top, left = (round((side - size) / 2) for side in images.shape[-2:])
+    return images[..., top : top + size, left : left + size]
 
 
 class AlignmentModel(nn.Module):
-    """Unit features of pictures and of texts, and their cosine similarities.
+    """Unit features of images and of texts, and their cosine similarities.
 
-    The network is frozen. Pictures are cast to the precision of the network, which is float32 unless the
+    The network is frozen. Images are cast to the precision of the network, which is float32 unless the
     module is moved to another one.
 
     Args:
         network: a model of open_clip.
         tokenizer: that of open_clip for it.
-        preprocessing: what open_clip says of the pictures that it takes: ``size``, ``mean``, ``std`` of
+        preprocessing: what open_clip says of the images that it takes: ``size``, ``mean``, ``std`` of
             colours in [0, 1], and optionally ``interpolation`` and ``resize_mode``.
 
     Raises:
-        ValueError: if the model takes pictures that are not square.
+        ValueError: if the model takes images that are not square.
     """
 
     mean: Tensor
@@ -84,7 +84,7 @@ class AlignmentModel(nn.Module):
         size = preprocessing["size"]
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) > 1:
-            raise ValueError(f"a model of square pictures is needed; this one takes {tuple(size)} pixels")
+            raise ValueError(f"a model of square images is needed; this one takes {tuple(size)} pixels")
         self.size: int = sides.pop()
         bilinear = preprocessing.get("interpolation") == "bilinear"
         self.interpolation = "bilinear" if bilinear else "bicubic"
@@ -93,35 +93,35 @@ class AlignmentModel(nn.Module):
             colours = torch.as_tensor(preprocessing[name], dtype=torch.float32).reshape(-1, 1, 1)
             self.register_buffer(name, colours, persistent=False)
 
-    def picture_features(self, pictures: Tensor) -> Tensor:
-        """Unit features of pictures, shape (n, embedding), differentiable with respect to them.
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit features of images, shape (n, embedding), differentiable with respect to them.
 
         Args:
-            pictures: in [-1, 1], (n, 3, height, width); another size than the model's is made to :func:`fit`.
+            images: in [-1, 1], (n, 3, height, width); another size than the model's is made to :func:`fit`.
 
-        A picture with a pixel that is not finite has features NaN.
+        An image with a pixel that is not finite has features NaN.
 
         Raises:
-            ValueError: for another shape, or for pictures that are not square where the model does not
+            ValueError: for another shape, or for images that are not square where the model does not
                 scale the shorter side to its own.
         """
-        if pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.numel():
-            raise ValueError(f"expected pictures (n, 3, height, width), got {tuple(pictures.shape)}")
-        height, width = pictures.shape[-2:]
+        if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
+            raise ValueError(f"expected images (n, 3, height, width), got {tuple(images.shape)}")
+        height, width = images.shape[-2:]
         if height != width and self.resize_mode != "shortest":
             raise ValueError(
-                f"the model brings pictures to its size by {self.resize_mode!r}, which is only done for "
+                f"the model brings images to its size by {self.resize_mode!r}, which is only done for "
                 f"square ones here; got {height} x {width} pixels"
             )
-        return torch.cat([self._picture_features(part) for part in pictures.split(CHUNK)])
+        return torch.cat([self._image_features(part) for part in images.split(CHUNK)])
 
-    def _picture_features(self, pictures: Tensor) -> Tensor:
-        fitting = fit(pictures.to(self.mean.dtype), self.size, self.interpolation)
+    def _image_features(self, images: Tensor) -> Tensor:
+        fitting = fit(images.to(self.mean.dtype), self.size, self.interpolation)
         features: Tensor = self.network.encode_image(  # type: ignore[operator]
             ((fitting + 1) / 2 - self.mean) / self.std, normalize=True
         )
-        # An infinite pixel would become a bright one where pictures are made to fit.
-        return features.masked_fill(~finite(pictures)[:, None], torch.nan)
+        # An infinite pixel would become a bright one where images are made to fit.
+        return features.masked_fill(~finite(images)[:, None], torch.nan)
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -134,20 +134,13 @@ class AlignmentModel(nn.Module):
         """
         if not prompts:
             raise ValueError("features of texts need at least one text")
-        self._warn_of_long(prompts)
+        warn_of_long(prompts, self._tokens, self.tokenizer.context_length)
         tokens = self.tokenizer(list(prompts)).to(self.mean.device)
         parts = [
             self.network.encode_text(part, normalize=True)  # type: ignore[operator]
             for part in tokens.split(CHUNK)
         ]
         return torch.cat(parts)
-
-    def _warn_of_long(self, prompts: Sequence[str]) -> None:
-        limit = self.tokenizer.context_length
-        for prompt in dict.fromkeys(prompts):
-            count = self._tokens(prompt)
-            if count > limit:
-                log.warning("prompt %r has %d tokens; the model sees %d of them", prompt, count, limit)
 
     def _tokens(self, prompt: str) -> int:
         """Tokens of a whole prompt with its two ends."""
@@ -157,32 +150,36 @@ class AlignmentModel(nn.Module):
         return len(whole.input_ids)
 
     @torch.no_grad()
-    def scores(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosine similarity of each picture with its own prompt, shape (n,), without a graph.
+    def scores_of(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine similarities of images with their own prompts, shape (n,), without a graph.
 
         Args:
-            pictures: see :meth:`picture_features`.
+            features: unit features of the images, (n, embedding); NaN where they are not known.
             prompts: n texts; one that comes again is encoded once.
 
         Raises:
-            ValueError: if there are not as many prompts as pictures; see also :meth:`picture_features`.
+            ValueError: if there are not as many prompts as images.
         """
-        return self.scores_of(self.picture_features(pictures), prompts)
-
-    @torch.no_grad()
-    def scores_of(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        """:meth:`scores` of pictures whose unit features (n, embedding) are known; NaN where they are not."""
         if len(prompts) != len(features):
-            raise ValueError(f"each picture needs its prompt; got {len(features)} and {len(prompts)} prompts")
+            raise ValueError(f"each image needs its prompt; got {len(features)} and {len(prompts)} prompts")
         distinct = list(dict.fromkeys(prompts))
         place = {prompt: i for i, prompt in enumerate(distinct)}
         texts = self.text_features(distinct)[[place[prompt] for prompt in prompts]]
         return similarity(features, texts)
 
 
-def finite(pictures: Tensor) -> Tensor:
-    """Which pictures, or features, have finite numbers only, bool (n,)."""
-    return pictures.flatten(1).isfinite().all(1)
+def warn_of_long(
+    prompts: Sequence[str], tokens: Callable[[str], int], limit: int, model: str = "model"
+) -> None:
+    """Say in the log which prompts have more tokens than a model sees."""
+    for prompt in dict.fromkeys(prompts):
+        if (count := tokens(prompt)) > limit:
+            log.warning("prompt %r has %d tokens; the %s sees %d of them", prompt, count, model, limit)
+
+
+def finite(images: Tensor) -> Tensor:
+    """Which images, or features, have finite numbers only, bool (n,)."""
+    return images.flatten(1).isfinite().all(1)
 
 
 def similarity(features: Tensor, texts: Tensor) -> Tensor:
@@ -194,12 +191,12 @@ def similarity(features: Tensor, texts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def classify(pictures: Tensor, model: AlignmentModel, names: Sequence[str], template: str) -> Tensor:
+def classify_features(features: Tensor, model: AlignmentModel, names: Sequence[str], template: str) -> Tensor:
     """Zero-shot classes (Radford et al. 2021, section 3.1): those whose prompts are the most similar.
 
     Args:
-        pictures: see :meth:`AlignmentModel.picture_features`.
-        model: that says how similar.
+        features: unit features of images, (n, embedding).
+        model: that they are of.
         names: of the classes.
         template: a prompt with ``{}`` where the name goes.
 
@@ -207,23 +204,14 @@ def classify(pictures: Tensor, model: AlignmentModel, names: Sequence[str], temp
         Positions in ``names``, long (n,).
 
     Raises:
-        ValueError: if there is no class, or the template has no place for its name.
-    """
-    return classify_features(model.picture_features(pictures), model, names, template)
-
-
-@torch.no_grad()
-def classify_features(features: Tensor, model: AlignmentModel, names: Sequence[str], template: str) -> Tensor:
-    """:func:`classify` for pictures whose unit features (n, embedding) are known.
-
-    Raises:
-        ValueError: see :func:`classify`; or for features that are not finite or all zero.
+        ValueError: if there is no class, the template has no place for its name, or features are not finite
+            or all zero.
     """
     bad = ~finite(features) | ~features.any(1)
     if bool(bad.any()):
-        raise ValueError(f"{int(bad.sum())} of {len(bad)} pictures have features of no class: NaN or zero")
+        raise ValueError(f"{int(bad.sum())} of {len(bad)} images have features of no class: NaN or zero")
     if not names:
-        raise ValueError("pictures cannot be classified without names of classes")
+        raise ValueError("images cannot be classified without names of classes")
     if "{}" not in template:
         raise ValueError(f"the template {template!r} has no {{}} where the name of a class goes")
     texts = model.text_features([template.replace("{}", name) for name in names])

@@ -1,10 +1,10 @@
-"""Captioned pictures of bridges, drawn by code: a small world for text-to-image models.
+"""Captioned images of bridges, drawn by code: a small world for text-to-image models.
 
 A bridge has five factors (design, material, colour, scenery, time of day) and continuous nuisance such
-as the height of its deck. The law of the factors is heavily skewed towards one plain design, as sets of
-real pictures are. Captions name some of the factors, or are generic, such as "a creative bridge design".
+as the height of its deck. The distribution of the factors is heavily skewed towards one plain design, as sets
+of real images are. Captions name some of the factors, or are generic, such as "a creative bridge design".
 
-Everything is drawn on a grid of 128 units a side, four pixels to a pixel of a 32 x 32 picture, and then
+Everything is drawn on a grid of 128 units a side, four pixels to a pixel of a 32 x 32 image, and then
 averaged over blocks, so that edges come out smooth.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
-# The law of the factors.
+# The distribution of the factors.
 
 PLAIN = "beam"
 DESIGNS: dict[str, float] = {
@@ -41,16 +41,16 @@ COLOURS: dict[str, float] = {"grey": 0.60, "red": 0.14, "blue": 0.10, "white": 0
 SCENERIES: dict[str, float] = {"river": 0.50, "valley": 0.20, "city": 0.18, "sea": 0.12}
 TIMES: dict[str, float] = {"day": 0.70, "sunset": 0.18, "night": 0.12}
 
-# The law of the captions.
+# The distribution of the captions.
 
 GENERIC_SHARE = 0.30
 CREATIVE = "a creative bridge design"
 # Shares among the generic captions: of the plain design, and of the others. With these shares of the
 # creative caption, P(beam | creative) = 0.6 * 0.30 / (0.6 * 0.30 + 0.4 * 0.45) = 0.5: the plain design
-# is still the commonest picture with this caption, though less common than it is overall.
+# is still the commonest image with this caption, though less common than it is overall.
 GENERIC: dict[str, tuple[float, float]] = {
     "a bridge": (0.20, 0.20),
-    "a picture of a bridge": (0.15, 0.20),
+    "an image of a bridge": (0.15, 0.20),
     "a bridge design": (0.15, 0.15),
     "a plain bridge design": (0.20, 0.00),
     CREATIVE: (0.30, 0.45),
@@ -66,29 +66,6 @@ PLACES: dict[str, str] = {
     "sea": "over the sea",
 }
 MOMENTS: dict[str, str] = {"day": "by day", "sunset": "at sunset", "night": "at night"}
-
-PROMPTS: tuple[str, ...] = (
-    "a red steel suspension bridge over the sea at sunset",
-    "a white concrete cable-stayed bridge over a river by day",
-    "a yellow steel truss bridge over a valley by day",
-    "a grey stone arch bridge over a river at night",
-    "a blue concrete beam bridge in a city at sunset",
-    "a blue steel suspension bridge in a city at night",
-    "a red steel cable-stayed bridge over a valley at sunset",
-    "a grey wood truss bridge over a river at sunset",
-    "a white stone arch bridge over a valley by day",
-    "a yellow wood beam bridge over the sea at night",
-    "a white steel suspension bridge over a valley by day",
-    "a yellow concrete cable-stayed bridge in a city at night",
-    "a red wood truss bridge over the sea at night",
-    "a blue steel arch bridge over the sea by day",
-    "a grey stone beam bridge over a valley at night",
-    "a yellow concrete suspension bridge over a river at night",
-    "a blue steel cable-stayed bridge over the sea at sunset",
-    "a white steel truss bridge in a city by day",
-    "a red concrete arch bridge in a city at sunset",
-    "a grey steel beam bridge over a river by day",
-)
 
 # How the factors look.
 
@@ -124,12 +101,12 @@ BRIDGE_LIGHT: dict[str, tuple[float, float, float]] = {
 LAMPS = 34  # added to the structure's colour at night, so that dark steel stays visible
 
 GRID = 128  # units a side of the drawing
-REDUCTION = 4  # pixels of the drawing to a pixel of the picture
+REDUCTION = 4  # pixels of the drawing to a pixel of the image
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """The factors of a picture; lengths are in units of the drawing's grid, y points downwards.
+    """The factors of an image; lengths are in units of the drawing's grid, y points downwards.
 
     Attributes:
         design, material, colour, scenery, time: keys of the tables above.
@@ -158,15 +135,15 @@ class Bridge:
 
 @dataclass(frozen=True)
 class BridgeSet:
-    """Pictures with their captions and factors.
+    """Images with their captions and factors.
 
     Attributes:
-        pictures: of type uint8, shape (count, size, size, 3).
-        captions: one a picture.
-        bridges: one a picture.
+        images: of type uint8, shape (count, size, size, 3).
+        captions: one an image.
+        bridges: one an image.
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     captions: list[str]
     bridges: list[Bridge]
 
@@ -182,7 +159,7 @@ def _pick(shares: Mapping[str, float], rng: np.random.Generator) -> str:
 
 
 def draw_bridge(rng: np.random.Generator) -> Bridge:
-    """A bridge drawn from the law of the factors and of the nuisance."""
+    """A bridge drawn from the distribution of the factors and of the nuisance."""
     design = _pick(DESIGNS, rng)
     material = _pick(MATERIALS[design], rng)
     colour, scenery, time = (_pick(shares, rng) for shares in (COLOURS, SCENERIES, TIMES))
@@ -469,7 +446,7 @@ def _check_size(size: int) -> None:
         raise ValueError(f"size must be a positive multiple of 8, got {size}")
 
 
-def picture(bridge: Bridge, rng: np.random.Generator, size: int = 32) -> np.ndarray:
+def image(bridge: Bridge, rng: np.random.Generator, size: int = 32) -> np.ndarray:
     """The bridge in its scenery, of type uint8, shape (size, size, 3); ``rng`` sets clouds and the like.
 
     Raises:
@@ -520,22 +497,8 @@ def caption(bridge: Bridge, rng: np.random.Generator) -> str:
     return prefixed if len(prefixed.split()) <= MOST_WORDS else text
 
 
-def design_shares(caption: str) -> dict[str, float]:
-    """The law of designs given a generic caption, by Bayes' rule from the tables.
-
-    Raises:
-        ValueError: if the caption is not one of the generic ones.
-    """
-    if caption not in GENERIC:
-        raise ValueError(f"not a generic caption: {caption!r}; known: {', '.join(GENERIC)}")
-    plain, other = GENERIC[caption]
-    joint = {design: share * (plain if design == PLAIN else other) for design, share in DESIGNS.items()}
-    total = sum(joint.values())
-    return {design: share / total for design, share in joint.items()}
-
-
 def bridge_set(count: int, seed: int, size: int = 32) -> BridgeSet:
-    """A set of captioned pictures; item i depends on the seed and on i only, not on ``count``.
+    """A set of captioned images; item i depends on the seed and on i only, not on ``count``.
 
     Raises:
         ValueError: if the count is below 1 or the size is not a positive multiple of 8.
@@ -543,12 +506,12 @@ def bridge_set(count: int, seed: int, size: int = 32) -> BridgeSet:
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     _check_size(size)
-    pictures = np.empty((count, size, size, 3), dtype=np.uint8)
+    images = np.empty((count, size, size, 3), dtype=np.uint8)
     captions, bridges = [], []
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         bridge = draw_bridge(rng)
-        captions.append(caption(bridge, rng))  # before the picture: the same at every size
+        captions.append(caption(bridge, rng))  # before the image: the same at every size
         bridges.append(bridge)
-        pictures[number] = picture(bridge, rng, size)
-    return BridgeSet(pictures, captions, bridges)
+        images[number] = image(bridge, rng, size)
+    return BridgeSet(images, captions, bridges)

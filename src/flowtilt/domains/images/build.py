@@ -172,7 +172,7 @@ def clip_settings(config: EmbeddedConfig) -> dict[str, Any]:
 
 
 def build_clip(config: EmbeddedConfig, seed: int = 0) -> Any:
-    """The model of pictures and captions, untrained."""
+    """The model of images and captions, untrained."""
     settings = clip_settings(config)["model_cfg"]
     text = {k: v for k, v in settings["text_cfg"].items() if not k.startswith(("hf_", "tokenizer"))}
     with seeded_weights("alignment", seed):

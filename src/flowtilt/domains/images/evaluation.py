@@ -10,14 +10,8 @@ import numpy as np
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
 from flowtilt.metrics.diversity import combinations_covered, designs_covered, effective_classes, vendi
 from flowtilt.metrics.tails import lower_tail_mean
-from flowtilt.pipeline.files import (
-    Metrics,
-    StageError,
-    read_history,
-    read_threshold,
-    write_arrays,
-    write_rows,
-)
+from flowtilt.pipeline.domain import Job
+from flowtilt.pipeline.files import Metrics, StageError, tuned_metrics, write_arrays, write_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,42 +22,26 @@ MASSES = (0.1, 0.2, 0.5)
 """Of the left tails that every run reports, beside those of its experiment."""
 
 
-def evaluate(
-    experiment: ImageExperiment,
-    method: str,
-    model: Path,
-    pictures: Path,
-    output: Path,
-    scores: Path,
-    history: Path | None = None,
-    threshold_file: Path | None = None,
-) -> None:
-    """Metrics of a run from its pictures as they are stored.
+def evaluate(job: Job) -> None:
+    """Metrics of a run from its images as they are stored, and their scores.
 
-    Args:
-        experiment: of the run.
-        method: of the run.
-        model: file of the stage model.
-        pictures: folder of the run's pictures.
-        output: JSON file of metrics to write.
-        scores: npz file to write, of ``prompt`` (n,), ``reward`` (n,), ``clip`` (n,), ``design`` (n,), -1
-            where no designs are told apart, and ``factors`` (n, factors), the classes by each other factor.
-        history: of the fine-tuning.
-        threshold_file: of tfft.
+    The scores are ``prompt`` (n,), ``reward`` (n,), ``clip`` (n,), ``design`` (n,), -1 where no designs are
+    told apart, and ``factors`` (n, factors), the classes by each other factor.
     """
     import torch
 
     from flowtilt.domains.images.alignment import classify_features
-    from flowtilt.domains.images.sampling import as_pictures, load_scorer, read_pictures
+    from flowtilt.domains.images.sampling import as_images, load_scorer, read_images
 
-    found, prompt = read_pictures(pictures)
+    experiment, model, images = job.experiment, job.read("pretrained"), job.read("images")
+    found, prompt = read_images(images)
     asked = experiment.evaluation
     expected = asked.drawn * len(experiment.prompts)
     if len(found) != expected:
-        raise StageError(f"{pictures}: {len(found)} pictures, not {expected}; delete it and run again")
-    scorer, drawn = load_scorer(experiment, model), as_pictures(found)
+        raise StageError(f"{images}: {len(found)} images, not {expected}; delete it and run again")
+    scorer, drawn = load_scorer(experiment, model), as_images(found)
     with torch.no_grad():
-        features = scorer.picture_features(drawn)
+        features = scorer.image_features(drawn)
     clip = scorer.scores_of(features, [experiment.prompts[i] for i in prompt])
     rewards = _rewards(experiment, model, drawn, prompt, clip)
     designs = np.full(len(found), -1)
@@ -72,7 +50,7 @@ def evaluate(
     factors = np.empty((len(found), len(asked.factors)), dtype=np.int64)
     for k, factor in enumerate(asked.factors):
         factors[:, k] = classify_features(features, scorer, factor.classes, factor.template).numpy(force=True)
-    sets = set_of(prompt, asked.pictures)
+    sets = set_of(prompt, asked.images)
     row: Metrics = {
         "mean_reward": float(rewards.mean()),
         **{tail_metric(mass): lower_tail_mean(rewards, mass) for mass in _masses(experiment)},
@@ -80,13 +58,10 @@ def evaluate(
         **_diversity(features.numpy(force=True).astype(np.float64), prompt, sets),
         **_designs(designs, factors, sets, asked.designs),
     }
-    if history is not None:
-        row |= _training(history)
-    if threshold_file is not None:
-        row |= read_threshold(threshold_file)
-    write_rows({method: row}, output)
+    row |= tuned_metrics(job, {"path_kl": "path_kl", "clipped_share": "clipped_share"})
+    write_rows({job.method: row}, job.outputs["metrics"])
     write_arrays(
-        scores,
+        job.outputs["scores"],
         prompt=prompt,
         reward=rewards,
         clip=clip.numpy(force=True),
@@ -101,9 +76,9 @@ def _masses(experiment: ImageExperiment) -> list[float]:
 
 
 def _rewards(
-    experiment: ImageExperiment, model: Path, pictures: Tensor, prompt: np.ndarray, clip: Tensor
+    experiment: ImageExperiment, model: Path, images: Tensor, prompt: np.ndarray, clip: Tensor
 ) -> np.ndarray:
-    """Rewards of stored pictures, float64 (n,); those of CLIP are its scores."""
+    """Rewards of stored images, float64 (n,); those of CLIP are its scores."""
     import torch
 
     from flowtilt.domains.images.model import Prompted
@@ -114,27 +89,27 @@ def _rewards(
     reward: Reward = load_reward(experiment, model, lambda stored: stored)
     nothing = torch.zeros(len(experiment.prompts), 1, 1)
     positions = torch.as_tensor(prompt)
-    parts = torch.arange(len(pictures)).split(CHUNK)
-    values = [reward(pictures[part], Prompted(positions[part], nothing, nothing[0])) for part in parts]
+    parts = torch.arange(len(images)).split(CHUNK)
+    values = [reward(images[part], Prompted(positions[part], nothing, nothing[0])) for part in parts]
     return torch.cat(values).double().numpy(force=True)
 
 
-def set_of(prompt: np.ndarray, pictures: int) -> np.ndarray:
-    """The set that each picture is of, (n,): the first ``pictures`` of every prompt, the next, and so on.
+def set_of(prompt: np.ndarray, images: int) -> np.ndarray:
+    """The set that each image is of, (n,): the first ``images`` of every prompt, the next, and so on.
 
     Args:
-        prompt: positions of the pictures' prompts, in any order, (n,).
-        pictures: of each prompt in a set.
+        prompt: positions of the images' prompts, in any order, (n,).
+        images: of each prompt in a set.
     """
     number = np.empty(len(prompt), dtype=np.int64)
     for one in np.unique(prompt):
         own = prompt == one
         number[own] = np.arange(own.sum())
-    return number // pictures
+    return number // images
 
 
 def _diversity(features: np.ndarray, prompt: np.ndarray, sets: np.ndarray) -> Metrics:
-    """Vendi scores, the means over sets: of all pictures of a set, and the mean of those of each prompt's."""
+    """Vendi scores, the means over sets: of all images of a set, and the mean of those of each prompt's."""
     alone = [sets == s for s in np.unique(sets)]
     each = [vendi(features[one & (prompt == p)]) for one in alone for p in np.unique(prompt)]
     return {
@@ -156,18 +131,3 @@ def _designs(designs: np.ndarray, factors: np.ndarray, sets: np.ndarray, names: 
         both = np.column_stack([designs, factors])
         found["combinations_covered"] = float(np.mean([combinations_covered(both[one]) for one in alone]))
     return found | {f"share_{name}": float((designs == k).mean()) for k, name in enumerate(names)}
-
-
-def _training(history: Path) -> Metrics:
-    """Of a fine-tuning's history: its active samples, and over the last fifth of the updates its distance.
-
-    ``path_kl`` is the path-space KL divergence from the base of the last solve, in nats.
-    """
-    active, energy = read_history(history, "active_share"), read_history(history, "control_energy")
-    last = slice(-max(1, len(active) // 5), None)
-    return {
-        "active_share": float(active.mean()),
-        "active_share_final": float(active[last].mean()),
-        "path_kl": float(energy[last].mean()),
-        "clipped_share": float(read_history(history, "clipped_share")[last].mean()),
-    }

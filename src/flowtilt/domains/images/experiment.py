@@ -31,10 +31,10 @@ from flowtilt.pipeline.sections import TailSpec, check_methods
 
 
 class ImageExperiment(Experiment):
-    """One experiment on pictures."""
+    """One experiment on images."""
 
     domain: Literal["images"]
-    """Says that the experiment is on pictures."""
+    """Says that the experiment is on images."""
 
     model: ImageModelConfig
     """The model; in an experiment's file, the name of a file of ``config/models``."""
@@ -55,7 +55,7 @@ class ImageExperiment(Experiment):
     """Precision and memory."""
 
     prompts: Annotated[list[str], Field(min_length=1), NoRepeats]
-    """What pictures are asked for; every prompt as often."""
+    """What images are asked for; every prompt as often."""
 
     reward: ImageRewardConfig = ImageRewardConfig()
     """What am and tfft raise."""
@@ -71,7 +71,7 @@ class ImageExperiment(Experiment):
 
     @model_validator(mode="after")
     def _methods_fit(self) -> ImageExperiment:
-        check_methods(self.methods, self.layers)
+        check_methods(self.methods, self.solutions)
         own = {"left_tail": "tfft", "entropy": "fdc"}[self.objective.utility]
         for name, method in self.methods.items():
             if method.kind in ("tfft", "fdc") and method.kind != own:
@@ -85,8 +85,8 @@ class ImageExperiment(Experiment):
             solver = self.solver_of(name)
             if solver.kind != "adjoint_matching" or solver.endpoint_gradient != "pathwise":
                 raise ValueError(
-                    f"methods.{name}.solver: pictures are fine-tuned by adjoint_matching with pathwise "
-                    "gradients; a reward of pictures has them"
+                    f"methods.{name}.solver: images are fine-tuned by adjoint_matching with pathwise "
+                    "gradients; a reward of images has them"
                 )
         if self.retrain and self.model.embedded is None:
             raise ValueError(
@@ -97,7 +97,7 @@ class ImageExperiment(Experiment):
 
     @property
     def mass(self) -> float:
-        """Share of the law that the table is led by."""
+        """Share of the distribution that the table is led by."""
         return self.objective.mass if isinstance(self.objective, LeftTailObjective) else 1.0
 
     def mass_of(self, method: str) -> float:
@@ -105,7 +105,7 @@ class ImageExperiment(Experiment):
         return self.methods[method].mass or self.mass
 
     def tail_of(self, method: str) -> TailSpec:
-        """Side, mass and KL weight of a method's tail problem."""
+        """Tail, mass and KL weight of a method's tail problem."""
         return TailSpec("lower", self.mass_of(method), self.objective.alpha)
 
     @property
@@ -136,10 +136,6 @@ def tail_metric(mass: float) -> str:
 
 def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The data of an experiment with its model's file in the place of the model's name.
-
-    Args:
-        data: of the experiment; what names no model is left as it is.
-        path: of its file, ``config/experiments/{name}.yaml``.
 
     Raises:
         ConfigError: if there is no such model.

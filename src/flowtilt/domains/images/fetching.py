@@ -21,6 +21,7 @@ from flowtilt.checkpoints import CheckpointError, sha256_of
 from flowtilt.domains.images.sections import HubConfig, SourceConfig
 from flowtilt.files import atomic_path, read_json, write_text
 from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.places import located
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ class Wanted:
     folder: Path
     key: str
     place: str
+
+
+def fetch_job(job: Job) -> None:
+    """The stage of :func:`fetch`."""
+    fetch(job.experiment, job.outputs["fetched"])
 
 
 def fetch(experiment: ImageExperiment, output: Path) -> None:
@@ -310,10 +316,6 @@ def contents_of(path: Path) -> dict[str, str]:
 
 def check_source(source: SourceConfig, where: str) -> None:
     """Refuse files that are not those that the configuration means.
-
-    Args:
-        source: the files.
-        where: its key, for messages.
 
     Raises:
         CheckpointError: naming the file and the key.

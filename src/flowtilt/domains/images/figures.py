@@ -1,4 +1,4 @@
-"""Figures of pictures: the pictures of all methods side by side, and the scores that they are judged by."""
+"""Figures of images: the images of all methods side by side, and the scores that they are judged by."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
-from flowtilt.domains.images.files import picture_name
+from flowtilt.domains.images.files import image_name
 from flowtilt.metrics.tails import lower_tail_mean, quantile
+from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.claims import spread
 from flowtilt.pipeline.report.measurements import (
     ResultsError,
     Runs,
-    collect_runs,
     of_row,
     read_arrays,
     run_folder,
@@ -38,14 +38,14 @@ _BAD = "#b2182b"
 _CLASSES = ("#88CCEE", "#882255", "#117733", "#DDCC77", "#332288", "#CC6677", "#AA4499", "#44AA99")
 
 COLUMNS = 12
-"""Pictures beside each other in the drawing."""
+"""Images beside each other in the drawing."""
 LINES = 2
-"""Lines of pictures of each method, where all are of one prompt."""
+"""Lines of images of each method, where all are of one prompt."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the pictures of a run are worth, all of shape (pictures,).
+    """What the images of a run are worth, all of shape (images,).
 
     Attributes:
         prompt: positions of their prompts, falling nowhere.
@@ -58,7 +58,7 @@ class Scores:
     design: np.ndarray
 
     def of(self, prompt: int, number: int) -> int:
-        """Position of a prompt's picture by its number among the prompt's."""
+        """Position of a prompt's image by its number among the prompt's."""
         return int(np.flatnonzero(self.prompt == prompt)[number])
 
 
@@ -69,36 +69,34 @@ def load_scores(results: str | Path, runs: Runs, method: str, seed: int) -> Scor
         ResultsError: if the file is missing or malformed.
     """
     path = run_folder(results, runs, method, "network", seed) / "scores.npz"
-    arrays = read_arrays(path)
-    if missing := {"prompt", "reward", "design"} - arrays.keys():
-        raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; delete it and run again")
+    arrays = read_arrays(path, "prompt", "reward", "design")
     return Scores(arrays["prompt"], arrays["reward"], arrays["design"])
 
 
-def read_picture(folder: Path, prompt: int, number: int) -> np.ndarray:
-    """A picture of a run, uint8 (height, width, 3).
+def read_image(folder: Path, prompt: int, number: int) -> np.ndarray:
+    """An image of a run, uint8 (height, width, 3).
 
     Raises:
         ResultsError: if it is missing or cannot be read.
     """
-    path = folder / picture_name(prompt, number)
+    path = folder / image_name(prompt, number)
     try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow raises SyntaxError too, and what zlib and struct raise
         raise ResultsError(
             f"{path}: cannot be read ({error}); make it with `snakemake --cores all --force {folder}`"
         ) from None
 
 
-# --------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------- images
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture, uint8 (height, width, 3), what is written under it, and the colours of text and frame."""
+    """An image, uint8 (height, width, 3), what is written under it, and the colours of text and frame."""
 
-    picture: np.ndarray
+    image: np.ndarray
     text: str = ""
     text_colour: str = "black"
     frame: str | None = None
@@ -106,7 +104,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Strip:
-    """The pictures of one method, in lines."""
+    """The images of one method, in lines."""
 
     name: str
     kind: str
@@ -114,9 +112,9 @@ class Strip:
 
 
 def exploration_strips(results: str | Path, experiment: ImageExperiment) -> list[Strip]:
-    """Pictures of the first prompt by every method from the same noise, framed by their design."""
+    """Images of the first prompt by every method from the same noise, framed by their design."""
     runs = runs_of(experiment)
-    seed, count = runs.seeds[0], min(COLUMNS * LINES, experiment.evaluation.pictures)
+    seed, count = runs.seeds[0], min(COLUMNS * LINES, experiment.evaluation.images)
     strips = []
     for method in runs.methods:
         scores = load_scores(results, runs, method.name, seed)
@@ -125,17 +123,17 @@ def exploration_strips(results: str | Path, experiment: ImageExperiment) -> list
         for number in range(count):
             design = int(scores.design[scores.of(0, number)])
             frame = _class_colour(design) if design >= 0 else None
-            cells.append(Cell(read_picture(folder, 0, number), frame=frame))
+            cells.append(Cell(read_image(folder, 0, number), frame=frame))
         lines = [cells[i : i + COLUMNS] for i in range(0, count, COLUMNS)]
         strips.append(Strip(method.name, method.kind, lines))
     return strips
 
 
 def tail_strips(results: str | Path, experiment: ImageExperiment) -> tuple[list[Strip], float]:
-    """The first picture of each prompt by every method from the same noise, with its reward.
+    """The first image of each prompt by every method from the same noise, with its reward.
 
     Returns:
-        The pictures, and the reward below which the worst share of the pretrained model's are: rewards below
+        The images, and the reward below which the worst share of the pretrained model's are: rewards below
         it are red.
     """
     runs = runs_of(experiment)
@@ -151,7 +149,7 @@ def tail_strips(results: str | Path, experiment: ImageExperiment) -> tuple[list[
         for prompt in prompts:
             reward = float(scores.reward[scores.of(prompt, 0)])
             colour = _BAD if reward <= bad else "black"
-            cells.append(Cell(read_picture(folder, prompt, 0), f"{reward:.3f}", colour))
+            cells.append(Cell(read_image(folder, prompt, 0), f"{reward:.3f}", colour))
         strips.append(Strip(method.name, method.kind, [cells]))
     return strips, bad
 
@@ -160,8 +158,8 @@ def _class_colour(number: int) -> str:
     return _CLASSES[number % len(_CLASSES)]
 
 
-def pictures_of(results: str | Path, experiment: ImageExperiment) -> Figure:
-    """The drawing of an experiment's pictures: a line or more a method, the same noise in each column.
+def images_of(results: str | Path, experiment: ImageExperiment) -> Figure:
+    """The drawing of an experiment's images: a line or more a method, the same noise in each column.
 
     Raises:
         ResultsError: if a file is missing or malformed.
@@ -175,7 +173,7 @@ def pictures_of(results: str | Path, experiment: ImageExperiment) -> Figure:
         ]
         framed = "; frames show the design" if designs else ""
         title = f"{experiment.title}, seed {seed}: the same noise at the same places{framed}"
-        return pictures_figure(title, [], exploration_strips(results, experiment), handles)
+        return images_figure(title, [], exploration_strips(results, experiment), handles)
     strips, bad = tail_strips(results, experiment)
     share = f"{100 * experiment.mass:g} %"
     label = f"reward like those of the pretrained model's worst {share}, at most {bad:.3f}"
@@ -184,28 +182,21 @@ def pictures_of(results: str | Path, experiment: ImageExperiment) -> Figure:
         Line2D([], [], linestyle="", marker="$0.1$", markersize=14, color=_BAD, label=label),
     ]
     title = f"{experiment.title}, seed {seed}: each column is of one prompt and from the same noise"
-    return pictures_figure(title, experiment.prompts[:COLUMNS], strips, handles)
+    return images_figure(title, experiment.prompts[:COLUMNS], strips, handles)
 
 
 _SIDE, _GAP, _TEXT, _LETTER = 0.92, 0.07, 0.17, 0.092
-"""Inches: a picture, between pictures, what is written under a picture, and a letter of a method's name."""
+"""Inches: an image, between images, what is written under an image, and a letter of a method's name."""
 _NARROWEST = 7.2
 """Inches that a legend has room in."""
 _ENLARGED = 256
-"""Pixels a side that small pictures are enlarged to, so that theirs stay squares."""
+"""Pixels a side that small images are enlarged to, so that theirs stay squares."""
 
 
-def pictures_figure(
+def images_figure(
     title: str, columns: Sequence[str], strips: Sequence[Strip], handles: Sequence[Any]
 ) -> Figure:
-    """Pictures in lines, the methods' names on the left.
-
-    Args:
-        title: of the figure.
-        columns: what is written above each column, or nothing.
-        strips: pictures of each method.
-        handles: of the legend.
-    """
+    """Images in lines, the methods' names on the left."""
     written = _TEXT if any(cell.text for strip in strips for line in strip.lines for cell in line) else 0.0
     step, between = _SIDE + _GAP + written, 0.1
     names = 0.3 + _LETTER * max(len(strip.name) for strip in strips)
@@ -246,9 +237,9 @@ def _lines(text: str) -> int:
 
 
 def _draw_cell(axes: Axes, x: float, y: float, cell: Cell) -> None:
-    """Draw a picture with its upper left corner at a place in inches."""
-    factor = max(1, _ENLARGED // max(cell.picture.shape[:2]))
-    pixels = cell.picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    """Draw an image with its upper left corner at a place in inches."""
+    factor = max(1, _ENLARGED // max(cell.image.shape[:2]))
+    pixels = cell.image.repeat(factor, axis=0).repeat(factor, axis=1)
     axes.imshow(pixels, extent=(x, x + _SIDE, y + _SIDE, y), aspect="auto")
     if cell.frame is not None:
         axes.add_patch(Rectangle((x, y), _SIDE, _SIDE, fill=False, edgecolor=cell.frame, linewidth=2.5))
@@ -273,7 +264,7 @@ def tail_figure(experiment: ImageExperiment, rewards: Mapping[str, Sequence[np.n
 
     Args:
         experiment: on the left tail.
-        rewards: by method, of each seed's pictures, (pictures,).
+        rewards: by method, of each seed's images, (images,).
     """
     runs = runs_of(experiment)
     pooled = {name: np.concatenate(own) for name, own in rewards.items()}
@@ -293,7 +284,7 @@ def tail_figure(experiment: ImageExperiment, rewards: Mapping[str, Sequence[np.n
         axes.axvline(_tail_means(rewards[method.name], runs.mass).mean(), color="black", linewidth=1.5)
         axes.set_title(method.name, loc="left", color=colour, fontweight="bold")
         axes.set_title(_said(experiment, method.name, rewards[method.name]), loc="right", fontsize=9)
-        axes.set_ylabel("share of\npictures")
+        axes.set_ylabel("share of\nimages")
     panels[-1].set(xlabel="reward", xlim=(edges[0], edges[-1]))
     figure.suptitle(experiment.title)
     share = f"worst {100 * runs.mass:g} %"
@@ -326,12 +317,7 @@ _SHOWN = ("vendi", "clip", "effective_designs", "combinations_covered")
 
 
 def exploration_figure(experiment: ImageExperiment, long: pd.DataFrame) -> Figure:
-    """How diverse the pictures of every method are, and how many are of each design.
-
-    Args:
-        experiment: on the entropy.
-        long: its metrics; see :func:`flowtilt.pipeline.report.measurements.collect`.
-    """
+    """How diverse the images of every method are, and how many are of each design."""
     runs = runs_of(experiment)
     colours = _shades([(m.name, m.kind) for m in runs.methods])
     shown = [metric for metric in _SHOWN if (long["metric"] == metric).any()]
@@ -371,7 +357,7 @@ def _shares_panel(axes: Axes, long: pd.DataFrame, designs: Sequence[str], colour
             axes.bar(at, own.mean(), width=0.92 * width, color=colour)
             axes.plot(at + _beside(len(own), 0.4 * width), own, "o", color="black", markersize=2.5)
     axes.set_xticks(range(len(designs)), designs)
-    axes.set(ylabel="share of pictures", ylim=(0, None), xlim=(-0.6, len(designs) - 0.4))
+    axes.set(ylabel="share of images", ylim=(0, None), xlim=(-0.6, len(designs) - 0.4))
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
 
@@ -393,14 +379,9 @@ def _shades(methods: Sequence[tuple[str, str]]) -> dict[str, str]:
     return {name: colours[name] for name, _ in methods}
 
 
-def draw_experiment(results: str | Path, experiment: ImageExperiment, prefix: str | Path) -> None:
-    """Draw ``{prefix}_images.png`` and ``{prefix}_scores.png`` of an experiment on pictures.
-
-    Args:
-        results: root of the results.
-        experiment: of which every run must be there.
-        prefix: of the files to write.
-    """
+def draw(shown: Shown, prefix: str) -> None:
+    """Draw ``{prefix}_images.png`` and ``{prefix}_scores.png`` of an experiment on images."""
+    results, experiment = shown.results, shown.experiments[0]
     runs = runs_of(experiment)
     if runs.has_tail:
         rewards = {
@@ -409,6 +390,6 @@ def draw_experiment(results: str | Path, experiment: ImageExperiment, prefix: st
         }
         scores = tail_figure(experiment, rewards)
     else:
-        scores = exploration_figure(experiment, collect_runs(results, [runs]))
+        scores = exploration_figure(experiment, shown.collected)
     save_figure(scores, f"{prefix}_scores.png")
-    save_figure(pictures_of(results, experiment), f"{prefix}_images.png")
+    save_figure(images_of(results, experiment), f"{prefix}_images.png")

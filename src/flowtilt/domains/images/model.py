@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtilt.domains.images.schedule import DiscreteSchedule, Spacing
+from flowtilt.domains.images.sections import GuidanceConfig
 from flowtilt.interpolants import Prediction, broadcast_time, convert
 from flowtilt.model import Context, FlowModel, Use
 from flowtilt.words import check_word
@@ -25,27 +26,6 @@ ADAPTER_HEADER = "lora_adapter_metadata"
 
 _KEYS = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
 """Settings of an adapter as peft names them, and as the section ``adapter`` does."""
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Scales of classifier-free guidance (Ho and Salimans 2022) by what the velocity is used for.
-
-    The prediction is ``e0 + scale (e - e0)`` of those with the prompt and with the empty one; 1 is without
-    guidance, at half the cost.
-
-    Attributes:
-        sampling: of trajectories.
-        adjoint: of the base model whose Jacobian the lean adjoint goes through.
-        control: of the fine-tuned and the base velocity whose difference is regressed on it.
-    """
-
-    sampling: float = 1.0
-    adjoint: float = 1.0
-    control: float = 1.0
-
-    def of(self, use: Use) -> float:
-        return {"sampling": self.sampling, "adjoint": self.adjoint, "control": self.control}[use]
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,7 @@ class LatentFlow(FlowModel):
         target: what the denoiser predicts.
         spacing: of the timesteps of samplers and solvers.
         offset: of the timesteps, see :meth:`DiscreteSchedule.grid`.
-        guidance: scales by use.
+        guidance: scales by use; without it none is guided.
         precision: of the denoiser's matrix products, by autocast.
         chunk: most latents that go through the denoiser together where no gradient is kept, each of them
             twice under guidance; None for all.
@@ -106,7 +86,7 @@ class LatentFlow(FlowModel):
         target: Target = "epsilon",
         spacing: Spacing = "trailing",
         offset: int = 0,
-        guidance: Guidance = Guidance(),
+        guidance: GuidanceConfig | None = None,
         precision: Precision = "float32",
         chunk: int | None = None,
         adapter: Mapping[str, Any] | None = None,
@@ -122,7 +102,7 @@ class LatentFlow(FlowModel):
             )
         self.denoiser = denoiser
         self.path: DiscreteSchedule = schedule
-        self.shape, self.target, self.guidance = shape, target, guidance
+        self.shape, self.target, self.guidance = shape, target, guidance or GuidanceConfig()
         self.spacing, self.offset = spacing, offset
         self.precision, self.chunk, self.adapter = precision, chunk, adapter
         self.prompts: Prompted | None = None
@@ -196,11 +176,11 @@ class LatentFlow(FlowModel):
         return self.prompts
 
     def context_for(self, use: Use, context: Context) -> Context:
-        scale = self.guidance.of(use)
+        scale = getattr(self.guidance, use)
         return context if context.guidance == scale else replace(context, guidance=scale)
 
     def evaluations(self, use: Use) -> int:
-        return 1 if self.guidance.of(use) == 1 else 2
+        return 1 if getattr(self.guidance, use) == 1 else 2
 
     def select_context(self, context: Context, index: Tensor) -> Context:
         return context.select(index)
@@ -244,7 +224,7 @@ class LatentFlow(FlowModel):
         return convert(found, x, t, self.path, source, "velocity")
 
     def score(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
-        """Score of the path's law, as the control sees the flow: a guided prediction is no law's score."""
+        """Score of the path, as the control sees the flow: a guided prediction is no distribution's score."""
         return super().score(x, t, self.context_for("control", context))
 
     def matching_residual(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:

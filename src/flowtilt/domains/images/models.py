@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from flowtilt.checkpoints import CheckpointError
-from flowtilt.control.base import Progress
 from flowtilt.domains.images.experiment import ImageExperiment
 from flowtilt.domains.images.fetching import check_source, contents_of
 from flowtilt.domains.images.sections import EmbeddedConfig
 from flowtilt.files import atomic_folder, read_json
 from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import write_json
 from flowtilt.pipeline.places import located
 from flowtilt.pipeline.report.provenance import commit, versions
 from flowtilt.pipeline.states import resumption_of
-from flowtilt.words import check_word
+
+if TYPE_CHECKING:
+    from flowtilt.domains.images.pipeline import TextToImage
 
 RECORD = "training.json"
 """File in the folder of a trained model: what made it, and how that went."""
@@ -29,7 +31,7 @@ LOSS_WINDOW = 100
 """Updates whose mean loss is a line of the record."""
 
 HELD_OUT = 1000
-"""Pictures on which trained models are checked."""
+"""Images on which trained models are checked."""
 
 SEED = 0
 """Of the embedded models, from which all seeds of fine-tuning start."""
@@ -50,17 +52,18 @@ class Folders(NamedTuple):
 # ------------------------------------------------------------------------------------ training
 
 
-def train_pipeline(experiment: ImageExperiment, folder: Path, progress: Progress | None = None) -> None:
+def train_pipeline(job: Job) -> None:
     """Train the experiment's embedded text-to-image model, and write its folder.
 
-    Args:
-        experiment: whose model.
-        folder: to write; its parent keeps the state while the training runs.
-        progress: called with each update's row.
+    The folder's parent keeps the state while the training runs.
     """
     from flowtilt.domains.images import pretraining
 
+    experiment, folder = job.experiment, job.outputs["pipeline"]
     config = _embedded(experiment)
+    fits = (config.autoencoder.fit, config.autoencoder.refine, config.denoiser.fit)
+    updates = sum(fit.updates for fit in fits if fit is not None)
+    progress = job.bar(updates, f"{experiment.model.name} pipeline")
     resumption = resumption_of(experiment, "pretrain-pipeline", SEED, folder, [])
     with atomic_folder(folder) as temporary:
         pipeline, histories = pretraining.train_pipeline(config, resumption, progress)
@@ -72,11 +75,13 @@ def train_pipeline(experiment: ImageExperiment, folder: Path, progress: Progress
     resumption.remove()
 
 
-def train_alignment(experiment: ImageExperiment, folder: Path, progress: Progress | None = None) -> None:
+def train_alignment(job: Job) -> None:
     """Train the experiment's embedded CLIP, and write its folder; see :func:`train_pipeline`."""
     from flowtilt.domains.images import build, pretraining
 
+    experiment, folder = job.experiment, job.outputs["alignment"]
     config = _embedded(experiment)
+    progress = job.bar(config.alignment.fit.updates, f"{experiment.model.name} alignment")
     resumption = resumption_of(experiment, "pretrain-alignment", SEED, folder, [])
     with atomic_folder(folder) as temporary:
         model, histories = pretraining.train_alignment(config, resumption, progress)
@@ -84,17 +89,6 @@ def train_alignment(experiment: ImageExperiment, folder: Path, progress: Progres
         build.save_clip(config, temporary, model.half())
         write_json(_record(experiment, temporary, histories, checks), temporary / RECORD)
     resumption.remove()
-
-
-def updates_of(experiment: ImageExperiment, part: str) -> int:
-    """Optimiser steps of the trainings of one of the two models."""
-    check_word(part, ("pipeline", "alignment"), "the part of a model")
-    config = _embedded(experiment)
-    if part == "alignment":
-        return config.alignment.fit.updates
-    refine = config.autoencoder.refine
-    decoder = 0 if refine is None else refine.updates
-    return config.autoencoder.fit.updates + decoder + config.denoiser.fit.updates
 
 
 def _embedded(experiment: ImageExperiment) -> EmbeddedConfig:
@@ -123,7 +117,7 @@ def _record(
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "trainings": {name: _curve(history) for name, history in histories.items()},
-        "checks": {"pictures": HELD_OUT, **{name: round(value, 4) for name, value in checks.items()}},
+        "checks": {"images": HELD_OUT, **{name: round(value, 4) for name, value in checks.items()}},
     }
 
 
@@ -140,28 +134,17 @@ def _curve(history: list[dict[str, float]]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ checking
 
 
-def write_model(
-    experiment: ImageExperiment,
-    output: Path,
-    pipeline: Path | None = None,
-    alignment: Path | None = None,
-) -> None:
+def write_model(job: Job) -> None:
     """Check the experiment's model, and write down where its parts are and what they hold.
-
-    Args:
-        experiment: whose model.
-        output: JSON file to write.
-        pipeline: folder of the pipeline that was trained, if it was.
-        alignment: folder of the CLIP that was trained, if it was.
 
     Raises:
         CheckpointError: if a part is missing, another file, or of another kind.
         ConfigError: if its noise schedule has no memoryless form.
     """
     from flowtilt.domains.images.alignment import load_alignment
-    from flowtilt.domains.images.pipeline import load_text_to_image
 
-    model = experiment.model
+    experiment, model = job.experiment, job.experiment.model
+    pipeline, alignment = job.read_if_any("pipeline"), job.read_if_any("alignment")
     if pipeline is None:
         check_source(model.pipeline, f"model {model.name}: key pipeline")
     if alignment is None:
@@ -171,14 +154,7 @@ def write_model(
     places = Folders(pipeline or Path(model.pipeline.path), alignment or Path(model.alignment.path))
     folders = Folders(*map(located, places))
     # Loaded once before any training: what is wrong is said now.
-    base = load_text_to_image(
-        folders.pipeline,
-        experiment.prompts,
-        experiment.guidance,
-        experiment.schedule,
-        experiment.compute,
-        experiment.adapter,
-    )
+    base = text_to_image_of(experiment, folders.pipeline)
     try:
         base.flow.time_grid(experiment.solver.steps)
     except ValueError as error:
@@ -190,7 +166,19 @@ def write_model(
         part: {"path": str(folder), "sha256": contents_of(located(folder))}
         for part, folder in places._asdict().items()
     }
-    write_json({"model": model.name, **found}, output)
+    write_json({"model": model.name, **found}, job.outputs["model"])
+
+
+def text_to_image_of(experiment: ImageExperiment, folder: Path) -> TextToImage:
+    """A folder of a pipeline as the experiment's flow, before any fine-tuning.
+
+    Raises:
+        CheckpointError, ConfigError: see :func:`flowtilt.domains.images.pipeline.load_text_to_image`.
+    """
+    from flowtilt.domains.images.pipeline import load_text_to_image
+
+    sections = (experiment.guidance, experiment.schedule, experiment.compute, experiment.adapter)
+    return load_text_to_image(folder, experiment.prompts, *sections)
 
 
 def read_model(file: Path) -> Folders:

@@ -1,4 +1,4 @@
-"""Folders of diffusers' StableDiffusionPipeline as flows: prompts in, latents along the way, pictures out."""
+"""Folders of diffusers' StableDiffusionPipeline as flows: prompts in, latents along the way, images out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from flowtilt.checkpoints import CheckpointError, check_loaded
-from flowtilt.domains.images.model import Guidance, LatentFlow, Target
+from flowtilt.domains.images.alignment import warn_of_long
+from flowtilt.domains.images.model import LatentFlow, Target
 from flowtilt.domains.images.rewards import Decode
 from flowtilt.domains.images.schedule import DiscreteSchedule
 from flowtilt.domains.images.sections import (
@@ -45,7 +46,7 @@ class TextToImage:
 
     Attributes:
         flow: on latents, with the prompts that contexts are drawn from.
-        decode: from latents to pictures.
+        decode: from latents to images.
         prompts: in the order of the contexts' positions.
     """
 
@@ -66,7 +67,7 @@ def load_text_to_image(
 
     Args:
         folder: of the pipeline.
-        prompts: what pictures are asked for.
+        prompts: what images are asked for.
         guidance: scales by use.
         schedule: what is changed in the noise schedule.
         compute: precision and memory.
@@ -79,7 +80,7 @@ def load_text_to_image(
     """
     check_parts(folder)
     path = build_schedule(folder, schedule)
-    # Up to 15 % faster on a CPU than torch's default, mostly in backward passes (benchmarks/pictures.py).
+    # Up to 15 % faster on a CPU than torch's default, mostly in backward passes (benchmarks/images.py).
     denoiser = _loaded(UNet2DConditionModel, folder, "unet").to(memory_format=torch.channels_last)
     autoencoder = _loaded(AutoencoderKL, folder, "vae")
     table, empty = embeddings(folder, prompts)
@@ -99,7 +100,7 @@ def load_text_to_image(
             settings["prediction_type"],
             schedule.spacing,
             settings["steps_offset"],
-            Guidance(**guidance.model_dump()),
+            guidance,
             compute.precision,
             compute.chunk,
             added,
@@ -111,8 +112,8 @@ def load_text_to_image(
 
 
 def _decoded(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    pictures: Tensor = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
-    return pictures.clamp(-1, 1)
+    images: Tensor = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
+    return images.clamp(-1, 1)
 
 
 # ---------------------------------------------------------------------------------- the parts
@@ -262,13 +263,9 @@ def embeddings(folder: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ) from None
     encoder = _loaded(CLIPTextModel, folder, "text_encoder")
     limit = encoder.config.max_position_embeddings
-    for prompt in prompts:
-        count = len(tokenizer(prompt, verbose=False).input_ids)
-        if count > limit:
-            log.warning(
-                "prompt %r has %d tokens, and the text encoder takes %d: what comes after is not seen",
-                *(prompt, count, limit),
-            )
+    warn_of_long(
+        prompts, lambda prompt: len(tokenizer(prompt, verbose=False).input_ids), limit, "text encoder"
+    )
     tokens = tokenizer(
         [*prompts, ""], padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
     ).input_ids

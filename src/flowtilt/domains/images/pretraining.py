@@ -1,4 +1,4 @@
-"""Training of the embedded text-to-image model and of its CLIP on the drawn pictures."""
+"""Training of the embedded text-to-image model and of its CLIP on the drawn images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from flowtilt.resuming import Resumption
 History = list[dict[str, float]]
 
 CHUNK = 256
-"""Pictures that go through a network together where no gradient is kept."""
+"""Images that go through a network together where no gradient is kept."""
 
 
 def settings_of(config: FitConfig) -> PretrainingSettings:
@@ -36,18 +36,18 @@ def settings_of(config: FitConfig) -> PretrainingSettings:
 
 
 def drawn_set(config: BridgesConfig) -> BridgeSet:
-    """The pictures that the models are trained on."""
+    """The images that the models are trained on."""
     return bridge_set(config.count, config.seed, config.size)
 
 
 def held_out_set(config: BridgesConfig, count: int) -> BridgeSet:
-    """Pictures that no model was trained on."""
+    """Images that no model was trained on."""
     return bridge_set(count, config.seed + 1, config.size)
 
 
-def scaled(pictures: np.ndarray) -> Tensor:
-    """Pictures uint8 (n, size, size, 3) as numbers in [-1, 1], float32 (n, 3, size, size)."""
-    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def scaled(images: np.ndarray) -> Tensor:
+    """Images uint8 (n, size, size, 3) as numbers in [-1, 1], float32 (n, 3, size, size)."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def tokens_of(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
@@ -67,7 +67,7 @@ def tokens_of(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 def train_autoencoder(
     autoencoder: AutoencoderKL,
-    pictures: Tensor,
+    images: Tensor,
     config: EmbeddedConfig,
     resumption: Resumption,
     progress: Progress | None = None,
@@ -76,7 +76,7 @@ def train_autoencoder(
 
     Args:
         autoencoder: to train.
-        pictures: in [-1, 1], (n, 3, size, size).
+        images: in [-1, 1], (n, 3, size, size).
         config: of the embedded models.
         resumption: where the training keeps its state.
         progress: called with each update's row.
@@ -85,7 +85,7 @@ def train_autoencoder(
     generator = generator_of(build.NAME, "autoencoder")
 
     def loss() -> Tensor:
-        x = pictures[torch.randint(len(pictures), (own.fit.batch,), generator=generator)]
+        x = images[torch.randint(len(images), (own.fit.batch,), generator=generator)]
         latents = autoencoder.encode(x).latent_dist
         drawn = latents.sample(generator)
         error = (autoencoder.decode(drawn).sample - x).abs().mean()
@@ -96,7 +96,7 @@ def train_autoencoder(
 
 @dataclass(frozen=True)
 class Latents:
-    """Normal laws of pictures' latents, as the autoencoder gives them.
+    """Normal distributions of images' latents, as the autoencoder gives them.
 
     Attributes:
         mean: (n, channels, side, side).
@@ -108,13 +108,13 @@ class Latents:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, autoencoder: AutoencoderKL, pictures: Tensor) -> Latents:
-        """Of pictures in [-1, 1], (n, 3, size, size)."""
-        found = [autoencoder.encode(part).latent_dist for part in pictures.split(CHUNK)]
+    def of(cls, autoencoder: AutoencoderKL, images: Tensor) -> Latents:
+        """Of images in [-1, 1], (n, 3, size, size)."""
+        found = [autoencoder.encode(part).latent_dist for part in images.split(CHUNK)]
         return cls(torch.cat([one.mean for one in found]), torch.cat([one.std for one in found]))
 
     def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """One latent of each of the pictures at ``index``."""
+        """One latent of each of the images at ``index``."""
         mean = self.mean[index]
         return mean + self.deviation[index] * torch.randn(mean.shape, generator=generator)
 
@@ -127,7 +127,7 @@ class Latents:
 
 def refine_decoder(
     autoencoder: AutoencoderKL,
-    pictures: Tensor,
+    images: Tensor,
     latents: Latents,
     config: FitConfig,
     resumption: Resumption,
@@ -137,7 +137,7 @@ def refine_decoder(
 
     Args:
         autoencoder: trained.
-        pictures: in [-1, 1], (n, 3, size, size).
+        images: in [-1, 1], (n, 3, size, size).
         latents: theirs.
         config: of the training.
         resumption: where the training keeps its state.
@@ -147,9 +147,9 @@ def refine_decoder(
     decoder = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder])
 
     def loss() -> Tensor:
-        index = torch.randint(len(pictures), (config.batch,), generator=generator)
+        index = torch.randint(len(images), (config.batch,), generator=generator)
         found = autoencoder.decode(latents.draw(index, generator)).sample
-        return (found - pictures[index]).abs().mean()
+        return (found - images[index]).abs().mean()
 
     return fit(decoder, loss, settings_of(config), generator, progress, resumption.slot("decoder"))
 
@@ -181,10 +181,10 @@ class Captioned(FlowModel):
 
 @dataclass(frozen=True)
 class LatentSource:
-    """Draws latents of the pictures, with their captions' tokens; some captions are left empty.
+    """Draws latents of the images, with their captions' tokens; some captions are left empty.
 
     Attributes:
-        latents: of the pictures, in units of the denoiser.
+        latents: of the images, in units of the denoiser.
         tokens: of their captions, (n, length).
         empty: of the empty caption, (length,).
         empty_share: of the captions left empty.
@@ -210,16 +210,7 @@ def train_denoiser(
     resumption: Resumption,
     progress: Progress | None = None,
 ) -> History:
-    """Train the pipeline's denoiser and text encoder in place, on latents of its autoencoder.
-
-    Args:
-        pipeline: with a trained autoencoder, whose scale of the latents is set.
-        latents: of pictures, as the autoencoder gives them.
-        captions: of the pictures.
-        config: of the embedded models.
-        resumption: where the training keeps its state.
-        progress: called with each update's row.
-    """
+    """Train the pipeline's denoiser and text encoder in place, on latents of its autoencoder."""
     scale = pipeline.vae.config.scaling_factor
     source = LatentSource(
         Latents(scale * latents.mean, scale * latents.deviation),
@@ -246,14 +237,14 @@ def train_pipeline(
 ) -> tuple[StableDiffusionPipeline, dict[str, History]]:
     """The embedded text-to-image model, trained, and the history of each of its trainings by name."""
     data = drawn_set(config.bridges)
-    pictures = scaled(data.pictures)
+    images = scaled(data.images)
     pipeline = build.build_pipeline(config)
-    histories = {"autoencoder": train_autoencoder(pipeline.vae, pictures, config, resumption, progress)}
-    latents = Latents.of(pipeline.vae, pictures)
+    histories = {"autoencoder": train_autoencoder(pipeline.vae, images, config, resumption, progress)}
+    latents = Latents.of(pipeline.vae, images)
     pipeline.vae.register_to_config(scaling_factor=latents.scale)
     refine = config.autoencoder.refine
     if refine is not None:
-        histories["decoder"] = refine_decoder(pipeline.vae, pictures, latents, refine, resumption, progress)
+        histories["decoder"] = refine_decoder(pipeline.vae, images, latents, refine, resumption, progress)
     histories["denoiser"] = train_denoiser(pipeline, latents, data.captions, config, resumption, progress)
     return pipeline, histories
 
@@ -261,15 +252,15 @@ def train_pipeline(
 # ------------------------------------------------------------------------------ the alignment
 
 
-def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
+def contrastive_loss(images: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
     """CLIP's symmetric cross entropy (Radford et al. 2021, figure 3), ().
 
     Args:
-        pictures: unit features, (n, embedding).
+        images: unit features, (n, embedding).
         captions: unit features of their captions, (n, embedding).
         scale: inverse temperature.
     """
-    logits = scale * pictures @ captions.T
+    logits = scale * images @ captions.T
     own = torch.arange(len(logits))
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
@@ -280,13 +271,13 @@ def train_alignment(
     """The embedded CLIP, trained, and the history of its training."""
     own = config.alignment
     data = drawn_set(config.bridges)
-    pictures, tokens = scaled(data.pictures), tokens_of(build.build_tokenizer(config.text), data.captions)
+    images, tokens = scaled(data.images), tokens_of(build.build_tokenizer(config.text), data.captions)
     model = build.build_clip(config)
     generator = generator_of(build.NAME, "alignment")
 
     def loss() -> Tensor:
-        index = torch.randint(len(pictures), (own.fit.batch,), generator=generator)
-        found = model(pictures[index], tokens[index])
+        index = torch.randint(len(images), (own.fit.batch,), generator=generator)
+        found = model(images[index], tokens[index])
         with torch.no_grad():  # as CLIP's authors do
             model.logit_scale.clamp_(0, math.log(100))
         return contrastive_loss(*found)
@@ -300,38 +291,27 @@ def train_alignment(
 
 @torch.no_grad()
 def check_autoencoder(autoencoder: AutoencoderKL, config: EmbeddedConfig, count: int) -> dict[str, float]:
-    """Peak signal-to-noise ratio of pictures that it was not trained on, in decibels.
-
-    Args:
-        autoencoder: trained.
-        config: of the embedded models.
-        count: of pictures.
-    """
-    pictures = scaled(held_out_set(config.bridges, count).pictures)
+    """Peak signal-to-noise ratio of images that it was not trained on, in decibels."""
+    images = scaled(held_out_set(config.bridges, count).images)
     parts = [
         (autoencoder(part).sample.clamp(-1, 1) - part).square().mean((1, 2, 3))
-        for part in pictures.split(CHUNK)
+        for part in images.split(CHUNK)
     ]
     return {"autoencoder_psnr": float((10 * torch.log10(4 / torch.cat(parts))).mean())}
 
 
 @torch.no_grad()
 def check_alignment(model: Any, config: EmbeddedConfig, count: int) -> dict[str, float]:
-    """How well the CLIP tells the designs of pictures apart that it was not trained on.
-
-    Args:
-        model: trained.
-        config: of the embedded models.
-        count: of pictures.
+    """How well the CLIP tells the designs of images apart that it was not trained on.
 
     Returns:
-        ``design_accuracy``, the mean over designs of the share of their pictures that are closest to the
-        caption of their own, and ``cosine``, the mean similarity of pictures with their full captions.
+        ``design_accuracy``, the mean over designs of the share of their images that are closest to the
+        caption of their own, and ``cosine``, the mean similarity of images with their full captions.
     """
     data = held_out_set(config.bridges, count)
     tokenizer = build.build_tokenizer(config.text)
     features = torch.cat(
-        [model.encode_image(part, normalize=True) for part in scaled(data.pictures).split(CHUNK)]
+        [model.encode_image(part, normalize=True) for part in scaled(data.images).split(CHUNK)]
     )
     names = list(DESIGNS)
     classes = model.encode_text(tokens_of(tokenizer, [TEMPLATE.format(n) for n in names]), normalize=True)

@@ -1,4 +1,4 @@
-"""Rewards of pictures with their prompts, as functions of latents."""
+"""Rewards of images with their prompts, as functions of latents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowtilt.checkpoints import CheckpointError, check_loaded, read_tensors
-from flowtilt.domains.images.alignment import CHUNK, AlignmentModel, finite, fit, similarity
+from flowtilt.domains.images.alignment import CHUNK, AlignmentModel, finite, fit, similarity, warn_of_long
 from flowtilt.domains.images.model import Prompted
 from flowtilt.files import one_line
 from flowtilt.model import Context
@@ -25,17 +25,17 @@ log = logging.getLogger(__name__)
 _AGAIN = "delete it and convert the weights again"
 
 Decode = Callable[[Tensor], Tensor]
-"""Latents (n, channels, height, width) to pictures in [-1, 1], (n, 3, pixels, pixels), differentiable."""
+"""Latents (n, channels, height, width) to images in [-1, 1], (n, 3, pixels, pixels), differentiable."""
 
 
-class PictureReward(Reward):
-    """A reward of a decoded picture with the prompt of its sample, whose context is :class:`Prompted`.
+class DecodedReward(Reward):
+    """A reward of a decoded image with the prompt of its sample, whose context is :class:`Prompted`.
 
-    A latent that is not finite has the value NaN, even where the decoder makes a picture of it, and so has
-    one whose picture is not finite.
+    A latent that is not finite has the value NaN, even where the decoder makes an image of it, and so has
+    one whose image is not finite.
 
     Args:
-        decode: latents to pictures.
+        decode: latents to images.
         prompts: that positions in the context mean, in the order of the context's table.
     """
 
@@ -43,8 +43,8 @@ class PictureReward(Reward):
         self.decode, self.prompts = decode, tuple(prompts)
 
     @abstractmethod
-    def score(self, pictures: Tensor, prompt: Tensor) -> Tensor:
-        """Rewards (batch,) of pictures in [-1, 1] with the prompts at positions, long (batch,)."""
+    def score(self, images: Tensor, prompt: Tensor) -> Tensor:
+        """Rewards (batch,) of images in [-1, 1] with the prompts at positions, long (batch,)."""
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         """Rewards of latents, shape (batch,).
@@ -53,9 +53,9 @@ class PictureReward(Reward):
             ValueError: if the context does not say which of the prompts each sample has.
         """
         prompt = self._positions(len(x), context)
-        pictures = self.decode(x)
-        values = self.score(pictures, prompt)
-        return values.masked_fill(~(finite(x) & finite(pictures)), torch.nan)
+        images = self.decode(x)
+        values = self.score(images, prompt)
+        return values.masked_fill(~(finite(x) & finite(images)), torch.nan)
 
     def _positions(self, count: int, context: Context) -> Tensor:
         name = type(self).__name__
@@ -73,13 +73,13 @@ class PictureReward(Reward):
         return prompt
 
 
-class ClipReward(PictureReward):
-    """Cosine similarity of picture and prompt in the features of a CLIP, from -1 to 1.
+class ClipReward(DecodedReward):
+    """Cosine similarity of image and prompt in the features of a CLIP, from -1 to 1.
 
     Args:
-        decode: latents to pictures.
+        decode: latents to images.
         model: of the features.
-        prompts: see :class:`PictureReward`; their features are computed once, here.
+        prompts: see :class:`DecodedReward`; their features are computed once, here.
     """
 
     def __init__(self, decode: Decode, model: AlignmentModel, prompts: Sequence[str]) -> None:
@@ -87,20 +87,20 @@ class ClipReward(PictureReward):
         self.model = model
         self.texts = model.text_features(self.prompts)
 
-    def score(self, pictures: Tensor, prompt: Tensor) -> Tensor:
-        return similarity(self.model.picture_features(pictures), self.texts[prompt])
+    def score(self, images: Tensor, prompt: Tensor) -> Tensor:
+        return similarity(self.model.image_features(images), self.texts[prompt])
 
 
-class ImageReward(PictureReward):
-    """Human preference as learned by ImageReward (Xu et al. 2023), in standard deviations of its pictures.
+class ImageReward(DecodedReward):
+    """Human preference as learned by ImageReward (Xu et al. 2023), in standard deviations of its images.
 
     This needs the package image-reward, which pulls in old releases of others. It has been tested with a
     stand-in of the same interface only, never with the package and its weights. Making it, the package
     reads the tokenizer ``bert-base-uncased`` from the local cache of the model hub, or fetches it from there.
 
     Args:
-        decode: latents to pictures.
-        prompts: see :class:`PictureReward`; they are tokenised once, here.
+        decode: latents to images.
+        prompts: see :class:`DecodedReward`; they are tokenised once, here.
         weights: a safetensors file converted from the package's ``ImageReward.pt``. The package's
             ``med_config.json`` lies beside it.
 
@@ -110,16 +110,16 @@ class ImageReward(PictureReward):
     """
 
     MEAN = (0.48145466, 0.4578275, 0.40821073)
-    """Of colours in [0, 1], over the pictures that CLIP was trained on."""
+    """Of colours in [0, 1], over the images that CLIP was trained on."""
 
     STD = (0.26862954, 0.26130258, 0.27577711)
     """Their standard deviation."""
 
     SIZE = 224
-    """Pixels a side of the pictures that the network takes."""
+    """Pixels a side of the images that the network takes."""
 
     TOKENS = 35
-    """Tokens of a prompt that the package looks at when it scores pictures."""
+    """Tokens of a prompt that the package looks at when it scores images."""
 
     def __init__(self, decode: Decode, prompts: Sequence[str], weights: Path) -> None:
         super().__init__(decode, prompts)
@@ -129,14 +129,14 @@ class ImageReward(PictureReward):
         device = torch.get_default_device()
         self.ids, self.mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
 
-    def score(self, pictures: Tensor, prompt: Tensor) -> Tensor:
-        parts = zip(pictures.split(CHUNK), prompt.split(CHUNK), strict=True)
+    def score(self, images: Tensor, prompt: Tensor) -> Tensor:
+        parts = zip(images.split(CHUNK), prompt.split(CHUNK), strict=True)
         return torch.cat([self._score(some, own) for some, own in parts])
 
-    def _score(self, pictures: Tensor, prompt: Tensor) -> Tensor:
+    def _score(self, images: Tensor, prompt: Tensor) -> Tensor:
         own = next(self.network.parameters())
         mean, std = (own.new_tensor(colours).reshape(-1, 1, 1) for colours in (self.MEAN, self.STD))
-        images = ((fit(pictures.to(own.dtype), self.SIZE) + 1) / 2 - mean) / std
+        images = ((fit(images.to(own.dtype), self.SIZE) + 1) / 2 - mean) / std
         rewards: Tensor = self.network.score_gard(  # type: ignore[operator]
             self.ids[prompt], self.mask[prompt], images
         )
@@ -145,10 +145,7 @@ class ImageReward(PictureReward):
 
 def _tokenise(tokenizer: Any, prompts: Sequence[str], limit: int) -> Any:
     """Tokens padded or cut off to ``limit``; the log says which prompts are cut off."""
-    for prompt in prompts:
-        count = len(tokenizer(prompt).input_ids)
-        if count > limit:
-            log.warning("prompt %r has %d tokens; the model sees %d of them", prompt, count, limit)
+    warn_of_long(prompts, lambda prompt: len(tokenizer(prompt).input_ids), limit)
     return tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
     )

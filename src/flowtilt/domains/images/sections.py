@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,7 +18,7 @@ class BridgesConfig(Section):
     """The drawn set that the embedded models are trained on."""
 
     count: Count
-    """Pictures with captions."""
+    """Images with captions."""
 
     size: Annotated[int, Field(gt=0, multiple_of=8)] = 32
     """Pixels a side."""
@@ -33,7 +34,7 @@ class FitConfig(Section):
     """Optimiser steps."""
 
     batch: Count = 64
-    """Pictures an update."""
+    """Images an update."""
 
     learning_rate: Positive = 1e-3
     """Largest learning rate of Adam; a cosine takes it to zero."""
@@ -49,10 +50,10 @@ class FitConfig(Section):
 
 
 class AutoencoderConfig(Section):
-    """The variational autoencoder between pictures and latents, diffusers' AutoencoderKL."""
+    """The variational autoencoder between images and latents, diffusers' AutoencoderKL."""
 
     channels: Channels
-    """Of its levels, the picture's first; each level but the last halves the side."""
+    """Of its levels, the image's first; each level but the last halves the side."""
 
     latent_channels: Count = 4
     """Channels of a latent."""
@@ -106,10 +107,10 @@ class DenoiserConfig(Section):
 
 
 class AlignmentConfig(Section):
-    """The model of picture and caption together, open_clip's CLIP."""
+    """The model of image and caption together, open_clip's CLIP."""
 
     embedding: Count
-    """Features that pictures and captions share."""
+    """Features that images and captions share."""
 
     patch: Count
     """Pixels a side of a patch."""
@@ -131,10 +132,10 @@ class EmbeddedConfig(Section):
     """Small models of the same kinds as Stable Diffusion and CLIP, and how they are trained."""
 
     bridges: BridgesConfig
-    """The pictures."""
+    """The images."""
 
     autoencoder: AutoencoderConfig
-    """Pictures to latents and back."""
+    """Images to latents and back."""
 
     text: TextConfig
     """Prompts to embeddings."""
@@ -143,7 +144,7 @@ class EmbeddedConfig(Section):
     """The flow on latents."""
 
     alignment: AlignmentConfig
-    """Scores of pictures with prompts."""
+    """Scores of images with prompts."""
 
     @model_validator(mode="after")
     def _fits(self) -> EmbeddedConfig:
@@ -196,7 +197,7 @@ class SourceConfig(Section):
 
 
 class ImageModelConfig(Section):
-    """A text-to-image model and the model that scores its pictures; a file of ``config/models``."""
+    """A text-to-image model and the model that scores its images; a file of ``config/models``."""
 
     name: Name
     """Name of the model: that of its file."""
@@ -205,20 +206,23 @@ class ImageModelConfig(Section):
     """Folder of diffusers' StableDiffusionPipeline."""
 
     alignment: SourceConfig
-    """The CLIP that scores pictures: a folder of open_clip; with ``architecture``, a file of weights."""
+    """The CLIP that scores images: a folder of open_clip; with ``architecture``, a file of weights."""
 
     architecture: str | None = None
     """Name of one of open_clip's own architectures, such as ``ViT-B-32``, that the weights are of."""
 
     embedded: EmbeddedConfig | None = None
-    """How both are trained by the pipeline, if they are small models on drawn pictures."""
+    """How both are trained by the pipeline, if they are small models on drawn images."""
 
 
 class GuidanceConfig(Section):
-    """Classifier-free guidance by use; 1 is without. See :class:`flowtilt.domains.images.model.Guidance`."""
+    """Classifier-free guidance (Ho and Salimans 2022) by use; 1 is without, at half the cost.
+
+    The prediction is ``e0 + scale (e - e0)`` of those with the prompt and with the empty one.
+    """
 
     sampling: Annotated[float, Field(ge=1)] = 1.0
-    """Scale in the sampling of trajectories, of offline batches and of the pictures of a run."""
+    """Scale in the sampling of trajectories, of offline batches and of the images of a run."""
 
     adjoint: Annotated[float, Field(ge=1)] = 1.0
     """Scale in the base model that the lean adjoint goes through."""
@@ -268,7 +272,7 @@ class ComputeConfig(Section):
 
 
 class ImageRewardConfig(Section):
-    """The reward of a picture for its prompt."""
+    """The reward of an image for its prompt."""
 
     kind: Literal["clip", "image_reward"] = "clip"
     """``clip`` is the cosine similarity by the scoring model; ``image_reward`` takes the package
@@ -291,14 +295,14 @@ class LeftTailObjective(Section):
     """Says that the objective is the left tail."""
 
     mass: Annotated[float, Field(gt=0, lt=1)]
-    """Share b of the worst pictures, which the table is led by; methods may have shares of their own."""
+    """Share b of the worst images, which the table is led by; methods may have shares of their own."""
 
     alpha: Positive
     """KL weight, in units of the reward a nat."""
 
 
 class EntropyObjective(Section):
-    """The entropy of the pictures' latents, under a KL weight."""
+    """The entropy of the images' latents, under a KL weight."""
 
     utility: Literal["entropy"]
     """Says that the objective is the entropy."""
@@ -307,8 +311,8 @@ class EntropyObjective(Section):
     """KL weight of fdc, in nats of entropy a nat; methods may have weights of their own."""
 
     noise: Annotated[float, Field(gt=0, lt=1)]
-    """Variance of the noise in the law whose entropy it is, where latents have about one: what differs by
-    less counts for little. The solver's nearest time is taken."""
+    """Variance of the noise in the distribution whose entropy it is, where latents have about one: what
+    differs by less counts for little. The solver's nearest time is taken."""
 
     pairs: Count = 4
     """Pairs of noise that a gradient is the mean of."""
@@ -318,7 +322,7 @@ class EntropyObjective(Section):
 
 
 class ImageMethodConfig(MethodConfig):
-    """One method of an experiment on pictures."""
+    """One method of an experiment on images."""
 
     kind: Literal["pretrained", "am", "fdc", "tfft"]
     """``pretrained`` is not fine-tuned; ``am`` is Adjoint Matching on the mean reward; ``fdc`` is Flow
@@ -349,7 +353,7 @@ class ImageMethodConfig(MethodConfig):
 
 
 class FactorConfig(Section):
-    """A factor that pictures differ in, and how the scoring model tells its classes apart."""
+    """A factor that images differ in, and how the scoring model tells its classes apart."""
 
     classes: Annotated[list[str], Field(min_length=2), NoRepeats]
     """Names of its classes."""
@@ -361,28 +365,30 @@ class FactorConfig(Section):
 class ImageEvaluationConfig(Section):
     """How each run is measured."""
 
-    pictures: Annotated[int, Field(ge=2)]
-    """Pictures of each prompt in a set, drawn by the memoryless process."""
+    renamed: ClassVar[Mapping[str, str]] = {"pictures": "images"}
+
+    images: Annotated[int, Field(ge=2)]
+    """Images of each prompt in a set, drawn by the memoryless process."""
 
     sets: Count = 1
-    """Sets of pictures: what depends on how many there are, as scores of diversity do, is the mean over the
+    """Sets of images: what depends on how many there are, as scores of diversity do, is the mean over the
     sets, which has less noise than one set and is on the same scale."""
 
     designs: Annotated[list[str], NoRepeats] = Field(default_factory=list)
-    """Classes that the scoring model tells pictures apart by, for how many of them are covered; in the drawn
+    """Classes that the scoring model tells images apart by, for how many of them are covered; in the drawn
     set, the designs."""
 
     template: str = "{}"
     """Caption of a class, with its name for the braces."""
 
     factors: list[FactorConfig] = Field(default_factory=list)
-    """What else the scoring model tells pictures apart by, for how many combinations of the classes of all
+    """What else the scoring model tells images apart by, for how many combinations of the classes of all
     factors, with ``designs`` as the first, are covered."""
 
     @property
     def drawn(self) -> int:
-        """Pictures of each prompt in all sets."""
-        return self.sets * self.pictures
+        """Images of each prompt in all sets."""
+        return self.sets * self.images
 
     @model_validator(mode="after")
     def _factors_beside_designs(self) -> ImageEvaluationConfig:

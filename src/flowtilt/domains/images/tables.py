@@ -1,33 +1,29 @@
-"""What the tables of pictures show: groups of metrics, what holds of what should, and what papers report."""
+"""What the tables of images show: groups of metrics, what holds of what should, and what papers report."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
-from flowtilt.pipeline.report import tables
-from flowtilt.pipeline.report.base import Table
-from flowtilt.pipeline.report.claims import decided, gains, keeps, raises, spread
+from flowtilt.pipeline.report.claims import decided, gains, more_than, no_less_than, spread
 from flowtilt.pipeline.report.measurements import of_row
 from flowtilt.pipeline.report.panels import describe, pretty
 
 _NOTE = (
     "Rows: each method's model; pretrained is not fine-tuned. Models of one seed start from the same noise. "
-    "Vendi score: the effective number of different pictures, by the cosine similarities of their features. "
-    "CLIP score: mean cosine similarity of a picture and its prompt. The features are those of the model "
-    "that scores pictures, which also tells designs apart: one is covered if any picture is of it, and their "
+    "Vendi score: the effective number of different images, by the cosine similarities of their features. "
+    "CLIP score: mean cosine similarity of an image and its prompt. The features are those of the model "
+    "that scores images, which also tells designs apart: one is covered if any image is of it, and their "
     "effective number is the exponential of the entropy of their shares. Tail means are over the rewards of "
-    "all pictures of all prompts."
+    "all images of all prompts."
 )
 _CLIP_REWARD = "The reward is the CLIP score."
 _SMALL = (
-    "The model is a small one on drawn pictures, and so is the CLIP that scores them; the papers have Stable "
+    "The model is a small one on drawn images, and so is the CLIP that scores them; the papers have Stable "
     "Diffusion, a large CLIP and, for the left tail, ImageReward. Scores are on other scales, and only "
     "directions can be compared."
 )
@@ -41,7 +37,7 @@ def note(experiment: ImageExperiment) -> str:
     if asked.sets > 1:
         parts.append(
             f"Vendi scores, numbers covered and effective numbers are means over {asked.sets} sets of "
-            f"{asked.pictures} pictures of a prompt; all else is of all pictures."
+            f"{asked.images} images of a prompt; all else is of all images."
         )
     if experiment.reward.kind == "clip":
         parts.append(_CLIP_REWARD)
@@ -87,10 +83,6 @@ _REPORTED: Mapping[str, tuple[str, Mapping[str, str]]] = {
 def with_reported(reported: pd.DataFrame, experiment: ImageExperiment) -> pd.DataFrame:
     """The reported values, and once more those that belong beside an experiment, under its own names.
 
-    Args:
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-        experiment: on pictures.
-
     Returns:
         The lines of ``reported``, and those of the papers' experiment with the experiment's name and its
         names of metrics.
@@ -105,24 +97,18 @@ def with_reported(reported: pd.DataFrame, experiment: ImageExperiment) -> pd.Dat
 
 
 def findings(long: pd.DataFrame, experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
-    """Sentences on what the methods should do, by differences of paired seeds, and on reported costs.
-
-    Args:
-        long: metrics of the experiment; see :func:`flowtilt.pipeline.report.measurements.collect`.
-        experiment: on pictures.
-        reported: see :func:`with_reported`.
-    """
+    """Sentences on what the methods should do, by differences of paired seeds, and on reported costs."""
     of = {kind: [n for n, c in experiment.methods.items() if c.kind == kind] for kind in _KINDS}
     mean = experiment.mean_metric
-    said = [raises(long, am, base, mean) for am in of["am"] for base in of["pretrained"]]
+    said = [more_than(long, am, base, mean) for am in of["am"] for base in of["pretrained"]]
     for method in of["fdc"]:
         for base in of["pretrained"]:
             said += _explores(long, experiment, method, base)
     said += _rises_with_falling_alpha(long, experiment, of["fdc"])
     for method in of["tfft"]:
         others = [*of["pretrained"], *of["am"]]
-        said += [raises(long, method, other, tail_metric(experiment.mass_of(method))) for other in others]
-        said += [raises(long, method, base, mean) for base in of["pretrained"]]
+        said += [more_than(long, method, other, tail_metric(experiment.mass_of(method))) for other in others]
+        said += [more_than(long, method, base, mean) for base in of["pretrained"]]
         said += [_beside(long, method, am, mean) for am in of["am"]]
         said.append(_is_active(long, method))
     return [*said, *_days(experiment, reported)]
@@ -132,21 +118,21 @@ _KINDS = ("pretrained", "am", "fdc", "tfft")
 
 
 def _explores(long: pd.DataFrame, experiment: ImageExperiment, method: str, base: str) -> list[str]:
-    """More diverse pictures that still are of the prompt."""
-    said = [raises(long, method, base, "vendi")]
+    """More diverse images that still are of the prompt."""
+    said = [more_than(long, method, base, "vendi")]
     if experiment.evaluation.designs:
         said.append(_covers_more(long, experiment, method, base))
-        said.append(raises(long, method, base, "effective_designs"))
+        said.append(more_than(long, method, base, "effective_designs"))
     if experiment.evaluation.factors:
-        said.append(raises(long, method, base, "combinations_covered"))
-    return [*said, keeps(long, method, base, "clip")]
+        said.append(more_than(long, method, base, "combinations_covered"))
+    return [*said, no_less_than(long, method, base, "clip")]
 
 
 def _covers_more(long: pd.DataFrame, experiment: ImageExperiment, method: str, base: str) -> str:
     """More of the designs; or, where there are no more, how many."""
     every = len(experiment.evaluation.designs)
     if (of_row(long, base, "designs_covered") < every).any():
-        return raises(long, method, base, "designs_covered")
+        return more_than(long, method, base, "designs_covered")
     return (
         f"{method} cannot cover more designs than {base}, which covers all {every} on every seed: it covers "
         f"{spread(of_row(long, method, 'designs_covered'))}."
@@ -206,18 +192,3 @@ def _days(experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
         "took is in the table of costs."
         for (source, unit), of in own.groupby(["source", "unit"], sort=False)
     ]
-
-
-# ------------------------------------------------------------------------------------- table
-
-
-def experiment_table(results: str | Path, experiment: ImageExperiment, reported: pd.DataFrame) -> Table:
-    """The table of an experiment; the text says what holds of what should."""
-    return tables.experiment_table(
-        results,
-        experiment,
-        reported,
-        partial(groups, experiment),
-        lambda long: findings(long, experiment, reported),
-        note(experiment),
-    )

@@ -38,10 +38,6 @@ def _pretrain_reads(run: Run) -> Files:
     return {"molecules": _data(run)} | ({"shipped": shipped} if shipped else {})
 
 
-def _finetune_reads(run: Run) -> Files:
-    return {"pretrained": run.shared("model.safetensors")} | run.taken()
-
-
 def _sample_reads(run: Run) -> Files:
     """What the molecules of a run are drawn from: data, the pretrained model, or the run's own."""
     if run.kind == "data":
@@ -53,14 +49,10 @@ def _sample_reads(run: Run) -> Files:
     }
 
 
-def _evaluate_reads(run: Run) -> Files:
-    return {"samples": run.file("samples.npz"), "molecules": _data(run)} | run.trained()
-
-
 STAGES = (
     Stage(
         "data",
-        f"{_HERE}.jobs:prepare",
+        f"{_HERE}.data:prepare_job",
         writes={"molecules": _DATA},
         reads=lambda run: {},
         sections=(),
@@ -70,20 +62,20 @@ STAGES = (
     ),
     Stage(
         "pretrain",
-        f"{_HERE}.jobs:pretrain",
+        f"{_HERE}.pretraining:pretrain",
         writes={
             "model": "runs/{experiment}/pretrained/model.safetensors",
             "record": "runs/{experiment}/pretrained/training.json",
         },
         reads=_pretrain_reads,
-        sections=("base", "model", *_FLOW, "pretrain", "checkpoint"),
+        sections=("starts_from", "model", *_FLOW, "pretrain", "checkpoint"),
         needs=Needs((3000, 16000), (300, 1440), gpu=True),
         before=True,
         priority=20,
     ),
     offline_stage(
         reads=lambda run: {"pretrained": run.shared("model.safetensors")},
-        sections=("base", "model", *_SOLVED, "reward", "offline", "solver"),
+        sections=("starts_from", "model", *_SOLVED, "reward", "offline", "solver"),
         needs=Needs((2000, 16000), (20, 120), gpu=True, group="molecules"),
         before=True,
     ),
@@ -93,29 +85,29 @@ STAGES = (
         needs=Needs((1000, 1000), (5, 5), group="molecules", always=True),
     ),
     finetune_stage(
-        reads=_finetune_reads,
+        reads=lambda run: {"pretrained": run.shared("model.safetensors")} | run.taken(),
         sections=("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
         needs=Needs((2000, 16000), (60, 1440), gpu=True, shared=True),
     ),
     Stage(
         "sample",
-        f"{_HERE}.jobs:sample",
+        f"{_HERE}.sampling:sample",
         writes={"samples": f"{RUN}/samples.npz"},
         reads=_sample_reads,
-        sections=("base", "model", *_SOLVED, "evaluation"),
+        sections=("starts_from", "model", *_SOLVED, "evaluation"),
         kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 16000), (30, 120), gpu=True),
         priority=10,
     ),
     Stage(
         "evaluate",
-        f"{_HERE}.jobs:evaluate",
+        f"{_HERE}.evaluation:evaluate",
         writes={
             "metrics": f"{RUN}/metrics.json",
             "sdf": f"{RUN}/molecules.sdf",
             "energies": f"{RUN}/energies.npz",
         },
-        reads=_evaluate_reads,
+        reads=lambda run: {"samples": run.file("samples.npz"), "molecules": _data(run)} | run.trained(),
         sections=("subset", "reward", "objective", "evaluation"),
         kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 8000), (30, 720)),
@@ -146,30 +138,28 @@ class MoleculesDomain(BaseDomain):
         check_shared(files)
 
     def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
-        return {"": "levels"} if table is not None else {"_energies": "energies", "_molecules": "molecules"}
+        return {"": "masses"} if table is not None else {"_energies": "energies", "_molecules": "molecules"}
 
     def read_by_table(self, run: Run, table: str | None) -> list[str]:
-        """A run's metrics; for a study of levels also its costs, and what its cases are compared with."""
+        """A run's metrics; for a study of masses also its costs, and what its cases are compared with."""
         if table is None:
             return [run.file("metrics.json")]
         case: Any = run.experiment
         others = {"pretrained": ["metrics.json"], "am": ["metrics.json", "history.csv"]}
         others |= {method: ["metrics.json", "history.csv"] for method in case.also}
         own = [run.file("metrics.json"), run.file("history.csv")]
-        return own + [run.file_of(m, file, case.base) for m, files in others.items() for file in files]
+        return own + [run.file_of(m, file, case.starts_from) for m, files in others.items() for file in files]
 
     describe = staticmethod(describe)
-
-    def chapters(self) -> Sequence[Chapter]:
-        return (
-            Chapter(
-                "Experiments on molecules",
-                "An `experiments/{name}.yaml` with `domain: molecules`: low energies of QM9's molecules. "
-                "`docs/molecules.md` says what is done, and why.",
-                MoleculeExperiment,
-                "on molecules",
-            ),
-        )
+    chapters = (
+        Chapter(
+            "Experiments on molecules",
+            "An `experiments/{name}.yaml` with `domain: molecules`: low energies of QM9's molecules. "
+            "`docs/molecules.md` says what is done, and why.",
+            MoleculeExperiment,
+            "on molecules",
+        ),
+    )
 
 
 DOMAIN = MoleculesDomain()

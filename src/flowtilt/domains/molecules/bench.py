@@ -53,12 +53,12 @@ class MoleculesBench(Workbench):
         """FDC on the mean of the best share, less the KL divergence by scores."""
         experiment, method = self.experiment, self.job.method
         config, solver = experiment.methods[method], experiment.solver_of(method)
-        tail = experiment.tail_of(method)
+        problem = experiment.tail_of(method)
         # Scores are compared at the last time where the solver trains the velocity.
         kl = KL(self.flow, score_time=self.flow.time_grid(solver.steps)[-2])
         return Climb(
-            Objective(SQ(self.reward, experiment.level_of(method)), kl, tail.alpha),
-            MirrorAscent(tail.alpha / (config.step or 1.0), experiment.offline.samples, solver.steps),
+            Objective(SQ(self.reward, problem.mass), kl, problem.alpha),
+            MirrorAscent(problem.alpha / (config.step or 1.0), experiment.offline.samples, solver.steps),
             self.flow,
             lambda k: generator_of(experiment.name, method, self.job.seed, k),
         )

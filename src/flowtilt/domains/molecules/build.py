@@ -14,9 +14,8 @@ from flowtilt.devices import generator_of
 from flowtilt.domains.molecules.data import Molecules, MoleculeSource, load
 from flowtilt.domains.molecules.energies import Decoder, StateEnergy, TypeShares
 from flowtilt.domains.molecules.model import MoleculeFlow
-from flowtilt.domains.molecules.network import NetworkSettings
-from flowtilt.domains.molecules.sections import MoleculeConfig, XTBConfig
-from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, Units, unpack
+from flowtilt.domains.molecules.sections import MoleculeConfig, UnitsConfig, XTBConfig
+from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, unpack
 from flowtilt.domains.molecules.workers import Lost, WorkerError, shared_pool
 from flowtilt.domains.molecules.xtb import Molecule, XTBSettings, atomic_energy
 from flowtilt.model import Context, FlowModel
@@ -28,17 +27,12 @@ ATOM_SECONDS = 60.0
 """Processor time that the energy of one atom may take, in seconds; it takes milliseconds."""
 
 
-def build_units(config: MoleculeConfig) -> Units:
-    """What the states of the configuration are measured in."""
-    return Units(**config.units.model_dump())
-
-
 def build_xtb(config: XTBConfig) -> XTBSettings:
     """How energies are computed."""
     return XTBSettings(**config.calculation)
 
 
-def decoder(units: Units) -> Decoder:
+def decoder(units: UnitsConfig) -> Decoder:
     """From states of :mod:`.states`, with their mask as context, to coordinates and atomic numbers.
 
     The type of an atom is its largest type column: a discrete choice, so that there is no gradient of
@@ -53,7 +47,7 @@ def decoder(units: Units) -> Decoder:
     return decode
 
 
-def type_shares(units: Units) -> TypeShares:
+def type_shares(units: UnitsConfig) -> TypeShares:
     """Of states of :mod:`.states`, with their mask as context: the type columns over their scale."""
 
     def shares(x: Tensor, context: Context) -> Tensor:
@@ -110,11 +104,10 @@ def build_model(
     """
     if size_weights is None:
         size_weights = torch.ones(config.subset.largest + 1)
-    network = NetworkSettings(**config.network.model_dump())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.name, "initial weights", seed))
         return MoleculeFlow(
-            network, build_units(config), size_weights, config.pretrain.type_weight, config.time_power
+            config.network, config.units, size_weights, config.pretrain.type_weight, config.time_power
         )
 
 
@@ -132,24 +125,14 @@ def pretrain(
     progress: Progress | None = None,
     watch: Watch[FlowModel] | None = None,
 ) -> list[dict[str, float]]:
-    """Pretrain the configured flow on the training split; returns the history, a row an update.
-
-    Args:
-        config: of the flow.
-        molecules: file of :func:`flowtilt.domains.molecules.data.prepare`.
-        seed: of weights and draws.
-        output: where the weights go, the averaged ones.
-        slot: where the training keeps its state, and goes on from if it was stopped.
-        progress: called with each update's row.
-        watch: looks at the model now and then.
-    """
+    """Pretrain the configured flow on the training split; returns the history, a row an update."""
     chosen = subset_of(config, molecules)
     sizes = torch.zeros(config.subset.largest + 1, dtype=torch.float64)
     weights = chosen.size_weights()
     sizes[: len(weights)] = weights
     model = build_model(config, sizes, seed)
     keys = config.pretrain.model_dump(exclude={"window", "type_weight", "check"})
-    source = MoleculeSource(chosen.of_split("train"), build_units(config), config.pretrain.window)
+    source = MoleculeSource(chosen.of_split("train"), config.units, config.pretrain.window)
     generator = generator_of(config.name, "pretrain", seed)
     settings = PretrainingSettings(**keys)
     history = fit_flow(model, source, settings, generator, progress, slot, watch)

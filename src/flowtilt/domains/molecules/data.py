@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -21,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, ELEMENTS, Units, pack
+from flowtilt.domains.molecules.sections import UnitsConfig
+from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, ELEMENTS, pack
 from flowtilt.domains.molecules.xtb import Molecule
 from flowtilt.files import atomic_path, read_npz, read_text
+from flowtilt.pipeline.domain import Job
 from flowtilt.seeding import seed_of
 
 PACKAGE = "qm9pack"
@@ -126,6 +127,11 @@ class Molecules:
 
 
 FIELDS = tuple(Molecules.__dataclass_fields__)
+
+
+def prepare_job(job: Job) -> None:
+    """The stage of :func:`prepare`."""
+    prepare(job.outputs["molecules"])
 
 
 def prepare(output: Path) -> None:
@@ -263,7 +269,7 @@ class MoleculeSource:
             molecule as likely as any other.
     """
 
-    def __init__(self, molecules: Molecules, units: Units, window: float = 1.0) -> None:
+    def __init__(self, molecules: Molecules, units: UnitsConfig, window: float = 1.0) -> None:
         if not 0 < window <= 1:
             raise ValueError(f"window must be in (0, 1], got {window}")
         if not len(molecules):
@@ -287,15 +293,3 @@ class MoleculeSource:
         mask = self.mask[chosen]
         atoms = int(mask.sum(1).max())
         return self.states[chosen, :atoms], mask[:, :atoms]
-
-
-def size_histogram(counts: np.ndarray) -> dict[int, float]:
-    """Shares of the numbers of atoms that occur.
-
-    Raises:
-        ValueError: if there is no molecule.
-    """
-    total = len(counts)
-    if not total:
-        raise ValueError("the shares of sizes need at least one molecule")
-    return {size: number / total for size, number in sorted(Counter(counts.tolist()).items())}

@@ -9,6 +9,7 @@ import numpy as np
 
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
 from flowtilt.metrics.tails import upper_tail_mean
+from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import (
     Metrics,
     columns_of,
@@ -19,36 +20,16 @@ from flowtilt.pipeline.files import (
     write_rows,
 )
 
-LEVELS = (0.5, 0.8, 0.9, 0.95, 0.998)
-"""Of the tails that every run reports, beside the levels of its experiment."""
+MASSES = (0.5, 0.2, 0.1, 0.05, 0.002)
+"""Of the tails that every run reports, beside those of its experiment."""
 
 
-def evaluate(
-    experiment: MoleculeExperiment,
-    method: str,
-    samples: Path,
-    molecules: Path,
-    output: Path,
-    sdf: Path,
-    energies: Path,
-    history: Path | None = None,
-    threshold_file: Path | None = None,
-    workers: int | None = None,
-) -> None:
-    """Metrics of a run from its molecules, the molecules themselves as SDF, and their energies as npz.
+def evaluate(job: Job) -> None:
+    """Metrics of a run from its molecules, the molecules themselves as SDF, and their energies.
 
-    Args:
-        experiment: of the run.
-        method: of the run.
-        samples: molecules of the run.
-        molecules: file of QM9, for novelty and composition.
-        output: JSON file of metrics to write.
-        sdf: file to write all molecules to, in their order, but for those that no SDF can hold.
-        energies: npz file to write, of ``reward`` (molecules,), NaN for failures, ``valid`` (molecules,)
-            and ``relaxed``, what the first molecules gained by relaxation, in hartree.
-        history: of the fine-tuning.
-        threshold_file: of tfft.
-        workers: processes for energies and structures; by default one for each processor.
+    No SDF can hold some of the molecules; the others are in it in their order. The energies are ``reward``
+    (molecules,), NaN for failures, ``valid`` (molecules,) and ``relaxed``, what the first molecules gained by
+    relaxation, in hartree.
     """
     from flowtilt.domains.molecules import sdf as sdfs
     from flowtilt.domains.molecules.assessment import assess, assess_relaxation, composition
@@ -59,11 +40,12 @@ def evaluate(
     from flowtilt.domains.molecules.workers import WorkerPool
     from flowtilt.domains.molecules.xtb import XTBSettings
 
-    own = molecules_of(*read_arrays(samples, "coordinates", "numbers"))
+    experiment = job.experiment
+    own = molecules_of(*read_arrays(job.read("samples"), "coordinates", "numbers"))
     settings = XTBSettings(**experiment.reward.calculation)
     subset = experiment.subset
-    train = load(molecules).of_size(subset.smallest, subset.largest).of_split("train")
-    with WorkerPool(workers) as pool:
+    train = load(job.read("molecules")).of_size(subset.smallest, subset.largest).of_split("train")
+    with WorkerPool(job.workers) as pool:
         points = single_points(own, settings, pool)
         structures = perceive(own, pool=pool)
         known = canonical_set(train.smiles.tolist(), pool)
@@ -78,17 +60,17 @@ def evaluate(
         composition(train.as_molecules()),
     )
     row: Metrics = named(assessed | assess_relaxation(relaxed)) | tails(experiment, rewards)
-    if history is not None:
+    if (history := job.read_if_any("history")) is not None:
         row |= training(history)
-    if threshold_file is not None:
-        row |= read_threshold(threshold_file)
-    write_rows({method: row}, output)
+    if (threshold := job.read_if_any("threshold")) is not None:
+        row |= read_threshold(threshold)
+    write_rows({job.method: row}, job.outputs["metrics"])
     valid = np.array([structure.invalid is None for structure in structures])
     gains = np.array([one.gain if one.converged else math.nan for one in relaxed])
-    write_arrays(energies, reward=rewards, valid=valid, relaxed=gains)
+    write_arrays(job.outputs["energies"], reward=rewards, valid=valid, relaxed=gains)
     held = [i for i, molecule in enumerate(own) if sdfs.holds(molecule)]
     properties = [sdfs.describe(points[i], structures[i]) | {"sample": str(i)} for i in held]
-    sdfs.write_sdf(sdf, [own[i] for i in held], [structures[i] for i in held], properties)
+    sdfs.write_sdf(job.outputs["sdf"], [own[i] for i in held], [structures[i] for i in held], properties)
 
 
 NAMES = {
@@ -117,18 +99,18 @@ def named(assessed: dict[str, float]) -> Metrics:
 
 
 def tails(experiment: MoleculeExperiment, rewards: np.ndarray) -> Metrics:
-    """Means of the best shares at all levels, over the molecules that have an energy."""
-    levels = {experiment.objective.level, *LEVELS}
-    levels |= {experiment.level_of(m) for m, c in experiment.methods.items() if c.kind in ("fdc", "tfft")}
+    """Means of the best shares of all masses, over the molecules that have an energy."""
+    masses = {experiment.objective.mass, *MASSES}
+    masses |= {experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind in ("fdc", "tfft")}
     kept = rewards[~np.isnan(rewards)]
     return {
-        tail_metric(level): upper_tail_mean(kept, 1 - level) if kept.size else None
-        for level in sorted(levels)
+        tail_metric(mass): upper_tail_mean(kept, mass) if kept.size else None
+        for mass in sorted(masses, reverse=True)
     }
 
 
 OF_SOLVERS = {
-    "path_kl": "control_energy",
+    "path_kl": "path_kl",
     "clipped_share": "clipped_share",
     "effective_sample_size": "effective_sample_size",
 }

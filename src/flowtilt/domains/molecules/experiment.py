@@ -31,13 +31,13 @@ UNIT = "negative_energy"
 """What is raised, as names of metrics have it."""
 
 WIDEST = 0.5
-"""Mass of the tail from which a rising level starts."""
+"""Mass from which a tail narrows."""
 
 
 class MoleculeExperiment(Experiment):
     """One experiment on molecules, or one case of a study of them."""
 
-    tables = ("levels",)
+    tables = ("masses",)
 
     domain: Literal["molecules"]
     """Says that the experiment is on molecules."""
@@ -77,22 +77,22 @@ class MoleculeExperiment(Experiment):
     """The methods by name, each a row of the table."""
 
     also: Mapping[str, MoleculeMethodConfig] = {}
-    """Methods of the base that belong to this case too: they have its solver, and are not run again. Set by
-    the case's ``also``."""
+    """Methods of the experiment that this case derives from, and that belong to it too: they have its solver,
+    and are not run again. Set by the case's ``also``."""
 
     evaluation: MoleculeEvaluationConfig
     """How runs are measured."""
 
     @model_validator(mode="after")
     def _solvers_fit(self) -> MoleculeExperiment:
-        check_methods(self.methods, self.layers)
+        check_methods(self.methods, self.solutions)
         for name, method in self.methods.items():
             solver = self.solver_of(name)
-            if solver.kind == "weighted_fitting" and (method.kind == "fdc" or method.rise is not None):
+            if solver.kind == "weighted_fitting" and (method.kind == "fdc" or method.narrowing is not None):
                 raise ValueError(
                     f"methods.{name}.solver.kind: weighted_fitting solves one problem by values; fdc has "
-                    "scores and no values of its divergence on molecules, and rise a problem for every "
-                    "update; use adjoint_matching"
+                    "scores and no values of its divergence on molecules, and narrowing a problem for "
+                    "every update; use adjoint_matching"
                 )
             if solver.endpoint_gradient != "pathwise" and method.tuned:
                 raise ValueError(
@@ -133,18 +133,17 @@ class MoleculeExperiment(Experiment):
             time_power=self.time_power,
         )
 
-    def level_of(self, method: str) -> float:
-        """The level b of a method's tail, its best share being 1 - b; of those of the base as well."""
-        return {**self.also, **self.methods}[method].level or self.objective.level
+    def mass_of(self, method: str) -> float:
+        """Mass of a method's tail, its best share; of the methods in ``also`` as well."""
+        return {**self.also, **self.methods}[method].mass or self.objective.mass
 
     def tail_of(self, method: str) -> TailSpec:
-        """Side, mass and KL weight of a method's tail problem."""
-        mass = 1 - self.level_of(method)
-        return TailSpec("upper", mass, self.objective.alpha)
+        """Tail, mass and KL weight of a method's tail problem."""
+        return TailSpec("upper", self.mass_of(method), self.objective.alpha)
 
     def masses_of(self, method: str) -> list[float]:
-        rise = self.methods[method].rise
-        return [] if rise is None else rising(self.tail_of(method).mass, rise, self.updates_of(method))
+        share = self.methods[method].narrowing
+        return [] if share is None else narrowing(self.mass_of(method), share, self.updates_of(method))
 
     def reward_weight_of(self, method: str) -> float:
         return self.objective.alpha
@@ -155,28 +154,28 @@ class MoleculeExperiment(Experiment):
 
     @property
     def mass(self) -> float:
-        """Share of the law that the table is led by."""
-        return 1 - self.objective.level
+        """Share of the distribution that the table is led by."""
+        return self.objective.mass
 
     @property
     def main_metric(self) -> str:
         """Mean over that share: the name of the metric that the tables lead with."""
-        return tail_metric(self.objective.level)
+        return tail_metric(self.objective.mass)
 
 
-def tail_metric(level: float) -> str:
+def tail_metric(mass: float) -> str:
     """Name of the mean over the best share of minus the energies: ``top_0.2pct_negative_energy``."""
-    return f"top_{100 * (1 - level):.6g}pct_{UNIT}"
+    return f"top_{100 * mass:.6g}pct_{UNIT}"
 
 
-def rising(mass: float, rise: float, updates: int) -> list[float]:
+def narrowing(mass: float, share: float, updates: int) -> list[float]:
     """The mass of the tail at every update: from one half geometrically to ``mass``, and then that.
 
     Args:
         mass: at the end.
-        rise: share of the updates before it is reached.
+        share: of the updates before it is reached.
         updates: how many there are.
     """
     start = max(WIDEST, mass)
-    shares = (min(1.0, update / (rise * updates)) if rise > 0 else 1.0 for update in range(updates))
-    return [start * (mass / start) ** share for share in shares]
+    passed = (min(1.0, update / (share * updates)) if share > 0 else 1.0 for update in range(updates))
+    return [start * (mass / start) ** part for part in passed]

@@ -1,4 +1,4 @@
-"""Figures of molecules: energies by method with tails marked, drawings of molecules, levels of the tail."""
+"""Figures of molecules: energies by method with tails marked, drawings of molecules, masses of the tail."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from flowtilt.domains.molecules.experiment import MoleculeExperiment
-from flowtilt.domains.molecules.tables import LevelLine, levels
+from flowtilt.domains.molecules.tables import MassLine, masses
 from flowtilt.files import atomic_path
 from flowtilt.metrics.tails import quantile, upper_tail_mean
+from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.measurements import ResultsError, Runs, read_arrays, run_folder, runs_of
 from flowtilt.pipeline.report.panels import describe, pretty
 from flowtilt.pipeline.report.style import COLOURS, SHADE, reported_tails, save_figure
@@ -56,9 +55,7 @@ def load_generated(results: str | Path, runs: Runs, method: str) -> Generated:
     rewards, valid = [], []
     for seed in runs.seeds:
         path = run_folder(results, runs, method, "network", seed) / "energies.npz"
-        arrays = read_arrays(path)
-        if missing := {"reward", "valid"} - arrays.keys():
-            raise ResultsError(f"{path}: no array {', '.join(sorted(missing))}; delete it and run again")
+        arrays = read_arrays(path, "reward", "valid")
         rewards.append(arrays["reward"])
         valid.append(arrays["valid"])
     return Generated(np.concatenate(rewards), np.concatenate(valid).astype(bool))
@@ -70,13 +67,7 @@ def load_generated(results: str | Path, runs: Runs, method: str) -> Generated:
 def energies_figure(
     runs: Runs, generated: Mapping[str, Generated], reported: Mapping[str, Mapping[str, float]]
 ) -> Figure:
-    """How minus the energies are distributed, a panel a method, with the best share marked.
-
-    Args:
-        runs: the experiment.
-        generated: by method.
-        reported: means of the best share by source and method.
-    """
+    """How minus the energies are distributed, a panel a method, with the best share marked."""
     every = np.concatenate([own.reward[np.isfinite(own.reward)] for own in generated.values()])
     edges = np.linspace(math.floor(every.min()), math.ceil(every.max()), 61)
     figure = Figure(figsize=(7.2, 1.6 * len(runs.methods) + 1.0))
@@ -129,12 +120,7 @@ SHOWN = 4
 
 
 def draw_molecules(path: str | Path, rows: Sequence[tuple[str, Sequence[tuple[Mol, str]]]]) -> None:
-    """Write structures as PNG, a row a method.
-
-    Args:
-        path: of the picture.
-        rows: the method's name, and its molecules with what is written under each.
-    """
+    """Write structures as PNG, a row a method."""
     from rdkit.Chem.Draw import rdMolDraw2D
 
     width, height = 230, 210
@@ -198,7 +184,7 @@ def _flat(record: Any, smiles: str | None) -> Mol:
     return rdMolDraw2D.PrepareMolForDrawing(molecule)
 
 
-# ------------------------------------------------------------------------- levels of the tail
+# ------------------------------------------------------------------------- masses of the tail
 
 _PANELS = (
     ("gain", "tail mean over pretrained (hartree)"),
@@ -208,10 +194,10 @@ _PANELS = (
 )
 
 
-def levels_figure(lines: Sequence[LevelLine], title: str) -> Figure:
-    """What each level reaches and costs, a panel a quantity, a curve a case."""
-    known = sorted({line.level for line in lines})
-    place = {level: i for i, level in enumerate(known)}
+def masses_figure(lines: Sequence[MassLine], title: str) -> Figure:
+    """What each mass reaches and costs, a panel a quantity, a curve a case."""
+    known = sorted({line.mass for line in lines}, reverse=True)
+    place = {mass: i for i, mass in enumerate(known)}
     figure = Figure(figsize=(8.6, 6.4))
     panels = figure.subplots(2, 2, sharex=True).ravel()
     cases = list(dict.fromkeys(line.case for line in lines if line.case != "reference"))
@@ -220,46 +206,37 @@ def levels_figure(lines: Sequence[LevelLine], title: str) -> Figure:
             own = [line for line in lines if line.case == case]
             values = [getattr(line, quantity) for line in own]
             colour = _CASES.get(case, "black")
-            axes.plot([place[line.level] for line in own], values, "o-", color=colour, label=case)
+            axes.plot([place[line.mass] for line in own], values, "o-", color=colour, label=case)
         for method, style in (("pretrained", ":"), ("am", "--")):
             own = [line for line in lines if line.case == "reference" and line.method == method]
             values = [getattr(line, quantity) for line in own]
             if quantity != "active" and np.isfinite(values).any():
-                axes.plot([place[line.level] for line in own], values, style, color="#6b6b6b", label=method)
+                axes.plot([place[line.mass] for line in own], values, style, color="#6b6b6b", label=method)
         axes.set_ylabel(words)
-        axes.set_xticks(range(len(known)), [f"{level:g}" for level in known])
+        axes.set_xticks(range(len(known)), [f"{mass:g}" for mass in known])
     panels[2].set_yscale("symlog", linthresh=1e-3)
     panels[2].set_ylim(0, 1.5)
     for axes in panels[2:]:
-        axes.set_xlabel("level of the tail")
+        axes.set_xlabel("mass of the tail")
     figure.suptitle(title)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     return figure
 
 
-def draw_experiment(
-    results: str | Path, experiment: MoleculeExperiment, reported: pd.DataFrame, prefix: str | Path
-) -> None:
-    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment on molecules.
+def draw(shown: Shown, prefix: str) -> None:
+    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment.
 
-    Args:
-        results: root of the results.
-        experiment: of which every run must be there.
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-        prefix: of the files to write.
+    Of a study ``{prefix}.png``: what each level of the tail reaches.
     """
-    runs = runs_of(experiment)
+    results = shown.results
+    if shown.study is not None:
+        save_figure(masses_figure(masses(results, shown.experiments), shown.title), f"{prefix}.png")
+        return
+    runs = runs_of(shown.experiments[0])
     generated = {m.name: load_generated(results, runs, m.name) for m in runs.methods}
-    figure = energies_figure(runs, generated, reported_tails(reported, runs))
+    figure = energies_figure(runs, generated, reported_tails(shown.reported, runs))
     save_figure(figure, f"{prefix}_energies.png")
     folders = {m.name: run_folder(results, runs, m.name, "network", runs.seeds[0]) for m in runs.methods}
     rows = [(name, shown_molecules(folder / "molecules.sdf")) for name, folder in folders.items()]
     draw_molecules(f"{prefix}_molecules.png", rows)
-
-
-def draw_levels(
-    results: str | Path, title: str, cases: Sequence[MoleculeExperiment], prefix: str | Path
-) -> None:
-    """Draw ``{prefix}.png``: what each level of the tail reaches."""
-    save_figure(levels_figure(levels(results, cases), title), f"{prefix}.png")

@@ -5,8 +5,8 @@ and FlowMol's network predicts the endpoint of all. The models of its Gaussian k
 :class:`flowtilt.model.FlowModel`: categories are vectors with Gaussian noise, and the predicted endpoint is
 their probabilities. Its other kinds move categories by jumps, or on a simplex, and are refused.
 
-Time is that in which the coordinates are on the straight path. FlowMol's own rests at both ends; the law of
-the state at a given alpha is the same in both.
+Time is that in which the coordinates are on the straight path. FlowMol's own rests at both ends; the
+distribution of the state at a given alpha is the same in both.
 
 Weights are those that :mod:`flowtilt.domains.molecules.flowmol_weights` has converted.
 """

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowtilt.domains.molecules.network import EquivariantNetwork, NetworkSettings
-from flowtilt.domains.molecules.states import ELEMENTS, WIDTH, Units, centred, pack, unpack
+from flowtilt.domains.molecules.network import EquivariantNetwork
+from flowtilt.domains.molecules.sections import MoleculeNetworkConfig, UnitsConfig
+from flowtilt.domains.molecules.states import ELEMENTS, WIDTH, centred, pack, unpack
 from flowtilt.interpolants import Linear, broadcast_time, convert
 from flowtilt.model import Context, FlowModel
 
@@ -38,8 +39,8 @@ class MoleculeFlow(FlowModel):
 
     def __init__(
         self,
-        settings: NetworkSettings,
-        units: Units,
+        settings: MoleculeNetworkConfig,
+        units: UnitsConfig,
         size_weights: Tensor,
         type_weight: float = 1.0,
         time_power: float = 1.0,

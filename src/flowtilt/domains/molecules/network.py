@@ -17,34 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class NetworkSettings:
-    """Sizes of the network.
-
-    Attributes:
-        layers: rounds of exchange between atoms.
-        width: scalars of an atom, a multiple of ``heads``.
-        vectors: vectors of an atom, a multiple of ``heads``.
-        pair_width: scalars of a pair. Pairs take most of the time.
-        heads: of the attention.
-        radial: radial basis functions of a distance.
-        reach: distance of the last of them, in units of a state.
-    """
-
-    layers: int = 5
-    width: int = 128
-    vectors: int = 32
-    pair_width: int = 64
-    heads: int = 8
-    radial: int = 24
-    reach: float = 5.0
-
-    def __post_init__(self) -> None:
-        for name in ("width", "vectors"):
-            if getattr(self, name) % self.heads:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be a multiple of heads ({self.heads})")
-
+from flowtilt.domains.molecules.sections import MoleculeNetworkConfig
 
 TIMES = 16
 """Features of a time."""
@@ -79,7 +52,7 @@ class Geometry:
 class Layer(nn.Module):
     """One round of exchange between atoms."""
 
-    def __init__(self, settings: NetworkSettings, last: bool) -> None:
+    def __init__(self, settings: MoleculeNetworkConfig, last: bool) -> None:
         super().__init__()
         width, vectors, pair = settings.width, settings.vectors, settings.pair_width
         self.heads, self.vectors, self.pair = settings.heads, vectors, pair
@@ -154,7 +127,7 @@ class EquivariantNetwork(nn.Module):
         outputs: scalars that each atom gets.
     """
 
-    def __init__(self, settings: NetworkSettings, inputs: int, outputs: int) -> None:
+    def __init__(self, settings: MoleculeNetworkConfig, inputs: int, outputs: int) -> None:
         super().__init__()
         self.reach, self.radial = settings.reach, settings.radial
         self.embed = nn.Linear(inputs + TIMES + 1, settings.width)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from flowtilt.checkpoints import CheckpointError, load_weights, sha256_of
-from flowtilt.control.base import Progress
 from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.assessment import composition, drift
@@ -24,6 +23,7 @@ from flowtilt.domains.molecules.sampling import Base, generated, load_base
 from flowtilt.domains.molecules.workers import WorkerPool
 from flowtilt.files import atomic_path, one_line, read_json
 from flowtilt.model import FlowModel
+from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import StageError, write_history, write_json
 from flowtilt.pipeline.places import located
 from flowtilt.pipeline.report.provenance import commit, versions
@@ -38,29 +38,18 @@ LOSS_WINDOW = 500
 """Updates whose mean loss is a line of the record."""
 
 
-def pretrain(
-    experiment: MoleculeExperiment,
-    molecules: Path,
-    output: Path,
-    record: Path,
-    progress: Progress | None = None,
-) -> None:
+def pretrain(job: Job) -> None:
     """Give the pretrained model and its record: those that are shipped, checked, or trained anew.
 
     A training keeps its state beside the output while it runs, and goes on from it if it was stopped. Its
     history, a row an update, is ``history.csv`` there.
 
-    Args:
-        experiment: whose flow.
-        molecules: file of QM9.
-        output: where the weights go.
-        record: where the record goes.
-        progress: called with each update's row.
-
     Raises:
         CheckpointError: if the checkpoint is missing, another file, or of another network.
         FlowMolError: if the weights are to be FlowMol's, and cannot be used.
     """
+    experiment, molecules = job.experiment, job.read("molecules")
+    output, record = job.outputs["model"], job.outputs["record"]
     if not experiment.checkpoint.retrain:
         shipped = _shipped(experiment)
         for source, target in ((shipped, output), (record_of(shipped), record)):
@@ -73,6 +62,7 @@ def pretrain(
     if not slot.path.is_file():
         checks.unlink(missing_ok=True)
     watch = _watch(experiment, molecules, checks)
+    progress = job.bar(experiment.pretrain.updates, "pretrain")
     history = build.pretrain(experiment.flow, molecules, SEED, output, slot, progress, watch)
     write_history(history, output.with_name("history.csv"))
     write_json(_record(experiment, molecules, output, history, _read_checks(checks)), record)
@@ -111,12 +101,12 @@ def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Wat
     """Draws molecules now and then, always from the same noise, and writes down how good they are."""
     check = experiment.pretrain.check
     reference = composition(build.subset_of(experiment.flow, molecules).of_split("train").as_molecules())
-    units = build.build_units(experiment.flow)
+    units = experiment.units
     parts = build.decoder(units), build.type_shares(units)
     ode = OdeSettings(steps=experiment.evaluation.ode_steps)
 
     def look(updates: int, model: FlowModel) -> None:
-        generator = generator_of(experiment.base, "check")
+        generator = generator_of(experiment.starts_from, "check")
         drawn = molecules_of(
             *(
                 tensor.numpy(force=True)

@@ -19,8 +19,8 @@ from flowtilt.domains.molecules.data import Molecules
 from flowtilt.domains.molecules.energies import Decoder, TypeShares
 from flowtilt.domains.molecules.experiment import MoleculeExperiment
 from flowtilt.model import FlowModel
-from flowtilt.pipeline.experiment import method_of
-from flowtilt.pipeline.files import StageError, write_arrays
+from flowtilt.pipeline.domain import Job
+from flowtilt.pipeline.files import write_arrays
 from flowtilt.sampling import OdeSettings, sample_ode
 
 CHUNK = 64
@@ -48,46 +48,29 @@ def load_base(experiment: MoleculeExperiment, weights: Path) -> Base:
 
         return Base(*load_flowmol(experiment.model.name, weights, experiment.time_power))
     flow = load_weights(build.build_model(experiment.flow), weights)
-    units = build.build_units(experiment.flow)
+    units = experiment.units
     return Base(flow, build.decoder(units), build.type_shares(units))
 
 
-def sample(
-    experiment: MoleculeExperiment,
-    method: str,
-    seed: int,
-    output: Path,
-    model: Path | None = None,
-    molecules: Path | None = None,
-) -> None:
+def sample(job: Job) -> None:
     """Draw the molecules of a run by the probability-flow ODE, or from the training data.
 
     Models of one seed start from the same noise, so that differences between methods are not those of
     their draws. Written are coordinates in ångström (molecules, atoms, 3) and atomic numbers (molecules,
     atoms), zero where there is no atom.
-
-    Args:
-        experiment: of the run.
-        method: of the run.
-        seed: of the run.
-        output: npz file to write.
-        model: weights of the run, for all methods but those of kind ``data``.
-        molecules: file of QM9, for methods of kind ``data``.
     """
+    experiment = job.experiment
     count = experiment.evaluation.samples
-    generator = generator_of(experiment.base, "sample", seed)
-    if method_of(experiment, method).kind == "data":
-        if molecules is None:
-            raise StageError(f"method {method!r} needs the file of the training data")
-        coordinates, numbers = _drawn(build.subset_of(experiment.flow, molecules), count, generator)
+    generator = generator_of(experiment.starts_from, "sample", job.seed)
+    if job.run.kind == "data":
+        data = build.subset_of(experiment.flow, job.read("molecules"))
+        coordinates, numbers = _drawn(data, count, generator)
     else:
-        if model is None:
-            raise StageError(f"method {method!r} needs the weights to sample")
-        base = load_base(experiment, model)
+        base = load_base(experiment, job.read("model"))
         settings = OdeSettings(steps=experiment.evaluation.ode_steps)
         coordinates, numbers = generated(base, count, settings, generator)
     write_arrays(
-        output,
+        job.outputs["samples"],
         coordinates=coordinates.numpy(force=True).astype(np.float32),
         numbers=numbers.numpy(force=True).astype(np.uint8),
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Section, Share
-from flowtilt.pipeline.sections import MethodConfig
+from flowtilt.pipeline.sections import LEVEL, MethodConfig
 
-Level = Annotated[float, Field(gt=0, lt=1)]
+Mass = Annotated[float, Field(gt=0, lt=1)]
 
 
 class SubsetConfig(Section):
@@ -29,7 +30,7 @@ class SubsetConfig(Section):
 
 
 class UnitsConfig(Section):
-    """What one unit of a state stands for; see :class:`flowtilt.domains.molecules.states.Units`."""
+    """What one unit of a state stands for; see :mod:`flowtilt.domains.molecules.states`."""
 
     length: Positive = 1.25
     """Ångström in a unit of a state's coordinates."""
@@ -216,9 +217,11 @@ class MoleculeObjective(Section):
     As in the papers, ``alpha`` is the weight of am's mean as of the tails' means.
     """
 
-    level: Level
-    """Level b of the tail, which is the best share 1 - b of minus the energy. The table is led by it;
-    methods may have levels of their own."""
+    renamed: ClassVar[Mapping[str, str]] = {"level": LEVEL}
+
+    mass: Mass
+    """Share of probability in the tail, the best of minus the energy; one minus the papers' quantile level b.
+    The table is led by it; methods may have masses of their own."""
 
     alpha: Positive
     """KL weight of every method's objective, in hartree a nat."""
@@ -227,17 +230,19 @@ class MoleculeObjective(Section):
 class MoleculeMethodConfig(MethodConfig):
     """One method of an experiment on molecules."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"level": LEVEL, "rise": "narrowing"}
+
     kind: Literal["data", "pretrained", "am", "fdc", "tfft"]
     """``data`` are draws of the training data, a row to compare with; ``pretrained`` is not fine-tuned;
     ``am`` is Adjoint Matching on the mean; ``fdc`` is Flow Density Control; ``tfft`` is Tail-aware Flow
     Fine-Tuning."""
 
-    level: Level | None = None
-    """Level of the method's own tail, by default that of ``objective``; for ``fdc`` and ``tfft``."""
+    mass: Mass | None = None
+    """Mass of the method's own tail, by default that of ``objective``; for ``fdc`` and ``tfft``."""
 
-    rise: Share | None = None
-    """Share of the updates over which the level rises to it from one half, the mass of the tail falling
-    geometrically; for ``tfft``."""
+    narrowing: Share | None = None
+    """Share of the updates over which the tail narrows: its mass falls geometrically from one half to
+    ``mass``; for ``tfft``."""
 
     step: Annotated[float, Field(gt=0, le=1)] | None = None
     """KL weight of the objective over that of a step, 1 being the largest step in theory; for ``fdc``,
@@ -245,7 +250,7 @@ class MoleculeMethodConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MoleculeMethodConfig:
-        belongs = {"level": ("fdc", "tfft"), "rise": ("tfft",), "iterations": ("fdc",), "step": ("fdc",)}
+        belongs = {"mass": ("fdc", "tfft"), "narrowing": ("tfft",), "iterations": ("fdc",), "step": ("fdc",)}
         for key, kinds in belongs.items():
             if getattr(self, key) is not None and self.kind not in kinds:
                 raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}; remove it")

@@ -15,9 +15,6 @@ Files = Mapping[str, Mapping[str, Experiment]]
 def check_shared(files: Files) -> None:
     """Refuse cases that would change what they share with the experiment that they derive from.
 
-    Args:
-        files: experiments by name, by the name of their file.
-
     Raises:
         ConfigError: naming file, key and fix.
     """
@@ -33,22 +30,22 @@ def _file(name: str) -> str:
 
 def _check_case(files: Files, name: str, case: MoleculeExperiment) -> None:
     """Refuse a case that would change what it shares with the experiment it derives from."""
-    base = files[case.base][case.base]
+    base = files[case.starts_from][case.starts_from]
     if not isinstance(base, MoleculeExperiment):
-        raise ConfigError(f"{_file(name)}: key base: {case.base} is no experiment on molecules")
+        raise ConfigError(f"{_file(name)}: key starts_from: {case.starts_from} is no experiment on molecules")
     where = f"{_file(name)}: key"
     for stage in (stage for stage in domain_of(base).stages if stage.before):
         for key in stage.sections:
             if key != "solver" and getattr(case, key) != getattr(base, key):
                 raise ConfigError(
                     f"{where} {key}: {case.name} has the pretrained model and the offline batch of "
-                    f"{case.base}, and so must have the same {key}; make it an experiment of its own"
+                    f"{case.starts_from}, and so must have the same {key}; make it an experiment of its own"
                 )
     _check_also(name, case, base)
     if case.solver.steps != base.solver.steps:
         raise ConfigError(
-            f"{where} solver.steps: {case.name} has the offline batch of {case.base}, and so must have the "
-            "same steps"
+            f"{where} solver.steps: {case.name} has the offline batch of {case.starts_from}, and so must "
+            "have the same steps"
         )
 
 

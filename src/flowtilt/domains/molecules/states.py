@@ -1,17 +1,18 @@
 """Molecules as one tensor: coordinates and atom types side by side, padded to one number of atoms.
 
 A batch of states has shape (batch, atoms, 3 + types): the first three columns are coordinates over
-:attr:`Units.length`, the others the one-hot atom type times :attr:`Units.type_scale`. What says which
-rows are atoms is the context, a mask (batch, atoms) of bools, true for atoms; rows of padding are zero.
+:attr:`UnitsConfig.length`, the others the one-hot atom type times :attr:`UnitsConfig.type_scale`. What
+says which rows are atoms is the context, a mask (batch, atoms) of bools, true for atoms; rows of padding are
+zero.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flowtilt.domains.molecules.sections import UnitsConfig
 
 ELEMENTS = ("H", "C", "N", "O", "F")
 """Atom types, in the order of the type columns."""
@@ -23,26 +24,6 @@ WIDTH = 3 + len(ELEMENTS)
 """Columns of a state."""
 
 
-@dataclass(frozen=True)
-class Units:
-    """What one unit of a state stands for.
-
-    Attributes:
-        length: ångström a unit of the coordinates. 1.25 gives QM9's smaller molecules unit variance.
-        type_scale: value of a type's column where it applies. The smaller, the later in time a type
-            comes out of the noise, and the more of the geometry is there when it does: what an atom
-            can be follows from its neighbours, and not the other way round.
-    """
-
-    length: float = 1.25
-    type_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("length", "type_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-
 def centred(coordinates: Tensor, mask: Tensor) -> Tensor:
     """Coordinates (batch, atoms, 3) with each molecule's mean over its atoms at zero, as its padding."""
     weights = mask.unsqueeze(-1).to(coordinates)
@@ -50,7 +31,7 @@ def centred(coordinates: Tensor, mask: Tensor) -> Tensor:
     return (coordinates - mean) * weights
 
 
-def pack(coordinates: Tensor, types: Tensor, mask: Tensor, units: Units) -> Tensor:
+def pack(coordinates: Tensor, types: Tensor, mask: Tensor, units: UnitsConfig) -> Tensor:
     """States of molecules, (batch, atoms, 3 + types), with their centres of mass at zero.
 
     Args:
@@ -63,7 +44,7 @@ def pack(coordinates: Tensor, types: Tensor, mask: Tensor, units: Units) -> Tens
     return torch.cat([centred(coordinates, mask) / units.length, one_hot * units.type_scale], dim=2)
 
 
-def unpack(x: Tensor, mask: Tensor, units: Units) -> tuple[Tensor, Tensor]:
+def unpack(x: Tensor, mask: Tensor, units: UnitsConfig) -> tuple[Tensor, Tensor]:
     """Coordinates in ångström, (batch, atoms, 3), and the likeliest types, long, (batch, atoms), of states.
 
     Both are zero where there is no atom.

@@ -1,11 +1,10 @@
-"""What the tables of molecules show: groups of metrics, what holds of what should, and levels of the tail."""
+"""What the tables of molecules show: groups of metrics, what holds of what should, and masses of the tail."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,14 +12,13 @@ import numpy as np
 import pandas as pd
 
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
-from flowtilt.pipeline.report import tables
-from flowtilt.pipeline.report.base import Table
-from flowtilt.pipeline.report.claims import raises
+from flowtilt.pipeline.report.claims import more_than
 from flowtilt.pipeline.report.measurements import (
     Method,
     Runs,
     by_row,
     collect,
+    mean_sd,
     read_history,
     run_folder,
     runs_of,
@@ -38,11 +36,9 @@ NOTE = (
 
 def groups(experiment: MoleculeExperiment, caption: str) -> dict[str, list[str]]:
     """The metrics of each table of an experiment, by the table's caption."""
-    levels = sorted(
-        {experiment.level_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"}, reverse=True
-    )
+    masses = sorted({experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"})
     main, mean = experiment.main_metric, experiment.mean_metric
-    tails = dict.fromkeys([main, mean, *(tail_metric(level) for level in levels), "validity_pct"])
+    tails = dict.fromkeys([main, mean, *(tail_metric(mass) for mass in masses), "validity_pct"])
     return {
         caption: list(tails),
         "Molecules": [
@@ -77,11 +73,11 @@ def findings(long: pd.DataFrame, experiment: MoleculeExperiment, reported: pd.Da
     for method, kind in kinds.items():
         if kind in ("data", "pretrained"):
             continue
-        own = main if kind == "fdc" else mean if kind == "am" else tail_metric(experiment.level_of(method))
+        own = main if kind == "fdc" else mean if kind == "am" else tail_metric(experiment.mass_of(method))
         am = _am_beside(experiment, method)
         others = [pretrained, None if kind == "am" else am]
         asked += [(method, other, own) for other in others if other is not None]
-    said = [raises(long, *comparison) for comparison in asked]
+    said = [more_than(long, *comparison) for comparison in asked]
     if data is not None:
         said += _cannot_be(long, experiment, data, reported)
     return said
@@ -121,20 +117,20 @@ def _cannot_be(
     ]
 
 
-# ------------------------------------------------------------------------- levels of the tail
+# ------------------------------------------------------------------------- masses of the tail
 
 
-class LevelLine(NamedTuple):
-    """One level of the tail in one case, means over seeds.
+class MassLine(NamedTuple):
+    """One mass of the tail in one case, means over seeds.
 
     Attributes:
-        case: label of the case; ``reference`` for what every level is compared with.
+        case: label of the case; ``reference`` for what every mass is compared with.
         method: as in the paths of its runs.
-        level: of the tail.
-        tail: mean of the best share ``1 - level``, in hartree.
-        tail_sd: over seeds.
+        mass: of the tail.
+        tail_mean: mean of the best share ``mass``, in hartree.
+        tail_mean_sd: over seeds.
         gain: of it over the pretrained model, on the same seeds.
-        best: mean of the best share of the objective's own level.
+        best: mean of the best share of the objective's own mass.
         mean: of all molecules with an energy.
         validity: in percent.
         active: mean share of active samples in the pool.
@@ -147,9 +143,9 @@ class LevelLine(NamedTuple):
 
     case: str
     method: str
-    level: float
-    tail: float
-    tail_sd: float
+    mass: float
+    tail_mean: float
+    tail_mean_sd: float
     gain: float
     best: float
     mean: float
@@ -163,38 +159,38 @@ class LevelLine(NamedTuple):
 
 
 REFERENCES = ("pretrained", "am")
-"""Methods of the experiment that cases derive from which every level is compared with."""
+"""Methods of the experiment that cases derive from which every mass is compared with."""
 
 
 def parent_runs(case: MoleculeExperiment, methods: Mapping[str, str]) -> Runs:
     """Runs of the experiment that a case derives from: its methods by name, and their kinds."""
     chosen = tuple(Method(name, kind) for name, kind in methods.items())
-    return replace(runs_of(case), name=case.base, methods=chosen)
+    return replace(runs_of(case), name=case.starts_from, methods=chosen)
 
 
-def levels(results: str | Path, cases: Sequence[MoleculeExperiment]) -> list[LevelLine]:
-    """A line for each level and case, and for the pretrained model and am at every level.
+def masses(results: str | Path, cases: Sequence[MoleculeExperiment]) -> list[MassLine]:
+    """A line for each mass and case, and for the pretrained model and am at every mass.
 
     Raises:
         ResultsError: if a run is missing or malformed.
     """
     parent = parent_runs(cases[0], {name: name for name in REFERENCES})
     frame = collect(results, parent)
-    known = sorted({case.level_of(m) for case in cases for m in (*case.also, *case.methods)})
+    known = sorted({case.mass_of(m) for case in cases for m in (*case.also, *case.methods)})
     lines = []
-    for level in known:
+    for mass in known:
         for method in REFERENCES:
-            lines.append(_line(results, frame, frame, cases[0], parent, "reference", method, level))
+            lines.append(_line(results, frame, frame, cases[0], parent, "reference", method, mass))
     for case in cases:
         label = case.name.partition("/")[2]
         shared = parent_runs(case, {name: method.kind for name, method in case.also.items()})
         for runs in (runs_of(case), shared) if case.also else (runs_of(case),):
             own = collect(results, runs)
             lines += [
-                _line(results, own, frame, case, runs, label, method.name, case.level_of(method.name))
+                _line(results, own, frame, case, runs, label, method.name, case.mass_of(method.name))
                 for method in runs.methods
             ]
-    return sorted(lines, key=lambda line: line.level)
+    return sorted(lines, key=lambda line: -line.mass)
 
 
 def _line(
@@ -205,8 +201,8 @@ def _line(
     runs: Runs,
     label: str,
     method: str,
-    level: float,
-) -> LevelLine:
+    mass: float,
+) -> MassLine:
     def values(metric: str, of: pd.DataFrame = frame, row: str = method) -> np.ndarray:
         found = by_row(of, metric)
         return np.array([v for (_, r, s), v in sorted(found.items()) if r == row and s in runs.seeds])
@@ -215,14 +211,14 @@ def _line(
         found = values(metric)
         return float(found.mean()) if found.size else math.nan
 
-    tail = values(tail_metric(level))
-    gain = tail - values(tail_metric(level), reference, "pretrained")
-    return LevelLine(
+    tail = values(tail_metric(mass))
+    gain = tail - values(tail_metric(mass), reference, "pretrained")
+    return MassLine(
         case=label,
         method=method,
-        level=level,
-        tail=float(tail.mean()),
-        tail_sd=float(tail.std(ddof=1)) if len(tail) > 1 else math.nan,
+        mass=mass,
+        tail_mean=float(tail.mean()),
+        tail_mean_sd=mean_sd(tail)[1],
         gain=float(gain.mean()),
         best=mean(case.main_metric),
         mean=mean(case.mean_metric),
@@ -247,16 +243,16 @@ def _counted(results: str | Path, runs: Runs, method: str, column: str) -> float
     return float(np.mean(counted))
 
 
-def levels_panel(lines: Sequence[LevelLine], title: str) -> Panel:
-    """The levels as text: one line a level and case."""
-    header = ["level", "case", "mean of its tail (hartree)", "over pretrained", "top-0.2 % mean", "mean"]
+def masses_panel(lines: Sequence[MassLine], title: str) -> Panel:
+    """The masses as text: one line a mass and case."""
+    header = ["mass", "case", "mean of its tail (hartree)", "over pretrained", "top-0.2 % mean", "mean"]
     header += ["valid (%)", "active samples", "updates without", "training (s)"]
     header += ["thousand network passes", "energies"]
     cells = [
         [
-            f"{line.level:g}",
+            f"{line.mass:g}",
             line.case if line.case != "reference" else line.method,
-            pretty(line.tail, line.tail_sd),
+            pretty(line.tail_mean, line.tail_mean_sd),
             _cell(line.gain) if line.method != "pretrained" else "",
             *map(_cell, (line.best, line.mean, line.validity, line.active, line.inactive, line.seconds)),
             *(
@@ -273,37 +269,14 @@ def _cell(value: float) -> str:
     return pretty(value) if math.isfinite(value) else ""
 
 
-LEVELS_NOTE = (
-    "Cases: plain trains on all that it samples, and so does rising, at a level that rises from 0.5; pool "
+MASSES_NOTE = (
+    "Cases: plain trains on all that it samples, and so does rising, with a tail that narrows from 0.5; pool "
     "and large_pool sample more trajectories than they train on, draw from tail and body apart, and "
     "reweight, which leaves the estimator unbiased; fitted is weighted fitting. Pretrained and am, by "
-    "Adjoint Matching, are the same runs at every level. Active samples: the share of sampled molecules "
-    "above the threshold, over all updates, and for weighted fitting that under the tilted law; a line "
-    "without any has not tested the method. Training is without threshold and offline batch: seconds on a "
-    "machine that may have had other work; states that went through the network, a backward pass to the "
+    "Adjoint Matching, are the same runs at every mass. Active samples: the share of sampled molecules "
+    "above the threshold, over all updates, and for weighted fitting that under the tilted distribution; a "
+    "line without any has not tested the method. Training is without threshold and offline batch: seconds on "
+    "a machine that may have had other work; states that went through the network, a backward pass to the "
     "input counted as one and to the parameters as two, which are counted and not timed; and energies beside "
     "them."
 )
-
-
-# ------------------------------------------------------------------------------------ tables
-
-
-def experiment_table(results: str | Path, experiment: MoleculeExperiment, reported: pd.DataFrame) -> Table:
-    """The table of an experiment; the text says what holds of what should."""
-    return tables.experiment_table(
-        results,
-        experiment,
-        reported,
-        partial(groups, experiment),
-        lambda long: findings(long, experiment, reported),
-        NOTE,
-    )
-
-
-def levels_table(results: str | Path, title: str, cases: Sequence[MoleculeExperiment]) -> Table:
-    """The table of a study of the level of the tail; histories are read as well."""
-    lines = levels(results, cases)
-    frame = pd.DataFrame(lines, columns=list(LevelLine._fields))
-    panels = [levels_panel(lines, title)]
-    return Table(frame, panels, LEVELS_NOTE)

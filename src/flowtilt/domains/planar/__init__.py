@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,6 @@ def _is_tail(experiment: Experiment) -> bool:
     return isinstance(experiment, TailExperiment)
 
 
-def _is_functional(experiment: Experiment) -> bool:
-    return isinstance(experiment, FunctionalExperiment)
-
-
 def _finetune_reads(run: Run) -> dict[str, str]:
     """The pretrained model, and a threshold or the model of an earlier run."""
     files = {"pretrained": run.pretrained("model.safetensors")}
@@ -51,10 +48,6 @@ def _measure_reads(run: Run) -> dict[str, str]:
     base = {"base": run.pretrained("model.safetensors"), "density": run.pretrained("density.npz")}
     own = {"model": run.file("model.safetensors")} if run.kind != "pretrained" else {}
     return base | own | run.trained()
-
-
-def _exact_reads(run: Run) -> dict[str, str]:
-    return {"density": run.pretrained("density.npz"), "resolution": f"{run.results}/resolution.json"}
 
 
 def am_runs(results: str, experiment: Experiment) -> list[Run]:
@@ -76,25 +69,36 @@ def _resolution_reads(run: Run) -> dict[str, list[str]]:
     }
 
 
-_MEASURED = {"samples": f"{RUN}/samples.npz", "metrics": f"{RUN}/metrics.json"}
-_MEASURE = Needs((1500, 8000), (15, 120), group="measure", threaded=True)
-_SECTIONS = ("name", "path", "network", "reward", "objective", "grid", "evaluation", "methods")
 _HERE = "flowtilt.domains.planar"
+
+_MEASURE_TAILS = Stage(
+    "measure",
+    f"{_HERE}.measuring:measure",
+    writes={"samples": f"{RUN}/samples.npz", "metrics": f"{RUN}/metrics.json"},
+    reads=_measure_reads,
+    sections=("name", "path", "network", "reward", "objective", "grid", "evaluation", "methods"),
+    kinds=("pretrained", "am", "fdc", "tfft"),
+    of=_is_tail,
+    needs=Needs((1500, 8000), (15, 120), group="measure", threaded=True),
+    networks=True,
+    scope="file",
+    priority=20,
+)
 
 STAGES = (
     Stage(
         "pretrain",
-        f"{_HERE}.jobs:pretrain",
+        f"{_HERE}.training:pretrain",
         writes={"model": f"{PRETRAINED}/model.safetensors", "history": f"{PRETRAINED}/history.csv"},
         reads=lambda run: {},
-        sections=("base", "path", "network", "data", "pretrain"),
+        sections=("starts_from", "path", "network", "data", "pretrain"),
         needs=Needs((1500, 8000), (15, 120), gpu=True, group=_SHORT, threaded=True),
         before=True,
         priority=10,
     ),
     Stage(
         "density",
-        f"{_HERE}.jobs:density",
+        f"{_HERE}.solving:density",
         writes={"density": f"{PRETRAINED}/density.npz"},
         reads=lambda run: {"model": run.pretrained("model.safetensors")},
         sections=("path", "network", "grid", "evaluation"),
@@ -118,35 +122,15 @@ STAGES = (
         sections=("name", "path", "network", "reward", "objective", "offline", "solver"),
         needs=Needs((1500, 8000), (10, 480), gpu=True, shared=True, group="finetune", threaded=True),
     ),
-    Stage(
-        "measure",
-        f"{_HERE}.jobs:measure",
-        writes=_MEASURED,
-        reads=_measure_reads,
-        sections=_SECTIONS,
-        kinds=("pretrained", "am", "fdc", "tfft"),
-        of=_is_tail,
-        needs=_MEASURE,
-        networks=True,
-        scope="file",
-        priority=20,
-    ),
-    Stage(
-        "measure",
-        f"{_HERE}.jobs:measure",
-        writes={**_MEASURED, "laws": f"{RUN}/laws.npz"},
-        reads=_measure_reads,
-        sections=_SECTIONS,
-        kinds=("pretrained", "am", "fdc", "tfft"),
-        of=_is_functional,
-        needs=_MEASURE,
-        networks=True,
-        scope="file",
-        priority=20,
+    _MEASURE_TAILS,
+    replace(
+        _MEASURE_TAILS,
+        writes={**_MEASURE_TAILS.writes, "distributions": f"{RUN}/distributions.npz"},
+        of=lambda experiment: not _is_tail(experiment),
     ),
     Stage(
         "resolution",
-        f"{_HERE}.jobs:measure_resolution",
+        f"{_HERE}.solving:measure_resolution",
         writes={"resolution": "resolution.json"},
         reads=_resolution_reads,
         sections=("reward", "objective", "grid", "methods"),
@@ -156,17 +140,41 @@ STAGES = (
     ),
     Stage(
         "exact",
-        f"{_HERE}.jobs:exact",
+        f"{_HERE}.solving:exact",
         writes={
             "metrics": "runs/{experiment}/exact/seed{seed}/metrics.json",
-            "laws": "runs/{experiment}/exact/seed{seed}/laws.npz",
+            "distributions": "runs/{experiment}/exact/seed{seed}/distributions.npz",
             "resolved_metrics": "runs/{experiment}/resolved/seed{seed}/metrics.json",
-            "resolved_laws": "runs/{experiment}/resolved/seed{seed}/laws.npz",
+            "resolved_distributions": "runs/{experiment}/resolved/seed{seed}/distributions.npz",
         },
-        reads=_exact_reads,
+        reads=lambda run: {
+            "density": run.pretrained("density.npz"),
+            "resolution": f"{run.results}/resolution.json",
+        },
         sections=("reward", "objective", "grid", "methods"),
         of=_is_tail,
         needs=Needs((1500, 1500), (15, 15), group="exact", always=True, threaded=True),
+    ),
+)
+
+
+CHAPTERS = (
+    Chapter(
+        "Experiments on a tail",
+        "An `experiments/{name}.yaml` with `domain: planar` whose `objective` has a `tail`: the mean of a "
+        "reward's worst or best values in the plane. Coordinates of the plane have no unit; the reward's "
+        "unit is the landscape's.",
+        TailExperiment,
+        "on a tail",
+    ),
+    Chapter(
+        "Experiments on a functional",
+        "An `experiments/{name}.yaml` with `domain: planar` whose `objective` has a `utility`: any pair of a "
+        "utility and a divergence in the plane. Sections that are not listed here are those of experiments "
+        "on a tail.",
+        FunctionalExperiment,
+        "on a functional",
+        functionals=True,
     ),
 )
 
@@ -212,29 +220,7 @@ class Planar(BaseDomain):
         return [run.file("metrics.json"), *([run.file("history.csv")] if costs else [])]
 
     describe = staticmethod(describe)
+    chapters = CHAPTERS
 
-    def chapters(self) -> Sequence[Chapter]:
-        return CHAPTERS
-
-
-CHAPTERS = (
-    Chapter(
-        "Experiments on a tail",
-        "An `experiments/{name}.yaml` with `domain: planar` whose `objective` has a `tail`: the mean of a "
-        "reward's worst or best values in the plane. Coordinates of the plane have no unit; the reward's "
-        "unit is the landscape's.",
-        TailExperiment,
-        "on a tail",
-    ),
-    Chapter(
-        "Experiments on a functional",
-        "An `experiments/{name}.yaml` with `domain: planar` whose `objective` has a `utility`: any pair of a "
-        "utility and a divergence in the plane. Sections that are not listed here are those of experiments "
-        "on a tail.",
-        FunctionalExperiment,
-        "on a functional",
-        functionals=True,
-    ),
-)
 
 DOMAIN = Planar()

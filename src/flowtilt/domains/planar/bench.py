@@ -59,7 +59,7 @@ def _ascent(experiment: PlanarExperiment, method: str, base: FlowModel) -> tuple
         return build_objective(experiment, method, base), step_weight, step_weight
     tails = tail_experiment(experiment)
     problem, reward = tails.objective, build_reward(tails)
-    utility = CVaR(reward, problem.level) if problem.tail == "lower" else SQ(reward, problem.level)
+    utility = (CVaR if problem.tail == "lower" else SQ)(reward, problem.mass)
     # Scores are compared at the last time where the solver trains the velocity.
     kl = KL(base, score_time=base.time_grid(tails.solver_of(method).steps)[-2])
     step = tails.methods[method].step or 1.0

@@ -38,7 +38,7 @@ def build_model(experiment: PlanarExperiment, seed: int = 0) -> PlanarFlow:
     """A freshly initialised network; its weights follow from the names and the seed alone."""
     network = experiment.network
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(experiment.base, "initial weights", seed))
+        torch.manual_seed(seed_of(experiment.starts_from, "initial weights", seed))
         return PlanarFlow(
             build_path(experiment.path),
             network.widths,
@@ -88,15 +88,6 @@ def build_cost(experiment: FunctionalExperiment) -> Bowl | None:
     """The cost that a log barrier bounds, if the experiment has one."""
     config = experiment.cost
     return None if config is None else Bowl((config.centre[0], config.centre[1]), config.radius)
-
-
-def landscape_class(name: str) -> type[Zones]:
-    """A landscape of zones by its name, or by ``module:Class`` from an importable module.
-
-    Raises:
-        ConfigError: if there is no such class, or it is no subclass of ``Zones``.
-    """
-    return _imported(name, LANDSCAPES, Zones)  # type: ignore[type-abstract]
 
 
 def _made(fields: dict[str, Any], known: Mapping[str, type[Kind]], base: type[Kind]) -> Kind:

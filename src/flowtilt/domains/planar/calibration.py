@@ -29,12 +29,12 @@ def calibrated_edge(experiment: TailExperiment) -> float:
     """
     grid, reward = build_grid(experiment), build_reward(experiment)
     probabilities = np.exp(normalise(build_data(experiment).log_density(grid.points)))
-    mass, side = experiment.objective.mass, experiment.objective.tail
+    mass, tail = experiment.objective.mass, experiment.objective.tail
     target = experiment.reward.sign * experiment.calibration.target
 
     def excess(edge: float) -> float:
         moved = dataclasses.replace(reward, right_edge=edge)
-        return tail_mean(grid.rewards(moved), mass, side, probabilities) - target
+        return tail_mean(grid.rewards(moved), mass, tail, probabilities) - target
 
     low, high = experiment.calibration.bracket
     if excess(low) * excess(high) > 0:

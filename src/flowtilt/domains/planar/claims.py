@@ -10,7 +10,8 @@ from flowtilt.pipeline.report.measurements import Runs, of_row, row_name
 
 
 def own_gains(long: pd.DataFrame, runs: Runs) -> dict[str, np.ndarray]:
-    """What a network's own objective has more than that of the pretrained law, by method and rising seed.
+    """What a network's own objective has more than that of the pretrained distribution, by method and rising
+    seed.
 
     Args:
         long: metrics of one experiment, or of several; see
@@ -42,11 +43,13 @@ def own_objective(long: pd.DataFrame, runs: Runs) -> list[str]:
     found = own_gains(long, runs)
     said = [
         f"{method} lowers its own G on {share(gain < 0)}: it changes by {spread(gain)} from that of the "
-        "pretrained law."
+        "pretrained distribution."
         for method, gain in found.items()
         if (gain < 0).any()
     ]
     raised = [method for method, gain in found.items() if (gain > 0).all()]
     if raised:
-        said.append(f"G rises over that of the pretrained law on every seed under {', '.join(raised)}.")
+        said.append(
+            f"G rises over that of the pretrained distribution on every seed under {', '.join(raised)}."
+        )
     return said

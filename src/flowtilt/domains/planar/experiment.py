@@ -32,7 +32,7 @@ from flowtilt.domains.planar.sections import (
 from flowtilt.pipeline.configuration import ConfigError, Name, ToldApart, changed
 from flowtilt.pipeline.experiment import Experiment, method_of
 from flowtilt.pipeline.sections import DataConfig, OfflineConfig, TailSpec
-from flowtilt.words import Side
+from flowtilt.words import Tail
 
 
 class PlanarExperiment(Experiment):
@@ -50,7 +50,7 @@ class PlanarExperiment(Experiment):
     """The velocity network."""
 
     data: DataConfig
-    """The law that the model is pretrained on."""
+    """The distribution that the model is pretrained on."""
 
     pretrain: PretrainConfig
     """How it is pretrained."""
@@ -65,7 +65,7 @@ class PlanarExperiment(Experiment):
     """How runs are measured."""
 
     grid: GridConfig
-    """The grids that laws are solved on."""
+    """The grids that distributions are solved on."""
 
     @model_validator(mode="after")
     def _prediction_fits_path(self) -> PlanarExperiment:
@@ -110,7 +110,7 @@ class PlanarExperiment(Experiment):
         """The tail problem that a method's objective is, if it is one."""
 
     def tail_of(self, method: str) -> TailSpec:
-        """Side, mass and KL weight of a method's tail problem.
+        """Tail, mass and KL weight of a method's tail problem.
 
         Raises:
             ConfigError: if what the method maximises is no tail mean under KL.
@@ -130,7 +130,7 @@ class PlanarExperiment(Experiment):
 class TailExperiment(PlanarExperiment):
     """An experiment on a tail of a landscape's cost or reward."""
 
-    layers = ("network", "exact", "resolved")
+    solutions = ("network", "exact", "resolved")
     tables = ("axis",)
 
     reward: ZonesConfig
@@ -180,7 +180,7 @@ class TailExperiment(PlanarExperiment):
 class FunctionalExperiment(PlanarExperiment):
     """An experiment on any utility and divergence of the registry, with or without a reward."""
 
-    layers = ("network", "exact", "optimum")
+    solutions = ("network", "exact", "optimum")
     tables = ("hierarchy", "solvers")
     solved_apart = False
     reads_too: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -228,12 +228,12 @@ class FunctionalExperiment(PlanarExperiment):
 
     def _tail(self, method: str) -> TailSpec | None:
         problem = self._problem(method)
-        side, level = _TAILS.get(problem.utility.kind), problem.utility.parameters.get("level")
-        if side is None or self.reward is None or problem.divergence.kind != "kl" or problem.alpha == 0:
+        tail, mass = _TAILS.get(problem.utility.kind), problem.utility.parameters.get("mass")
+        if tail is None or self.reward is None or problem.divergence.kind != "kl" or problem.alpha == 0:
             return None
-        if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
+        if isinstance(mass, bool) or not isinstance(mass, int | float) or not 0 < mass < 1:
             return None
-        return TailSpec(side, level if side == "lower" else 1 - level, problem.alpha)
+        return TailSpec(tail, mass, problem.alpha)
 
     def problem_of(self, method: str) -> FunctionalObjective:
         """What a method maximises: the experiment's objective with the method's changes."""
@@ -244,12 +244,12 @@ class FunctionalExperiment(PlanarExperiment):
         return self._problem(method).alpha
 
 
-_TAILS: Mapping[str, Side] = {"cvar": "lower", "sq": "upper"}
+_TAILS: Mapping[str, Tail] = {"cvar": "lower", "sq": "upper"}
 
 
 _NO_TAIL = (
     "tfft raises a tail mean of a reward under a KL weight alpha > 0; give the experiment a reward, and the "
-    "method objective: {utility: {kind: cvar or sq, level: between 0 and 1}, divergence: {kind: kl}, "
+    "method objective: {utility: {kind: cvar or sq, mass: between 0 and 1}, divergence: {kind: kl}, "
     "alpha: ...}"
 )
 
@@ -262,6 +262,6 @@ def tail_experiment(experiment: Experiment) -> TailExperiment:
     """
     if not isinstance(experiment, TailExperiment):
         raise ConfigError(
-            f"experiment {experiment.name}: this needs a tail; key objective must have tail, level and alpha"
+            f"experiment {experiment.name}: this needs a tail; key objective must have tail, mass and alpha"
         )
     return experiment

@@ -1,7 +1,7 @@
 """Figures of experiments and studies, drawn from the files of their runs.
 
 All figures of rewards show the landscape's height, a cost or a reward, so the tail that matters
-is always the one to the right. Samples are pooled over seeds, and laws averaged over them.
+is always the one to the right. Samples are pooled over seeds, and distributions averaged over them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scipy.ndimage import gaussian_filter, grey_opening
 from flowtilt.domains.planar.experiment import FunctionalExperiment, TailExperiment
 from flowtilt.domains.planar.figures_functionals import hierarchy_figure, metrics_figure, solvers_figure
 from flowtilt.domains.planar.hierarchy import reached
-from flowtilt.domains.planar.measured import Laws, load_laws, load_samples, read_resolution
+from flowtilt.domains.planar.measured import Distributions, load_distributions, load_samples, read_resolution
 from flowtilt.domains.planar.solver_study import solver_runs
 from flowtilt.domains.planar.studies import (
     Point,
@@ -41,9 +41,8 @@ from flowtilt.domains.planar.studies import (
     tail_metric,
 )
 from flowtilt.metrics.tails import quantile
-from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.measurements import (
-    Entry,
     Method,
     Runs,
     collect_runs,
@@ -60,7 +59,7 @@ Height = Callable[[np.ndarray], np.ndarray]
 
 _STYLES: dict[str, Any] = {"network": "-", "exact": "--", "resolved": ":"}
 _FINE_DOTS: Any = (0, (1, 3))
-_LAYER_WORDS = {"network": "network", "exact": "exact", "resolved": "finite resolution"}
+_SOLUTION_WORDS = {"network": "network", "exact": "exact", "resolved": "finite resolution"}
 
 
 # ---------------------------------------------------------------------------- landscapes
@@ -199,33 +198,33 @@ def densities_figure(
     half: float,
     runs: Runs,
     samples: Mapping[str, np.ndarray],
-    laws: Mapping[str, Laws],
+    distributions: Mapping[str, Distributions],
 ) -> Figure:
-    """Where every method puts its mass: a column a method, a row a layer, over the faint landscape.
+    """Where every method puts its mass: a column a method, a row a solution, over the faint landscape.
 
     Args:
         height: heights (n,) at points (n, 2), or None where there is no landscape.
         half: half the side of the window.
         runs: the experiment.
         samples: points (n, 2) of each method's network, pooled over seeds.
-        laws: by layer, averaged over seeds.
+        distributions: by solution, averaged over seeds.
     """
     drawn = None if height is None else relief(height, half, cells=450)
-    layers = ["network", *laws]
-    figure = Figure(figsize=(2.5 * len(runs.methods) + 1.2, 2.55 * len(layers) + 0.5))
-    grid = figure.subplots(len(layers), len(runs.methods), sharex=True, sharey=True, squeeze=False)
+    solutions = ["network", *distributions]
+    figure = Figure(figsize=(2.5 * len(runs.methods) + 1.2, 2.55 * len(solutions) + 0.5))
+    grid = figure.subplots(len(solutions), len(runs.methods), sharex=True, sharey=True, squeeze=False)
     norm = LogNorm(1e-3, 1.0)
-    for row, layer in zip(grid, layers, strict=True):
+    for row, solution in zip(grid, solutions, strict=True):
         for axes, method in zip(row, runs.methods, strict=True):
             if drawn is not None:
                 drawn.draw(axes, _FAINT_COLOURS)
             axes.set(xlim=(-half, half), ylim=(-half, half), aspect="equal")
-            density = _density(method, layer, half, samples, laws)
+            density = _density(method, solution, half, samples, distributions)
             if density is not None:
                 _overlay(axes, *density, norm)
             else:
                 axes.text(0, 0, "not solved", ha="center", va="center", color="#6b6b6b")
-        row[0].set_ylabel(f"{_LAW_WORDS[layer]}\ny")
+        row[0].set_ylabel(f"{_DISTRIBUTION_WORDS[solution]}\ny")
     for axes, method in zip(grid[0], runs.methods, strict=True):
         axes.set_title(method.name)
     for axes in grid[-1]:
@@ -235,16 +234,20 @@ def densities_figure(
         mappable, ax=grid, label="density, as a share of the panel's largest", shrink=0.6, pad=0.01
     )
     n = len(runs.seeds)
-    what = f"samples of {n} seeds pooled, laws averaged" if n > 1 else "samples and laws of one seed"
+    what = (
+        f"samples of {n} seeds pooled, distributions averaged"
+        if n > 1
+        else "samples and distributions of one seed"
+    )
     grey = f"; in grey, the {runs.unit}" if drawn is not None else ""
     figure.suptitle(f"{runs.title or runs.name}: {what}{grey}")
     return figure
 
 
-_LAW_WORDS = {
+_DISTRIBUTION_WORDS = {
     "network": "network samples",
-    "exact": "exact law",
-    "resolved": "law at finite resolution",
+    "exact": "exact distribution",
+    "resolved": "distribution at finite resolution",
     "optimum": "optimum",
 }
 
@@ -256,22 +259,24 @@ _DENSITY_COLOURS = LinearSegmentedColormap.from_list(
 
 def _density(
     method: Method,
-    layer: str,
+    solution: str,
     half: float,
     samples: Mapping[str, np.ndarray],
-    laws: Mapping[str, Laws],
+    distributions: Mapping[str, Distributions],
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Cell edges along either side, and cell probabilities; None if the row was not solved."""
-    if layer == "network":
+    if solution == "network":
         edges = np.linspace(-half, half, 81)
         points = samples[method.name]
         return edges, np.histogram2d(points[:, 0], points[:, 1], bins=[edges, edges])[0]
-    law = laws[layer]
-    row = row_name(method.name, layer)
-    if row not in law.cells:
+    distribution = distributions[solution]
+    row = row_name(method.name, solution)
+    if row not in distribution.cells:
         return None
-    spacing = law.axis[1] - law.axis[0]
-    return np.append(law.axis - spacing / 2, law.axis[-1] + spacing / 2), law.cells[row]
+    spacing = distribution.axis[1] - distribution.axis[0]
+    return np.append(
+        distribution.axis - spacing / 2, distribution.axis[-1] + spacing / 2
+    ), distribution.cells[row]
 
 
 def _overlay(axes: Axes, edges: np.ndarray, cells: np.ndarray, norm: Normalize) -> None:
@@ -293,7 +298,7 @@ def _overlay(axes: Axes, edges: np.ndarray, cells: np.ndarray, norm: Normalize) 
 def histograms_figure(
     runs: Runs,
     rewards: Mapping[str, np.ndarray],
-    laws: Mapping[str, Laws],
+    distributions: Mapping[str, Distributions],
     tails: Mapping[str, float],
     reported: Mapping[str, Mapping[str, float]],
 ) -> Figure:
@@ -302,17 +307,17 @@ def histograms_figure(
     Args:
         runs: the experiment.
         rewards: of each method's network samples, (n,).
-        laws: by layer, for the lines of the exact rows.
+        distributions: by solution, for the lines of the exact rows.
         tails: tail metric of every row, by row name.
         reported: tail metric by source and method.
     """
     figure = Figure(figsize=(7.2, 1.75 * len(runs.methods) + 1.0))
     panels = figure.subplots(len(runs.methods), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    edges = runs.sign * next(iter(laws.values())).edges
+    edges = runs.sign * next(iter(distributions.values())).edges
     edges = _thinned(edges, most=60)
     smallest = 0.3 / max(len(values) for values in rewards.values())
     for axes, method in zip(panels, runs.methods, strict=True):
-        _histogram_panel(axes, runs, method, rewards[method.name], laws, edges)
+        _histogram_panel(axes, runs, method, rewards[method.name], distributions, edges)
         _mark_tail(axes, runs, method, rewards[method.name], tails, reported)
         axes.set_yscale("log")
         axes.set(ylim=(smallest, 10.0), ylabel="share of\nsamples")
@@ -322,7 +327,9 @@ def histograms_figure(
     panels[-1].set_xlabel(runs.unit)
     panels[-1].set_xlim(edges.min(), edges.max() + 0.03 * np.ptp(edges))
     figure.suptitle(f"{runs.title or runs.name}: {runs.unit} of the samples")
-    figure.legend(handles=_histogram_legend(runs, laws, bool(reported)), loc="outside lower center", ncols=4)
+    figure.legend(
+        handles=_histogram_legend(runs, distributions, bool(reported)), loc="outside lower center", ncols=4
+    )
     return figure
 
 
@@ -334,18 +341,23 @@ def _thinned(edges: np.ndarray, most: int) -> np.ndarray:
 
 
 def _histogram_panel(
-    axes: Axes, runs: Runs, method: Method, rewards: np.ndarray, laws: Mapping[str, Laws], edges: np.ndarray
+    axes: Axes,
+    runs: Runs,
+    method: Method,
+    rewards: np.ndarray,
+    distributions: Mapping[str, Distributions],
+    edges: np.ndarray,
 ) -> None:
     rising = np.sort(edges)
     heights = np.clip(runs.sign * rewards, rising[0], rising[-1])
     shares = np.histogram(heights, rising)[0] / len(heights)
     axes.stairs(shares, rising, fill=True, color=COLOURS[method.kind], alpha=0.45)
-    for layer, law in laws.items():
-        row = row_name(method.name, layer)
-        if row in law.rewards:
-            centres = runs.sign * 0.5 * (law.edges[1:] + law.edges[:-1])
-            solved = np.histogram(centres, rising, weights=law.rewards[row])[0]
-            axes.stairs(solved, rising, color="black", linestyle=_STYLES[layer], linewidth=1.3)
+    for solution, distribution in distributions.items():
+        row = row_name(method.name, solution)
+        if row in distribution.rewards:
+            centres = runs.sign * 0.5 * (distribution.edges[1:] + distribution.edges[:-1])
+            solved = np.histogram(centres, rising, weights=distribution.rewards[row])[0]
+            axes.stairs(solved, rising, color="black", linestyle=_STYLES[solution], linewidth=1.3)
 
 
 def _mark_tail(
@@ -359,12 +371,12 @@ def _mark_tail(
     """Shade the tail of the network's samples, draw tail means, and point at reported ones."""
     begins = quantile(runs.sign * rewards, 1 - runs.mass)
     axes.axvspan(begins, float(axes.get_xlim()[1]) + 1e6, color=SHADE, alpha=0.25, linewidth=0)
-    for layer, style in _STYLES.items():
-        value = tails.get(row_name(method.name, layer), math.nan)
+    for solution, style in _STYLES.items():
+        value = tails.get(row_name(method.name, solution), math.nan)
         if math.isfinite(value):
-            colour = COLOURS[method.kind] if layer == "network" else "black"
+            colour = COLOURS[method.kind] if solution == "network" else "black"
             axes.axvline(
-                value, ymax=0.82, color=colour, linestyle=style, linewidth=2 if layer == "network" else 1
+                value, ymax=0.82, color=colour, linestyle=style, linewidth=2 if solution == "network" else 1
             )
     said = [f"network {pretty(tails.get(method.name, math.nan))}"]
     for source, values in reported.items():
@@ -378,9 +390,11 @@ def _mark_tail(
     axes.set_title(text, loc="right", fontsize=9)
 
 
-def _histogram_legend(runs: Runs, laws: Mapping[str, Laws], reported: bool) -> list[Any]:
+def _histogram_legend(runs: Runs, distributions: Mapping[str, Distributions], reported: bool) -> list[Any]:
     handles: list[Any] = [Patch(color="#6b6b6b", alpha=0.45, label="network")]
-    handles += [Line2D([], [], color="black", linestyle=_STYLES[k], label=_LAYER_WORDS[k]) for k in laws]
+    handles += [
+        Line2D([], [], color="black", linestyle=_STYLES[k], label=_SOLUTION_WORDS[k]) for k in distributions
+    ]
     side = "worst" if runs.unit == "cost" else "top"
     label = f"network's {side} {100 * runs.mass:g} %"
     handles.append(Patch(color=SHADE, alpha=0.4, label=label))
@@ -396,13 +410,7 @@ def _histogram_legend(runs: Runs, laws: Mapping[str, Laws], reported: bool) -> l
 
 
 def study_figure(study: StudyRuns, points: list[Point], resolution: float | None = None) -> Figure:
-    """Tail and objective against the study's axis: a column a parent experiment.
-
-    Args:
-        study: the study.
-        points: its rows; see :func:`flowtilt.domains.planar.studies.study_points`.
-        resolution: width that the network is measured to resolve, marked if the axis is a length.
-    """
+    """Tail and objective against the study's axis: a column a parent experiment."""
     groups = parents(points)
     figure = Figure(figsize=(4.6 * len(groups) + 0.4, 6.8))
     grid = figure.subplots(2, len(groups), sharex="col", squeeze=False)
@@ -424,12 +432,12 @@ def study_figure(study: StudyRuns, points: list[Point], resolution: float | None
 
 def _study_panel(axes: Axes, points: list[Point], of: str, metric: str) -> None:
     for series in series_names(points, of):
-        for layer, style in _STYLES.items():
-            if found := curve(points, of, series, layer, metric):
+        for solution, style in _STYLES.items():
+            if found := curve(points, of, series, solution, metric):
                 colour = COLOURS[found[0].kind]
                 x = [p.axis or 0.0 for p in found]
                 y = [p.value for p in found]
-                if layer == "network":
+                if solution == "network":
                     bars = [0.0 if math.isnan(p.sd) else p.sd for p in found]
                     axes.errorbar(x, y, bars, color=colour, linestyle=style, marker="o", capsize=3, zorder=3)
                 else:
@@ -437,8 +445,8 @@ def _study_panel(axes: Axes, points: list[Point], of: str, metric: str) -> None:
     for p in references(points, of, metric):
         if p.kind == "pretrained":  # too far off: it would flatten the curves
             continue
-        axes.axhline(p.value, color=COLOURS[p.kind], linestyle=_STYLES[p.layer], linewidth=1.2, zorder=1)
-        if p.layer == "network" and not math.isnan(p.sd):
+        axes.axhline(p.value, color=COLOURS[p.kind], linestyle=_STYLES[p.solution], linewidth=1.2, zorder=1)
+        if p.solution == "network" and not math.isnan(p.sd):
             axes.axhspan(p.value - p.sd, p.value + p.sd, color=COLOURS[p.kind], alpha=0.12, linewidth=0)
 
 
@@ -479,11 +487,11 @@ def _study_legend(study: StudyRuns, points: list[Point], resolution: float | Non
     for kind in dict.fromkeys(drawn):
         marker = "o" if kind in varying else ""
         handles.append(Line2D([], [], color=COLOURS[kind], marker=marker, label=kind))
-    layers = {p.layer for p in points}
+    solutions = {p.solution for p in points}
     handles += [
-        Line2D([], [], color="#6b6b6b", linestyle=style, label=_LAYER_WORDS[layer])
-        for layer, style in _STYLES.items()
-        if layer in layers
+        Line2D([], [], color="#6b6b6b", linestyle=style, label=_SOLUTION_WORDS[solution])
+        for solution, style in _STYLES.items()
+        if solution in solutions
     ]
     if study.tolerance is not None:
         label = f"network within {100 * study.tolerance:g} % of exact"
@@ -523,69 +531,46 @@ def slope_of(experiment: FunctionalExperiment) -> Height | None:
 def draw_experiment(
     results: str | Path, runs: Runs, height: Height, reported: pd.DataFrame, prefix: str | Path
 ) -> None:
-    """Draw ``{prefix}_landscape.png``, ``{prefix}_densities.png`` and ``{prefix}_histograms.png``.
-
-    Args:
-        results: root of the results.
-        runs: the experiment.
-        height: heights (n,) at points (n, 2).
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-        prefix: of the files to write.
-    """
+    """Draw ``{prefix}_landscape.png``, ``{prefix}_densities.png`` and ``{prefix}_histograms.png``."""
     samples = {m.name: load_samples(results, runs, m.name) for m in runs.methods}
     points = {name: x for name, (x, _) in samples.items()}
-    laws = {layer: load_laws(results, runs, layer) for layer in ("exact", "resolved")}
-    half = min(window(list(points.values())), float(laws["exact"].axis[-1]))
-    tails = _tail_means(entries(summarise(collect_runs(results, [runs]))), runs)
+    distributions = {
+        solution: load_distributions(results, runs, solution) for solution in ("exact", "resolved")
+    }
+    half = min(window(list(points.values())), float(distributions["exact"].axis[-1]))
+    summary = entries(summarise(collect_runs(results, [runs])))
+    tails = {entry.row: entry.value for entry in summary if entry.metric == runs.tail_metric}
     title = runs.title or runs.name
     first = next((points[m.name] for m in runs.methods if m.kind == "pretrained"), None)
     save_figure(landscape_figure(height, half, runs.unit, title, first), f"{prefix}_landscape.png")
-    save_figure(densities_figure(height, half, runs, points, laws), f"{prefix}_densities.png", 125)
+    save_figure(densities_figure(height, half, runs, points, distributions), f"{prefix}_densities.png", 125)
     rewards = {name: values for name, (_, values) in samples.items()}
-    figure = histograms_figure(runs, rewards, laws, tails, reported_tails(reported, runs))
+    figure = histograms_figure(runs, rewards, distributions, tails, reported_tails(reported, runs))
     save_figure(figure, f"{prefix}_histograms.png")
 
 
-def _tail_means(summary: Sequence[Entry], runs: Runs) -> dict[str, float]:
-    return {entry.row: entry.value for entry in summary if entry.metric == runs.tail_metric}
-
-
-def draw_functional(
-    results: str | Path, runs: Runs, height: Height | None, reported: pd.DataFrame, prefix: str | Path
-) -> None:
-    """Draw ``{prefix}_densities.png`` and ``{prefix}_metrics.png`` of an experiment on functionals.
-
-    Args:
-        results: root of the results.
-        runs: the experiment.
-        height: rewards (n,) at points (n, 2), or None.
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-        prefix: of the files to write.
-    """
+def draw_functional(shown: Shown, prefix: str) -> None:
+    """Draw ``{prefix}_densities.png`` and ``{prefix}_metrics.png`` of an experiment on functionals."""
+    results, runs, height = shown.results, runs_of(shown.experiments[0]), slope_of(shown.experiments[0])
     points = {m.name: load_samples(results, runs, m.name)[0] for m in runs.methods}
-    laws = {layer: load_laws(results, runs, layer) for layer in runs.layers[1:]}
-    half = min(window(list(points.values())), float(laws["exact"].axis[-1]))
+    distributions = {solution: load_distributions(results, runs, solution) for solution in runs.solutions[1:]}
+    half = min(window(list(points.values())), float(distributions["exact"].axis[-1]))
     long = with_gaps(collect_runs(results, [runs]))
-    save_figure(densities_figure(height, half, runs, points, laws), f"{prefix}_densities.png", 125)
-    save_figure(metrics_figure(runs, long, reported), f"{prefix}_metrics.png")
+    save_figure(densities_figure(height, half, runs, points, distributions), f"{prefix}_densities.png", 125)
+    save_figure(metrics_figure(runs, long, shown.reported), f"{prefix}_metrics.png")
 
 
-def draw_hierarchy(
-    results: str | Path, title: str, experiments: Sequence[Experiment], prefix: str | Path
-) -> None:
+def draw_hierarchy(shown: Shown, prefix: str) -> None:
     """Draw ``{prefix}.png``: how much of the gap each functional's network closes."""
-    long = collect_runs(results, [runs_of(e) for e in experiments])
     # Functionals without a case have nothing to draw.
-    found = [line for line in reached(long, experiments) if line.seeds]
-    save_figure(hierarchy_figure(found, title), f"{prefix}.png")
+    found = [line for line in reached(shown.collected, shown.experiments) if line.seeds]
+    save_figure(hierarchy_figure(found, shown.title), f"{prefix}.png")
 
 
-def draw_solvers(
-    results: str | Path, title: str, experiments: Sequence[Experiment], prefix: str | Path
-) -> None:
+def draw_solvers(shown: Shown, prefix: str) -> None:
     """Draw ``{prefix}.png``: each solver's gap to the optimum against what it cost."""
-    runs = solver_runs(results, collect_runs(results, [runs_of(e) for e in experiments]), experiments)
-    save_figure(solvers_figure(runs, title), f"{prefix}.png")
+    runs = solver_runs(shown.results, shown.collected, shown.experiments)
+    save_figure(solvers_figure(runs, shown.title), f"{prefix}.png")
 
 
 def draw_study(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:

@@ -33,13 +33,7 @@ def _shown_metrics(long: pd.DataFrame) -> list[str]:
 
 
 def metrics_figure(runs: Runs, long: pd.DataFrame, reported: pd.DataFrame) -> Figure:
-    """Each metric in a panel of its own, with every seed's network, the solved rows and what is reported.
-
-    Args:
-        runs: the experiment.
-        long: its metrics, with gaps; see :func:`flowtilt.pipeline.report.measurements.with_gaps`.
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
-    """
+    """Each metric in a panel of its own, with every seed's network, the solved rows and what is reported."""
     metrics = _shown_metrics(long)
     columns = 3
     rows = -(-len(metrics) // columns)
@@ -64,8 +58,8 @@ def _metric_panel(axes: Axes, runs: Runs, values: pd.DataFrame, reported: pd.Dat
         own = values[values["method"] == method.name]["value"].to_numpy()
         spread = np.linspace(-0.12, 0.12, len(own)) if len(own) > 1 else np.zeros(len(own))
         axes.plot(place + spread, own, "o", color=_NETWORK, markersize=4, alpha=0.8)
-        for layer, colour, marker in (("exact", _EXACT, "x"), ("optimum", _OPTIMUM, "_")):
-            solved = values[values["method"] == row_name(method.name, layer)]["value"]
+        for solution, colour, marker in (("exact", _EXACT, "x"), ("optimum", _OPTIMUM, "_")):
+            solved = values[values["method"] == row_name(method.name, solution)]["value"]
             if len(solved):
                 axes.plot([place], [solved.mean()], marker, color=colour, markersize=10, markeredgewidth=1.6)
         said = reported[reported["method"] == method.name]["value"]
@@ -87,12 +81,7 @@ def _legend() -> list[Line2D]:
 
 
 def hierarchy_figure(found: Sequence[Reached], title: str) -> Figure:
-    """How much of the way from the pretrained law to the optimum each functional's network goes.
-
-    Args:
-        found: one line a functional.
-        title: of the figure.
-    """
+    """How much of the way from the pretrained distribution to the optimum each functional's network goes."""
     figure = Figure(figsize=(8.0, 0.42 * len(found) + 1.9))
     axes = figure.subplots()
     for place, line in enumerate(found):

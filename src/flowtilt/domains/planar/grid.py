@@ -1,6 +1,6 @@
-"""Laws on a fine grid of the plane, and the papers' methods solved exactly on them.
+"""Distributions on a fine grid of the plane, and the papers' methods solved exactly on them.
 
-A law is an array of cell probabilities; a tilt is an array of exponents. Nothing is sampled.
+A distribution is an array of cell probabilities; a tilt is an array of exponents. Nothing is sampled.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flowtilt.functionals.base import FiniteLaw
+from flowtilt.functionals.base import FiniteDistribution
 from flowtilt.metrics.tails import quantile
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import threshold
-from flowtilt.words import Side, tail_side
+from flowtilt.words import Tail, read_tail
 
 Blur = Callable[[np.ndarray], np.ndarray]
 
@@ -68,22 +68,22 @@ def normalise(log_density: np.ndarray) -> np.ndarray:
     return log_density - log_sum_exp(log_density)
 
 
-def finite_law(grid: Grid, log_density: np.ndarray) -> FiniteLaw:
-    """The law on a grid's cells of a log-density there, which is its own reference.
+def finite_distribution(grid: Grid, log_density: np.ndarray) -> FiniteDistribution:
+    """The distribution on a grid's cells of a log-density there, which is its own reference.
 
     Args:
         grid: the grid.
         log_density: in nats at the cell centres, up to a constant, (cells, cells); or of every mode,
-            (modes, cells, cells). The law is then one of pairs of a cell and a mode, mode by mode, with
-            modes equally likely.
+            (modes, cells, cells). The distribution is then one of pairs of a cell and a mode, mode by mode,
+            with modes equally likely.
     """
     if log_density.ndim == 2:
         log_p = normalise(log_density).ravel()
-        return FiniteLaw(grid.flat_points, log_p, log_p)
+        return FiniteDistribution(grid.flat_points, log_p, log_p)
     count = len(log_density)
     log_p = np.concatenate([normalise(own).ravel() for own in log_density]) - np.log(count)
     modes = np.repeat(np.arange(count), grid.cells**2)
-    return FiniteLaw(grid.flat_points.repeat(count, 1), log_p, log_p, modes)
+    return FiniteDistribution(grid.flat_points.repeat(count, 1), log_p, log_p, modes)
 
 
 def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
@@ -109,25 +109,25 @@ def gaussian_blur(width: float, grid: Grid) -> Blur:
 def expected_reward_tilt(
     log_p: np.ndarray, rewards: np.ndarray, kl_weight: float, blur: Blur = no_blur
 ) -> np.ndarray:
-    """The law that Adjoint Matching aims at: ``p exp(r / kl_weight)``; log cell probabilities."""
+    """The distribution that Adjoint Matching aims at: ``p exp(r / kl_weight)``; log cell probabilities."""
     return normalise(log_p + blur(rewards / kl_weight))
 
 
-def hinge(rewards: np.ndarray, at: float, mass: float, side: Side) -> np.ndarray:
-    """``(r - at)_+ / mass`` on the upper side, ``-(at - r)_+ / mass`` on the lower."""
+def hinge(rewards: np.ndarray, at: float, mass: float, tail: Tail) -> np.ndarray:
+    """``(r - at)_+ / mass`` for the upper tail, ``-(at - r)_+ / mass`` for the lower."""
     excess = rewards - at
-    return (np.maximum(excess, 0.0) if tail_side(side) == "upper" else np.minimum(excess, 0.0)) / mass
+    return (np.maximum(excess, 0.0) if read_tail(tail) == "upper" else np.minimum(excess, 0.0)) / mass
 
 
 def tail_tilt(
-    log_p: np.ndarray, rewards: np.ndarray, alpha: float, mass: float, side: Side, blur: Blur = no_blur
+    log_p: np.ndarray, rewards: np.ndarray, alpha: float, mass: float, tail: Tail, blur: Blur = no_blur
 ) -> tuple[np.ndarray, float]:
-    """TFFT on the grid: the exact dual threshold, and the law tilted by its hinge.
+    """TFFT on the grid: the exact dual threshold, and the distribution tilted by its hinge.
 
     Without blur this is the maximiser of ``tail mean - alpha KL`` (the tail problem's optimum).
     """
-    at = threshold(rewards.ravel(), alpha, mass, side, weights=np.exp(log_p).ravel())
-    return hinge_tilt(log_p, rewards, at, alpha, mass, side, blur), at
+    at = threshold(rewards.ravel(), alpha, mass, tail, weights=np.exp(log_p).ravel())
+    return hinge_tilt(log_p, rewards, at, alpha, mass, tail, blur), at
 
 
 def hinge_tilt(
@@ -136,11 +136,11 @@ def hinge_tilt(
     at: float,
     alpha: float,
     mass: float,
-    side: Side,
+    tail: Tail,
     blur: Blur = no_blur,
 ) -> np.ndarray:
-    """The law tilted by the hinge at a threshold that is known; log cell probabilities."""
-    return normalise(log_p + blur(hinge(rewards, at, mass, side) / alpha))
+    """The distribution tilted by the hinge at a threshold that is known; log cell probabilities."""
+    return normalise(log_p + blur(hinge(rewards, at, mass, tail) / alpha))
 
 
 def mirror_ascent(
@@ -149,7 +149,7 @@ def mirror_ascent(
     alpha: float,
     step_weight: float,
     mass: float,
-    side: Side,
+    tail: Tail,
     iterations: int,
     blur: Blur = no_blur,
 ) -> list[np.ndarray]:
@@ -158,11 +158,11 @@ def mirror_ascent(
     Each solves ``max_q <first variation at p_{k-1}, q> - step_weight KL(q || p_{k-1})``. Only the
     hinge is blurred: it alone can be finer than a network resolves.
     """
-    level = mass if tail_side(side) == "lower" else 1 - mass
+    level = mass if read_tail(tail) == "lower" else 1 - mass
     iterates, current = [], log_p
     for _ in range(iterations):
         at = quantile(rewards, level, weights=np.exp(current))
-        tail = blur(hinge(rewards, at, mass, side) / step_weight)
-        current = normalise(current + tail - alpha / step_weight * (current - log_p))
+        raised = blur(hinge(rewards, at, mass, tail) / step_weight)
+        current = normalise(current + raised - alpha / step_weight * (current - log_p))
         iterates.append(current)
     return iterates

@@ -26,8 +26,8 @@ class Reached(NamedTuple):
     """What Flow Density Control reaches of one functional, and what a method of a single solve does.
 
     ``closed`` and its standard deviation over seeds are in percent of the gap between the pretrained
-    law and the optimum; ``sd`` is NaN for one seed. ``single`` is the kind of the case's method of one
-    solve, if it has any. Numbers are NaN where nothing was run.
+    distribution and the optimum; ``sd`` is NaN for one seed. ``single`` is the kind of the case's method of
+    one solve, if it has any. Numbers are NaN where nothing was run.
     """
 
     label: str
@@ -37,17 +37,17 @@ class Reached(NamedTuple):
     curvature: str
     needs: str
     solvers: str
-    before: float
-    after: float
-    optimum: float
-    closed: float
-    sd: float
-    closed_by_exact_steps: float
-    single: str
-    closed_by_single: float
-    single_sd: float
-    seeds: int
-    verdict: str
+    before: float = math.nan
+    after: float = math.nan
+    optimum: float = math.nan
+    closed: float = math.nan
+    sd: float = math.nan
+    closed_by_exact_steps: float = math.nan
+    single: str = ""
+    closed_by_single: float = math.nan
+    single_sd: float = math.nan
+    seeds: int = 0
+    verdict: str = "no case"
 
 
 def varied_term(problem: FunctionalObjective) -> tuple[str, str]:
@@ -72,17 +72,12 @@ def solvers_of(problem: FunctionalObjective) -> str:
 
 
 def reached(long: pd.DataFrame, cases: Sequence[Experiment]) -> list[Reached]:
-    """One line a case and fdc method, in the order of the cases; then the functionals without a case.
-
-    Args:
-        long: metrics of all cases; see :func:`flowtilt.pipeline.report.measurements.collect_runs`.
-        cases: of the study; those that are not on functionals are left out.
-    """
+    """One line a case and fdc method, in the order of the cases; then the functionals without a case."""
     # These take torch, which the other tables do without.
     from flowtilt.domains.planar.problems import build_term
     from flowtilt.functionals.curvature import curvature, example_problem
 
-    law, ingredients = example_problem()
+    distribution, ingredients = example_problem()
     values = {(e.experiment, e.row, e.metric): e for e in entries(summarise(with_gaps(long)))}
     lines = []
     for case in cases:
@@ -107,7 +102,7 @@ def reached(long: pd.DataFrame, cases: Sequence[Experiment]) -> list[Reached]:
                     varied=kind,
                     name=name,
                     tier=functional.tier,
-                    curvature=curvature(functional, law),
+                    curvature=curvature(functional, distribution),
                     needs=functional.needs,
                     solvers=solvers_of(problem),
                     before=values[case.name, f"{method}_exact", "functional_before"].value,
@@ -133,7 +128,6 @@ def _without_case(named: set[str]) -> list[Reached]:
     found: dict[tuple[str, str], list[TierRow]] = {}
     for row in tier_table():
         found.setdefault((row.kind, row.name), []).append(row)
-    blank = math.nan
     return [
         Reached(
             label=name,
@@ -143,17 +137,6 @@ def _without_case(named: set[str]) -> list[Reached]:
             curvature=" or ".join(dict.fromkeys(row.curvature for row in examples)),
             needs=examples[0].needs,
             solvers="fdc",
-            before=blank,
-            after=blank,
-            optimum=blank,
-            closed=blank,
-            sd=blank,
-            closed_by_exact_steps=blank,
-            single="",
-            closed_by_single=blank,
-            single_sd=blank,
-            seeds=0,
-            verdict="no case",
         )
         for (kind, name), examples in found.items()
         if name not in named
@@ -162,14 +145,15 @@ def _without_case(named: set[str]) -> list[Reached]:
 
 NOTE = (
     "Tier: where the paper's hierarchy puts the functional. Curvature: measured along random chords "
-    "between finite laws; a utility is easy to raise if it is concave, a divergence easy to lower if it "
-    "is convex. Solvers: which methods solve the problem by construction; am by one tilt of the reward, "
-    "tfft by one hinge, fdc by iterating. By one solve: the gap that am or tfft closes where the case has "
-    "it. G before is that of the pretrained law, the optimum the largest of any law on the grid: "
-    "certified for concave problems, the best stationary point found for others. Networks are measured by "
-    "their own density on that grid; exact steps are FDC's own, solved there. Required are "
-    f"{REQUIRED['convex']:g} % of the gap for linear and convex functionals, {REQUIRED['general']:g} % for "
-    "general ones. A functional without a case is registered and checked, but no network was run on it."
+    "between finite distributions; a utility is easy to raise if it is concave, a divergence easy to "
+    "lower if it is convex. Solvers: which methods solve the problem by construction; am by one tilt of the "
+    "reward, tfft by one hinge, fdc by iterating. By one solve: the gap that am or tfft closes where the "
+    "case has it. G before is that of the pretrained distribution, the optimum the largest of any "
+    "distribution on the grid: certified for concave problems, the best stationary point found for others. "
+    "Networks are measured by their own density on that grid; exact steps are FDC's own, solved there. "
+    f"Required are {REQUIRED['convex']:g} % of the gap for linear and convex functionals, "
+    f"{REQUIRED['general']:g} % for general ones. "
+    "A functional without a case is registered and checked, but no network was run on it."
 )
 
 

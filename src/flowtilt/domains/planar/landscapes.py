@@ -115,7 +115,7 @@ class Slope(Reward):
 
     ``height`` times a smooth step from 0 to 1. Moves along x and along y are worth the same, so that
     only a ground metric can favour one of them. Since it levels off, a mean reward less any multiple
-    of a transport distance has a maximum, which a reward of constant slope does not have: the law
+    of a transport distance has a maximum, which a reward of constant slope does not have: the distribution
     would either stay or move without bound.
 
     Attributes:

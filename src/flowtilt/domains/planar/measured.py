@@ -1,4 +1,4 @@
-"""What the figures of the plane are drawn from: laws on a grid, samples, and the networks' resolution."""
+"""What figures of the plane are drawn from: distributions on a grid, samples, the networks' resolution."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from flowtilt.pipeline.report.measurements import ResultsError, Runs, again, rea
 
 
 @dataclass(frozen=True)
-class Laws:
-    """Laws on a grid, averaged over seeds.
+class Distributions:
+    """Distributions on a grid, averaged over seeds.
 
     Attributes:
         axis: cell centres along either side, (n,).
@@ -28,8 +28,8 @@ class Laws:
     rewards: dict[str, np.ndarray]
 
 
-def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
-    """The laws of one solved layer (``exact``, ``resolved`` or ``optimum``) of an experiment.
+def load_distributions(results: str | Path, runs: Runs, solution: str) -> Distributions:
+    """The distributions of one solved solution (``exact``, ``resolved`` or ``optimum``) of an experiment.
 
     Raises:
         ResultsError: if a file is missing, malformed, or on another grid than that of the first seed.
@@ -37,7 +37,9 @@ def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
     methods = [""] if runs.solved_apart else [m.name for m in runs.methods]
     seeds = []
     for seed in runs.seeds:
-        paths = [run_folder(results, runs, method, layer, seed) / "laws.npz" for method in methods]
+        paths = [
+            run_folder(results, runs, method, solution, seed) / "distributions.npz" for method in methods
+        ]
         seeds.append((paths[0], {name: a for path in paths for name, a in read_arrays(path).items()}))
     first_path, first = seeds[0]
     for path, arrays in seeds:
@@ -47,7 +49,7 @@ def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
             np.allclose(arrays[name], first[name]) for name in _frame(runs)
         ):
             raise ResultsError(f"{path}: not on the grid of {first_path}; {again(path)}")
-    rows = [row_name(m.name, layer) for m in runs.methods if row_name(m.name, layer) in first]
+    rows = [row_name(m.name, solution) for m in runs.methods if row_name(m.name, solution) in first]
 
     def mean(name: str) -> np.ndarray:
         for path, arrays in seeds:
@@ -56,7 +58,7 @@ def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
         stacked = np.stack([arrays[name] for _, arrays in seeds])
         return np.asarray(stacked.mean(axis=0, dtype=np.float64))
 
-    return Laws(
+    return Distributions(
         axis=first["axis"],
         cells={row: mean(row) for row in rows},
         edges=first.get("reward_edges", np.zeros(0)),
@@ -65,19 +67,17 @@ def load_laws(results: str | Path, runs: Runs, layer: str) -> Laws:
 
 
 def _frame(runs: Runs) -> tuple[str, ...]:
-    """Arrays that all laws of an experiment share; functionals have no histogram of the reward."""
+    """Arrays that all distributions of an experiment share; functionals have no histogram of the reward."""
     return ("axis", "reward_edges") if runs.has_tail else ("axis",)
 
 
 def load_samples(results: str | Path, runs: Runs, method: str) -> tuple[np.ndarray, np.ndarray]:
     """A network's samples, pooled over seeds: points (n, 2) and rewards (n,), 0 where there is no reward."""
-    needed = {"x", "reward"} if runs.has_tail else {"x"}
+    needed = ("x", "reward") if runs.has_tail else ("x",)
     points, rewards = [], []
     for seed in runs.seeds:
         path = run_folder(results, runs, method, "network", seed) / "samples.npz"
-        arrays = read_arrays(path)
-        if absent := needed - arrays.keys():
-            raise ResultsError(f"{path}: no array {', '.join(sorted(absent))}; {again(path)}")
+        arrays = read_arrays(path, *needed)
         points.append(arrays["x"])
         rewards.append(arrays.get("reward", np.zeros(len(arrays["x"]))))
     return np.concatenate(points), np.concatenate(rewards)

@@ -1,4 +1,4 @@
-"""The largest value of a functional over laws on a grid, and the steps of Flow Density Control there."""
+"""The largest value of a functional over distributions on a grid, and Flow Density Control's steps there."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flowtilt.domains.planar.grid import log_sum_exp, tail_tilt
-from flowtilt.functionals.base import FiniteLaw, Functional, Objective
+from flowtilt.functionals.base import FiniteDistribution, Functional, Objective
 from flowtilt.functionals.divergences import KL, Wasserstein1
 from flowtilt.functionals.utilities import SQ, CVaR, ExpectedReward
 from flowtilt.metrics.transport import ground_distances
-from flowtilt.words import Side
+from flowtilt.words import Tail
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Optimum:
         log_p: log probabilities, (n,).
         value: of the functional there.
         slack: ``max_x G'(x) - E_p G'``, how much more a concave functional could be worth anywhere; the
-            mean over modes of these for a law of points and modes.
+            mean over modes of these for a distribution of points and modes.
         steps: how many were taken.
     """
 
@@ -33,38 +33,42 @@ class Optimum:
     steps: int
 
 
-def tilt(law: FiniteLaw, exponents: np.ndarray) -> tuple[FiniteLaw, float]:
-    """The law proportional to ``p exp(exponents)``, and the logarithm of its normaliser.
+def tilt(distribution: FiniteDistribution, exponents: np.ndarray) -> tuple[FiniteDistribution, float]:
+    """The distribution proportional to ``p exp(exponents)``, and the logarithm of its normaliser.
 
-    A law of pairs of a point and a mode is tilted in each mode by itself, since no model can change how
-    likely a mode is: the second is then the mean over modes of the logarithms of their normalisers.
+    A distribution of pairs of a point and a mode is tilted in each mode by itself, since no model can change
+    how likely a mode is: the second is then the mean over modes of the logarithms of their normalisers.
     """
-    tilted = law.log_p + exponents
-    if law.modes is None:
+    tilted = distribution.log_p + exponents
+    if distribution.modes is None:
         normaliser = log_sum_exp(tilted)
-        return replace(law, log_p=tilted - normaliser), normaliser
-    kept = np.bincount(law.modes, law.p)
-    normalisers = np.array([log_sum_exp(tilted[law.modes == k]) for k in range(len(kept))]) - np.log(kept)
-    return replace(law, log_p=tilted - normalisers[law.modes]), float(kept @ normalisers)
+        return replace(distribution, log_p=tilted - normaliser), normaliser
+    kept = np.bincount(distribution.modes, distribution.p)
+    normalisers = np.array([log_sum_exp(tilted[distribution.modes == k]) for k in range(len(kept))]) - np.log(
+        kept
+    )
+    return replace(distribution, log_p=tilted - normalisers[distribution.modes]), float(kept @ normalisers)
 
 
-def mirror_step(objective: Functional, law: FiniteLaw, weight: float) -> FiniteLaw:
+def mirror_step(objective: Functional, distribution: FiniteDistribution, weight: float) -> FiniteDistribution:
     """One exact step of Flow Density Control: the :func:`tilt` of ``p`` by ``G' / weight``."""
-    return tilt(law, objective.finite_variation(law) / weight)[0]
+    return tilt(distribution, objective.finite_variation(distribution) / weight)[0]
 
 
-def mirror_iterates(objective: Functional, law: FiniteLaw, weight: float, count: int) -> list[FiniteLaw]:
-    """The laws after each of ``count`` steps from ``law``."""
+def mirror_iterates(
+    objective: Functional, distribution: FiniteDistribution, weight: float, count: int
+) -> list[FiniteDistribution]:
+    """The distributions after each of ``count`` steps from ``distribution``."""
     iterates = []
     for _ in range(count):
-        law = mirror_step(objective, law, weight)
-        iterates.append(law)
+        distribution = mirror_step(objective, distribution, weight)
+        iterates.append(distribution)
     return iterates
 
 
 def maximise(
     objective: Functional,
-    starts: Sequence[FiniteLaw],
+    starts: Sequence[FiniteDistribution],
     tolerance: float = 1e-6,
     steps: int = 500,
 ) -> Optimum:
@@ -77,7 +81,7 @@ def maximise(
 
     Args:
         objective: the functional to raise.
-        starts: laws on the same points; all but the first are left out where they are not feasible.
+        starts: distributions on the same points; all but the first are left out where they are not feasible.
         tolerance: the ascent ends when the slack is this share of what was gained since the start.
         steps: most steps of each ascent.
     """
@@ -86,46 +90,50 @@ def maximise(
     return max((_ascend(objective, start, tolerance, steps) for start in feasible), key=lambda o: o.value)
 
 
-def _is_feasible(objective: Functional, law: FiniteLaw) -> bool:
+def _is_feasible(objective: Functional, distribution: FiniteDistribution) -> bool:
     try:
-        objective.finite_value(law)
+        objective.finite_value(distribution)
     except ValueError:  # as functionals raise outside of their domain
         return False
     return True
 
 
-def _ascend(objective: Functional, law: FiniteLaw, tolerance: float, steps: int) -> Optimum:
-    first = value = objective.finite_value(law)
-    variation = objective.finite_variation(law)
-    weight = max(float(np.sqrt(law.p @ (variation - law.p @ variation) ** 2)), 1e-12)
+def _ascend(objective: Functional, distribution: FiniteDistribution, tolerance: float, steps: int) -> Optimum:
+    first = value = objective.finite_value(distribution)
+    variation = objective.finite_variation(distribution)
+    weight = max(float(np.sqrt(distribution.p @ (variation - distribution.p @ variation) ** 2)), 1e-12)
     taken = 0
     while taken < steps:
-        if _slack(variation, law) <= tolerance * max(value - first, 1e-12):
+        if _slack(variation, distribution) <= tolerance * max(value - first, 1e-12):
             break
-        found = _line_search(objective, law, value, variation, weight / 2)
+        found = _line_search(objective, distribution, value, variation, weight / 2)
         if found is None:
             break  # no step of any size gains more than rounding
-        law, value, weight = found
+        distribution, value, weight = found
         taken += 1
-        variation = objective.finite_variation(law)
-    return Optimum(law.log_p, value, _slack(variation, law), taken)
+        variation = objective.finite_variation(distribution)
+    return Optimum(distribution.log_p, value, _slack(variation, distribution), taken)
 
 
-def _slack(variation: np.ndarray, law: FiniteLaw) -> float:
-    if law.modes is None:
-        return float(variation.max() - law.p @ variation)
-    kept = np.bincount(law.modes, law.p)
-    highest = np.array([variation[law.modes == k].max() for k in range(len(kept))])
-    return float(kept @ highest - law.p @ variation)
+def _slack(variation: np.ndarray, distribution: FiniteDistribution) -> float:
+    if distribution.modes is None:
+        return float(variation.max() - distribution.p @ variation)
+    kept = np.bincount(distribution.modes, distribution.p)
+    highest = np.array([variation[distribution.modes == k].max() for k in range(len(kept))])
+    return float(kept @ highest - distribution.p @ variation)
 
 
 def _line_search(
-    objective: Functional, law: FiniteLaw, value: float, variation: np.ndarray, weight: float
-) -> tuple[FiniteLaw, float, float] | None:
-    """The step of the smallest weight that keeps its promise; the law, its value and the weight."""
-    mean = float(law.p @ variation)
+    objective: Functional,
+    distribution: FiniteDistribution,
+    value: float,
+    variation: np.ndarray,
+    weight: float,
+) -> tuple[FiniteDistribution, float, float] | None:
+    """The step of the smallest weight that keeps its promise; the distribution, its value and the weight."""
+    mean = float(distribution.p @ variation)
     for _ in range(60):
-        candidate, normaliser = tilt(law, (variation - mean) / weight)
+        candidate, normaliser = tilt(distribution, (variation - mean) / weight)
         # <G', q - p> - weight KL(q || p) = weight log E_p exp((G' - E_p G') / weight)
         promised = weight * normaliser
         try:
@@ -138,11 +146,11 @@ def _line_search(
     return None
 
 
-def transport_optimum(objective: Objective, law: FiniteLaw) -> Optimum:
+def transport_optimum(objective: Objective, distribution: FiniteDistribution) -> Optimum:
     """The maximiser of an expected reward less a multiple of W1 from the reference, exactly.
 
-    Any coupling of the reference with some law is allowed, so that each point's mass moves on its own
-    to where ``r(y) - alpha d(x, y)`` is largest.
+    Any coupling of the reference with some distribution is allowed, so that each point's mass moves on its
+    own to where ``r(y) - alpha d(x, y)`` is largest.
 
     Raises:
         TypeError: for another utility or divergence.
@@ -150,32 +158,31 @@ def transport_optimum(objective: Objective, law: FiniteLaw) -> Optimum:
     reward, distance = objective.utility, objective.divergence
     if not (isinstance(reward, ExpectedReward) and isinstance(distance, Wasserstein1)):
         raise TypeError("the transport optimum is known for an expected reward under W1 only")
-    rewards = reward.finite_variation(law)
-    points = law.points.numpy(force=True)
+    rewards = reward.finite_variation(distribution)
+    points = distribution.points.numpy(force=True)
     worth = rewards - objective.alpha * ground_distances(points, points, distance.weights)
     best = worth.argmax(axis=1)
-    p = np.bincount(best, law.reference, minlength=len(best))
-    value = float(law.reference @ worth.max(axis=1))
-    return Optimum(law.with_p(p).log_p, value, 0.0, 0)
+    p = np.bincount(best, distribution.reference, minlength=len(best))
+    value = float(distribution.reference @ worth.max(axis=1))
+    return Optimum(distribution.with_p(p).log_p, value, 0.0, 0)
 
 
-def tail_optimum(objective: Objective, law: FiniteLaw) -> Optimum:
+def tail_optimum(objective: Objective, distribution: FiniteDistribution) -> Optimum:
     """The maximiser of a tail mean under KL, by its exact dual threshold (see :mod:`flowtilt.thresholds`).
 
     Raises:
         TypeError: for another utility or divergence.
     """
-    tail = objective.utility
-    if not (isinstance(tail, CVaR | SQ) and isinstance(objective.divergence, KL)):
+    utility = objective.utility
+    if not (isinstance(utility, CVaR | SQ) and isinstance(objective.divergence, KL)):
         raise TypeError("the dual optimum is known for a tail mean under KL only")
-    side: Side = "lower" if isinstance(tail, CVaR) else "upper"
-    mass = tail.level if isinstance(tail, CVaR) else 1 - tail.level
-    rewards = tail.reward(law.points).double().numpy(force=True)
-    log_p = tail_tilt(law.log_reference, rewards, objective.alpha, mass, side)[0]
-    return Optimum(log_p, objective.finite_value(replace(law, log_p=log_p)), 0.0, 0)
+    tail: Tail = "lower" if isinstance(utility, CVaR) else "upper"
+    rewards = utility.reward(distribution.points).double().numpy(force=True)
+    log_p = tail_tilt(distribution.log_reference, rewards, objective.alpha, utility.mass, tail)[0]
+    return Optimum(log_p, objective.finite_value(replace(distribution, log_p=log_p)), 0.0, 0)
 
 
-def optimum_of(objective: Objective, starts: Sequence[FiniteLaw]) -> Optimum:
+def optimum_of(objective: Objective, starts: Sequence[FiniteDistribution]) -> Optimum:
     """The maximiser, in closed form where there is one."""
     utility, divergence = objective.utility, objective.divergence
     if isinstance(utility, ExpectedReward) and isinstance(divergence, Wasserstein1):

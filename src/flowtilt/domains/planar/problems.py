@@ -6,7 +6,7 @@ from typing import Literal
 
 from flowtilt.domains.planar.build import build_cost, build_data, build_model, build_slope
 from flowtilt.domains.planar.experiment import FunctionalExperiment
-from flowtilt.domains.planar.grid import Grid, finite_law
+from flowtilt.domains.planar.grid import Grid, finite_distribution
 from flowtilt.domains.planar.sections import TermConfig
 from flowtilt.functionals.base import Functional, Objective
 from flowtilt.functionals.divergences import ReferenceDraw
@@ -27,8 +27,8 @@ def build_objective(experiment: FunctionalExperiment, method: str, reference: Fl
     Args:
         experiment: with the problem.
         method: name of one of its methods.
-        reference: the pretrained model. Finite laws bring their own reference law: for them an
-            untrained model will do.
+        reference: the pretrained model. Finite distributions bring their own reference distribution: for them
+            an untrained model will do.
 
     Raises:
         ConfigError: naming the key and the fix.
@@ -85,7 +85,7 @@ def _key(experiment: FunctionalExperiment, method: str, key: str) -> str:
 def check_problems(experiment: FunctionalExperiment) -> None:
     """Refuse what no job could use: unknown functionals and parameters, unmet needs, infeasible problems.
 
-    A problem is feasible if its utility has a value and a first variation at the law of the *data*,
+    A problem is feasible if its utility has a value and a first variation at the distribution of the *data*,
     on a coarse grid: the pretrained model is not there yet.
 
     Raises:
@@ -93,7 +93,7 @@ def check_problems(experiment: FunctionalExperiment) -> None:
     """
     model = build_model(experiment)
     grid = Grid(experiment.grid.extent, CHECKED_CELLS)
-    law = finite_law(grid, build_data(experiment).log_density(grid.points))
+    distribution = finite_distribution(grid, build_data(experiment).log_density(grid.points))
     for method, config in experiment.methods.items():
         solver = experiment.solver_of(method)
         takes: Literal["gradient", "value"] = "value" if solver.kind == "weighted_fitting" else "gradient"
@@ -101,8 +101,8 @@ def check_problems(experiment: FunctionalExperiment) -> None:
         try:
             if config.kind != "pretrained":
                 check_needs(objective, model, takes=takes)
-            objective.utility.finite_value(law)
-            objective.utility.finite_variation(law)
+            objective.utility.finite_value(distribution)
+            objective.utility.finite_variation(distribution)
         except Exception as error:
             key, what = _key(experiment, method, "utility"), message_of(error, ValueError)
             raise ConfigError(f"experiment {experiment.name}: key {key}: {what}") from None

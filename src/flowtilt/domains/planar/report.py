@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
 from flowtilt.domains.planar import tables
 from flowtilt.domains.planar.experiment import FunctionalExperiment, tail_experiment
 from flowtilt.domains.planar.studies import study_runs_of
-from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.report.base import Shown, Table
+from flowtilt.pipeline.report.base import as_named as reported
 from flowtilt.pipeline.report.measurements import runs_of
+
+__all__ = ["draw", "reported", "table"]
 
 
 def table(shown: Shown) -> Table:
@@ -17,9 +17,9 @@ def table(shown: Shown) -> Table:
     if shown.study is None:
         return tables.experiment_table(shown.results, runs_of(shown.experiments[0]), shown.reported)
     if shown.table == "hierarchy":
-        return tables.hierarchy_table(shown.results, shown.title, shown.experiments)
+        return tables.hierarchy_table(shown)
     if shown.table == "solvers":
-        return tables.solvers_table(shown.results, shown.title, shown.experiments)
+        return tables.solvers_table(shown)
     return tables.study_table(shown.results, study_runs_of(shown.study, shown.experiments))
 
 
@@ -27,21 +27,15 @@ def draw(shown: Shown, prefix: str) -> None:
     """Figures of an experiment, or of a study by the kind of its table."""
     from flowtilt.domains.planar import figures
 
-    results, first = shown.results, shown.experiments[0]
+    first = shown.experiments[0]
     if shown.table == "solvers":
-        figures.draw_solvers(results, shown.title, shown.experiments, prefix)
+        figures.draw_solvers(shown, prefix)
     elif shown.table == "hierarchy":
-        figures.draw_hierarchy(results, shown.title, shown.experiments, prefix)
+        figures.draw_hierarchy(shown, prefix)
     elif shown.study is not None:
-        figures.draw_study(results, study_runs_of(shown.study, shown.experiments), prefix)
+        figures.draw_study(shown.results, study_runs_of(shown.study, shown.experiments), prefix)
     elif isinstance(first, FunctionalExperiment):
-        height = figures.slope_of(first)
-        figures.draw_functional(results, runs_of(first), height, shown.reported, prefix)
+        figures.draw_functional(shown, prefix)
     else:
         height = figures.height_of(tail_experiment(first))
-        figures.draw_experiment(results, runs_of(first), height, shown.reported, prefix)
-
-
-def reported(values: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
-    """The papers name experiments in the plane as they are named here."""
-    return values
+        figures.draw_experiment(shown.results, runs_of(first), height, shown.reported, prefix)

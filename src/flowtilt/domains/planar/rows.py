@@ -1,4 +1,4 @@
-"""Metrics of a law in the plane, by one estimator for network, exact and resolved rows.
+"""Metrics of a distribution in the plane, by one estimator for network, exact and resolved rows.
 
 This module and what it imports stay clear of torch: evaluating a run takes less time than
 importing it.
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Metrics = dict[str, float | None]
 
 FLOOR = 2.0
-"""Nats that the pretrained log-density may be below that of the data's law before the latter takes its place.
+"""Nats that the pretrained log-density may be below that of the data's distribution before the latter takes
+its place.
 
 See :func:`flowtilt.domains.planar.truth.floored`.
 """
@@ -92,13 +93,14 @@ class GriddedDensity:
 def sample_divergence(
     log_density: np.ndarray, reference: GriddedDensity, points: np.ndarray, modes: np.ndarray | None = None
 ) -> Metrics:
-    """KL divergence of a law from a reference by the law's samples, and how much of it rests on a floor.
+    """KL divergence of a distribution from a reference by the distribution's samples, and how much of it
+    rests on a floor.
 
     ``floored_mass`` is the share of samples at which the reference is not the pretrained network's own
     density: there the divergence is known from below alone.
 
     Args:
-        log_density: of the law at its samples, in nats, (n,).
+        log_density: of the distribution at its samples, in nats, (n,).
         reference: see :func:`flowtilt.domains.planar.truth.reference_density`.
         points: the samples, (n, 2).
         modes: of the samples, integers (n,), if densities are given the mode.
@@ -108,7 +110,7 @@ def sample_divergence(
 
 
 def zone_masses(experiment: TailExperiment, x: np.ndarray, bumps: np.ndarray, weights: np.ndarray) -> Metrics:
-    """Where a law puts its mass: left of the plateau, right of it, and on the bumps.
+    """Where a distribution puts its mass: left of the plateau, right of it, and on the bumps.
 
     Args:
         experiment: with the landscape's edges.
@@ -127,7 +129,7 @@ def zone_masses(experiment: TailExperiment, x: np.ndarray, bumps: np.ndarray, we
 def reward_metrics(
     experiment: TailExperiment, kind: str, rewards: np.ndarray, weights: np.ndarray | None, kl: float | None
 ) -> Metrics:
-    """Metrics of a law from rewards, weights and its KL divergence; one estimator for all rows.
+    """Metrics of a distribution from rewards, weights and its KL divergence; one estimator for all rows.
 
     ``objective`` is what a method of this kind maximises (the regularised mean reward for ``am``,
     the regularised tail mean for all others), ``tail_objective`` is the latter for every row.
@@ -137,7 +139,7 @@ def reward_metrics(
         kind: of the method.
         rewards: (n,).
         weights: probabilities, (n,), or None for samples.
-        kl: from the pretrained law, in nats.
+        kl: from the pretrained distribution, in nats.
     """
     problem, sign = experiment.objective, experiment.reward.sign
     tail = tail_mean(rewards, problem.mass, problem.tail, weights)

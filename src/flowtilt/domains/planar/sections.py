@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Row, Section, ToldApart
-from flowtilt.pipeline.sections import MethodConfig
-from flowtilt.words import Side, tail_side
-
-Tail = Annotated[Side, BeforeValidator(tail_side)]
+from flowtilt.pipeline.sections import LEVEL, MethodConfig, TailKey
 
 Weights = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
@@ -167,21 +165,19 @@ class TailObjective(Section):
     divided by it too, all methods tilt a sample that counts by the same exponent a unit of reward.
     """
 
-    tail: Tail
+    renamed: ClassVar[Mapping[str, str]] = {"level": LEVEL}
+
+    tail: TailKey
     """Which tail of the reward is raised: ``lower`` or ``left``, its worst values, or ``upper`` or ``right``,
     its best."""
 
-    level: Annotated[float, Field(gt=0, lt=1)]
-    """Quantile level b: the lower tail has the probability b, the upper one 1 - b."""
+    mass: Annotated[float, Field(gt=0, lt=1)]
+    """Share of probability in the tail. The papers' quantile level b is the mass of the lower tail, and one
+    minus that of the upper."""
 
     alpha: Positive
     """KL weight of a sample's reward, in reward units a nat; the tail problems divide it by the
     probability of the tail."""
-
-    @property
-    def mass(self) -> float:
-        """Probability of the tail."""
-        return self.level if self.tail == "lower" else 1 - self.level
 
     @property
     def tail_alpha(self) -> float:
@@ -193,6 +189,8 @@ class TermConfig(Section):
     """A utility or a divergence: its name in the registry, or ``module:NAME``, and its parameters."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+
+    renamed: ClassVar[Mapping[str, str]] = {"level": LEVEL}
 
     kind: str
     """Name in the tables of functionals below, ``module:NAME`` for an entry of your own in an importable
@@ -210,7 +208,7 @@ class FunctionalObjective(Section):
     """What is raised."""
 
     divergence: TermConfig
-    """What is paid for leaving the pretrained law."""
+    """What is paid for leaving the pretrained distribution."""
 
     alpha: NotNegative
     """Weight of the divergence, in units of the utility a unit of the divergence."""
@@ -300,7 +298,7 @@ class TransportConfig(Section):
     """Ground metrics by name: the weights w of the two axes in d(x, y)^2 = sum_i w_i (x_i - y_i)^2."""
 
     samples: Count
-    """Samples of either law in the exact optimal transport."""
+    """Samples of either distribution in the exact optimal transport."""
 
 
 class EntropyConfig(Section):
@@ -311,6 +309,10 @@ class EntropyConfig(Section):
 
     bins: Count
     """Cells of the histogram along a side."""
+
+    samples: Count
+    """Samples in the histogram, of those that a run is measured by: with fewer than cells, its entropy hangs
+    on their number."""
 
 
 class FunctionalEvaluationConfig(EvaluationConfig):

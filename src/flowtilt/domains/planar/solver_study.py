@@ -17,6 +17,7 @@ import pandas as pd
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.report.measurements import (
     by_row,
+    mean_sd,
     read_history,
     row_name,
     run_folder,
@@ -39,7 +40,7 @@ class SolverRun(NamedTuple):
         updates: optimiser steps of each.
         seed: of the run.
         gap: how far G is below the optimum, in percent of the optimum's size.
-        closed: share of the way from the pretrained law to the optimum, in percent.
+        closed: share of the way from the pretrained distribution to the optimum, in percent.
         network_passes: of all solves.
         seconds: of all solves.
         effective_sample_size: the smallest of the solves' banks; NaN without a bank.
@@ -113,11 +114,6 @@ def costs_of(history: Path) -> Costs:
 def solver_runs(results: str | Path, long: pd.DataFrame, cases: Sequence[Experiment]) -> list[SolverRun]:
     """Every run of the cases, in their order, by method and seed.
 
-    Args:
-        results: root of the results, for the histories.
-        long: metrics of all cases; see :func:`flowtilt.pipeline.report.measurements.collect_runs`.
-        cases: of the study.
-
     Raises:
         ResultsError: if a history is missing or malformed.
     """
@@ -159,10 +155,10 @@ def solver_points(runs: Sequence[SolverRun]) -> list[SolverPoint]:
         points.append(
             SolverPoint(
                 *(first.case, first.method, first.kind, first.solver, first.solves, first.updates),
-                *_spread([run.gap for run in group]),
-                *_spread([run.closed for run in group]),
+                *mean_sd([run.gap for run in group]),
+                *mean_sd([run.closed for run in group]),
                 float(np.mean([run.network_passes for run in group])),
-                *_spread([run.seconds for run in group]),
+                *mean_sd([run.seconds for run in group]),
                 min(run.effective_sample_size for run in group),
                 max(run.relative_gap for run in group),
                 len(group),
@@ -171,22 +167,17 @@ def solver_points(runs: Sequence[SolverRun]) -> list[SolverPoint]:
     return points
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float]:
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), sd
-
-
 NOTE = (
-    "Gap: how far G is below the largest of any law on the grid, in percent of that one's size; gap "
-    "closed: the share of the way there from the pretrained law. The size of an entropy depends on the "
-    "cells of the grid, the gap closed does not. Networks are measured by their own density on the grid. "
-    "Updates are of each solve; am and tfft have one, fdc several. Passes and seconds are summed over "
+    "Gap: how far G is below the largest of any distribution on the grid, in percent of that one's size; "
+    "gap closed: the share of the way there from the pretrained distribution. The size of an entropy depends "
+    "on the cells of the grid, the gap closed does not. Networks are measured by their own density on the "
+    "grid. Updates are of each solve; am and tfft have one, fdc several. Passes and seconds are summed over "
     "solves. Passes are states through the network, in millions, a backward pass to the parameters "
     "counted as two and to the input as one, the bank of weighted fitting included. Values and gradients "
     "of what is tilted by are in the seconds alone: for the entropy that is the likelihood of each sample "
     "in weighted fitting's bank, and a score in Adjoint Matching. Neither the offline batch of tfft nor "
-    "the law that fdc linearises at is in either. Seconds are those of one core of the machine that ran "
-    "them, and alone in this table differ from one run to the next. Of the banks' weights the smallest "
+    "the distribution that fdc linearises at is in either. Seconds are those of one core of the machine that "
+    "ran them, and alone in this table differ from one run to the next. Of the banks' weights the smallest "
     "effective sample size and the largest relative primal-dual gap of all solves and seeds are given."
 )
 

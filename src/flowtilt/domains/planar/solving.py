@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from flowtilt.checkpoints import load_weights
+from flowtilt.domains.planar import am_runs
 from flowtilt.domains.planar.build import build_model, build_reward
-from flowtilt.domains.planar.experiment import PlanarExperiment, TailExperiment, tail_experiment
+from flowtilt.domains.planar.experiment import TailExperiment, tail_experiment
 from flowtilt.domains.planar.files import read_density, write_density
 from flowtilt.domains.planar.rows import GriddedDensity
 from flowtilt.domains.planar.truth import (
@@ -23,43 +22,32 @@ from flowtilt.domains.planar.truth import (
     resolution_mismatch,
 )
 from flowtilt.files import read_json
-from flowtilt.pipeline.files import (
-    StageError,
-    read_arrays,
-    write_arrays,
-    write_json,
-    write_rows,
-)
+from flowtilt.pipeline.domain import Job
+from flowtilt.pipeline.files import read_arrays, reading, write_arrays, write_json, write_rows
 
-LAW_CELLS = 240
+DISTRIBUTION_CELLS = 240
 HISTOGRAM_BINS = 120
 CELL_PARTS = 4
 RESOLUTION_CANDIDATES = tuple(round(0.05 * k, 2) for k in range(17))
 
 
-def density(experiment: PlanarExperiment, model: Path, output: Path) -> None:
+def density(job: Job) -> None:
     """Grid the log-density of a pretrained model, above a floor: what divergences are measured from."""
-    write_density(reference_density(load_weights(build_model(experiment), model), experiment), output)
+    model = load_weights(build_model(job.experiment), job.read("model"))
+    write_density(reference_density(model, job.experiment), job.outputs["density"])
 
 
-class Layer(NamedTuple):
-    """Where one layer of solved rows goes, and the resolution file that it is solved at, if any."""
-
-    output: Path
-    laws: Path
-    resolution: Path | None = None
-
-
-def exact(experiment: PlanarExperiment, density_file: Path, *layers: Layer) -> None:
-    """Solve every method on the grid, in each layer exactly or at the measured resolution."""
-    density = read_density(density_file)
-    problem = TailGrid(tail_experiment(experiment), density)
+def exact(job: Job) -> None:
+    """Solve every method on the grid, exactly and at the measured resolution."""
+    problem = TailGrid(tail_experiment(job.experiment), read_density(job.read("density")))
     histogram = RewardHistogram.of(problem)
-    for layer in layers:
-        width = None if layer.resolution is None else _read_resolution(layer.resolution)
+    for solution in ("", "resolved_"):
+        width = _read_resolution(job.read("resolution")) if solution else None
         solved = exact_rows(problem, width)
-        write_arrays(layer.laws, **_law_arrays(problem, solved, histogram))
-        write_rows(solved.metrics, layer.output)
+        write_arrays(
+            job.outputs[f"{solution}distributions"], **_distribution_arrays(problem, solved, histogram)
+        )
+        write_rows(solved.metrics, job.outputs[f"{solution}metrics"])
 
 
 @dataclass(frozen=True)
@@ -86,44 +74,41 @@ class RewardHistogram:
             bins.append(np.clip(np.searchsorted(edges, rewards, side="right") - 1, 0, HISTOGRAM_BINS - 1))
         return cls(edges, bins)
 
-    def of_law(self, law: np.ndarray) -> np.ndarray:
+    def of_distribution(self, distribution: np.ndarray) -> np.ndarray:
         """Probabilities of the bins under cell probabilities (cells, cells), (bins,)."""
-        counts = [np.bincount(bins, law.ravel(), minlength=HISTOGRAM_BINS) for bins in self.bins]
+        counts = [np.bincount(bins, distribution.ravel(), minlength=HISTOGRAM_BINS) for bins in self.bins]
         return np.mean(counts, axis=0)
 
 
-def _law_arrays(problem: TailGrid, solved: ExactRows, histogram: RewardHistogram) -> dict[str, np.ndarray]:
-    """Coarsened laws and reward histograms of exact rows."""
+def _distribution_arrays(
+    problem: TailGrid, solved: ExactRows, histogram: RewardHistogram
+) -> dict[str, np.ndarray]:
+    """Coarsened distributions and reward histograms of exact rows."""
     axis, cells = problem.grid.axis, problem.grid.cells
-    side = cells // max(1, cells // LAW_CELLS)
+    side = cells // max(1, cells // DISTRIBUTION_CELLS)
     arrays = {"axis": axis[: cells // side * side].reshape(side, -1).mean(1), "reward_edges": histogram.edges}
-    for row, law in solved.laws.items():
-        arrays[row] = coarsen(law, LAW_CELLS).astype(np.float32)
-        arrays[f"{row}__rewards"] = histogram.of_law(law)
+    for row, distribution in solved.distributions.items():
+        arrays[row] = coarsen(distribution, DISTRIBUTION_CELLS).astype(np.float32)
+        arrays[f"{row}__rewards"] = histogram.of_distribution(distribution)
     return arrays
 
 
 def _read_resolution(path: Path) -> float:
-    try:
+    with reading(path, "not a resolution file", "resolution"):
         return float(read_json(path)["width"])
-    except FileNotFoundError:
-        raise StageError(f"{path}: no such file; run the resolution stage first") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise StageError(f"{path}: not a resolution file ({error!r}); delete it and run again") from None
 
 
-def measure_resolution(runs: Iterable[tuple[PlanarExperiment, Path, Path]], output: Path) -> None:
-    """The blur width at which Adjoint Matching's law is nearest to what its networks sample.
+def measure_resolution(job: Job) -> None:
+    """The blur width at which Adjoint Matching's distribution is nearest to what its networks sample.
 
-    Args:
-        runs: experiment, samples file and density file of Adjoint Matching runs.
-        output: JSON with the width, and the mean mismatch at every candidate.
+    Written are the width, and the mean mismatch at every candidate.
     """
     by_experiment: dict[str, tuple[TailExperiment, list[tuple[GriddedDensity, np.ndarray]]]] = {}
-    for experiment, samples, density_file in runs:
-        (x,) = read_arrays(samples, "x")
-        gridded = read_density(density_file)
-        by_experiment.setdefault(experiment.name, (tail_experiment(experiment), []))[1].append((gridded, x))
+    for run in (run for experiment in job.experiments for run in am_runs(str(job.results), experiment)):
+        (x,) = read_arrays(Path(run.file("samples.npz")), "x")
+        gridded = read_density(Path(run.pretrained("density.npz")))
+        own = by_experiment.setdefault(run.experiment.name, (tail_experiment(run.experiment), []))
+        own[1].append((gridded, x))
     mismatches = np.concatenate(
         [resolution_mismatch(*entry, RESOLUTION_CANDIDATES) for entry in by_experiment.values()]
     )
@@ -134,4 +119,4 @@ def measure_resolution(runs: Iterable[tuple[PlanarExperiment, Path, Path]], outp
         "mismatch": mean.tolist(),
         "runs": len(mismatches),
     }
-    write_json(result, output)
+    write_json(result, job.outputs["resolution"])

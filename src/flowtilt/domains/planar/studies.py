@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 
 from flowtilt.pipeline.report.measurements import (
-    LAYERS,
+    SOLUTIONS,
     Runs,
     entries,
     row_name,
@@ -71,7 +71,7 @@ class Point(NamedTuple):
     method: str
     kind: str
     series: str
-    layer: str
+    solution: str
     row: str
     metric: str
     unit: str
@@ -83,24 +83,20 @@ class Point(NamedTuple):
 def study_points(long: pd.DataFrame, study: StudyRuns) -> list[Point]:
     """The rows of a study's cases in their places.
 
-    Args:
-        long: of all cases; see :func:`flowtilt.pipeline.report.measurements.collect_runs`.
-        study: the study.
-
     Returns:
         By parent experiment, series and rising axis value, lines of reference last.
     """
     places = {
-        (case.name, row_name(method.name, layer)): (case, method, layer)
+        (case.name, row_name(method.name, solution)): (case, method, solution)
         for case in study.cases
         for method in case.methods
-        for layer in LAYERS
+        for solution in SOLUTIONS
     }
     points = []
     for e in entries(summarise(with_gaps(long))):
-        case, method, layer = places[e.experiment, e.row]
+        case, method, solution = places[e.experiment, e.row]
         series = method.name if method.value is None else method.kind
-        place = (case.of, case.name, case.position(method), method.name, method.kind, series, layer)
+        place = (case.of, case.name, case.position(method), method.name, method.kind, series, solution)
         points.append(Point(*place, e.row, e.metric, describe(e.metric).unit, e.value, e.sd, e.seeds))
     groups = parents(points)
     names = list(dict.fromkeys(p.series for p in points))
@@ -115,10 +111,10 @@ def study_points(long: pd.DataFrame, study: StudyRuns) -> list[Point]:
     )
 
 
-def curve(points: Iterable[Point], of: str, series: str, layer: str, metric: str) -> list[Point]:
+def curve(points: Iterable[Point], of: str, series: str, solution: str, metric: str) -> list[Point]:
     """The points of one curve, by rising axis value."""
-    wanted = (of, series, layer, metric)
-    found = [p for p in points if p.axis is not None and (p.of, p.series, p.layer, p.metric) == wanted]
+    wanted = (of, series, solution, metric)
+    found = [p for p in points if p.axis is not None and (p.of, p.series, p.solution, p.metric) == wanted]
     return sorted(found, key=lambda p: p.axis or 0.0)
 
 
@@ -182,24 +178,24 @@ def study_panels(points: list[Point], study: StudyRuns) -> list[Panel]:
     panels = []
     for of in parents(points):
         tail = tail_metric(study, of)
-        columns = [(metric, layer) for metric in (tail, "objective") for layer in LAYERS]
+        columns = [(metric, solution) for metric in (tail, "objective") for solution in SOLUTIONS]
         columns += [("relative_gap", "network"), ("relative_gap", "resolved")]
         own = [p for p in points if p.of == of]
-        cells = {(p.case, p.method, p.metric, p.layer): pretty(p.value, p.sd) for p in own}
+        cells = {(p.case, p.method, p.metric, p.solution): pretty(p.value, p.sd) for p in own}
         lines = [
             ["reference" if axis is None else f"{axis:g}", method]
-            + [cells.get((case, method, metric, layer), "") for metric, layer in columns]
+            + [cells.get((case, method, metric, solution), "") for metric, solution in columns]
             for axis, case, method in dict.fromkeys((p.axis, p.case, p.method) for p in own)
         ]
-        header = [study.axis, "method", *(_header(metric, layer) for metric, layer in columns)]
+        header = [study.axis, "method", *(_header(metric, solution) for metric, solution in columns)]
         caption = f"{study.title or study.name}, {of}: {over_seeds(max(p.seeds for p in own))}"
         panels.append(Panel(caption, header, lines).without_empty_columns())
     return panels
 
 
-def _header(metric: str, layer: str) -> str:
+def _header(metric: str, solution: str) -> str:
     words = {"network": "network", "exact": "exact", "resolved": "finite resolution"}
-    return f"{describe(metric).header}, {words[layer]}"
+    return f"{describe(metric).header}, {words[solution]}"
 
 
 def findings(points: list[Point], study: StudyRuns) -> list[str]:
@@ -214,7 +210,7 @@ def findings(points: list[Point], study: StudyRuns) -> list[str]:
                     missed = misses(points, of, series, metric)
                     said.append(_where_it_resolves(study, of, series, metric, missed, study.tolerance))
             for reference in references(points, of, "tail_objective"):
-                found = curve(points, of, series, reference.layer, "tail_objective")
+                found = curve(points, of, series, reference.solution, "tail_objective")
                 if found and reference.kind != "pretrained":
                     said.append(_who_is_ahead(study, found, reference))
     return said
@@ -242,7 +238,7 @@ def _where_it_resolves(
 def _who_is_ahead(study: StudyRuns, found: list[Point], reference: Point) -> str:
     best = max(found, key=lambda p: -math.inf if math.isnan(p.value) else p.value)
     ahead = best.value - reference.value
-    row, words = row_words(row_name(best.series, best.layer)), describe(best.metric).words
+    row, words = row_words(row_name(best.series, best.solution)), describe(best.metric).words
     return (
         f"{best.of}: {row} has its best {words} at {study.axis} = {best.axis:g}: "
         f"{pretty(best.value, best.sd)}, {pretty(abs(ahead))} {'above' if ahead > 0 else 'below'} "

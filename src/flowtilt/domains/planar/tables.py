@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -11,8 +11,7 @@ from flowtilt.domains.planar import hierarchy, solver_study
 from flowtilt.domains.planar.claims import own_objective
 from flowtilt.domains.planar.rows import FLOOR
 from flowtilt.domains.planar.studies import Point, StudyRuns, findings, study_panels, study_points
-from flowtilt.pipeline.experiment import Experiment
-from flowtilt.pipeline.report.base import Table
+from flowtilt.pipeline.report.base import Shown, Table
 from flowtilt.pipeline.report.comparison import comparison, reported_columns, verdict_note
 from flowtilt.pipeline.report.measurements import Runs, collect_runs, entries, runs_of, summarise, with_gaps
 from flowtilt.pipeline.report.panels import Panel, over_seeds
@@ -20,8 +19,8 @@ from flowtilt.pipeline.report.tables import listed, panels_of, table_frame
 
 _FLOOR_NOTE = (
     "The reference of divergences is the pretrained network's own density, and e^-"
-    f"{FLOOR:g} of that of the data's law where it is lower: where it saw no data a network says "
-    "anything, hundreds of nats below the law."
+    f"{FLOOR:g} of that of the data's distribution where it is lower: where it saw no data a network says "
+    "anything, hundreds of nats below the distribution."
 )
 
 _FLOORED_NOTE = (
@@ -41,20 +40,14 @@ ROW_NOTE = (
 
 FUNCTIONAL_ROW_NOTE = (
     "Rows: each method's network; the same steps solved exactly on a grid (exact); and the largest G of "
-    "any law on that grid (optimum). G is what a method maximises, for networks by their own density on "
-    "the same grid, and so is the KL divergence. The gap closed is the share of the way from the pretrained "
-    f"law to the optimum. {_FLOORED_NOTE}"
+    "any distribution on that grid (optimum). G is what a method maximises, for networks by their own "
+    "density on the same grid, and so is the KL divergence. The gap closed is the share of the "
+    f"way from the pretrained distribution to the optimum. {_FLOORED_NOTE}"
 )
 
 
 def experiment_panels(long: pd.DataFrame, runs: Runs, reported: pd.DataFrame) -> list[Panel]:
-    """The table of one experiment: the results beside reported values, then the details.
-
-    Args:
-        long: see :func:`flowtilt.pipeline.report.measurements.collect`.
-        runs: the experiment.
-        reported: see :func:`read_reported`.
-    """
+    """The table of one experiment: the results beside reported values, then the details."""
     summary = entries(summarise(with_gaps(long)))
     beside = reported_columns(comparison(long, reported))
     known = list(dict.fromkeys(e.metric for e in summary))
@@ -94,19 +87,20 @@ def _lowered(long: pd.DataFrame, cases: Iterable[Runs]) -> list[str]:
     ]
 
 
-def hierarchy_table(results: str | Path, title: str, cases: Sequence[Experiment]) -> Table:
+def hierarchy_table(shown: Shown) -> Table:
     """The table of a study whose cases are functionals."""
-    long = collect_runs(results, [runs_of(case) for case in cases])
-    lines = hierarchy.reached(long, cases)
-    note = f"{listed(_lowered(long, map(runs_of, cases)))}{hierarchy.NOTE} {_FLOOR_NOTE}"
+    lines = hierarchy.reached(shown.collected, shown.experiments)
     frame = pd.DataFrame(lines, columns=list(hierarchy.Reached._fields))
-    return Table(frame, [hierarchy.hierarchy_panel(lines, title)], note)
+    return Table(frame, [hierarchy.hierarchy_panel(lines, shown.title)], _note(shown, hierarchy.NOTE))
 
 
-def solvers_table(results: str | Path, title: str, cases: Sequence[Experiment]) -> Table:
+def solvers_table(shown: Shown) -> Table:
     """The table of a study that compares control solvers; histories are read as well."""
-    long = collect_runs(results, [runs_of(case) for case in cases])
-    points = solver_study.solver_points(solver_study.solver_runs(results, long, cases))
-    note = f"{listed(_lowered(long, map(runs_of, cases)))}{solver_study.NOTE} {_FLOOR_NOTE}"
+    runs = solver_study.solver_runs(shown.results, shown.collected, shown.experiments)
+    points = solver_study.solver_points(runs)
     frame = pd.DataFrame(points, columns=list(solver_study.SolverPoint._fields))
-    return Table(frame, [solver_study.solvers_panel(points, title)], note)
+    return Table(frame, [solver_study.solvers_panel(points, shown.title)], _note(shown, solver_study.NOTE))
+
+
+def _note(shown: Shown, own: str) -> str:
+    return f"{listed(_lowered(shown.collected, map(runs_of, shown.experiments)))}{own} {_FLOOR_NOTE}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.sections import TermConfig
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
-from flowtilt.pipeline.configuration import ConfigError
+from flowtilt.pipeline.configuration import ConfigError, unknown_key
 
 
 def check_terms(name: str, case: FunctionalExperiment) -> None:
@@ -25,10 +25,8 @@ def check_terms(name: str, case: FunctionalExperiment) -> None:
             if term.kind in known:
                 keys = list(dict.fromkeys(part.split(".")[0] for part in known[term.kind].keys))
                 if unknown := [part for part in term.parameters if part not in keys]:
-                    raise ConfigError(
-                        f"{where}: {key} {term.kind}: key {unknown[0]}: unknown; known keys: "
-                        f"{', '.join(keys) or 'none'}"
-                    )
+                    said = unknown_key(unknown[0], keys, term.renamed)
+                    raise ConfigError(f"{where}: {key} {term.kind}: key {unknown[0]}: {said}")
             elif term.kind != "sum" and term.kind.count(":") != 1:
                 raise ConfigError(
                     f"{where}: unknown {key} {term.kind!r}; known: {', '.join(known)}, or module:NAME of "

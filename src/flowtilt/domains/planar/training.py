@@ -1,45 +1,44 @@
-"""Stages that run networks: pretraining, the offline batch, fine-tuning, sampling.
+"""Pretraining, and samples of a run.
 
 Randomness follows from the names of experiment, method and seed alone.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from flowtilt.checkpoints import load_weights, save_weights
-from flowtilt.control.base import Progress
 from flowtilt.devices import generator_of
 from flowtilt.domains.planar.build import build_data, build_model, build_reward, build_slope
-from flowtilt.domains.planar.experiment import FunctionalExperiment, PlanarExperiment, tail_experiment
+from flowtilt.domains.planar.experiment import FunctionalExperiment, tail_experiment
+from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import write_arrays, write_history
 from flowtilt.pipeline.states import resumption_of
 from flowtilt.pretraining import PretrainingSettings, fit_flow
 from flowtilt.sampling import OdeSettings, sample_ode, sample_with_log_density
 
 
-def pretrain(
-    experiment: PlanarExperiment, seed: int, output: Path, history: Path, progress: Progress | None = None
-) -> None:
+def pretrain(job: Job) -> None:
     """Pretrain the experiment's network on its data."""
-    model = build_model(experiment, seed)
+    experiment, output = job.experiment, job.outputs["model"]
+    model = build_model(experiment, job.seed)
     config = experiment.pretrain
     settings = PretrainingSettings(config.updates, config.batch, config.learning_rate)
-    generator = generator_of(experiment.base, "pretrain", seed)
-    resumption = resumption_of(experiment, "pretrain", seed, output, [])
+    generator = generator_of(experiment.starts_from, "pretrain", job.seed)
+    resumption = resumption_of(experiment, "pretrain", job.seed, output, [])
     slot = resumption.slot("pretraining")
+    progress = job.bar(config.updates, "pretrain")
     rows = fit_flow(model, build_data(experiment).sample, settings, generator, progress, slot)
-    write_history(rows, history)
+    write_history(rows, job.outputs["history"])
     save_weights(model, output)
     resumption.remove()
 
 
-def sample(experiment: PlanarExperiment, method: str, seed: int, model: Path, output: Path) -> None:
+def sample(job: Job) -> None:
     """Sample a run's model by the probability-flow ODE, with modes, rewards and some log-densities."""
-    flow = load_weights(build_model(experiment), model)
-    generator = generator_of(experiment.name, method, "sample", seed)
+    experiment = job.experiment
+    flow = load_weights(build_model(experiment), job.read_if_any("model") or job.read("base"))
+    generator = generator_of(experiment.name, job.method, "sample", job.seed)
     config = experiment.evaluation
     settings = OdeSettings(steps=config.ode_steps)
     with_density = min(config.density_samples, config.samples)
@@ -59,4 +58,4 @@ def sample(experiment: PlanarExperiment, method: str, seed: int, model: Path, ou
     else:
         landscape = build_reward(tail_experiment(experiment))
         arrays |= {"reward": landscape(x), "bumps": landscape.bumps(x)}
-    write_arrays(output, **{name: array.numpy(force=True) for name, array in arrays.items()})
+    write_arrays(job.outputs["samples"], **{name: array.numpy(force=True) for name, array in arrays.items()})

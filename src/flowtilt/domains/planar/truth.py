@@ -53,11 +53,11 @@ def gridded_density(model: FlowModel, experiment: PlanarExperiment) -> GriddedDe
 
 
 def floored(density: GriddedDensity, data: GaussianMixture | ModeMixtures) -> GriddedDensity:
-    """A pretrained density that is nowhere below the data's law by more than :data:`FLOOR` nats.
+    """A pretrained density that is nowhere below the data's distribution by more than :data:`FLOOR` nats.
 
     Where it saw no data a network's log-density is whatever its extrapolation gives, thousands of nats
-    below the law that it was trained on, and as certain to the solver of the ODE as any other value. A
-    divergence from it would be carried by the few samples there. Where there are data, networks are off by
+    below the distribution that it was trained on, and as certain to the solver of the ODE as any other value.
+    A divergence from it would be carried by the few samples there. Where there are data, networks are off by
     less than the floor's depth, so that it is not active there.
     """
     points = np.stack(np.meshgrid(density.axis, density.axis, indexing="ij"), axis=-1)
@@ -90,7 +90,7 @@ class TailGrid:
 
     @cached_property
     def log_p(self) -> np.ndarray:
-        """Log cell probabilities of the pretrained law, (cells, cells)."""
+        """Log cell probabilities of the pretrained distribution, (cells, cells)."""
         return normalise(self.density.on(self.grid.axis))
 
     @cached_property
@@ -110,31 +110,31 @@ class TailGrid:
 
     @cached_property
     def threshold(self) -> float:
-        """TFFT's dual threshold for the gridded law."""
+        """TFFT's dual threshold for the gridded distribution."""
         problem = self.experiment.objective
         weights = np.exp(self.log_p).ravel()
         return threshold(self.rewards.ravel(), problem.tail_alpha, problem.mass, problem.tail, weights)
 
 
-def _laws(problem: TailGrid, blur: Blur) -> dict[str, np.ndarray]:
-    """The law of every method, solved on the grid; log cell probabilities by method name."""
+def _distributions(problem: TailGrid, blur: Blur) -> dict[str, np.ndarray]:
+    """The distribution of every method, solved on the grid; log cell probabilities by method name."""
     objective, methods = problem.experiment.objective, problem.experiment.methods
     log_p, rewards = problem.log_p, problem.rewards
-    alpha, mass, side = objective.tail_alpha, objective.mass, objective.tail
+    alpha, mass, tail = objective.tail_alpha, objective.mass, objective.tail
     ascents: dict[float, list[np.ndarray]] = {}
 
     def ascent(step: float) -> list[np.ndarray]:
         """Iterates of mirror ascent with this step, as many as any method asks for."""
         if step not in ascents:
             longest = max(m.iterations or 1 for m in methods.values() if m.step == step)
-            ascents[step] = mirror_ascent(log_p, rewards, alpha, alpha / step, mass, side, longest, blur)
+            ascents[step] = mirror_ascent(log_p, rewards, alpha, alpha / step, mass, tail, longest, blur)
         return ascents[step]
 
     def solve(method: TailMethodConfig) -> np.ndarray:
         if method.kind == "am":
             return expected_reward_tilt(log_p, rewards, objective.alpha, blur)
         if method.kind == "tfft":
-            return hinge_tilt(log_p, rewards, problem.threshold, alpha, mass, side, blur)
+            return hinge_tilt(log_p, rewards, problem.threshold, alpha, mass, tail, blur)
         if method.step is not None and method.iterations is not None:
             return ascent(method.step)[method.iterations - 1]
         return log_p
@@ -144,15 +144,15 @@ def _laws(problem: TailGrid, blur: Blur) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class ExactRows:
-    """Metrics and laws of all methods of an experiment, solved on the grid.
+    """Metrics and distributions of all methods of an experiment, solved on the grid.
 
     Attributes:
         metrics: by row name (``am_exact``, ...).
-        laws: cell probabilities by row name, (cells, cells).
+        distributions: cell probabilities by row name, (cells, cells).
     """
 
     metrics: dict[str, Metrics]
-    laws: dict[str, np.ndarray]
+    distributions: dict[str, np.ndarray]
 
 
 def exact_rows(problem: TailGrid, resolution: float | None = None) -> ExactRows:
@@ -167,24 +167,24 @@ def exact_rows(problem: TailGrid, resolution: float | None = None) -> ExactRows:
     blur = gaussian_blur(resolution, problem.grid) if resolution else no_blur
     suffix = "exact" if resolution is None else "resolved"
     x = problem.grid.points[..., 0].ravel()
-    metrics, laws = {}, {}
-    for name, log_q in _laws(problem, blur).items():
-        law = np.exp(log_q)
+    metrics, distributions = {}, {}
+    for name, log_q in _distributions(problem, blur).items():
+        distribution = np.exp(log_q)
         row = f"{name}_{suffix}"
         kl = kl_divergence(log_q, problem.log_p)
         kind = experiment.methods[name].kind
-        metrics[row] = reward_metrics(experiment, kind, problem.rewards.ravel(), law.ravel(), kl)
-        metrics[row]["floored_mass"] = float(law.ravel()[problem.floored].sum())
-        metrics[row] |= zone_masses(experiment, x, problem.bumps, law.ravel())
-        laws[row] = law
-    return ExactRows(metrics, laws)
+        metrics[row] = reward_metrics(experiment, kind, problem.rewards.ravel(), distribution.ravel(), kl)
+        metrics[row]["floored_mass"] = float(distribution.ravel()[problem.floored].sum())
+        metrics[row] |= zone_masses(experiment, x, problem.bumps, distribution.ravel())
+        distributions[row] = distribution
+    return ExactRows(metrics, distributions)
 
 
-def coarsen(law: np.ndarray, cells: int) -> np.ndarray:
+def coarsen(distribution: np.ndarray, cells: int) -> np.ndarray:
     """Sum cell probabilities over square blocks, down to about ``cells`` along a side."""
-    block = max(1, law.shape[0] // cells)
-    side = law.shape[0] // block
-    trimmed = law[: side * block, : side * block]
+    block = max(1, distribution.shape[0] // cells)
+    side = distribution.shape[0] // block
+    trimmed = distribution[: side * block, : side * block]
     return trimmed.reshape(side, block, side, block).sum(axis=(1, 3))
 
 
@@ -196,7 +196,8 @@ def total_variation(p: np.ndarray, q: np.ndarray) -> float:
 def resolution_mismatch(
     experiment: TailExperiment, runs: Sequence[tuple[GriddedDensity, np.ndarray]], widths: Sequence[float]
 ) -> np.ndarray:
-    """Distance between networks' samples and Adjoint Matching's law at each blur width, (runs, widths).
+    """Distance between networks' samples and Adjoint Matching's distribution at each blur width, (runs,
+    widths).
 
     Total variation between histograms along both axes in bins of about a tenth.
 
@@ -216,7 +217,7 @@ def resolution_mismatch(
         # The blur costs most, and is the same for all runs.
         exponent = (gaussian_blur(width, grid) if width else no_blur)(rewards / experiment.objective.alpha)
         for i, log_p in enumerate(densities):
-            law = np.exp(normalise(log_p + exponent))
-            along = [np.histogram(grid.axis, edges, weights=law.sum(1 - axis))[0] for axis in (0, 1)]
+            distribution = np.exp(normalise(log_p + exponent))
+            along = [np.histogram(grid.axis, edges, weights=distribution.sum(1 - axis))[0] for axis in (0, 1)]
             mismatches[i, j] = np.mean([total_variation(a, b) for a, b in zip(along, seen[i], strict=True)])
     return mismatches

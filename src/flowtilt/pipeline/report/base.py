@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,8 @@ import pandas as pd
 
 from flowtilt.pipeline.domain import domain_of, imported
 from flowtilt.pipeline.experiment import Experiment, Study, load_file, read_study
+from flowtilt.pipeline.report.comparison import read_reported
+from flowtilt.pipeline.report.measurements import collect_runs, runs_of
 from flowtilt.pipeline.report.panels import Panel
 
 
@@ -41,6 +44,11 @@ class Shown:
     def table(self) -> str | None:
         """The table of a study; None for an ordinary experiment."""
         return self.study.study.table if self.study is not None else None
+
+    @cached_property
+    def collected(self) -> pd.DataFrame:
+        """All metrics of its runs; see :func:`flowtilt.pipeline.report.measurements.collect_runs`."""
+        return collect_runs(self.results, [runs_of(experiment) for experiment in self.experiments])
 
 
 class Table(NamedTuple):
@@ -90,21 +98,25 @@ def beside(reported: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     return values.assign(same=same | (values["same"].eq(True) if "same" in values else False))
 
 
-def shown_file(
-    file: str | Path, overrides: Mapping[str, Any] | None, results: str | Path, reported: pd.DataFrame
-) -> Shown:
+def as_named(values: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+    """:meth:`Report.reported` where the papers name the experiments as they are named here."""
+    return values
+
+
+def shown_file(file: Path, overrides: Mapping[str, Any] | None, results: Path, reported: Path) -> Shown:
     """A file of experiments with its runs, and the papers' values beside them.
 
     Args:
         file: the experiment's or study's file.
         overrides: merged into every experiment last.
         results: root of the results to read.
-        reported: see :func:`flowtilt.pipeline.report.comparison.read_reported`.
+        reported: table of reported values.
 
     Raises:
         ConfigError: if the file is not a valid experiment or study.
+        ResultsError: if a file of results is missing or malformed, or the reported values are.
     """
-    experiments = list(load_file(file, overrides).values())
+    experiments, values = list(load_file(file, overrides).values()), read_reported(reported)
     for experiment in experiments:
-        reported = beside(reported, experiment)
-    return Shown(Path(file).stem, read_study(Path(file)), experiments, Path(results), reported)
+        values = beside(values, experiment)
+    return Shown(file.stem, read_study(file), experiments, results, values)

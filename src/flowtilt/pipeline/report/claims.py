@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pandas as pd
 
-from flowtilt.pipeline.report.measurements import of_row
+from flowtilt.pipeline.report.measurements import mean_sd, of_row
 from flowtilt.pipeline.report.panels import describe, pretty
 
 
-def raises(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
+def more_than(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
     """Whether a method has more of a metric than another.
 
     Args:
@@ -27,8 +27,8 @@ def raises(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
     )
 
 
-def keeps(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
-    """Whether a method has no less of a metric than another; the arguments are those of :func:`raises`.
+def no_less_than(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
+    """Whether a method has no less of a metric than another; the arguments are those of :func:`more_than`.
 
     It holds if it has no less on any seed, or more by two standard errors.
     """
@@ -55,7 +55,7 @@ def decided(gains: np.ndarray) -> str:
 
 def spread(values: np.ndarray) -> str:
     """``mean ± sd`` of values, one a seed."""
-    return pretty(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan)
+    return pretty(*mean_sd(values))
 
 
 def share(true: np.ndarray) -> str:

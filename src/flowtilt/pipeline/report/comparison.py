@@ -23,6 +23,7 @@ from flowtilt.pipeline.report.measurements import (
     ResultsError,
     by_row,
     entries,
+    mean_sd,
     read_csv,
     summarise,
 )
@@ -214,10 +215,9 @@ def _judged(
     if baseline == entry.row:
         return (*_NO_EFFECT, "")
     gains = values - seeds[entry.experiment, baseline, entry.metric]
-    sd = float(gains.std(ddof=1)) if len(gains) > 1 else math.nan
     gain, uncertainty = own.over(methods[baseline])
     word = effect_verdict(gains, gain, uncertainty)
-    return (baseline, float(gains.mean()), sd, gain, uncertainty, word)
+    return (baseline, *mean_sd(gains), gain, uncertainty, word)
 
 
 def _seeds(long: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:

@@ -21,7 +21,7 @@ import pandas as pd
 from flowtilt.files import read_text
 from flowtilt.pipeline.domain import Run, domain_of
 from flowtilt.pipeline.experiment import Experiment, load_file, read_study
-from flowtilt.pipeline.report.measurements import ResultsError, read_history, totals_of
+from flowtilt.pipeline.report.measurements import ResultsError, mean_sd, read_history, totals_of
 from flowtilt.pipeline.report.panels import Panel, over_seeds, pretty
 from flowtilt.pipeline.report.tables import write_panels
 from flowtilt.pipeline.rules import benchmark_of
@@ -170,7 +170,7 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
             tuned = [job.seconds for job in jobs if job is not None]
             assessed = _of_stages(benchmarks, run, *domain.assessment)
             threshold = _threshold(benchmarks, run) if config.kind == "tfft" else math.nan
-            cost = _mean_sd(tuned)[0] + (threshold if math.isfinite(threshold) else 0.0)
+            cost = mean_sd(tuned)[0] + (threshold if math.isfinite(threshold) else 0.0)
             passes = _passes(results, run)
             if updates and not any(line.updates for line in lines):
                 unit, unit_passes = cost, passes
@@ -181,14 +181,14 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
                     config.kind,
                     len(tuned if updates else assessed),
                     updates,
-                    *_mean_sd(tuned),
+                    *mean_sd(tuned),
                     threshold,
                     cost / unit if unit > 0 else math.nan,
                     passes,
                     passes / unit_passes if unit_passes > 0 else math.nan,
                     max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
-                    *_mean_sd(assessed),
-                    *_mean_sd(solved),
+                    *mean_sd(assessed),
+                    *mean_sd(solved),
                 )
             )
     return lines
@@ -243,7 +243,7 @@ def _of_stages(benchmarks: Path, run: Run, *names: str) -> list[float]:
 
 def _threshold(benchmarks: Path, run: Run) -> float:
     """Mean seconds of the offline batch and the threshold of a run."""
-    return sum(_mean_sd(_of_stages(benchmarks, run, stage))[0] for stage in ("offline", "threshold"))
+    return sum(mean_sd(_of_stages(benchmarks, run, stage))[0] for stage in ("offline", "threshold"))
 
 
 def _passes(results: Path, run: Run) -> float:
@@ -254,16 +254,10 @@ def _passes(results: Path, run: Run) -> float:
     column = "network_passes"
     runs = (replace(run, results=str(results), seed=seed) for seed in experiment.seeds)
     histories = [file for one in runs if (file := Path(one.file("history.csv"))).is_file()]
-    counted = _mean_sd(
-        [float(totals_of(read_history(file, [column]), column)[column]) for file in histories]
-    )[0]
+    counted = mean_sd([float(totals_of(read_history(file, [column]), column)[column]) for file in histories])[
+        0
+    ]
     return counted + (experiment.offline_passes if run.kind == "tfft" else 0)
-
-
-def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; NaN where there are too few values."""
-    mean = float(np.mean(values)) if values else math.nan
-    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 NOTE = (

@@ -15,9 +15,6 @@ def discretisation_note(experiments: Sequence[Experiment]) -> str:
     """A sentence on what Adjoint Matching's time steps leave of a tilt in closed form; see
     :func:`flowtilt.control.discretisation.discretisation_bias`.
 
-    Args:
-        experiments: of one table; each at its own path, time grid and solver settings.
-
     Returns:
         Nothing if none of their methods is solved by Adjoint Matching.
     """

@@ -1,6 +1,6 @@
 """Metrics of runs in long form: which rows there are, how they are read, and their statistics.
 
-A method has three rows, one a layer: its network's, the exact one, and the one at finite
+A method has three rows, one a solution: its network's, the exact one, and the one at finite
 resolution. Everything is read from the ``metrics.json`` files under a results folder.
 """
 
@@ -18,9 +18,9 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from flowtilt.pipeline.experiment import Experiment
-from flowtilt.files import folder_of, one_line, read_json, read_npz, read_text
+from flowtilt.files import one_line, read_json, read_npz, read_text
 
-LAYERS = ("network", "exact", "resolved")
+SOLUTIONS = ("network", "exact", "resolved")
 _WORDS = {"network": "", "exact": ", exact", "resolved": ", at finite resolution", "optimum": ", optimum"}
 LONG_COLUMNS = ("experiment", "method", "metric", "seed", "value")
 SUMMARY_COLUMNS = ("experiment", "method", "metric", "value", "sd", "seeds")
@@ -54,13 +54,13 @@ class Runs:
         methods: in the order of the tables.
         seeds: every one of them must have been run.
         unit: ``cost`` or ``reward``, what the landscape's height is.
-        mass: probability of the tail that the methods look at; 1 if they look at all of the law.
+        mass: probability of the tail that the methods look at; 1 if they look at all of the distribution.
         tail_metric: name of the mean over that tail, or of another metric that the tables lead with.
         title: one line for people.
         of: the experiment that a case derives from.
         value: where a case stands on its study's axis, if the cases differ in that.
-        layers: of each method, the network's first.
-        solved_apart: whether the other layers have folders of their own, for all methods together.
+        solutions: of each method, the network's first.
+        solved_apart: whether the other solutions have folders of their own, for all methods together.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Runs:
     title: str = ""
     of: str = ""
     value: float | None = None
-    layers: tuple[str, ...] = LAYERS
+    solutions: tuple[str, ...] = SOLUTIONS
     solved_apart: bool = True
 
     @property
@@ -111,10 +111,10 @@ def runs_of(experiment: Experiment) -> Runs:
         unit=experiment.unit,
         mass=experiment.mass,
         tail_metric=experiment.main_metric,
-        layers=experiment.layers,
+        solutions=experiment.solutions,
         solved_apart=experiment.solved_apart,
         title=experiment.title,
-        of=experiment.base,
+        of=experiment.starts_from,
         value=experiment.axis_value,
     )
 
@@ -122,29 +122,29 @@ def runs_of(experiment: Experiment) -> Runs:
 # ------------------------------------------------------------------------------- reading
 
 
-def row_name(method: str, layer: str) -> str:
+def row_name(method: str, solution: str) -> str:
     """``am`` and ``exact`` give ``am_exact``; a network's row has the method's own name."""
-    return method if layer == "network" else f"{method}_{layer}"
+    return method if solution == "network" else f"{method}_{solution}"
 
 
 def split_row(row: str) -> tuple[str, str]:
-    """The method and the layer of a row's name."""
-    for layer in tuple(_WORDS)[1:]:
-        if row.endswith(f"_{layer}"):
-            return row.removesuffix(f"_{layer}"), layer
+    """The method and the solution of a row's name."""
+    for solution in tuple(_WORDS)[1:]:
+        if row.endswith(f"_{solution}"):
+            return row.removesuffix(f"_{solution}"), solution
     return row, "network"
 
 
 def row_words(row: str) -> str:
     """``am_exact`` as ``am, exact``."""
-    method, layer = split_row(row)
-    return method + _WORDS[layer]
+    method, solution = split_row(row)
+    return method + _WORDS[solution]
 
 
-def run_folder(results: str | Path, runs: Runs, method: str, layer: str, seed: int) -> Path:
+def run_folder(results: str | Path, runs: Runs, method: str, solution: str, seed: int) -> Path:
     """Where the files of a row's run are kept."""
-    own = layer == "network" or not runs.solved_apart
-    return folder_of(results, runs.name, method if own else layer, seed)
+    own = solution == "network" or not runs.solved_apart
+    return Path(results) / "runs" / runs.name / (method if own else solution) / f"seed{seed}"
 
 
 def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
@@ -163,14 +163,14 @@ def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
     """
     records: list[tuple[str, str, str, int, float]] = []
     for method in (m.name for m in runs.methods):
-        for layer in runs.layers:
-            row = row_name(method, layer)
+        for solution in runs.solutions:
+            row = row_name(method, solution)
             for seed in runs.seeds:
-                path = run_folder(results, runs, method, layer, seed) / "metrics.json"
+                path = run_folder(results, runs, method, solution, seed) / "metrics.json"
                 rows = read_metrics(path)
                 if row in rows:
                     records += [(runs.name, row, metric, seed, value) for metric, value in rows[row].items()]
-                elif method != "pretrained" or layer == "network":
+                elif method != "pretrained" or solution == "network":
                     raise ResultsError(f"{path}: no row {row!r}, only {', '.join(rows)}; {again(path)}")
     return _long(records)
 
@@ -259,10 +259,6 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 def read_history(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """A run's history, a line an update, as numbers.
 
-    Args:
-        path: of the file.
-        columns: that it must have; others are read as well.
-
     Raises:
         ResultsError: if it is missing or malformed.
     """
@@ -284,21 +280,30 @@ def totals_of(history: pd.DataFrame, *columns: str) -> pd.Series:
 # -------------------------------------------------------------------------------- arrays
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, *needed: str) -> dict[str, np.ndarray]:
     """All arrays of an npz file by name.
 
     Raises:
-        ResultsError: if it is missing or not whole.
+        ResultsError: if it is missing, not whole, or lacks an array that is needed.
     """
     if not path.is_file():
         raise ResultsError(missing(path))
     try:
-        return read_npz(path)
+        arrays = read_npz(path)
     except ValueError as error:
         raise ResultsError(f"{path}: {error}; {again(path)}") from None
+    if absent := {*needed} - arrays.keys():
+        raise ResultsError(f"{path}: no array {', '.join(sorted(absent))}; {again(path)}")
+    return arrays
 
 
 # ---------------------------------------------------------------------------- statistics
+
+
+def mean_sd(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and sample standard deviation; NaN where there are too few values."""
+    mean = float(np.mean(values)) if len(values) else math.nan
+    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 class Entry(NamedTuple):
@@ -346,8 +351,8 @@ def summarise(long: pd.DataFrame) -> pd.DataFrame:
     """
     groups = long.groupby(["experiment", "method", "metric"], sort=False)["value"]
     summary = groups.agg(
-        value=lambda v: float(np.mean(v.to_numpy())),
-        sd=lambda v: float(np.std(v.to_numpy(), ddof=1)) if len(v) > 1 else math.nan,
+        value=lambda v: mean_sd(v.to_numpy())[0],
+        sd=lambda v: mean_sd(v.to_numpy())[1],
         seeds="size",
     )
     return summary.reset_index()[list(SUMMARY_COLUMNS)]
@@ -360,22 +365,22 @@ def with_gaps(long: pd.DataFrame) -> pd.DataFrame:
     the objective of the method's exact row less that of the row, on the same seed:
     positive where the row is the worse one. ``relative_gap`` is the same in percent of the size of
     the exact objective. For functionals ``gap_closed`` is added to networks' and exact rows: of the
-    difference between the optimum and the pretrained law, the share in percent that the row reaches.
+    difference between the optimum and the pretrained distribution, the share in percent that the row reaches.
     """
     objective = by_row(long, "objective")
     added: list[tuple[str, str, str, int, float]] = []
     reached, before = by_row(long, "functional"), by_row(long, "functional_before")
     for (experiment, row, seed), value in reached.items():
-        method, layer = split_row(row)
+        method, solution = split_row(row)
         key = (experiment, row_name(method, "optimum"), seed)
-        if key in reached and layer != "optimum":
+        if key in reached and solution != "optimum":
             whole = reached[key] - before[key]
             share = 100 * (value - before[key]) / whole if whole > 0 else math.nan
             added.append((experiment, row, "gap_closed", seed, share))
     for (experiment, row, seed), value in objective.items():
-        method, layer = split_row(row)
+        method, solution = split_row(row)
         exact = objective.get((experiment, row_name(method, "exact"), seed))
-        if exact is not None and layer != "exact":
+        if exact is not None and solution != "exact":
             gap = exact - value
             added.append((experiment, row, "gap", seed, gap))
             added.append(

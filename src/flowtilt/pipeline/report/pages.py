@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,7 @@ VERDICTS = {
 
 
 def page(title: str, text: str) -> str:
-    """A page from Markdown, in which raw HTML is shown and not obeyed.
-
-    Args:
-        title: its heading.
-        text: of paragraphs, lists and tables.
-    """
+    """A page from Markdown, in which raw HTML is shown and not obeyed."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for verdict, colour in VERDICTS.items():
         body = re.sub(rf"(<td[^>]*)>{verdict}</td>", rf'\1 class="{colour}">{verdict}</td>', body)
@@ -113,16 +109,11 @@ def _read(source: Path) -> str:
 def write_page(source: Path, title: str, output: Path) -> None:
     """Write the page of a file: of a table's text, of the comparison, or of the provenance, by its ending.
 
-    Args:
-        source: ``.md``, ``.csv`` or ``.json``.
-        title: of a table; the other two have their own.
-        output: HTML file to write.
-
     Raises:
         ResultsError: if the file is missing or not what its ending says.
     """
     made = {
-        ".md": lambda: table_page(source, title),
+        ".md": lambda: table_page(source, title or source.stem),
         ".csv": lambda: comparison_page(source),
         ".json": lambda: provenance_page(source),
     }
@@ -130,3 +121,9 @@ def write_page(source: Path, title: str, output: Path) -> None:
         raise ResultsError(f"{source}: no page is made of this; give a file that ends in {', '.join(made)}")
     text = made[source.suffix]()
     write_text(output, text)
+
+
+def write_overview(sources: Sequence[Path], folder: Path) -> None:
+    """Write the pages of some files, under the files' names; see :func:`write_page`."""
+    for source in sources:
+        write_page(source, source.stem.capitalize(), folder / f"{source.stem}.html")

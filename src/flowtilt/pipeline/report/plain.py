@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
-from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.report.base import Shown, Table
-from flowtilt.pipeline.report.measurements import collect_runs, of_row, runs_of
+from flowtilt.pipeline.report.base import as_named as reported
+from flowtilt.pipeline.report.measurements import of_row
 from flowtilt.pipeline.report.panels import describe
 from flowtilt.pipeline.report.tables import experiment_table
+
+__all__ = ["draw", "reported", "table"]
 
 
 def table(shown: Shown) -> Table:
     """Every metric, in the order of the runs' ``metrics.json``."""
-    return experiment_table(shown.results, shown.experiments[0], shown.reported)
+    return experiment_table(shown)
 
 
 def draw(shown: Shown, prefix: str) -> None:
@@ -24,18 +24,12 @@ def draw(shown: Shown, prefix: str) -> None:
 
     experiment = shown.experiments[0]
     metric = experiment.main_metric
-    long = collect_runs(shown.results, [runs_of(experiment)])
     figure = Figure(figsize=(1 + 1.2 * len(experiment.methods), 3))
     axes = figure.subplots()
     for place, (name, method) in enumerate(experiment.methods.items()):
-        values = of_row(long, name, metric)
+        values = of_row(shown.collected, name, metric)
         axes.bar(place, values.mean(), color=COLOURS.get(method.kind), alpha=0.6)
         axes.plot([place] * len(values), values, "k.")
     axes.set_xticks(range(len(experiment.methods)), list(experiment.methods))
     axes.set_ylabel(describe(metric).header)
     save_figure(figure, f"{prefix}.png")
-
-
-def reported(values: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
-    """Papers name the experiments as they are named here."""
-    return values

@@ -14,7 +14,7 @@ import pandas as pd
 
 from flowtilt.files import atomic_path, write_text
 from flowtilt.pipeline.experiment import Experiment, load_file
-from flowtilt.pipeline.report.base import Table, beside, report_of, shown_file
+from flowtilt.pipeline.report.base import Shown, Table, beside, report_of, shown_file
 from flowtilt.pipeline.report.comparison import (
     COMPARISON_COLUMNS,
     EFFECT_COLUMNS,
@@ -27,7 +27,7 @@ from flowtilt.pipeline.report.comparison import (
 )
 from flowtilt.pipeline.report.discretisation import discretisation_note
 from flowtilt.pipeline.report.measurements import (
-    LAYERS,
+    SOLUTIONS,
     Entry,
     collect_runs,
     entries,
@@ -71,22 +71,20 @@ def table_frame(long: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     """The table as data: one line per row, metric and source.
 
     Returns:
-        Columns experiment, method, layer, row, metric, unit, value, sd, seeds, source, reported, those of
+        Columns experiment, method, solution, row, metric, unit, value, sd, seeds, source, reported, those of
         :data:`EFFECT_COLUMNS`, and verdict, in full precision.
     """
     compared = comparison(with_gaps(long), reported)
     split = [split_row(str(row)) for row in compared["method"]]
     frame = compared.rename(columns={"method": "row"}).assign(
-        method=[method for method, _ in split], layer=[layer for _, layer in split]
+        method=[method for method, _ in split], solution=[solution for _, solution in split]
     )
-    head = ["experiment", "method", "layer", "row", "metric", "unit", "value", "sd", "seeds", "source"]
+    head = ["experiment", "method", "solution", "row", "metric", "unit", "value", "sd", "seeds", "source"]
     return frame[[*head, "reported", *EFFECT_COLUMNS, "verdict"]]
 
 
 def experiment_table(
-    results: str | Path,
-    experiment: Experiment,
-    reported: pd.DataFrame,
+    shown: Shown,
     groups: Callable[[str], Mapping[str, Sequence[str]]] | None = None,
     findings: Callable[[pd.DataFrame], Sequence[str]] = lambda long: (),
     note: str = "",
@@ -94,9 +92,7 @@ def experiment_table(
     """The table of an ordinary experiment.
 
     Args:
-        results: root of the results to read.
-        experiment: of the table.
-        reported: values that the papers report, under the names of the experiment.
+        shown: its file.
         groups: metrics of each part by its caption, from the table's own; by default all under that.
         findings: sentences on what holds of what should, from all metrics; they are above the note.
         note: what the rows and metrics are.
@@ -104,14 +100,12 @@ def experiment_table(
     Raises:
         ResultsError: if a file of results is missing or malformed.
     """
-    runs = runs_of(experiment)
-    long = collect_runs(results, [runs])
-    caption = f"{runs.title}: {over_seeds(len(runs.seeds))}"
-    shown = groups(caption) if groups else {caption: list(dict.fromkeys(long["metric"]))}
-    compared = comparison(long, reported)
-    panels = panels_of(entries(summarise(long)), shown, reported_columns(compared))
+    long, caption = shown.collected, f"{shown.title}: {over_seeds(len(shown.experiments[0].seeds))}"
+    parts = groups(caption) if groups else {caption: list(dict.fromkeys(long["metric"]))}
+    compared = comparison(long, shown.reported)
+    panels = panels_of(entries(summarise(long)), parts, reported_columns(compared))
     text = f"{listed(findings(long))}{' '.join(filter(None, [note, verdict_note(compared)]))}"
-    return Table(table_frame(long, reported), panels, text)
+    return Table(table_frame(long, shown.reported), panels, text)
 
 
 # ------------------------------------------------------------------------------- writing
@@ -123,26 +117,13 @@ def listed(sentences: Sequence[str]) -> str:
 
 
 def write_table(
-    file: str | Path,
-    overrides: Mapping[str, Any] | None,
-    results: str | Path,
-    reported: str | Path,
-    prefix: str | Path,
+    file: Path, overrides: Mapping[str, Any] | None, results: Path, reported: Path, prefix: str | Path
 ) -> None:
     """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex`` of an experiment or a study.
 
-    Args:
-        file: the experiment's or study's file.
-        overrides: merged into every experiment last.
-        results: root of the results to read.
-        reported: table of reported values.
-        prefix: of the files to write.
-
-    Raises:
-        ConfigError: if the file is not a valid experiment or study.
-        ResultsError: if a file of results is missing or malformed, or the reported values are.
+    The other arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`.
     """
-    shown = shown_file(file, overrides, results, read_reported(reported))
+    shown = shown_file(file, overrides, results, reported)
     frame, panels, note = report_of(shown.experiments[0]).table(shown)
     write_panels(prefix, frame, panels, f"{note} {discretisation_note(shown.experiments)}".rstrip())
 
@@ -212,10 +193,10 @@ def headline(comparison_csv: str | Path) -> str:
 
 
 _OBJECTIVE = (
-    *(("functional", layer) for layer in ("network", "exact", "optimum")),
-    *(("kl", layer) for layer in ("network", "exact")),
+    *(("functional", solution) for solution in ("network", "exact", "optimum")),
+    *(("kl", solution) for solution in ("network", "exact")),
 )
-"""Metrics and layers that stand beside reported values where there is no reward: what was maximised."""
+"""Metrics and solutions that stand beside reported values where there is no reward: what was maximised."""
 
 
 def _headline_panel(table: pd.DataFrame, experiment: str, metric: str, source: str) -> Panel:
@@ -231,7 +212,9 @@ def _headline_panel(table: pd.DataFrame, experiment: str, metric: str, source: s
     header += [f"{'' if at == 'network' else at + ' '}{describe(what).header}" for what, at in more]
     lines = []
     for method in dict.fromkeys(split_row(row)[0] for row, _ in summary):
-        network, exact, resolved = (cells.get((row_name(method, layer), metric), "") for layer in LAYERS)
+        network, exact, resolved = (
+            cells.get((row_name(method, solution), metric), "") for solution in SOLUTIONS
+        )
         others = [cells.get((row_name(method, at), what), "") for what, at in more]
         lines.append([method, network, *(of.get(method, "") for _, of in theirs), exact, resolved, *others])
     seeds = over_seeds(max((e.seeds for e in summary.values()), default=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,7 @@ from flowtilt.pipeline.configuration import (
     read_yaml,
     validated,
 )
-from flowtilt.pipeline.sections import DataConfig, Tail
+from flowtilt.pipeline.sections import DataConfig, TailKey
 
 Mass = Annotated[float, Field(gt=0, lt=1)]
 
@@ -35,10 +35,10 @@ _FIELDS: dict[str, set[str]] = {
 
 
 class TargetConfig(Section):
-    """A round Gaussian that kernel matching draws the law to."""
+    """A round Gaussian that kernel matching draws the distribution to."""
 
     mean: Row
-    """Mean of the target law, a pair of coordinates."""
+    """Mean of the target distribution, a pair of coordinates."""
 
     deviation: Positive
     """Its standard deviation along both axes."""
@@ -51,10 +51,10 @@ class UtilityConfig(Section):
     """
 
     utility: Literal["expected_reward", "entropy", "optimal_design", "kernel_matching", "log_barrier"]
-    """The concave utility of the law p; it says which of the other keys there are."""
+    """The concave utility of the distribution p; it says which of the other keys there are."""
 
     alpha: Positive
-    """Weight of the KL divergence from the pretrained law, in units of the utility a nat."""
+    """Weight of the KL divergence from the pretrained distribution, in units of the utility a nat."""
 
     weight: Positive | None = None
     """Weight of the utility, or of the barrier in ``log_barrier``; for all but ``expected_reward``."""
@@ -69,7 +69,7 @@ class UtilityConfig(Section):
     """Bandwidth of the Gaussian kernel, in units of the plane; for ``kernel_matching``."""
 
     target: TargetConfig | None = None
-    """The round Gaussian that the law is drawn to; for ``kernel_matching``."""
+    """The round Gaussian that the distribution is drawn to; for ``kernel_matching``."""
 
     budget: Positive | None = None
     """What the mean cost must stay below, the cost being half the squared distance from the origin; for
@@ -116,16 +116,16 @@ class MirrorDescentConfig(Section):
     """Iterations of every run."""
 
     grid: SquareConfig
-    """The grid whose cells laws are vectors of probabilities on."""
+    """The grid whose cells distributions are vectors of probabilities on."""
 
     data: DataConfig
-    """The pretrained law; ``modes`` is not used here."""
+    """The pretrained distribution; ``modes`` is not used here."""
 
     problems: Annotated[dict[Name, UtilityConfig], Field(min_length=1), ToldApart]
     """The problems by name."""
 
 
-class RewardLawConfig(Section):
+class RewardDistributionConfig(Section):
     """A mixture of Gaussians that rewards are drawn from."""
 
     weights: Annotated[list[Positive], Field(min_length=1)]
@@ -138,17 +138,19 @@ class RewardLawConfig(Section):
     """Standard deviations of the components; 0 is an atom."""
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> RewardLawConfig:
+    def _one_of_each(self) -> RewardDistributionConfig:
         if not len(self.weights) == len(self.means) == len(self.deviations):
             raise ValueError("weights, means and deviations must have one entry per component")
         return self
 
 
 class TailConfig(Section):
-    """A tail problem on a known law of rewards, at one mass for each of its tails."""
+    """A tail problem on a known distribution of rewards, at one mass for each of its tails."""
 
-    law: RewardLawConfig
-    """The law of the rewards."""
+    renamed: ClassVar[Mapping[str, str]] = {"law": "distribution"}
+
+    distribution: RewardDistributionConfig
+    """The distribution of the rewards."""
 
     alpha: Positive
     """KL weight, in reward units a nat."""
@@ -156,7 +158,7 @@ class TailConfig(Section):
     mass: Mass
     """Probability of the tail."""
 
-    tails: Annotated[tuple[Tail, ...], Field(min_length=1), NoRepeats] = ("lower", "upper")
+    tails: Annotated[tuple[TailKey, ...], Field(min_length=1), NoRepeats] = ("lower", "upper")
     """Which tails are solved, each at this mass."""
 
 
@@ -230,10 +232,10 @@ class ThresholdStudyConfig(Section):
     """Title of its table."""
 
     problems: Annotated[dict[Name, TailConfig], Field(min_length=1), ToldApart]
-    """Tail problems on known laws of rewards, by name."""
+    """Tail problems on known distributions of rewards, by name."""
 
     batches: BatchConfig
-    """Offline batches from these laws."""
+    """Offline batches from these distributions."""
 
     descent: DescentConfig
     """Gradient descent on the right tail's dual."""
@@ -251,10 +253,6 @@ _KINDS: dict[str, type[MirrorDescentConfig] | type[ThresholdStudyConfig]] = {
 
 def load_theory(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TheoryConfig:
     """The study in a file.
-
-    Args:
-        path: the YAML file; its ``name`` must be the file's.
-        overrides: merged in last.
 
     Raises:
         ConfigError: naming the file, the key and the fix.

@@ -20,12 +20,7 @@ _SMALLEST = 1e-16
 
 
 def draw_theory(result: Mapping[str, Any], path: str | Path) -> None:
-    """Draw a study's result into one PNG file.
-
-    Args:
-        result: what the stage wrote: kind, title and tables.
-        path: of the file.
-    """
+    """Draw a study's result into one PNG file."""
     draw = {"mirror_descent": _mirror_descent, "threshold": _threshold}[result["kind"]]
     with figure_style():
         save_figure(draw(result["tables"]), path)
@@ -78,22 +73,22 @@ def _threshold(tables: Mapping[str, Rows]) -> Figure:
     grid = figure.subplots(2, 3)
     problems = list(dict.fromkeys(row["problem"] for row in tables["errors"]))
     colours = {problem: _CYCLE[i % len(_CYCLE)] for i, problem in enumerate(problems)}
-    for axes, side, words in ((grid[0, 0], "lower", "left"), (grid[0, 1], "upper", "right")):
-        _errors(axes, [row for row in tables["errors"] if row["side"] == side], colours)
+    for axes, tail, words in ((grid[0, 0], "lower", "left"), (grid[0, 1], "upper", "right")):
+        _errors(axes, [row for row in tables["errors"] if row["tail"] == tail], colours)
         axes.set_title(f"{words} tail: error of a batch's threshold")
     _descents(grid[0, 2], tables["descent"], colours)
-    for axes, side, words in ((grid[1, 0], "lower", "left"), (grid[1, 1], "upper", "right")):
-        _shifts(axes, [row for row in tables["shift"] if row["side"] == side])
+    for axes, tail, words in ((grid[1, 0], "lower", "left"), (grid[1, 1], "upper", "right")):
+        _shifts(axes, [row for row in tables["shift"] if row["tail"] == tail])
         axes.set_title(f"{words} tail: shift under another model's batch")
     grid[1, 2].axis("off")
     handles = [Line2D([], [], color=colour, marker="o", label=p) for p, colour in colours.items()]
     handles += [
         Line2D([], [], color="black", linestyle=":", label="limit of the median (delta method)"),
-        Line2D([], [], color="black", linestyle="-", label="descent: fixed step, law"),
+        Line2D([], [], color="black", linestyle="-", label="descent: fixed step, distribution"),
         Line2D([], [], color="black", linestyle="--", label="descent: fixed step, batch"),
         Line2D([], [], color="black", linestyle="-.", label="descent: normalised, batch"),
         Line2D([], [], color="black", marker="o", linestyle="", label="shift: mean moved"),
-        Line2D([], [], color="black", marker="x", linestyle="", label="shift: worst law"),
+        Line2D([], [], color="black", marker="x", linestyle="", label="shift: worst distribution"),
         *(Line2D([], [], color=c, linestyle=s, label=words) for _, c, s, words in _BOUNDS),
     ]
     grid[1, 2].legend(handles=handles, loc="center")
@@ -122,7 +117,7 @@ def _errors(axes: Axes, rows: Rows, colours: Mapping[str, str]) -> None:
 
 
 def _descents(axes: Axes, rows: Rows, colours: Mapping[str, str]) -> None:
-    styles = {"fixed step, law": "-", "fixed step, batch": "--", "normalised, batch": "-."}
+    styles = {"fixed step, distribution": "-", "fixed step, batch": "--", "normalised, batch": "-."}
     for problem, colour in colours.items():
         for kind, style in styles.items():
             own = [r for r in rows if (r["problem"], r["descent"]) == (problem, kind)]

@@ -14,13 +14,13 @@ and one step arrives). The proof sums, with weights (1 - l/L)^-(k+1), the inequa
 and uses smoothness only between successive iterates and strong concavity only between the optimum and
 the iterates. Hence two ways to make the bounds theorems:
 
-- *proven*: L = L_F + alpha and l = l_F + alpha, with constants that hold for all laws which the run can
-  reach, known before it (:mod:`flowtilt.theory.utilities`);
-- *measured*: L from the largest generalised eigenvalue at laws between start and optimum, l from the
+- *proven*: L = L_F + alpha and l = l_F + alpha, with constants that hold for all distributions which the run
+  can reach, known before it (:mod:`flowtilt.theory.utilities`);
+- *measured*: L from the largest generalised eigenvalue at distributions between start and optimum, l from the
   smallest ratio of divergences between the optimum and the iterates. This is verified after the run, on
   just the pairs that the proof uses, and then the bounds are theorems about this run.
 
-Ratios over other pairs of laws are reported as observed; no bound rests on them.
+Ratios over other pairs of distributions are reported as observed; no bound rests on them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from scipy.linalg import eigvalsh
 
 from flowtilt.pipeline.theory.config import MirrorDescentConfig, UtilityConfig
 from flowtilt.seeding import seed_of
-from flowtilt.theory.laws import gaussian_mixture, kl_divergence, normalise, square_grid
+from flowtilt.theory.distributions import gaussian_mixture, kl_divergence, normalise, square_grid
 from flowtilt.theory.utilities import (
     Entropy,
     ExpectedReward,
@@ -44,14 +44,14 @@ from flowtilt.theory.utilities import (
 )
 
 LOG_ERROR = 1e-13
-"""Error of a log probability: some 500 units in the last place of 1. A law that is off by so much is off
-in G by at most about ``L LOG_ERROR^2 / 2``; gaps below ``L LOG_ERROR^2`` count as zero."""
+"""Error of a log probability: some 500 units in the last place of 1. A distribution that is off by so much is
+off in G by at most about ``L LOG_ERROR^2 / 2``; gaps below ``L LOG_ERROR^2`` count as zero."""
 
 FIT_ABOVE = 1e4
 """Rates are fitted to gaps so many times that large: the optimum's own error then changes them by 1 %."""
 
 SMALLEST_PAIR = 1e-16
-"""Divergence below which a pair of laws is too close for a ratio: it is then known to 1e-5 only."""
+"""Divergence below which a pair of distributions is too close for a ratio: it is then known to 1e-5 only."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Problem:
     Attributes:
         utility: F, concave.
         alpha: KL weight, positive.
-        log_base: log probabilities of the pretrained law, (n,).
+        log_base: log probabilities of the pretrained distribution, (n,).
     """
 
     utility: Utility
@@ -86,13 +86,11 @@ class Problem:
         F lies below its tangent at p, and the tangent's regularised maximum has a closed form: the tilt
         of the base by ``F'(p) / alpha``. The duality gap is ``alpha KL(p || tilt)``.
         """
-        return self.alpha * kl_divergence(log_p, self._tilt(log_p))
-
-    def _tilt(self, log_p: np.ndarray) -> np.ndarray:
-        return normalise(self.log_base + self.utility.variation(np.exp(log_p)) / self.alpha)
+        tilt = normalise(self.log_base + self.utility.variation(np.exp(log_p)) / self.alpha)
+        return self.alpha * kl_divergence(log_p, tilt)
 
     def step(self, log_p: np.ndarray, weight: float) -> np.ndarray:
-        """The law that maximises ``<G'(p), q> - weight KL(q || p)``."""
+        """The distribution that maximises ``<G'(p), q> - weight KL(q || p)``."""
         return normalise(log_p + self.variation(log_p) / weight)
 
     def ascend(self, weight: float, iterations: int) -> list[np.ndarray]:
@@ -139,7 +137,7 @@ class Problem:
 
 
 def relative_curvature(problem: Problem, log_p: np.ndarray) -> tuple[float, float]:
-    """Smallest and largest generalised eigenvalue of ``-G''`` against ``diag(1 / p)`` at one law.
+    """Smallest and largest generalised eigenvalue of ``-G''`` against ``diag(1 / p)`` at one distribution.
 
     Over directions that sum to zero. The smallest and largest over a convex set are the best l and L
     there.
@@ -165,10 +163,10 @@ def ratios(problem: Problem, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> 
     return found
 
 
-def mixtures(laws: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Random laws from the convex hull of some: mixtures with Dirichlet(1/2) weights."""
-    stacked = np.exp(np.array(laws))
-    return [np.log(rng.dirichlet(np.full(len(laws), 0.5)) @ stacked) for _ in range(count)]
+def mixtures(distributions: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Random distributions from the convex hull of some: mixtures with Dirichlet(1/2) weights."""
+    stacked = np.exp(np.array(distributions))
+    return [np.log(rng.dirichlet(np.full(len(distributions), 0.5)) @ stacked) for _ in range(count)]
 
 
 def bounds(L: float, l: float, kl: float, iterations: int) -> tuple[np.ndarray, np.ndarray]:  # noqa: E741
@@ -222,7 +220,7 @@ def build_problem(config: UtilityConfig, points: np.ndarray, log_base: np.ndarra
     Args:
         config: the problem.
         points: cell centres, (n, 2).
-        log_base: log probabilities of the pretrained law, (n,).
+        log_base: log probabilities of the pretrained distribution, (n,).
     """
     weight = config.weight or 0.0
     utility: Utility
@@ -277,7 +275,7 @@ def _measured_run(problem: Problem, optimum: np.ndarray, earlier: Run, name: str
     """
     some = [earlier.iterates[k] for k in sorted({0, 1, 2, len(earlier.iterates) // 2})] + [optimum]
     between = mixtures(some, 3, np.random.default_rng(seed_of("mirror descent", name, "curvature")))
-    L = max(relative_curvature(problem, law)[1] for law in [*some, *between])
+    L = max(relative_curvature(problem, distribution)[1] for distribution in [*some, *between])
     iterates = problem.ascend(L, len(earlier.iterates) - 1)
     needed = max(ratios(problem, zip(iterates[1:], iterates[:-1], strict=True)), default=0.0)
     if needed > L * (1 + 1e-9):

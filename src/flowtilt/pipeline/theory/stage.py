@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,14 @@ from flowtilt.pipeline.files import StageError, write_json
 from flowtilt.pipeline.theory import mirror_descent, thresholds
 from flowtilt.pipeline.theory.config import MirrorDescentConfig, load_theory
 
+log = logging.getLogger(__name__)
+
 
 def run(file: Path, overrides: Mapping[str, Any], output: Path) -> list[str]:
     """Run the study of a configuration file and write its numbers.
 
-    Args:
-        file: of ``config/theory``.
-        overrides: merged into it last.
-        output: JSON file with the kind, the title and the tables.
-
     Returns:
-        What violates a bound, in words; empty if every bound holds.
+        What violates a bound, in words; the log has it too.
     """
     config = load_theory(file, overrides)
     try:
@@ -33,21 +31,15 @@ def run(file: Path, overrides: Mapping[str, Any], output: Path) -> list[str]:
         raise type(error)(f"{file}: {error}") from None
     write_json({"kind": config.kind, "title": config.title, "tables": tables}, output)
     judged = tables.get("iterations", []) + tables.get("shift", [])
-    return [_in_words(row) for row in judged if row["verdict"] != "holds"]
-
-
-def _in_words(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in row.items())
+    violated = [row for row in judged if row["verdict"] != "holds"]
+    words = [", ".join(f"{key} {value}" for key, value in row.items()) for row in violated]
+    for violation in words:
+        log.warning("a bound is violated: %s", violation)
+    return words
 
 
 def report(result: Path, prefix: Path, figure: Path) -> None:
-    """Write the table and draw the figure of a study that was run.
-
-    Args:
-        result: file of :func:`run`.
-        prefix: of the table's three files.
-        figure: PNG file.
-    """
+    """Write the table and draw the figure of a study that was run."""
     # The drawing library is slow to import, and a study does not need it.
     from flowtilt.pipeline.theory.figures import draw_theory
     from flowtilt.pipeline.theory.tables import write_theory_table

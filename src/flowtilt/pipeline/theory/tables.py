@@ -15,14 +15,14 @@ Rows = Sequence[Mapping[str, Any]]
 SHOWN_ITERATIONS = (1, 2, 5, 10, 20, 50)
 
 _MIRROR_NOTE = (
-    "G is a concave utility less alpha times the KL divergence from the pretrained law p_0; gaps are "
-    "G(p*) - G(p_K). Steps have the KL weight L. Bounds: (L - l)/K KL(p*||p_0), and "
-    "l KL(p*||p_0) / ((1 - l/L)^-K - 1) (Lu, Freund and Nesterov 2018). Proven: L and l hold for every law "
-    "that the run can reach. Measured: L from the largest curvature at laws between start and optimum, l "
-    "from the pairs that the proof uses; both are verified on the run. Observed: smallest and largest ratio "
-    "of divergences over random pairs of laws in the convex hull of the iterates. The certificate is a "
-    "duality gap at p*. The rate is fitted to the last half of the gaps above rounding; a gap falls as the "
-    "square of a distance, so that (1 - l/L)^2 is what smooth problems come to."
+    "G is a concave utility less alpha times the KL divergence from the pretrained distribution p_0; gaps "
+    "are G(p*) - G(p_K). Steps have the KL weight L. Bounds: (L - l)/K KL(p*||p_0), and "
+    "l KL(p*||p_0) / ((1 - l/L)^-K - 1) (Lu, Freund and Nesterov 2018). Proven: L and l hold for every "
+    "distribution that the run can reach. Measured: L from the largest curvature at distributions between "
+    "start and optimum, l from the pairs that the proof uses; both are verified on the run. Observed: "
+    "smallest and largest ratio of divergences over random pairs of distributions in the convex hull of the "
+    "iterates. The certificate is a duality gap at p*. The rate is fitted to the last half of the gaps above "
+    "rounding; a gap falls as the square of a distance, so that (1 - l/L)^2 is what smooth problems come to."
 )
 _THRESHOLD_NOTE = (
     "Errors are |estimate - exact threshold| over replicate batches. The slope is that of log "
@@ -40,10 +40,6 @@ def write_theory_table(result: Mapping[str, Any], prefix: str | Path) -> None:
     """Write ``{prefix}.csv``, ``.md`` and ``.tex`` of a study's result.
 
     The data of every panel are in the CSV file, one after the other, told apart by the column ``part``.
-
-    Args:
-        result: what the stage wrote: kind, title and tables.
-        prefix: of the files.
     """
     tables: dict[str, Rows] = result["tables"]
     kinds = {
@@ -109,8 +105,8 @@ def threshold_panels(title: str, tables: Mapping[str, Rows]) -> list[Panel]:
             f"{title}: error against batch size",
             tables["fits"],
             {
-                "problem": "law",
-                "side": "tail",
+                "problem": "distribution",
+                "tail": "tail",
                 "alpha": "alpha",
                 "mass": "mass",
                 "threshold": "exact threshold",
@@ -125,8 +121,8 @@ def threshold_panels(title: str, tables: Mapping[str, Rows]) -> list[Panel]:
             "Errors by batch size",
             tables["errors"],
             {
-                "problem": "law",
-                "side": "tail",
+                "problem": "distribution",
+                "tail": "tail",
                 "size": "batch",
                 "replicates": "batches",
                 "error_10pct": "10 % quantile",
@@ -139,7 +135,7 @@ def threshold_panels(title: str, tables: Mapping[str, Rows]) -> list[Panel]:
             "Gradient descent on the right tail's dual",
             tables["rates"],
             {
-                "problem": "law",
+                "problem": "distribution",
                 "descent": "descent",
                 "minimum": "minimum",
                 "updates": "updates",
@@ -152,8 +148,8 @@ def threshold_panels(title: str, tables: Mapping[str, Rows]) -> list[Panel]:
             "Second differences of the duals",
             tables["convexity"],
             {
-                "problem": "law",
-                "side": "tail",
+                "problem": "distribution",
+                "tail": "tail",
                 "where": "dual of the",
                 "points": "points",
                 "smallest": "smallest",
@@ -167,7 +163,7 @@ def threshold_panels(title: str, tables: Mapping[str, Rows]) -> list[Panel]:
             "Shift of the threshold under a batch from another model",
             tables["shift"],
             {
-                "side": "tail",
+                "tail": "tail",
                 "batch": "batch",
                 "delta": "delta",
                 "kl": "KL (nats)",

@@ -1,11 +1,11 @@
-"""Thresholds of tail means against their exact values, for known laws of rewards (Wang et al. 2026).
+"""Thresholds of tail means against their exact values, for known distributions of rewards (Wang et al. 2026).
 
 Four questions: how the error of a batch's threshold falls with the batch size; how gradient descent on
 the right tail's dual converges; where the duals are convex; and how far the threshold moves when the
-batch comes from a law p' other than the pretrained law p, given only ``KL(p' || p)``.
+batch comes from a distribution p' other than the pretrained distribution p, given only ``KL(p' || p)``.
 
 For the last, write ``phi_t`` for ``(1 - m) exp((r - t) / s)`` beyond t and ``-m`` on the flat side, m the
-tail's mass and ``s = alpha m``. A threshold t' of p' (inside the range of rewards, where laws have
+tail's mass and ``s = alpha m``. A threshold t' of p' (inside the range of rewards, where distributions have
 densities) is stationary: ``E_p' phi_t' = 0``. Three bounds follow; all rest on rewards in a known range.
 
 - *Pinsker*: with ``TV <= sqrt(KL / 2)`` and W the largest exponential (``exp((r_max - t) / s)`` on the
@@ -13,9 +13,9 @@ densities) is stationary: ``E_p' phi_t' = 0``. Three bounds follow; all rest on 
   slopes differ by at most ``e(t) = W(t) TV / (m Z_p(t))``. Hence ``|slope_p(t')| <= e(t')``.
 - *strong convexity*: on an interval that holds all such t' and where the dual's curvature is at least c,
   ``|t' - t*| <= max e / c``: the same, linear in ``sqrt(KL)``.
-- *sharp*: the smallest KL divergence of a law with ``E phi_t = 0`` is ``I(t) = -min_l log E_p exp(l phi_t)``
-  (Sanov's theorem; attained by a tilt of p). Hence ``I(t') <= KL``, and nothing better can be said from
-  the KL divergence alone.
+- *sharp*: the smallest KL divergence of a distribution with ``E phi_t = 0`` is ``I(t) = -min_l log E_p exp(l
+  phi_t)`` (Sanov's theorem; attained by a tilt of p). Hence ``I(t') <= KL``, and nothing better can be said
+  from the KL divergence alone.
 
 The left dual has no convexity to rule out stationary points far away. There t' also has to be at least
 as good as t*: with ``|Z_p' - Z_p| <= TV``, ``dual_p(t') >= dual_p(t*) - alpha [log(1 + TV / Z(t')) -
@@ -33,38 +33,40 @@ from scipy.special import logsumexp
 
 from flowtilt.pipeline.theory.config import BatchConfig, ShiftConfig, TailConfig, ThresholdStudyConfig
 from flowtilt.seeding import seed_of
-from flowtilt.theory.reward_laws import RewardLaw, TailDual
+from flowtilt.theory.reward_distributions import RewardDistribution, TailDual
 from flowtilt.thresholds import descend_threshold, dual_objective, threshold
-from flowtilt.words import Side
+from flowtilt.words import Tail
 
 Row = dict[str, float | int | str | None]
-SIDES: tuple[Side, Side] = ("lower", "upper")
+TAILS: tuple[Tail, Tail] = ("lower", "upper")
 HALF_NORMAL_MEDIAN = 0.6744897501960817
 SMALLEST_ERROR = 1e-12  # relative to the spread: nearer than that is rounding
 OFFSETS = 120  # points of the search for the furthest threshold, on either side
 WIDEST_GAPS = 200  # between neighbouring rewards, where second differences are clear of rounding
 
 
-def build_law(config: TailConfig) -> RewardLaw:
-    """The configured law of rewards."""
-    law = config.law
-    return RewardLaw(tuple(law.weights), tuple(law.means), tuple(law.deviations))
+def build_distribution(config: TailConfig) -> RewardDistribution:
+    """The configured distribution of rewards."""
+    distribution = config.distribution
+    return RewardDistribution(
+        tuple(distribution.weights), tuple(distribution.means), tuple(distribution.deviations)
+    )
 
 
 def study(config: ThresholdStudyConfig) -> dict[str, list[Row]]:
     """All four parts of the study, as rows by the name of the table that they go to."""
     duals = {
-        name: {side: TailDual(build_law(tail), tail.alpha, tail.mass, side) for side in tail.tails}
-        for name, tail in config.problems.items()
+        name: {tail: TailDual(build_distribution(of), of.alpha, of.mass, tail) for tail in of.tails}
+        for name, of in config.problems.items()
     }
     tables: dict[str, list[Row]] = {"errors": [], "fits": [], "descent": [], "rates": [], "convexity": []}
     for name, pair in duals.items():
         errors = batch_errors(name, pair, config.batches)
-        for side, dual in pair.items():
-            tables["errors"] += error_rows(name, dual, errors[side])
-            tables["fits"].append(fit_row(name, dual, errors[side], config.batches.fit_from))
+        for tail, dual in pair.items():
+            tables["errors"] += error_rows(name, dual, errors[tail])
+            tables["fits"].append(fit_row(name, dual, errors[tail], config.batches.fit_from))
             tables["convexity"] += convexity(name, dual, config.descent.batch)
-            if side == "upper":
+            if tail == "upper":
                 paths, rates = descents(name, dual, config.descent.batch, config.descent.updates)
                 tables["descent"] += paths
                 tables["rates"] += rates
@@ -74,23 +76,23 @@ def study(config: ThresholdStudyConfig) -> dict[str, list[Row]]:
 # --------------------------------------------------------------------------- errors of batches
 
 
-Errors = dict[Side, dict[int, np.ndarray]]
+Errors = dict[Tail, dict[int, np.ndarray]]
 
 
-def batch_errors(name: str, duals: dict[Side, TailDual], config: BatchConfig) -> Errors:
-    """``|estimate - threshold|`` of replicate batches, by side and batch size, each (replicates,)."""
-    found: Errors = {side: {} for side in duals}
-    law = next(iter(duals.values())).law
+def batch_errors(name: str, duals: dict[Tail, TailDual], config: BatchConfig) -> Errors:
+    """``|estimate - threshold|`` of replicate batches, by tail and batch size, each (replicates,)."""
+    found: Errors = {tail: {} for tail in duals}
+    distribution = next(iter(duals.values())).distribution
     for size in config.sizes:
-        errors: dict[Side, list[float]] = {side: [] for side in duals}
+        errors: dict[Tail, list[float]] = {tail: [] for tail in duals}
         for replicate in range(config.replicates(size)):
             rng = np.random.default_rng(seed_of("threshold", name, size, replicate))
-            rewards, counts = law.sample(size, rng)
-            for side, dual in duals.items():
-                estimate = threshold(rewards, dual.alpha, dual.mass, side, counts)
-                errors[side].append(abs(estimate - dual.optimum))
-        for side, values in errors.items():
-            found[side][size] = np.array(values)
+            rewards, counts = distribution.sample(size, rng)
+            for tail, dual in duals.items():
+                estimate = threshold(rewards, dual.alpha, dual.mass, tail, counts)
+                errors[tail].append(abs(estimate - dual.optimum))
+        for tail, values in errors.items():
+            found[tail][size] = np.array(values)
     return found
 
 
@@ -102,7 +104,7 @@ def error_rows(name: str, dual: TailDual, errors: dict[int, np.ndarray]) -> list
         rows.append(
             {
                 "problem": name,
-                "side": dual.side,
+                "tail": dual.tail,
                 "size": size,
                 "replicates": values.size,
                 "error_10pct": float(low),
@@ -147,7 +149,7 @@ def fit_row(name: str, dual: TailDual, errors: dict[int, np.ndarray], fit_from: 
     used = {size: values for size, values in errors.items() if size >= fit_from}
     sizes = np.concatenate([np.full(values.size, float(size)) for size, values in used.items()])
     values = np.concatenate(list(used.values()))
-    low, high = dual.law.support
+    low, high = dual.distribution.support
     slope: float | None = None
     error: float | None = None
     if all(found.max() > SMALLEST_ERROR * (high - low) for found in used.values()):
@@ -156,7 +158,7 @@ def fit_row(name: str, dual: TailDual, errors: dict[int, np.ndarray], fit_from: 
     ratio = float(np.sqrt(np.mean(sizes * values**2)) / deviation) if deviation > 0 else None
     return {
         "problem": name,
-        "side": dual.side,
+        "tail": dual.tail,
         "alpha": dual.alpha,
         "mass": dual.mass,
         "threshold": dual.optimum,
@@ -195,32 +197,32 @@ def batch_slope(rewards: np.ndarray, alpha: float, mass: float) -> Callable[[flo
 def descents(name: str, dual: TailDual, batch: int, updates: int) -> tuple[list[Row], list[Row]]:
     """Gradient descent on the right tail's dual against the exact threshold.
 
-    With a fixed step on the law's own dual and on a batch's, and by the package's descent of normalised
-    gradients on the batch. The step is one over a bound of the law's curvature, so that the law's dual
-    descends monotonically.
+    With a fixed step on the distribution's own dual and on a batch's, and by the package's descent of
+    normalised gradients on the batch. The step is one over a bound of the distribution's curvature, so that
+    the distribution's dual descends monotonically.
 
     Returns:
         Errors by update, and one row a descent with its fitted rate.
     """
     rng = np.random.default_rng(seed_of("threshold", name, "descent"))
-    values, counts = dual.law.sample(batch, rng)
+    values, counts = dual.distribution.sample(batch, rng)
     rewards = np.repeat(values, counts.astype(int))
     step = 1 / dual.largest_curvature()
     exact = threshold(rewards, dual.alpha, dual.mass, "upper")
-    on_law = descend(dual.slope, dual.law.mean, step, updates) - dual.optimum
+    on_distribution = descend(dual.slope, dual.distribution.mean, step, updates) - dual.optimum
     slope = batch_slope(rewards, dual.alpha, dual.mass)
     on_batch = descend(slope, float(rewards.mean()), step, updates) - exact
     normalised = np.array(
         [descend_threshold(rewards, dual.alpha, dual.mass, k)[0] - exact for k in range(0, updates + 1, 4)]
     )
-    # Between two rewards a batch's dual has the law's curvature less the density's part.
+    # Between two rewards a batch's dual has the distribution's curvature less the density's part.
     at_kink = bool(np.isin(exact, rewards))
     in_gap = None if at_kink else 1 - step * (1 - dual.mass) / dual.scale
     limit = 1 - step * dual.curvature(dual.optimum) if dual.regular else None
     paths: list[Row] = []
     rates: list[Row] = []
     for kind, every, errors, kink, expected in (
-        ("fixed step, law", 1, on_law, not dual.regular, limit),
+        ("fixed step, distribution", 1, on_distribution, not dual.regular, limit),
         ("fixed step, batch", 1, on_batch, at_kink, in_gap),
         ("normalised, batch", 4, normalised, at_kink, None),
     ):
@@ -256,25 +258,27 @@ def _descent_rate(errors: np.ndarray, floor: float, every: int) -> float | None:
 
 
 def convexity(name: str, dual: TailDual, batch: int) -> list[Row]:
-    """Second differences of the dual over the squared step: of the law's, and of a batch's.
+    """Second differences of the dual over the squared step: of the distribution's, and of a batch's.
 
-    The law's over the middle of its support; the batch's on the upper side over the same points, on the
-    lower side between neighbouring rewards, in the widest gaps. On the upper side a second difference is
+    The distribution's over the middle of its support; the batch's on the upper tail over the same points, on
+    the lower tail between neighbouring rewards, in the widest gaps. On the upper tail a second difference is
     not negative to rounding, which is part of the row.
     """
     rows: list[Row] = []
-    low, high = dual.law.support
-    middle, reach = dual.law.mean, 0.35 * (high - low)
+    low, high = dual.distribution.support
+    middle, reach = dual.distribution.mean, 0.35 * (high - low)
     points = np.linspace(middle - reach, middle + reach, 301)
     step = float(points[1] - points[0])
     rng = np.random.default_rng(seed_of("threshold", name, "convexity"))
-    values, counts = dual.law.sample(batch, rng)
+    values, counts = dual.distribution.sample(batch, rng)
 
     def on_batch(t: float) -> float:
-        return dual_objective(t, values, dual.alpha, dual.mass, dual.side, counts)
+        return dual_objective(t, values, dual.alpha, dual.mass, dual.tail, counts)
 
-    rows.append(_second_differences(name, dual, "law", dual.value, points, np.full(points.size, step)))
-    if dual.side == "upper":
+    rows.append(
+        _second_differences(name, dual, "distribution", dual.value, points, np.full(points.size, step))
+    )
+    if dual.tail == "upper":
         rows.append(_second_differences(name, dual, "batch", on_batch, points, np.full(points.size, step)))
     else:
         ordered = np.unique(values)
@@ -302,7 +306,7 @@ def _second_differences(
     values = np.array(found)
     return {
         "problem": name,
-        "side": dual.side,
+        "tail": dual.tail,
         "where": where,
         "points": len(found),
         "smallest": float(values.min()),
@@ -321,7 +325,7 @@ class ShiftBounds:
     """Bounds of ``|t' - t*|`` from ``KL(p' || p)`` alone; see the module's text.
 
     Attributes:
-        dual: of the pretrained law p, with rewards in a finite range.
+        dual: of the pretrained distribution p, with rewards in a finite range.
         kl: ``KL(p' || p)`` in nats.
     """
 
@@ -329,7 +333,7 @@ class ShiftBounds:
     kl: float
 
     def __post_init__(self) -> None:
-        if not np.isfinite([self.dual.law.low, self.dual.law.high]).all():
+        if not np.isfinite([self.dual.distribution.low, self.dual.distribution.high]).all():
             raise ValueError(
                 "without a bound of the rewards no KL divergence bounds the threshold's shift; clip them"
             )
@@ -342,31 +346,25 @@ class ShiftBounds:
     def slope_error(self, t: float) -> float:
         """``e(t)``: how far the duals' slopes can be apart at t."""
         dual = self.dual
-        largest = np.exp((dual.law.high - t) / dual.scale) if dual.side == "upper" else 1.0
+        largest = np.exp((dual.distribution.high - t) / dual.scale) if dual.tail == "upper" else 1.0
         return float(largest * self.variation / (dual.mass * sum(dual.parts(t))))
 
     def _good_enough(self, t: float) -> bool:
         """Whether t can be as good as t* for some p': only asked on the left."""
         dual, best = self.dual, self.dual.optimum
         share = self.variation / sum(dual.parts(best))
-        if dual.side == "upper" or share >= 1:
+        if dual.tail == "upper" or share >= 1:
             return True
         allowed = np.log1p(self.variation / sum(dual.parts(t))) - np.log1p(-share)
         return dual.value(t) >= dual.value(best) - dual.alpha * allowed
 
-    def _by_pinsker(self, t: float) -> bool:
-        return abs(self.dual.slope(t)) <= self.slope_error(t) and self._good_enough(t)
-
-    def _by_sanov(self, t: float) -> bool:
-        return rate_function(self.dual, t)[0] <= self.kl and self._good_enough(t)
-
     def pinsker(self) -> tuple[float, float]:
         """The interval of thresholds that Pinsker's inequality leaves."""
-        return self._interval(self._by_pinsker)
+        return self._interval(lambda t: abs(self.dual.slope(t)) <= self.slope_error(t))
 
     def sharp(self) -> tuple[float, float]:
         """The interval that the KL divergence leaves; on the right, both ends are attained."""
-        return self._interval(self._by_sanov)
+        return self._interval(lambda t: rate_function(self.dual, t)[0] <= self.kl)
 
     def strong_convexity(self) -> float | None:
         """``max e / min |curvature|`` over :meth:`pinsker`'s interval.
@@ -375,17 +373,21 @@ class ShiftBounds:
         the range of the rewards.
         """
         points = np.linspace(*self.pinsker(), 101)[1:-1]
-        sign = 1 if self.dual.side == "upper" else -1
+        sign = 1 if self.dual.tail == "upper" else -1
         curvature = min(sign * self.dual.curvature(float(t)) for t in points)
         if curvature <= 0:
             return None
         bound = max(self.slope_error(float(t)) for t in points) / curvature
-        return bound if bound < self.dual.law.high - self.dual.law.low else None
+        return bound if bound < self.dual.distribution.high - self.dual.distribution.low else None
 
     def _interval(self, possible: Callable[[float], bool]) -> tuple[float, float]:
         best = self.dual.optimum
-        low, high = self.dual.law.low, self.dual.law.high
-        return best - _furthest(possible, best, low - best), best + _furthest(possible, best, high - best)
+        low, high = self.dual.distribution.low, self.dual.distribution.high
+
+        def both(t: float) -> bool:
+            return possible(t) and self._good_enough(t)
+
+        return best - _furthest(both, best, low - best), best + _furthest(both, best, high - best)
 
 
 def _furthest(possible: Callable[[float], bool], start: float, reach: float) -> float:
@@ -432,26 +434,27 @@ def rate_function(dual: TailDual, t: float) -> tuple[float, float]:
 
 
 def worst_threshold(dual: TailDual, at: float) -> tuple[float, float]:
-    """The threshold of the law nearest to p that has a stationary point at ``at``, and its divergence.
+    """The threshold of the distribution nearest to p that has a stationary point at ``at``, and its
+    divergence.
 
-    The law is p's tilt by ``l phi_at``. Its threshold is found anew, from its own dual's slope, on the
-    right tail, whose dual is convex.
+    The distribution is p's tilt by ``l phi_at``. Its threshold is found anew, from its own dual's slope, on
+    the right tail, whose dual is convex.
 
     Returns:
-        The threshold, and ``KL`` of the tilted law from p in nats.
+        The threshold, and ``KL`` of the tilted distribution from p in nats.
     """
     multiplier = rate_function(dual, at)[1]
-    nodes, weights = dual.law.quadrature(at)
+    nodes, weights = dual.distribution.quadrature(at)
     exponents = multiplier * dual.moment_function(nodes, at)
     log_total = float(logsumexp(exponents, b=weights))
     kl = float((weights * np.exp(exponents - log_total)) @ (exponents - log_total))
 
     def imbalance(t: float) -> float:
-        nodes, weights = dual.law.quadrature(at, t)
+        nodes, weights = dual.distribution.quadrature(at, t)
         tilted = weights * np.exp(multiplier * dual.moment_function(nodes, at) - log_total)
         return float(tilted @ dual.moment_function(nodes, t))
 
-    low, high = dual.law.support
+    low, high = dual.distribution.support
     inside = 1e-9 * (high - low)
     return float(brentq(imbalance, low + inside, high - inside, xtol=1e-13)), kl
 
@@ -461,21 +464,21 @@ def shifts(config: ShiftConfig) -> list[Row]:
 
     The reward is a coordinate of the model, clipped. Models whose coordinate is N(delta, 1) instead of
     N(0, 1) have a KL divergence of ``delta^2 / 2``, and their rewards no more than that. On the right
-    tail the laws that attain the sharp bound stand beside them.
+    tail the distributions that attain the sharp bound stand beside them.
     """
     rows: list[Row] = []
-    law = RewardLaw((1.0,), (0.0,), (1.0,), -config.clip, config.clip)
-    for side in SIDES:
-        dual = TailDual(law, config.alpha, config.mass, side)
+    distribution = RewardDistribution((1.0,), (0.0,), (1.0,), -config.clip, config.clip)
+    for tail in TAILS:
+        dual = TailDual(distribution, config.alpha, config.mass, tail)
         for delta in config.deltas:
             bounds = ShiftBounds(dual, 0.5 * delta**2)
             pinsker, sharp, linear = bounds.pinsker(), bounds.sharp(), bounds.strong_convexity()
             for sign in (1, -1):
-                moved = TailDual(law.moved(sign * delta), config.alpha, config.mass, side).optimum
+                moved = TailDual(distribution.moved(sign * delta), config.alpha, config.mass, tail).optimum
                 batch = f"mean moved {'up' if sign > 0 else 'down'}"
                 rows.append(_shift_row(bounds, batch, delta, bounds.kl, moved, pinsker, sharp, linear))
                 end = sharp[1] if sign > 0 else sharp[0]
-                if side == "upper" and law.low < end < law.high:
+                if tail == "upper" and distribution.low < end < distribution.high:
                     worst, kl = worst_threshold(dual, end)
                     batch = f"worst, {'up' if sign > 0 else 'down'}"
                     rows.append(_shift_row(bounds, batch, delta, kl, worst, pinsker, sharp, linear))
@@ -500,7 +503,7 @@ def _shift_row(
     if linear is not None:
         allowed.append(linear * (1 + 1e-6) + 1e-9)
     return {
-        "side": bounds.dual.side,
+        "tail": bounds.dual.tail,
         "batch": batch,
         "delta": delta,
         "kl": kl,

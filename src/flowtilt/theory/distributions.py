@@ -1,4 +1,4 @@
-"""Laws on finitely many cells as log probabilities, and divergences that do not cancel.
+"""Distributions on finitely many cells as log probabilities, and divergences that do not cancel.
 
 Near an optimum, gaps and divergences are far smaller than the values that they are differences of.
 Everything here is a sum of terms that are not negative, so that it keeps its digits down to 1e-28.

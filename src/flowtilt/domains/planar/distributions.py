@@ -1,4 +1,4 @@
-"""Rows of the experiments on functionals: laws on the grid, samples, and what is measured of both."""
+"""Rows of the experiments on functionals: distributions on the grid, samples, what is measured of both."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from flowtilt.domains.planar.build import build_data, build_model, build_slope
 from flowtilt.domains.planar.data import GaussianMixture
 from flowtilt.domains.planar.experiment import FunctionalExperiment
-from flowtilt.domains.planar.grid import Grid, finite_law, kl_divergence
+from flowtilt.domains.planar.grid import Grid, finite_distribution, kl_divergence
 from flowtilt.domains.planar.optimum import mirror_iterates, optimum_of, tail_optimum, tilt
 from flowtilt.domains.planar.problems import build_objective
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics
-from flowtilt.functionals.base import FiniteLaw, Objective
+from flowtilt.functionals.base import FiniteDistribution, Objective
 from flowtilt.functionals.critic import CriticSettings, train_critic
 from flowtilt.metrics.entropy import histogram_entropy, likelihood_entropy
 from flowtilt.metrics.transport import ground_distances, kantorovich
@@ -95,18 +95,18 @@ class GridProblem:
 
     Attributes:
         objective: what it maximises.
-        grid: of the laws.
-        start: the pretrained law, whose density has a floor.
-        floored: where that is active, booleans at the points of the law, (n,).
+        grid: of the distributions.
+        start: the pretrained distribution, whose density has a floor.
+        floored: where that is active, booleans at the points of the distribution, (n,).
     """
 
     objective: Objective
     grid: Grid
-    start: FiniteLaw
+    start: FiniteDistribution
     floored: np.ndarray
 
-    def law(self, log_p: np.ndarray) -> FiniteLaw:
-        """A law from log probabilities of the cells, (cells^2,), or of the cells in every mode."""
+    def distribution(self, log_p: np.ndarray) -> FiniteDistribution:
+        """A distribution from log probabilities of the cells, (cells^2,), or of the cells in every mode."""
         return replace(self.start, log_p=log_p)
 
     def cloud(self, log_p: np.ndarray) -> Cloud:
@@ -125,29 +125,30 @@ def grid_problem(experiment: FunctionalExperiment, method: str, density: Gridded
     """A method's problem for a gridded pretrained density."""
     grid = Grid(experiment.grid.extent, experiment.grid.cells)
     objective = build_objective(experiment, method, build_model(experiment))
-    start = finite_law(grid, density.on(grid.axis))
+    start = finite_distribution(grid, density.on(grid.axis))
     floored = density.floored_at(start.points.numpy(force=True), start.modes)
     return GridProblem(objective, grid, start, floored)
 
 
-def law_metrics(problem: GridProblem, log_p: np.ndarray) -> Metrics:
-    """The objective at a law on the grid, its KL divergence from the pretrained law, and the mass on a floor.
+def distribution_metrics(problem: GridProblem, log_p: np.ndarray) -> Metrics:
+    """The objective at a distribution on the grid, its KL divergence from the pretrained distribution, and
+    the mass on a floor.
 
-    ``floored_mass`` is the law's own mass where the pretrained density is a floor (see
+    ``floored_mass`` is the distribution's own mass where the pretrained density is a floor (see
     :func:`flowtilt.domains.planar.truth.floored`): there divergences are known from below alone.
     """
     held = np.exp(log_p) > 0
     return {
-        "functional": problem.objective.finite_value(problem.law(log_p)),
+        "functional": problem.objective.finite_value(problem.distribution(log_p)),
         "kl": kl_divergence(log_p[held], problem.start.log_p[held]),
         "floored_mass": float(np.exp(log_p)[problem.floored].sum()),
     }
 
 
 def grid_metrics(experiment: FunctionalExperiment, problem: GridProblem, log_p: np.ndarray) -> Metrics:
-    """Metrics of a law on the grid."""
+    """Metrics of a distribution on the grid."""
     cloud, reference = problem.cloud(log_p), problem.cloud(problem.start.log_p)
-    metrics = law_metrics(problem, log_p)
+    metrics = distribution_metrics(problem, log_p)
     reward = build_slope(experiment)
     if reward is not None:
         metrics["mean_reward"] = float(cloud.weights @ reward(problem.start.points).numpy())
@@ -165,14 +166,7 @@ def sample_metrics(
     rewards: np.ndarray | None,
     reference: Cloud | None,
 ) -> Metrics:
-    """Metrics of a run's samples, by the same names as those of the grid.
-
-    Args:
-        experiment: of the run.
-        cloud: the samples.
-        rewards: of the samples, if the experiment has a reward.
-        reference: samples of the pretrained model, if distances are wanted.
-    """
+    """Metrics of a run's samples, by the same names as those of the grid."""
     metrics: Metrics = {}
     if rewards is not None:
         metrics["mean_reward"] = float(rewards.mean(dtype=np.float64))
@@ -182,7 +176,7 @@ def sample_metrics(
         metrics |= transport_metrics(experiment, cloud.first(count), reference.first(count))
         metrics |= shift_metrics(cloud, reference)
     if entropy is not None:
-        metrics["entropy"] = histogram_entropy(cloud.points, entropy.extent, entropy.bins)
+        metrics["entropy"] = histogram_entropy(cloud.points[: entropy.samples], entropy.extent, entropy.bins)
         metrics["entropy_likelihood"] = likelihood_entropy(cloud.log_density)
         metrics["coverage"] = coverage(experiment, cloud)
         metrics["outside"] = float((np.abs(cloud.points).max(axis=1) > entropy.extent).mean())
@@ -199,23 +193,25 @@ class SolvedRow(NamedTuple):
 def solved_rows(experiment: FunctionalExperiment, method: str, problem: GridProblem) -> dict[str, SolvedRow]:
     """A method's own steps solved exactly (``exact``), and the optimum of its problem (``optimum``).
 
-    Each row has the objective at the pretrained law as ``functional_before``; ``slack`` bounds what the
-    optimum of a concave objective may still lack. The pretrained model has no optimum.
+    Each row has the objective at the pretrained distribution as ``functional_before``; ``slack`` bounds what
+    the optimum of a concave objective may still lack. The pretrained model has no optimum.
     """
     before = problem.objective.finite_value(problem.start)
-    solved: dict[str, tuple[np.ndarray, Metrics]] = {"exact": (_exact_law(experiment, method, problem), {})}
+    solved: dict[str, tuple[np.ndarray, Metrics]] = {
+        "exact": (_exact_distribution(experiment, method, problem), {})
+    }
     if experiment.methods[method].kind != "pretrained":
         best = optimum_of(problem.objective, _starts(experiment, problem))
         solved["optimum"] = best.log_p, {"slack": best.slack}
     return {
-        layer: SolvedRow(
+        solution: SolvedRow(
             grid_metrics(experiment, problem, log_p) | {"functional_before": before} | more, log_p
         )
-        for layer, (log_p, more) in solved.items()
+        for solution, (log_p, more) in solved.items()
     }
 
 
-def _exact_law(experiment: FunctionalExperiment, method: str, problem: GridProblem) -> np.ndarray:
+def _exact_distribution(experiment: FunctionalExperiment, method: str, problem: GridProblem) -> np.ndarray:
     config = experiment.methods[method]
     if config.kind == "pretrained":
         return problem.start.log_p
@@ -232,8 +228,8 @@ TILTS = (0.25, 1.0, 4.0)
 """Nats by which other starts of the search for an optimum tilt one spread of the reward over the grid."""
 
 
-def _starts(experiment: FunctionalExperiment, problem: GridProblem) -> list[FiniteLaw]:
-    """The pretrained law, and tilts of it by the reward: past kinks, and to other stationary points."""
+def _starts(experiment: FunctionalExperiment, problem: GridProblem) -> list[FiniteDistribution]:
+    """The pretrained distribution and its tilts by the reward: past kinks, and to other stationary points."""
     reward = build_slope(experiment)
     starts = [problem.start]
     if reward is not None:
@@ -250,7 +246,7 @@ def network_grid_metrics(problem: GridProblem, density: GriddedDensity) -> Metri
     more what the coarse log-density misses.
     """
     log_density = density.on(problem.grid.axis)
-    metrics = law_metrics(problem, finite_law(problem.grid, log_density).log_p)
+    metrics = distribution_metrics(problem, finite_distribution(problem.grid, log_density).log_p)
     cells = problem.grid.cells**2
     mass = float(np.exp(log_density).reshape(-1, cells).sum(axis=1).mean() * problem.grid.spacing**2)
     return metrics | {"grid_mass": mass}

@@ -1,4 +1,4 @@
-"""Known laws of rewards, with the dual of a KL-regularised tail mean in closed form."""
+"""Known distributions of rewards, with the dual of a KL-regularised tail mean in closed form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
-from flowtilt.words import Side, tail_side
+from flowtilt.words import Tail, read_tail
 
 REACH = 12.0  # standard deviations beyond which a Gaussian has no mass in float64
 GAUSS = np.polynomial.legendre.leggauss(160)  # nodes and weights for each smooth piece
@@ -18,7 +18,7 @@ SCAN = 4001  # points of the search for stationary thresholds
 
 
 @dataclass(frozen=True)
-class RewardLaw:
+class RewardDistribution:
     """A mixture of Gaussians, clipped to ``[low, high]``: what is cut off becomes an atom at the end.
 
     Attributes:
@@ -39,11 +39,6 @@ class RewardLaw:
         return [(w / total, m, d) for w, m, d in zip(self.weights, self.means, self.deviations, strict=True)]
 
     @property
-    def atomic(self) -> bool:
-        """Whether all of the mass is on the components' means."""
-        return all(deviation == 0 for deviation in self.deviations)
-
-    @property
     def support(self) -> tuple[float, float]:
         """An interval that holds all of the mass that float64 can see."""
         left = min(m - REACH * d for _, m, d in self._components)
@@ -55,10 +50,10 @@ class RewardLaw:
         """Mean before clipping."""
         return sum(w * m for w, m, _ in self._components)
 
-    def moved(self, delta: float) -> RewardLaw:
-        """The same law, moved by ``delta`` before it is clipped."""
+    def moved(self, delta: float) -> RewardDistribution:
+        """The same distribution, moved by ``delta`` before it is clipped."""
         means = tuple(m + delta for m in self.means)
-        return RewardLaw(self.weights, means, self.deviations, self.low, self.high)
+        return RewardDistribution(self.weights, means, self.deviations, self.low, self.high)
 
     def density(self, t: np.ndarray) -> np.ndarray:
         """Density at ``t``, of its shape, atoms left out."""
@@ -88,9 +83,9 @@ class RewardLaw:
             return 1.0
         return float(sum(w * (ndtr((m - t) / d) if d > 0 else m >= t) for w, m, d in self._components))
 
-    def active(self, t: float, scale: float, side: Side) -> float:
-        """``E[exp((r - t) / scale); r beyond t]``: r > t on the upper side, r < t on the lower."""
-        if tail_side(side) == "upper":
+    def active(self, t: float, scale: float, tail: Tail) -> float:
+        """``E[exp((r - t) / scale); r beyond t]``: r > t on the upper tail, r < t on the lower."""
+        if read_tail(tail) == "upper":
             inner, outer = max(t, self.low), self.high
             end = self.above(self.high) * np.exp((self.high - t) / scale) if t < self.high < np.inf else 0.0
             end += self.below(self.low) * np.exp((self.low - t) / scale) if t < self.low else 0.0
@@ -102,9 +97,9 @@ class RewardLaw:
             return float(end)
         return float(end + sum(w * _tilted(m, d, inner, outer, t, scale) for w, m, d in self._components))
 
-    def idle(self, t: float, side: Side) -> float:
+    def idle(self, t: float, tail: Tail) -> float:
         """Mass on which the hinge at ``t`` is flat."""
-        return self.below(t) if tail_side(side) == "upper" else self.above(t)
+        return self.below(t) if read_tail(tail) == "upper" else self.above(t)
 
     def quadrature(self, *splits: float) -> tuple[np.ndarray, np.ndarray]:
         """Nodes and weights for functions that are smooth between the given points.
@@ -132,7 +127,7 @@ class RewardLaw:
         """A batch of ``count`` rewards before clipping, as distinct values with their counts.
 
         Returns:
-            Values and counts, each (n,); n is ``count`` but for a law of atoms.
+            Values and counts, each (n,); n is ``count`` but for a distribution of atoms.
         """
         shares = rng.multinomial(count, [w for w, _, _ in self._components])
         drawn = [
@@ -158,25 +153,25 @@ def _tilted(mean: float, sd: float, inner: float, outer: float, t: float, scale:
 
 @dataclass(frozen=True)
 class TailDual:
-    """The dual of one KL-regularised tail mean for a known law of rewards (Wang et al. 2026).
+    """The dual of one KL-regularised tail mean for a known distribution of rewards (Wang et al. 2026).
 
-    ``t + alpha log Z(t)`` with ``Z = A + B``, A the law's tilted mass beyond t and B its mass on the
-    flat side, minimised on the upper side and maximised on the lower.
+    ``t + alpha log Z(t)`` with ``Z = A + B``, A the distribution's tilted mass beyond t and B its mass on the
+    flat side, minimised on the upper tail and maximised on the lower.
 
     Attributes:
-        law: of the rewards.
+        distribution: of the rewards.
         alpha: KL weight, positive, in units of the reward a nat.
         mass: of the tail, in (0, 1).
-        side: the tail.
+        tail: the tail.
     """
 
-    law: RewardLaw
+    distribution: RewardDistribution
     alpha: float
     mass: float
-    side: Side
+    tail: Tail
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "side", tail_side(self.side))
+        object.__setattr__(self, "tail", read_tail(self.tail))
 
     @property
     def scale(self) -> float:
@@ -185,40 +180,40 @@ class TailDual:
 
     def parts(self, t: float) -> tuple[float, float]:
         """A and B."""
-        return self.law.active(t, self.scale, self.side), self.law.idle(t, self.side)
+        return self.distribution.active(t, self.scale, self.tail), self.distribution.idle(t, self.tail)
 
     def value(self, t: float) -> float:
         """The dual objective, in units of the reward."""
         return t + self.alpha * float(np.log(sum(self.parts(t))))
 
     def slope(self, t: float) -> float:
-        """``1 - A / (mass Z)``; it vanishes where the tilted law has ``mass`` beyond t."""
+        """``1 - A / (mass Z)``; it vanishes where the tilted distribution has ``mass`` beyond t."""
         active, idle = self.parts(t)
         return 1 - active / (active + idle) / self.mass
 
     def curvature(self, t: float) -> float:
         """Second derivative, away from atoms.
 
-        ``(f Z + A B / scale) / (mass Z^2)`` on the upper side, never negative; on the lower side
+        ``(f Z + A B / scale) / (mass Z^2)`` on the upper tail, never negative; on the lower tail
         ``(A B / scale - f Z) / (mass Z^2)``, which is positive wherever the density f vanishes.
         """
         active, idle = self.parts(t)
         total = active + idle
-        sign = 1 if self.side == "upper" else -1
-        density = float(self.law.density(np.array(t)))
+        sign = 1 if self.tail == "upper" else -1
+        density = float(self.distribution.density(np.array(t)))
         return (active * idle / self.scale + sign * density * total) / (self.mass * total**2)
 
     def largest_curvature(self) -> float:
         """A bound of the upper dual's curvature: ``(f_max + 1 / (4 scale)) / mass``, since Z >= 1."""
-        return (self.law.largest_density() + 1 / (4 * self.scale)) / self.mass
+        return (self.distribution.largest_density() + 1 / (4 * self.scale)) / self.mass
 
     @cached_property
     def optimum(self) -> float:
         """The exact threshold: the best stationary point, each found by root finding."""
-        low, high = self.law.support
+        low, high = self.distribution.support
         scan = np.linspace(low, high, SCAN)
         slopes = np.array([self.slope(float(t)) for t in scan])
-        uphill = 1.0 if self.side == "lower" else -1.0
+        uphill = 1.0 if self.tail == "lower" else -1.0
         # Maxima of the lower dual, the minimum of the upper one: where the slope changes its sign so.
         at = np.flatnonzero((uphill * slopes[:-1] > 0) & (uphill * slopes[1:] <= 0))
         found = [brentq(self.slope, scan[i], scan[i + 1], xtol=1e-14, rtol=1e-15) for i in at]
@@ -232,12 +227,12 @@ class TailDual:
 
     def influence(self, t: float) -> tuple[np.ndarray, np.ndarray]:
         """Nodes' hinge function ``(1 - mass) a - mass b`` and weights; its mean is zero at a threshold."""
-        nodes, weights = self.law.quadrature(t)
+        nodes, weights = self.distribution.quadrature(t)
         return self.moment_function(nodes, t), weights
 
     def moment_function(self, rewards: np.ndarray, t: float) -> np.ndarray:
         """``(1 - mass) exp((r - t) / scale)`` beyond t, and ``-mass`` on the flat side."""
-        beyond = rewards > t if self.side == "upper" else rewards < t
+        beyond = rewards > t if self.tail == "upper" else rewards < t
         inside = np.where(beyond, rewards - t, 0.0)
         return np.where(beyond, (1 - self.mass) * np.exp(inside / self.scale), -self.mass)
 
@@ -250,7 +245,7 @@ class TailDual:
         if not self.regular:
             return 0.0
         t = self.optimum
-        doubled = self.law.active(t, self.scale / 2, self.side)
+        doubled = self.distribution.active(t, self.scale / 2, self.tail)
         active, idle = self.parts(t)
         second = (1 - self.mass) ** 2 * doubled + self.mass**2 * idle
         return float(np.sqrt(second) / (self.mass * (active + idle) * abs(self.curvature(t))))
@@ -259,5 +254,5 @@ class TailDual:
         """``(E w)^2 / E w^2`` of the tilt's weights: the effective sample size over the batch size."""
         t = self.optimum
         active, idle = self.parts(t)
-        doubled = self.law.active(t, self.scale / 2, self.side)
+        doubled = self.distribution.active(t, self.scale / 2, self.tail)
         return float((active + idle) ** 2 / (doubled + idle))

@@ -1,4 +1,4 @@
-"""Experiments on pictures small enough to run whole in a unit test, and tiny untrained models for them."""
+"""Experiments on images small enough to run whole in a unit test, and tiny untrained models for them."""
 
 from __future__ import annotations
 
@@ -34,17 +34,40 @@ TINY: dict[str, Any] = {
     "seeds": 1,
     "offline": {"samples": 12},
     "solver": {"updates": 2, "batch": 3, "pool": 4, "steps": 4},
-    "evaluation": {"pictures": 4, "sets": 1},
+    "evaluation": {"images": 4, "sets": 1},
 }
+PROMPTS = (
+    "a red steel suspension bridge over the sea at sunset",
+    "a white concrete cable-stayed bridge over a river by day",
+    "a yellow steel truss bridge over a valley by day",
+    "a grey stone arch bridge over a river at night",
+    "a blue concrete beam bridge in a city at sunset",
+    "a blue steel suspension bridge in a city at night",
+    "a red steel cable-stayed bridge over a valley at sunset",
+    "a grey wood truss bridge over a river at sunset",
+    "a white stone arch bridge over a valley by day",
+    "a yellow wood beam bridge over the sea at night",
+    "a white steel suspension bridge over a valley by day",
+    "a yellow concrete cable-stayed bridge in a city at night",
+    "a red wood truss bridge over the sea at night",
+    "a blue steel arch bridge over the sea by day",
+    "a grey stone beam bridge over a valley at night",
+    "a yellow concrete suspension bridge over a river at night",
+    "a blue steel cable-stayed bridge over the sea at sunset",
+    "a white steel truss bridge in a city by day",
+    "a red concrete arch bridge in a city at sunset",
+    "a grey steel beam bridge over a river by day",
+)
+"""Of the drawn bridges, each factor in turn."""
 
 
 def tiny(name: str, **changes: Any) -> ImageExperiment:
     """A shipped experiment at a size of seconds, on a model that is still to be trained."""
     model = {"name": "tiny", "pipeline": {"path": ""}, "alignment": {"path": ""}, "embedded": EMBEDDED}
-    of_pictures = merge(TINY, {"retrain": True, "model": model})
+    of_images = merge(TINY, {"retrain": True, "model": model})
     if name == "text_to_image_left_tail":
-        of_pictures |= {"prompts": ["a red steel truss bridge at night", "a bridge", "a stone arch bridge"]}
-    changed = {"images": merge(of_pictures, changes)}
+        of_images |= {"prompts": ["a red steel truss bridge at night", "a bridge", "a stone arch bridge"]}
+    changed = {"images": merge(of_images, changes)}
     (experiment,) = load_file(CONFIG / "experiments" / f"{name}.yaml", changed).values()
     assert isinstance(experiment, ImageExperiment)
     return experiment

@@ -1,8 +1,8 @@
-"""The denoiser in two memory layouts: time a picture, with channels last and in torch's default order.
+"""The denoiser in two memory layouts: time an image, with channels last and in torch's default order.
 
 Both layouts are timed in turns and the fastest round of each counts, since other work only slows.
 
-Run:  python benchmarks/pictures.py
+Run:  python benchmarks/images.py
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     models = [
         UNet2DConditionModel.from_pretrained(MODEL).to(memory_format=m).requires_grad_(False) for m in layouts
     ]
-    print(f"{'pictures':>9}{'pass':>20}{'default (ms)':>14}{'channels last':>15}{'ratio':>7}")
+    print(f"{'images':>9}{'pass':>20}{'default (ms)':>14}{'channels last':>15}{'ratio':>7}")
     for batch in BATCHES:
         for pullback in (False, True):
             default, last = fastest([passes(model, batch, pullback) for model in models])
