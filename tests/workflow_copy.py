@@ -55,9 +55,14 @@ class Project:
         """Jobs that a dry run would start, by rule."""
         run = self.snakemake("--dry-run", "--quiet", "rules", *arguments)
         assert run.returncode == 0, run.stdout
-        table = re.search(r"^Job stats:\njob +count\n[- ]+\n(.*?)\n\n", run.stdout, re.DOTALL | re.MULTILINE)
-        if table is None:
-            assert "Nothing to be done" in run.stdout, run.stdout
-            return {}
-        jobs = {rule: int(count) for rule, count in map(str.split, table[1].splitlines())}
-        return {rule: count for rule, count in jobs.items() if rule not in ("total", "all")}
+        return jobs_planned(run.stdout)
+
+
+def jobs_planned(output: str) -> dict[str, int]:
+    """Jobs by rule, in the table that a dry run prints."""
+    table = re.search(r"^Job stats:\njob +count\n[- ]+\n(.*?)\n\n", output, re.DOTALL | re.MULTILINE)
+    if table is None:
+        assert "Nothing to be done" in output, output
+        return {}
+    jobs = {rule: int(count) for rule, count in map(str.split, table[1].splitlines())}
+    return {rule: count for rule, count in jobs.items() if rule not in ("total", "all")}
