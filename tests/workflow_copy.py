@@ -56,7 +56,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=1200,
+            timeout=3600,
             check=False,
             env={**os.environ, **environment},
         )

@@ -79,8 +79,8 @@ def state_of_sources() -> str:
     digest = hashlib.sha256()
     installed = sorted({f"{one.name} {one.version}" for one in distributions()})
     digest.update(repr((sys.version, installed)).encode())
-    own = ("src", "tests/workflow/conftest.py", "tests/workflow_copy.py", "tests/environments.py")
-    for part in (*PARTS, *own):
+    own = ("environments.py", "workflow_copy.py", "workflow/conftest.py", "workflow/short.yaml")
+    for part in (*PARTS, "src", *(f"tests/{file}" for file in own)):
         found = ROOT / part
         for file in sorted(found.rglob("*")) if found.is_dir() else [found]:
             if file.is_file() and "__pycache__" not in file.parts and ".egg-info" not in str(file):

@@ -73,6 +73,7 @@ def test_reading_the_workflow_writes_nothing(project: Project, arguments: tuple[
     run = project.snakemake(*SMOKE, *arguments)
     assert run.returncode == 0, run.stdout
     assert {path for path in project.folder.rglob("*") if ".snakemake" not in path.parts} == before
+    assert ("--lint" in arguments) == ("good condition" in run.stdout)
 
 
 def test_a_checkout_that_cannot_be_written_is_refused_in_a_sentence(project: Project) -> None:
@@ -107,12 +108,6 @@ def test_rule_declares_what_a_scheduler_needs(rule: str) -> None:
         assert declared in text, f"rule {rule} does not declare {declared}"
     called = "{params.command}" if rule == "stage" else "flowtilt "
     assert text.count(called) == 1, f"rule {rule} must call one stage of the command line"
-
-
-def test_lint_finds_nothing() -> None:
-    run = Project(ROOT).snakemake("--lint")
-    assert run.returncode == 0, run.stdout
-    assert "good condition" in run.stdout
 
 
 # ------------------------------------------------------------------------------- the smoke run
@@ -279,11 +274,6 @@ def test_a_key_that_stands_twice_is_refused(project: Project) -> None:
     assert_refused(project, "config/smoke.yaml: key results: stands in line 2 and again in line")
 
 
-def test_an_experiment_that_is_named_twice_is_refused(project: Project) -> None:
-    edit(project.folder / "config" / "config.yaml", experiments=["risk_averse_2d", "risk_averse_2d"])
-    assert_refused(project, "config/config.yaml", "key experiments: 'risk_averse_2d' occurs twice")
-
-
 def test_numbers_of_the_command_line_are_numbers(project: Project) -> None:
     """As they are in files: Snakemake reads text from within a value, and YAML 1.1's numbers from files."""
     given = (
@@ -293,14 +283,6 @@ def test_numbers_of_the_command_line_are_numbers(project: Project) -> None:
     run = project.snakemake("--dry-run", "--config", *given)
     assert run.returncode != 0
     assert "key objective.alpha: Input should be greater than 0 (got -1.0)" in run.stdout
-
-
-def test_an_experiment_named_like_a_rule_is_refused(project: Project) -> None:
-    edit(project.folder / "config" / "config.yaml", experiments=["planar_exact"])
-    folder = project.folder / "config" / "experiments"
-    shutil.copy(folder / "novelty_2d.yaml", folder / "planar_exact.yaml")
-    edit(folder / "planar_exact.yaml", name="planar_exact")
-    assert_refused(project, "key experiments: planar_exact: the workflow has a rule of this name; rename")
 
 
 def test_functional_of_a_module_that_is_not_there_is_refused(project: Project) -> None:
@@ -316,10 +298,3 @@ def test_functional_of_a_module_that_is_not_there_is_refused(project: Project) -
         "key objective.utility: utility my_functionals:ENTROPIC_RISK: cannot load",
         "PYTHONPATH",
     )
-
-
-def test_a_slash_at_the_end_of_the_results_says_nothing(project: Project) -> None:
-    run = project.snakemake(*SMOKE, "--dry-run", "--quiet", "rules", "--config", "results=res/", "theory=[]")
-    assert run.returncode == 0, run.stdout
-    assert "contains double" not in run.stdout
-    assert "res//" not in run.stdout

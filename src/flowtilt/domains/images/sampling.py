@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ from flowtilt.domains.images.alignment import AlignmentModel, load_alignment
 from flowtilt.domains.images.experiment import ImageExperiment
 from flowtilt.domains.images.files import picture_name
 from flowtilt.domains.images.models import alignment_of, read_model
-from flowtilt.domains.images.pipeline import TextToImage, load_text_to_image
-from flowtilt.domains.images.rewards import Decode
 from flowtilt.files import atomic_folder
 from flowtilt.pipeline.files import StageError
 from flowtilt.rewards import Reward
 from flowtilt.sampling import sample_sde
+
+if TYPE_CHECKING:  # what loads models takes seconds to import, and a job needs one of the two or both
+    from flowtilt.domains.images.pipeline import TextToImage
+    from flowtilt.domains.images.rewards import Decode
 
 CHUNK = 50
 """Pictures that are drawn together."""
@@ -41,6 +44,8 @@ def load_base(experiment: ImageExperiment, model: Path, weights: Path | None = N
     Raises:
         CheckpointError: if something is not there, or of another network.
     """
+    from flowtilt.domains.images.pipeline import load_text_to_image
+
     found = load_text_to_image(
         read_model(model).pipeline,
         experiment.prompts,
