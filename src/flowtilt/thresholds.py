@@ -252,8 +252,8 @@ def _upper_common(batches: list[_SortedBatch], mass: float) -> float:
 
     low, high = -1, len(rewards) - 1  # above the best reward there is nothing
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if beyond(middle) else (low, middle)
+        between = (low + high) // 2
+        low, high = (between, high) if beyond(between) else (low, between)
     if low < 0:
         return float(rewards[0])
     above, below = logs(rewards[low])
