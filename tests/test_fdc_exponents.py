@@ -13,7 +13,7 @@ from closed_forms import PATHS, Mixture, MixtureFlow, Quadratic, generator
 from flowtilt.control import weighted_fitting
 from flowtilt.control.base import Solution, TrainingDiverged
 from flowtilt.control.weighted_fitting import WeightedFittingSettings
-from flowtilt.fdc import ExponentAscent, ascend_by_exponents
+from flowtilt.fdc import ExponentAscent, NoStep, ascend_by_exponents
 from flowtilt.functionals.base import FiniteDistribution, NoValues, WeightedSum
 from flowtilt.functionals.design import OptimalDesign
 from flowtilt.functionals.utilities import SQ, CVaR, Entropy, ExpectedReward, LogBarrier, MeanVariance
@@ -154,6 +154,13 @@ def test_a_functional_without_values_is_refused_before_any_training(utility):
         ascend_by_exponents(MixtureFlow(PATH, START), utility, 1.0, 2, settings(), never, generator)
 
 
+def test_samples_that_give_no_step_are_an_error_before_any_training():
+    """Of 400 samples four are in the tail: what a step adds cannot rest on fifty."""
+    start, few = MixtureFlow(PATH, START), settings(distribution_samples=400)
+    with pytest.raises(NoStep, match=r"on 400 samples .* no step .* 50 effective samples for what it adds"):
+        ascend_by_exponents(start, SQ(REWARD, 0.01), 2.0, 2, few, still, generator)
+
+
 class Failing(Reward):
     may_fail = True
 
@@ -214,7 +221,7 @@ def test_a_stopped_ascent_goes_on_exactly_where_it_was(seconds, tmp_path):
         def solver(base, tilt, weight, random, slot=None):
             return weighted_fitting.solve(base, tilt, weight, fitting, random, progress, slot)
 
-        choice = settings(distribution_samples=300, distribution_steps=4)
+        choice = settings(distribution_samples=300, distribution_steps=4, minimum_ess=0)
         return ascend_by_exponents(start, SQ(Height(), 0.2), 1.0, 3, choice, solver, generator, resumption)
 
     def progress(row):

@@ -41,7 +41,7 @@ from flowtilt.mirror import (
 )
 from flowtilt.model import FlowModel
 from flowtilt.parallel import processes
-from flowtilt.ranges import COUNT, POSITIVE, between, check
+from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, between, check
 from flowtilt.resuming import Resumption, Slot, weights_of
 from flowtilt.sampling import positions_of, sample_sde
 from flowtilt.tilts import Groups
@@ -54,6 +54,10 @@ ERRORS = 4.0
 
 FEWEST = 30
 """Samples below which a spread is not known well enough for that."""
+
+
+class NoStep(ArithmeticError):
+    """The pretrained model's samples give no step to begin with."""
 
 
 class Solver(Protocol):
@@ -245,6 +249,7 @@ class ExponentAscent:
         distribution_samples: samples of the current distribution that a step is searched on.
         distribution_steps: time steps of the memoryless process that draws them.
         share: effective share of these samples that a step keeps.
+        minimum_ess: effective samples that what a step adds rests on.
         step_weight: KL weight of all steps, in units of the objective a nat; by default each step's is
         searched. group: samples of a context below which it is pooled, see :meth:`flowtilt.tilts.Groups.of`.
     """
@@ -252,12 +257,13 @@ class ExponentAscent:
     distribution_samples: int
     distribution_steps: int
     share: float = 0.3
+    minimum_ess: float = 50.0
     step_weight: float | None = None
     group: int = 10
 
     def __post_init__(self) -> None:
         check(self, distribution_samples=COUNT, distribution_steps=COUNT, group=COUNT, share=between(0, 1))
-        check(self, step_weight=POSITIVE)
+        check(self, step_weight=POSITIVE, minimum_ess=NOT_NEGATIVE)
 
 
 def ascend_by_exponents(
@@ -293,6 +299,7 @@ def ascend_by_exponents(
 
     Raises:
         NoValues: before any training, if the utility's first variation takes scores or densities.
+        NoStep: before any training, if no step from ``start`` gains anything on its samples.
         TrainingDiverged: as by :func:`ascend`.
         CheckpointError: if a state to go on from belongs to another ascent.
     """
@@ -378,10 +385,18 @@ class _Accumulated:
         _check_rise(self.first, level, k, range(self.iterations))
         share, eta = self.settings.share, self.settings.step_weight
         if eta is None:
-            found = find_step(self.utility, self.alpha, bank, h, share, groups)
+            gaining = self.settings.minimum_ess / len(h)
+            found = find_step(self.utility, self.alpha, bank, h, share, groups, gaining=gaining)
         else:
             found = fixed_step(self.utility, self.alpha, bank, h, eta, groups)
         if eta is None and not found.gain > 0:
+            if k == 0:
+                raise NoStep(
+                    f"Flow Density Control: on {len(h)} samples of the pretrained model no step both raises the "
+                    f"objective and keeps an effective share of {share:g}, and {self.settings.minimum_ess:g} "
+                    "effective samples for what it adds; draw more samples, or lower these, or look whether the "
+                    "utility varies at all"
+                )
             logger.info("Flow Density Control: no step gains anything after %d of %d", k, self.iterations)
             return None
         if found.gain < 0:

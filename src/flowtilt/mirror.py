@@ -188,6 +188,7 @@ def find_step(
     share: float = 0.0,
     groups: Groups | None = None,
     trials: int = TRIALS,
+    gaining: float = 0.0,
 ) -> MirrorStep:
     """The step from ``distribution`` that raises ``U - alpha KL`` most.
 
@@ -199,6 +200,7 @@ def find_step(
         share: effective share of the points that a step must keep, in [0, 1); 0 for any.
         groups: points with a normaliser in common; by default those of one mode.
         trials: most first variations of a direction; 1 for the current one's alone.
+        gaining: effective share that what a step adds must rest on, see :class:`flowtilt.tilts.Tilted`.
 
     Raises:
         ValueError: without alpha and share, where nothing bounds a step.
@@ -209,7 +211,9 @@ def find_step(
         raise ValueError(
             "without a divergence nothing bounds a step: give alpha, or the effective share that it keeps"
         )
-    search = _Search(utility, alpha, distribution, exponents, share, groups or groups_of(distribution))
+    search = _Search(
+        utility, alpha, distribution, exponents, share, groups or groups_of(distribution), gaining
+    )
     planes, mix = [plane_at(utility, distribution)], np.ones(1)
     best, before = None, 0.0
     for trial in range(1, trials + 1):
@@ -236,6 +240,7 @@ class _Search:
     exponents: np.ndarray
     share: float
     groups: Groups
+    gaining: float = 0.0
 
     def direction(self, planes: list[Plane], mix: np.ndarray) -> np.ndarray:
         """``f - alpha h``, of mean 0 in each group, (n,)."""
@@ -296,8 +301,8 @@ class _Search:
         most = 1 / self.alpha if self.alpha > 0 else 1e6 / span if span > 0 else 1.0
         if self.share == 0:
             return most
-        # At full precision the bisection would cost as much as the search itself.
-        return strongest(most * direction, self.groups, self.share, log_p=self.distribution.log_p) * most
+        log_p = self.distribution.log_p
+        return most * strongest(most * direction, self.groups, self.share, log_p=log_p, gaining=self.gaining)
 
     def least_bound(self, planes: list[Plane], strength: float) -> np.ndarray:
         """Weights of planes at which the largest bound of G near the current distribution is least.
