@@ -2,27 +2,51 @@
 
 Mirror ascent in the space of distributions (De Santi et al. 2025, algorithm 1): linearise the objective at
 the current distribution, solve the entropy-regularised control problem with its first variation as the
-reward and the current model as the base, repeat.
+reward and the current model as the base, repeat. By :func:`ascend` the divergence is linearised with the
+utility, by the models' scores; :func:`ascend_by_exponents` takes it from what the steps have added up
+(:mod:`flowtilt.mirror`), and chooses their weights by a line search on samples.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowtilt.control.base import Solution, TrainingDiverged
-from flowtilt.functionals.base import Distribution, FirstVariation, Functional, Objective, WeightedVariation
+from flowtilt.functionals.base import (
+    Distribution,
+    FiniteDistribution,
+    FirstVariation,
+    Functional,
+    NoValues,
+    Objective,
+    WeightedVariation,
+)
+from flowtilt.mirror import (
+    TRIALS,
+    Exponents,
+    MirrorStep,
+    find_step,
+    fixed_step,
+    numbers_of,
+    with_numbers,
+)
 from flowtilt.model import FlowModel
 from flowtilt.parallel import processes
-from flowtilt.ranges import COUNT, POSITIVE, check
+from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, between, check
 from flowtilt.resuming import Resumption, Slot, weights_of
 from flowtilt.sampling import positions_of, sample_sde
+from flowtilt.tilts import Groups
+
+logger = logging.getLogger(__name__)
 
 ERRORS = 4.0
 """Standard errors beyond which a difference is not one of the samples: one in thirty thousand."""
@@ -30,6 +54,10 @@ ERRORS = 4.0
 
 FEWEST = 30
 """Samples below which a spread is not known well enough for that."""
+
+
+class NoStep(ArithmeticError):
+    """The pretrained model's samples give no step to begin with."""
 
 
 class Solver(Protocol):
@@ -108,7 +136,7 @@ def ascend(
         level = _level(objective, distribution, variation)
         if k == iterations.start:
             first = level
-        _check_rise(first, level, k, iterations, settings)
+        _check_rise(first, level, k, iterations, settings.step_weight)
         inner = resumption.slot(f"solve-{k + 1}") if resumption is not None else None
         try:
             solution = solver(result.model, variation, settings.step_weight, random, inner)
@@ -127,12 +155,14 @@ def ascend(
             _level(objective, distribution, objective.linearise(distribution)),
             iterations.stop,
             iterations,
-            settings,
+            settings.step_weight,
         )
     return result
 
 
-def _distribution(model: FlowModel, settings: MirrorAscent, random: torch.Generator) -> Distribution:
+def _distribution(
+    model: FlowModel, settings: MirrorAscent | ExponentAscent, random: torch.Generator
+) -> Distribution:
     """The distribution of a model with samples of the memoryless process, drawn by all processes."""
     count, sharing = settings.distribution_samples, processes()
     context = model.draw_context(count, random)
@@ -165,7 +195,7 @@ def _level(objective: Functional, distribution: Distribution, variation: FirstVa
 
 
 def _check_rise(
-    first: Level | None, level: Level | None, done: int, iterations: range, settings: MirrorAscent
+    first: Level | None, level: Level | None, done: int, iterations: range, step_weight: float = 0.0
 ) -> None:
     """Refuse to go on from a distribution whose utility is below that of the start.
 
@@ -179,7 +209,7 @@ def _check_rise(
     """
     if first is None or level is None:
         return
-    slack = 0.0 if iterations.start == 0 else settings.step_weight
+    slack = 0.0 if iterations.start == 0 else step_weight
     error = math.hypot(first.error, level.error)
     if not level.value >= first.value - slack - ERRORS * error:
         raise TrainingDiverged(
@@ -209,3 +239,224 @@ def _kept(level: Level | None) -> Tensor:
     Where there is none, the error is below 0.
     """
     return torch.tensor(Level(0.0, -1.0) if level is None else level, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class ExponentAscent:
+    """How an iteration by accumulated exponents is run.
+
+    Attributes:
+        distribution_samples: samples of the current distribution that a step is searched on.
+        distribution_steps: time steps of the memoryless process that draws them.
+        share: effective share of these samples that a step keeps.
+        minimum_ess: effective samples that what a step adds rests on.
+        step_weight: KL weight of all steps, in units of the objective a nat; by default each step's is
+        searched. group: samples of a context below which it is pooled, see :meth:`flowtilt.tilts.Groups.of`.
+    """
+
+    distribution_samples: int
+    distribution_steps: int
+    share: float = 0.3
+    minimum_ess: float = 50.0
+    step_weight: float | None = None
+    group: int = 10
+
+    def __post_init__(self) -> None:
+        check(self, distribution_samples=COUNT, distribution_steps=COUNT, group=COUNT, share=between(0, 1))
+        check(self, step_weight=POSITIVE, minimum_ess=NOT_NEGATIVE)
+
+
+def ascend_by_exponents(
+    start: FlowModel,
+    utility: Functional,
+    alpha: float,
+    iterations: int,
+    settings: ExponentAscent,
+    solver: Solver,
+    generator: Callable[[int], torch.Generator],
+    resumption: Resumption | None = None,
+) -> Ascent:
+    """Raise ``utility - alpha KL`` from the pretrained model ``start``, step by step.
+
+    A step is chosen on samples of the current model and taken by ``solver``, which any solver can be. Where
+    no step gains anything on the samples, the ascent ends, and says so in the log.
+
+    Args:
+        start: the pretrained model; left unchanged.
+        utility: what to raise; its first variation is known from values.
+        alpha: weight of the divergence from ``start``, not negative, in units of the utility a nat.
+        iterations: most steps.
+        settings: of the steps.
+        solver: of the control problem of each step.
+        generator: source of randomness of each iteration, by its number from 0.
+        resumption: where the ascent and its solves keep their states.
+
+    Returns:
+        The model, and a history with a row an update: of its step ``iteration``, ``step_weight``, ``gain``
+        (of the objective, as the samples promise), ``effective_share``, ``step_kl`` and ``kl`` (what it pays,
+        and the divergence of the exponents from ``start``, in nats), ``utility`` before it and
+        ``utility_promised``, ``failed_share``, and the solver's own columns.
+
+    Raises:
+        NoValues: before any training, if the utility's first variation takes scores or densities.
+        NoStep: before any training, if no step from ``start`` gains anything on its samples.
+        TrainingDiverged: as by :func:`ascend`.
+        CheckpointError: if a state to go on from belongs to another ascent.
+    """
+    for part in utility.components:
+        if not part.by_values:
+            part.variation_at(FiniteDistribution(torch.zeros(0), np.zeros(0), np.zeros(0)))  # says what has
+    slot = resumption.slot("ascent") if resumption is not None else None
+    state = _Accumulated(start, utility, alpha, iterations, settings)
+    state.take_up(slot, generator)
+    for k in range(state.done, iterations):
+        random = generator(k)
+        step = state.step(k, random)
+        if step is None:
+            break
+        inner = resumption.slot(f"solve-{k + 1}") if resumption is not None else None
+        try:
+            tilt = state.exponents.direction(step.found, alpha)
+            solution = solver(state.model, tilt, step.found.eta, random, inner)
+        except TrainingDiverged as error:
+            message = f"Flow Density Control, iteration {k + 1} of {iterations}: {error}"
+            raise TrainingDiverged(message) from None
+        state.went(step, solution, k + 1, random)
+        if slot is not None and inner is not None and (slot.resumption.due() or inner.path.is_file()):
+            slot.save(state.tensors(), state.history, (settings, alpha))
+            inner.discard()
+    return Ascent(state.model, state.history)
+
+
+class _Step(NamedTuple):
+    """A step that was found, what it adds to ``log Z``, and its columns in the history."""
+
+    found: MirrorStep
+    log_z: float
+    row: dict[str, float]
+
+
+@dataclass
+class _Accumulated:
+    """A model with the exponents that lead to it from the pretrained one."""
+
+    model: FlowModel
+    utility: Functional
+    alpha: float
+    iterations: int
+    settings: ExponentAscent
+    exponents: Exponents = field(default_factory=lambda: Exponents(()))
+    log_z: float = 0.0
+    first: Level | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        """Iterations so far."""
+        return int(self.history[-1]["iteration"]) if self.history else 0
+
+    def bank(self, random: torch.Generator) -> tuple[FiniteDistribution, Groups, float]:
+        """Samples of the model as a finite distribution, their groups, and the share that failed."""
+        drawn = _distribution(self.model, self.settings, random)
+        x, context = drawn.samples, drawn.context
+        blank = np.zeros(len(x))
+        whole = FiniteDistribution(x, blank, blank, context=context)
+        failed = np.zeros(len(x), dtype=bool)
+        for reward in self.utility.rewards:
+            failed |= np.isnan(whole.values_of(reward))
+        kept = np.flatnonzero(~failed)
+        if not kept.size:
+            raise NoValues(f"none of the {len(x)} samples of a distribution has a value; look at its model")
+        labels = self.model.context_labels(context)
+        of_context = None if labels is None else labels.numpy(force=True)
+        groups = Groups.of(of_context, kept, self.settings.group)
+        log_p, index = np.log(groups.probabilities), torch.as_tensor(kept)
+        own = FiniteDistribution(x[index], log_p, log_p, context=self.model.select_context(context, index))
+        for reward in self.utility.rewards:
+            own.evaluated[id(reward)] = (reward, own.points, whole.values_of(reward)[kept])
+        return own, groups, float(failed.mean())
+
+    def step(self, k: int, random: torch.Generator) -> _Step | None:
+        """The next step on fresh samples; None if none gains."""
+        bank, groups, failed = self.bank(random)
+        h = self.exponents.on(bank)
+        level = self._level(bank)
+        self.first = level if k == 0 else self.first
+        _check_rise(self.first, level, k, range(self.iterations))
+        share, eta = self.settings.share, self.settings.step_weight
+        if eta is None:
+            gaining = self.settings.minimum_ess / len(h)
+            found = find_step(self.utility, self.alpha, bank, h, share, groups, gaining=gaining)
+        else:
+            found = fixed_step(self.utility, self.alpha, bank, h, eta, groups)
+        if eta is None and not found.gain > 0:
+            if k == 0:
+                raise NoStep(
+                    f"Flow Density Control: on {len(h)} samples of the pretrained model no step both raises the "
+                    f"objective and keeps an effective share of {share:g}, and {self.settings.minimum_ess:g} "
+                    "effective samples for what it adds; draw more samples, or lower these, or look whether the "
+                    "utility varies at all"
+                )
+            logger.info("Flow Density Control: no step gains anything after %d of %d", k, self.iterations)
+            return None
+        if found.gain < 0:
+            logger.warning(
+                "Flow Density Control: at the fixed weight %g, step %d lowers the objective by %.4g on its "
+                "samples; raise the weight, or let it be searched",
+                *(eta, k + 1, -found.gain),
+            )
+        after = self.exponents.after(found, self.alpha).on(bank)
+        log_z = float(groups.probabilities @ (after - h - found.under.log_weights))
+        row = {
+            "iteration": k + 1,
+            "step_weight": found.eta,
+            "gain": found.gain,
+            "effective_share": found.under.effective_share,
+            "step_kl": found.under.kl,
+            "kl": found.under.mean(after) - self.log_z - log_z,
+            "utility": level.value,
+            "utility_promised": self.utility.finite_value(found.distribution),
+            "failed_share": failed,
+        }
+        return _Step(found, log_z, row)
+
+    def _level(self, bank: FiniteDistribution) -> Level:
+        """The utility on samples; the first variation is the influence of a sample."""
+        influence = self.utility.finite_variation(bank)
+        error = float(influence.std()) / math.sqrt(len(influence)) if len(influence) >= FEWEST else math.inf
+        return Level(self.utility.finite_value(bank), error)
+
+    def went(self, step: _Step, solution: Solution, done: int, random: torch.Generator) -> None:
+        """Take in a step that a solver has taken, and look at where the last one has led."""
+        self.model = solution.model
+        self.exponents = self.exponents.after(step.found, self.alpha)
+        self.log_z += step.log_z
+        self.history += [{**step.row, **row} for row in solution.history]
+        if done == self.iterations:
+            _check_rise(self.first, self._level(self.bank(random)[0]), done, range(self.iterations))
+
+    def tensors(self, width: int | None = None) -> dict[str, Tensor]:
+        """All that an ascent goes on from, by name; ``width`` numbers a first variation has."""
+        rows = [[weight, *numbers_of(part)] for weight, part in self.exponents.parts]
+        parts = torch.zeros(
+            self.iterations * TRIALS, width or len(rows[0]), dtype=torch.float64, device="cpu"
+        )
+        if rows:
+            parts[: len(rows)] = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        sizes = torch.tensor([float(len(rows)), self.log_z], dtype=torch.float64, device="cpu")
+        return weights_of(self.model) | {"start": _kept(self.first), "parts": parts, "sizes": sizes}
+
+    def take_up(self, slot: Slot | None, generator: Callable[[int], torch.Generator]) -> None:
+        """Go on from the last state, if there is one."""
+        if slot is None or not slot.path.is_file():
+            return
+        # Which numbers a first variation has, any samples say; those of the state take their place.
+        template = self.utility.variation_at(self.bank(generator(0))[0])
+        self.model = copy.deepcopy(self.model).requires_grad_(False)
+        tensors = self.tensors(1 + len(numbers_of(template)))
+        self.history = slot.load(tensors, (self.settings, self.alpha)) or []
+        value, error = tensors["start"].tolist()
+        self.first = Level(value, error) if error >= 0 else None
+        count, self.log_z = tensors["sizes"].tolist()
+        rows = tensors["parts"][: int(count)].tolist()
+        self.exponents = Exponents(tuple((row[0], with_numbers(template, iter(row[1:]))) for row in rows))

@@ -31,13 +31,22 @@ nothing any more. Where U is not concave the bounds are none, and the line searc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from flowtilt.functionals.base import FiniteDistribution, FirstVariation, Functional
+from flowtilt.functionals.base import (
+    FiniteDistribution,
+    FirstVariation,
+    Functional,
+    NoValues,
+    WeightedVariation,
+)
+from flowtilt.model import Context
 from flowtilt.ranges import NOT_NEGATIVE, POSITIVE, SHARE, check_value
 from flowtilt.tilts import Groups, Tilted, strongest, tilted
 
@@ -91,6 +100,71 @@ class MirrorStep:
     mix: np.ndarray
     under: Tilted
 
+    @property
+    def first_variation(self) -> tuple[tuple[float, FirstVariation], ...]:
+        """The mean of first variations that the direction is of, as functions of the endpoint.
+
+        Raises:
+            NoValues: if the utility's first variation has no values.
+        """
+        parts = []
+        for weight, plane in zip(self.mix.tolist(), self.planes, strict=True):
+            if plane.variation is None:
+                raise NoValues("the first variation of this step is not known from weights of samples")
+            if weight > 0:
+                parts.append((weight, plane.variation))
+        return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Exponents(WeightedVariation):
+    """A weighted sum of first variations that ask for the same rewards, which are evaluated once.
+
+    What a chain of steps has added up, ``h_k``, as a function of the endpoint: in nats.
+    """
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        nowhere = np.zeros(len(x))
+        return torch.as_tensor(self.on(FiniteDistribution(x, nowhere, nowhere, context=context))).to(x)
+
+    def after(self, step: MirrorStep, alpha: float) -> Exponents:
+        """``h_{k+1} = (1 - alpha / eta) h_k + f_k / eta``; the parts of the step come first."""
+        kept = tuple((weight * (1 - alpha / step.eta), part) for weight, part in self.parts)
+        return Exponents(tuple((weight / step.eta, part) for weight, part in step.first_variation) + kept)
+
+    def direction(self, step: MirrorStep, alpha: float) -> Exponents:
+        """``f_k - alpha h_k``: what a solver tilts by under the weight ``eta``, in units of the utility."""
+        return Exponents(step.first_variation + tuple((-alpha * weight, part) for weight, part in self.parts))
+
+
+def numbers_of(variation: FirstVariation) -> list[float]:
+    """What tells a first variation from others of the same functional: thresholds, means, slopes."""
+    if isinstance(variation, WeightedVariation):
+        return [number for _, part in variation.parts for number in numbers_of(part)]
+    found: list[float] = []
+    for value in _numeric(variation).values():
+        found += [value] if isinstance(value, float) else value.flatten().tolist()
+    return found
+
+
+def with_numbers(variation: FirstVariation, numbers: Iterator[float]) -> FirstVariation:
+    """The first variation of the same functional with other numbers, in the order of :func:`numbers_of`."""
+    if isinstance(variation, WeightedVariation):
+        parts = tuple((weight, with_numbers(part, numbers)) for weight, part in variation.parts)
+        return replace(variation, parts=parts)
+    changes = {
+        name: next(numbers)
+        if isinstance(value, float)
+        else value.new_tensor([next(numbers) for _ in range(value.numel())]).reshape(value.shape)
+        for name, value in _numeric(variation).items()
+    }
+    return replace(variation, **changes) if changes else variation  # type: ignore[type-var]
+
+
+def _numeric(variation: FirstVariation) -> dict[str, float | Tensor]:
+    """Fields of a first variation that are numbers, by name."""
+    return {name: value for name, value in vars(variation).items() if isinstance(value, float | Tensor)}
+
 
 def plane_at(utility: Functional, distribution: FiniteDistribution) -> Plane:
     """The linear part of a utility at a distribution on points."""
@@ -114,6 +188,7 @@ def find_step(
     share: float = 0.0,
     groups: Groups | None = None,
     trials: int = TRIALS,
+    gaining: float = 0.0,
 ) -> MirrorStep:
     """The step from ``distribution`` that raises ``U - alpha KL`` most.
 
@@ -125,6 +200,7 @@ def find_step(
         share: effective share of the points that a step must keep, in [0, 1); 0 for any.
         groups: points with a normaliser in common; by default those of one mode.
         trials: most first variations of a direction; 1 for the current one's alone.
+        gaining: effective share that what a step adds must rest on, see :class:`flowtilt.tilts.Tilted`.
 
     Raises:
         ValueError: without alpha and share, where nothing bounds a step.
@@ -135,7 +211,9 @@ def find_step(
         raise ValueError(
             "without a divergence nothing bounds a step: give alpha, or the effective share that it keeps"
         )
-    search = _Search(utility, alpha, distribution, exponents, share, groups or groups_of(distribution))
+    search = _Search(
+        utility, alpha, distribution, exponents, share, groups or groups_of(distribution), gaining
+    )
     planes, mix = [plane_at(utility, distribution)], np.ones(1)
     best, before = None, 0.0
     for trial in range(1, trials + 1):
@@ -162,6 +240,7 @@ class _Search:
     exponents: np.ndarray
     share: float
     groups: Groups
+    gaining: float = 0.0
 
     def direction(self, planes: list[Plane], mix: np.ndarray) -> np.ndarray:
         """``f - alpha h``, of mean 0 in each group, (n,)."""
@@ -222,8 +301,8 @@ class _Search:
         most = 1 / self.alpha if self.alpha > 0 else 1e6 / span if span > 0 else 1.0
         if self.share == 0:
             return most
-        # At full precision the bisection would cost as much as the search itself.
-        return strongest(most * direction, self.groups, self.share, log_p=self.distribution.log_p) * most
+        log_p = self.distribution.log_p
+        return most * strongest(most * direction, self.groups, self.share, log_p=log_p, gaining=self.gaining)
 
     def least_bound(self, planes: list[Plane], strength: float) -> np.ndarray:
         """Weights of planes at which the largest bound of G near the current distribution is least.
@@ -322,11 +401,16 @@ def ascend_exactly(
 
 
 def fixed_step(
-    utility: Functional, alpha: float, distribution: FiniteDistribution, exponents: np.ndarray, eta: float
+    utility: Functional,
+    alpha: float,
+    distribution: FiniteDistribution,
+    exponents: np.ndarray,
+    eta: float,
+    groups: Groups | None = None,
 ) -> MirrorStep:
     """The step of weight ``eta``, whatever it gains: the gain says whether it is an ascent."""
     check_value("the KL weight of a step", eta, POSITIVE)
-    search = _Search(utility, alpha, distribution, exponents, 0.0, groups_of(distribution))
+    search = _Search(utility, alpha, distribution, exponents, 0.0, groups or groups_of(distribution))
     plane = plane_at(utility, distribution)
     direction = search.direction([plane], np.ones(1))
     gain, under, after = search.candidate(direction, 1 / eta)

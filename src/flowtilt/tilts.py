@@ -146,6 +146,8 @@ class Tilted:
             it is the harmonic mean of their own, weighted by their probabilities: what the variance of means
             follows.
         effective_shares: of each group by itself, (groups,).
+        gaining_share: the same of what the tilt *adds*, ``(sum a)^2 / sum a^2 / p`` with ``a = (q - p)_+``. A
+            hinge that moves a hundredth of the mass may put it on one sample, and all others hide it.
     """
 
     probabilities: np.ndarray
@@ -153,6 +155,7 @@ class Tilted:
     kl: float
     effective_share: float
     effective_shares: np.ndarray
+    gaining_share: float
 
     def mean(self, values: ArrayLike) -> float:
         """The mean of ``values`` (N,) that the weights promise."""
@@ -184,7 +187,11 @@ def tilted(exponents: ArrayLike, groups: Groups, log_p: ArrayLike | None = None)
     q = np.exp(log_p + log_w)
     spread = groups.sums(np.exp(log_p + 2 * log_w)) / np.exp(log_held)  # E_q[q / p] of each group
     share = 1 / float(np.exp(log_held) @ spread)
-    return Tilted(q, log_w, float(q @ log_w), share, 1 / spread)
+    p = np.exp(log_p)
+    added = np.maximum(q - p, 0)
+    squares = float(np.divide(added**2, p, out=np.zeros_like(p), where=p > 0).sum())
+    gaining = float(added.sum()) ** 2 / squares if squares > 0 else 1.0
+    return Tilted(q, log_w, float(q @ log_w), share, 1 / spread, gaining)
 
 
 def strongest(
@@ -193,10 +200,12 @@ def strongest(
     share: float,
     log_p: ArrayLike | None = None,
     most: float = 1.0,
+    gaining: float = 0.0,
 ) -> float:
     """The largest strength ``s`` up to ``most`` at which the tilt by ``s exponents`` keeps its samples.
 
-    That is an effective share of at least ``share``. It falls with the strength: for one group it is
+    That is an effective share of at least ``share``, and of at least ``gaining`` for what it adds. The first
+    falls with the strength: for one group it is
     ``exp(2 psi(s) - psi(2 s))`` with psi the cumulant generating function of the exponents, which is convex.
     So the bisection finds it, to twelve digits.
 
@@ -206,17 +215,19 @@ def strongest(
         share: to be kept, in (0, 1].
         log_p: log probabilities of the samples before, as in :func:`tilted`.
         most: the strength that is wanted, positive.
+        gaining: least :attr:`Tilted.gaining_share`; where it is below at any strength, none is kept.
     """
     check_value("the effective share of a tilt", share, MASS)
     e = np.asarray(exponents, dtype=np.float64)
 
     def keeps(strength: float) -> bool:
-        return tilted(strength * e, groups, log_p).effective_share >= share * (1 - 1e-12)
+        under = tilted(strength * e, groups, log_p)
+        return under.effective_share >= share * (1 - 1e-12) and under.gaining_share >= gaining
 
     if keeps(most):
         return most
     low, high = 0.0, most
-    while high > most * 1e-300 and not keeps(high / 16):  # far from 1: find the power first
+    while high > most * 1e-30 and not keeps(high / 16):  # far from 1: find the power first
         high /= 16
     low = high / 16
     while high - low > 1e-12 * high:

@@ -6,7 +6,8 @@ are near to one another, and a stage moves along the straight line to the expone
 
     h_{k+1} = h_k + d (h* - h_k),    weights of the bank from p_k:  exp(d (h* - h_k)),
 
-by the largest ``d`` up to 1 at which the bank keeps a given share of effective samples (bisection). For a
+by the largest ``d`` up to 1 at which the bank keeps a given share of effective samples, and what is added
+rests on enough of them (bisection). For a
 tilt that is given, ``h* = f / lambda`` throughout, and ``h_k = s_k h*`` with a rising strength ``s_k``.
 
 For a tail mean the aim is the hinge at the dual threshold, which one batch of pretrained samples finds only
@@ -51,6 +52,7 @@ from flowtilt.control.weighted_fitting import (
 from flowtilt.devices import seeded
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.functionals.utilities import RewardVariation
+from flowtilt.metrics.tails import quantile
 from flowtilt.model import FlowModel
 from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, between, check, check_value
 from flowtilt.resuming import Slot, weights_of
@@ -292,7 +294,13 @@ def solve_tail(
 
     def threshold(stage: int) -> float:
         values, weights, labels = chain.as_base(stage + 1, settings.fitting.group)
-        return problem.threshold(values, weights, labels)
+        at = problem.threshold(values, weights, labels)
+        if problem.tail == "lower":
+            return at
+        # At the optimum an upper tail holds just its mass. A bank that holds less than half of it past the
+        # threshold is not there yet, and the few samples that are would carry all: aim at its own tail first.
+        own = chain.values[stage, : int(chain.counts[stage])].numpy()
+        return min(at, quantile(own, 1 - problem.mass / 2))
 
     def active(at: float, values: np.ndarray) -> np.ndarray:
         return values < at if problem.tail == "lower" else values > at
@@ -387,22 +395,24 @@ class _Annealing:
         chain.add(number, draw, model.context_labels(draw.context))
         parameter, h = self.parameter(number), chain.of(number, values)
         left = chain.exponents(parameter, values) - h
-        settled = number > 0 and tilted(left, draw.groups).kl <= settings.settled
-        if settled or number == settings.stages:
-            if not settled and chain.strength < 1:
-                logger.warning(
-                    "annealed fitting: after %d stages the tilt has come %.3g of the way, which is what the "
-                    "model is fitted to; raise stages, or lower share",
-                    *(number, chain.strength),
-                )
-            return None
-        step = strongest(left, draw.groups, settings.share)
+        gaining = settings.fitting.minimum_ess / len(values)
+        step = strongest(left, draw.groups, settings.share, gaining=gaining)
         if number == 0 and step < LEAST_STEP:
             raise UnusableBank(
-                f"a bank of {len(values)} samples keeps an effective share of {settings.share:g} for "
-                f"{step:.2g} of the tilt alone, whose exponents are {np.ptp(left):.3g} nats apart: no number "
-                "of stages gets there; raise the KL weight, or rescale the values"
+                f"a bank of {len(values)} samples keeps an effective share of {settings.share:g}, and "
+                f"{settings.fitting.minimum_ess:g} effective samples for what it adds, for {step:.2g} of the "
+                f"tilt alone, whose exponents are {np.ptp(left):.3g} nats apart: no number of stages gets "
+                "there; raise the KL weight, draw a larger bank, or rescale the values"
             )
+        if number > 0 and tilted(left, draw.groups).kl <= settings.settled:
+            return None
+        if number == settings.stages or step < LEAST_STEP:
+            logger.warning(
+                "annealed fitting: after %d stages the tilt has come %.3g of the way, which the model is "
+                "fitted to; raise stages, draw larger banks, or lower share",
+                *(number, chain.strength),
+            )
+            return None
         if self.active is not None:
             draw = replace(draw, active=torch.as_tensor(self.active(parameter, values)))
         bank = weigh(draw, step * left, 1.0, settings.fitting)
