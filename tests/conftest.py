@@ -27,14 +27,22 @@ def process_as_it_was() -> Iterator[None]:
 
 TESTS = Path(__file__).parent
 
+LONG = (
+    *("workflow/test_slurm", "workflow/test_interruption", "workflow/test_images", "workflow/test_pipeline"),
+    *("workflow/test_environments", "workflow/test_toy_domain"),
+    *("control/test_adjoint_matching", "domains/images/test_checkpoint", "domains/images/test_stages"),
+)
+"""Files whose tests take longest, behind those that read runs of the pipeline. They are started first: at the
+end they would have one process work while the others have none left."""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put every test into its tier, and into the group whose tests one process runs one after another.
 
     Tests that run Snakemake are slow unless they are marked as fast, and of a long grid all cases but the
-    first ones. A group is a file, so that what its tests share is made once; but all fast tests that read the
-    smoke run are one group, which is started first, since the others fill the time that it takes.
+    first ones. A group is a file, so that what its tests share is made once; but all tests of a run of the
+    pipeline that takes minutes are one group, whatever file they are in.
     """
     cases: Counter[str] = Counter()
     for item in items:
@@ -43,17 +51,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             cases[test] += 1
             if cases[test] > marker.args[0]:
                 item.add_marker("slow")
-        file = item.path.relative_to(TESTS).with_suffix("")
-        if file.parts[0] == "workflow":
+        file = file_of(item)
+        if file.startswith("workflow/"):
             item.add_marker("pipeline")
             if item.get_closest_marker("fast") is None:
                 item.add_marker("slow")
         if item.get_closest_marker("xdist_group") is None:
-            group = "smoke" if reads_smoke(item) else file.as_posix()
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (not reads_smoke(item), item.get_closest_marker("pipeline") is None))
+            item.add_marker(pytest.mark.xdist_group(run_of(item) or file))
+    items.sort(key=place)
 
 
-def reads_smoke(item: pytest.Item) -> bool:
-    """Whether a test is a fast one that reads the smoke run."""
-    return "finished" in getattr(item, "fixturenames", ()) and item.get_closest_marker("slow") is None
+def file_of(item: pytest.Item) -> str:
+    """The file of a test below this folder, without its ending."""
+    return item.path.relative_to(TESTS).with_suffix("").as_posix()
+
+
+def run_of(item: pytest.Item) -> str | None:
+    """The run of the pipeline that the whole tier of a test may wait for; None for none."""
+    fixtures = getattr(item, "fixturenames", ())
+    if "whole" in fixtures:
+        return "whole"
+    return "short" if "finished" in fixtures and item.get_closest_marker("slow") is None else None
+
+
+def place(item: pytest.Item) -> int:
+    """Where a test stands in the order in which tests are started."""
+    if run_of(item) is not None:
+        return 0
+    file = file_of(item)
+    if file in LONG:
+        return 1 + LONG.index(file)
+    return 1 + len(LONG) + (item.get_closest_marker("pipeline") is None)

@@ -6,6 +6,7 @@ tests: those of its file under their names on PyPI, and what they require. Nothi
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -166,6 +167,8 @@ elif arguments != ["clean", "-y", "--tarballs"]:
 ACTIVATE = """\
 # conda's own script puts an environment in the place of the one that was active: what was put on the PATH
 # after that, such as the Python that runs Snakemake, stays ahead of it.
+# What conda does not do is to take away a PYTHONPATH, which would hide what an environment lacks.
+unset PYTHONPATH
 export CONDA_PREFIX="$1"
 export PATH="${{PATH%%:*}}:$1/bin:${{PATH#*:}}"
 echo "$1" >> {activations}
@@ -198,6 +201,10 @@ class StandInConda:
     def record(self) -> Path:
         """One line of JSON a call."""
         return self.folder / "calls.jsonl"
+
+    def calls(self) -> list[list[str]]:
+        """The arguments of every call."""
+        return [json.loads(line) for line in self.record.read_text(encoding="utf-8").splitlines()]
 
     @property
     def activations(self) -> Path:

@@ -75,6 +75,7 @@ def test_the_module_checks_itself(folder: Path, capsys: pytest.CaptureFixture[st
     assert [line.split()[0] for line in said] == ["EntropicRisk", "EntropicRisk", "ChiSquared"]
 
 
+@pytest.mark.slow
 def test_registered_they_inherit_every_check(registered: None) -> None:
     for registry, name, curvature in (
         (UTILITIES, "entropic_risk", "convex"),
@@ -112,6 +113,7 @@ def test_chi_squared_is_the_exponential_of_renyi_of_order_two(module: ModuleType
     assert np.isfinite(build(module.CHI_SQUARED).finite_value(DISTRIBUTION.with_p(halved / halved.sum())))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("label", ["entropic_risk", "chi_squared"])
 @pytest.mark.parametrize("solver", ["adjoint_matching", "weighted_fitting"])
 def test_the_experiment_runs(folder: Path, label: str, solver: str) -> None:

@@ -128,6 +128,7 @@ def test_no_iterations_leave_the_start():
     assert result.history == []
 
 
+@pytest.mark.slow
 def test_two_trained_steps_reach_the_distribution_of_two_exact_ones():
     """FDC with Adjoint Matching as its solver: each step tilts by half of what is left."""
     path, steps, alpha, eta = PATHS["vp"], 40, 1.0, 2.0

@@ -41,7 +41,7 @@ def run(name: str, folder: Path, count: int) -> tuple[dict[str, torch.Tensor], d
 
 
 @pytest.mark.parametrize("name", ["reward", "hinge", "scarce", "ascent", "fitting"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(name: str, tmp_path: Path) -> None:
     """Up to the order of sums, in float64."""
     alone, history = run(name, tmp_path / "one", 1)

@@ -154,6 +154,7 @@ def test_a_stopped_solve_goes_on_exactly_where_it_was(name, tmp_path):
     assert not same_weights(whole.model, base)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("seconds", [0.0, 3600.0])
 def test_a_stopped_ascent_goes_on_exactly_where_it_was(seconds, tmp_path):
     """Stopped within iterations and at their ends; with states at every update, and with none."""

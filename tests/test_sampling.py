@@ -59,7 +59,7 @@ def test_the_memoryless_sampler_has_weak_order_one(path, data_variance):
 
 
 @paths
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_the_narrowest_memoryless_sampler_reaches_order_one_more_slowly(path):
     """DDIM's noise misses variance of order h log(1/h) relative to the wider steps' h."""
     _, limit = memoryless_limit(path, GAUSSIAN)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -106,6 +108,12 @@ def parse_yaml(text: str) -> Any:
     Raises:
         YamlError: if it is not valid, or says two things.
     """
+    return deepcopy(_parsed(text))
+
+
+@lru_cache(maxsize=128)
+def _parsed(text: str) -> Any:
+    """The same, once for each text: a plan reads its files again for each case that derives from them."""
     try:
         return yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:

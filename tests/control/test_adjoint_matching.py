@@ -464,7 +464,7 @@ schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULE
 @schedules
 @rewards
 @pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["state", "step"])
 def test_with_columns_apart_what_adjoint_matching_converges_to_is_the_tilted_distribution_to_order_one(
     schedule, reward, power, target
@@ -487,7 +487,7 @@ def test_with_columns_apart_what_adjoint_matching_converges_to_is_the_tilted_dis
 @pytest.mark.parametrize(
     ("reward", "steps", "batch"), [(LINEAR, 40, 128), (QUADRATIC, 80, 256)], ids=["linear", "quadratic"]
 )
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_gaussian_with_columns_apart_is_tilted_to_the_closed_form(schedule, reward, steps, batch):
     """``N(m + S c / alpha, S)`` for a linear reward; most of the 4 % is the discretisation."""
     flow = CorrectedFlow(ColumnwiseFlow(schedule, GAUSSIAN), AffineTable(schedule, steps))
@@ -503,7 +503,7 @@ def test_a_gaussian_with_columns_apart_is_tilted_to_the_closed_form(schedule, re
 
 
 @schedules
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_with_columns_apart_the_control_energy_is_the_divergence_from_the_base(schedule):
     flow = CorrectedFlow(ColumnwiseFlow(schedule, GAUSSIAN), AffineTable(schedule, 40))
     choice = settings(rest_share=1.0, updates=100)
@@ -557,7 +557,7 @@ estimators = pytest.mark.parametrize("estimator", ["pathwise", "likelihood_ratio
 @pytest.mark.parametrize(
     ("reward", "steps", "batch"), [(LINEAR, 40, 128), (QUADRATIC, 80, 256)], ids=["linear", "quadratic"]
 )
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 def test_a_gaussian_is_tilted_to_the_closed_form(path, reward, steps, batch, estimator, adjoint):
     """Mean and covariance within 3 %. The trained one is propagated exactly, without sampling error."""
     flow = CorrectedFlow(MixtureFlow(path, GAUSSIAN), AffineTable(path, steps))
@@ -575,6 +575,7 @@ def test_a_gaussian_is_tilted_to_the_closed_form(path, reward, steps, batch, est
     assert relative_error(covariance, discrete[1]) < noise
 
 
+@pytest.mark.slow_after(1)
 @paths
 def test_the_control_energy_is_the_divergence_from_the_base(path):
     """For a linear reward ``KL(p* || p) = c^T S c / (2 kl_weight^2)``."""
@@ -597,7 +598,7 @@ def posterior_share(x, distribution):
 
 @paths
 @estimators
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_the_weights_of_a_mixture_are_tilted_to_the_closed_form(path, estimator):
     reward, steps = Quadratic([0.6, 0.3]), 60
     exact = MIXTURE.tilted(reward, 1.0)
@@ -613,6 +614,7 @@ def test_the_weights_of_a_mixture_are_tilted_to_the_closed_form(path, estimator)
     assert relative_error(x.T.cov(), exact.covariance) < 0.03
 
 
+@pytest.mark.slow_after(1)
 @paths
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_model_moves_towards_the_reward(path, sign):
@@ -630,7 +632,7 @@ def test_the_model_moves_towards_the_reward(path, sign):
 
 
 @pytest.mark.parametrize("tail", ["lower", "upper"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_hinge_is_solved_with_a_pool_larger_than_the_batch(tail):
     """N(0, 1) along x tilted by ``exp(hinge)``: two pieces of Gaussians with a known mean."""
     at, mass, weight = (-0.8, 0.25, 4.0) if tail == "lower" else (0.8, 0.25, 4.0)

@@ -105,6 +105,7 @@ class TwoModes(MixtureFlow):
         super().__init__(path, MODES, trainable=True)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("target", ["state", "step"])
 def test_a_trained_model_that_holds_the_optimum_ends_where_the_quadrature_says(target):
     path, steps = PATHS["linear"], 10
@@ -143,6 +144,7 @@ def test_paths_by_columns_are_taken_at_their_first_and_what_is_known_is_kept():
     assert discretisation_bias(Columnwise(((Linear(), 3), (Cosine(2.0), 4))), times) is one
 
 
+@pytest.mark.slow_after(1)
 @paths
 def test_where_modes_overlap_the_bias_has_order_one_and_a_tenth_of_the_size(path, monkeypatch):
     """Where the velocity is smooth on the scale of the noise, halving the steps halves what is left."""

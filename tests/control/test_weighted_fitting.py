@@ -249,6 +249,7 @@ def test_without_a_tilt_the_model_stays_what_it_is():
         torch.testing.assert_close(a, b.detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow_after(1)
 @paths
 @pytest.mark.parametrize("quadratic", [True, False])
 def test_a_small_tilt_is_fitted_to_a_few_percent_of_itself(path, quadratic):
@@ -302,7 +303,7 @@ def ode_distribution(model, steps=160):
 
 @paths
 @pytest.mark.parametrize("reward", [LINEAR, QUADRATIC], ids=["linear", "quadratic"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_gaussian_is_tilted_to_the_closed_form(path, reward):
     """Mean and covariance within 3 %: of that the bank's error is 1 %, and the optimiser's up to 2 % by seed.
 
@@ -356,7 +357,7 @@ def test_for_every_penalty_the_fit_has_the_mean_of_the_weighted_bank(penalty):
 
 
 @pytest.mark.parametrize("tail", ["lower", "upper"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_hinge_is_solved(tail):
     """N(0, 1) along x tilted by ``exp(hinge)``: two pieces of Gaussians with a known mean."""
     at, mass, weight = (-0.8, 0.25, 4.0) if tail == "lower" else (0.8, 0.25, 4.0)

@@ -53,6 +53,7 @@ def test_the_critic_of_a_shift_against_exact_transport(weights):
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.norm()))
 
 
+@pytest.mark.slow
 def test_the_critic_of_a_wider_distribution_against_exact_transport():
     """The potential is a cone, whose kink a smooth network rounds off: less with more training."""
     samples = gaussian(1000, shift=tensor([0.0, 0.0]), scale=2.0)

@@ -143,6 +143,7 @@ PAPER = {
 }
 
 
+@pytest.mark.slow
 def test_the_table_of_tiers():
     """Curvatures as theory has them: the two tails stand the other way round than in the paper."""
     rows = tier_table()

@@ -261,6 +261,7 @@ def log_ratio(x, modes):
     return logs[modes, torch.arange(len(x))] - torch.logsumexp(logs, 0) + np.log(2)
 
 
+@pytest.mark.slow
 def test_diverse_modes_against_exact_densities():
     model = ModeFlow(PATHS["linear"], MODES)
     modes = torch.arange(60) % 2

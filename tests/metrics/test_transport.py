@@ -101,6 +101,7 @@ def test_an_unfinished_solution_is_an_error(monkeypatch):
         wasserstein1(X, Y)
 
 
+@pytest.mark.slow
 def test_it_stays_clear_of_torch():
     code = (
         "import sys, os, numpy; from flowtilt.metrics.transport import kantorovich; "

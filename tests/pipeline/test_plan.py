@@ -124,10 +124,17 @@ def rule_of(plan: Plan, name: str) -> StageRule:
 def test_it_imports_neither_the_numerics_nor_snakemake() -> None:
     heavy = "{'torch', 'numpy', 'scipy', 'pandas', 'snakemake'}"
     program = (
-        "import sys, flowtilt.pipeline.starting, flowtilt.pipeline.checks, flowtilt.pipeline.domain as d; "
-        f"[d.domain_named(name) for name in d.sources()]; print({heavy} & set(sys.modules))"
+        "import sys, flowtilt.pipeline.starting, flowtilt.pipeline.domain as d; from pathlib import Path; "
+        "from flowtilt.pipeline.checks import read_plan; "
+        "from flowtilt.pipeline.configuration import read_yaml; "
+        "plan = read_plan(read_yaml(Path('config/config.yaml')), 'config'); "
+        "assert {domain.name for domain in plan.domains} == {*d.sources()}; "
+        "assert plan.tables and plan.figures and plan.pages and plan.runs and plan.config_hash(); "
+        f"print({heavy} & set(sys.modules))"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert run.stdout.strip() == "set()"
 
 
@@ -696,6 +703,35 @@ def test_a_digest_changes_with_what_its_stage_reads_alone(
     assert before.config_files["risk_averse_2d"] != after.config_files["risk_averse_2d"]
     assert before.config_hash() != after.config_hash()
     assert before.file_digest("risk_averse_2d") != after.file_digest("risk_averse_2d")
+
+
+@pytest.mark.parametrize(
+    ("domain", "name", "method", "evaluation", "kept"),
+    [
+        ("molecules", "molecules_qm9", "tfft_0.9", {"relaxed": 1}, {"finetune", "offline", "data"}),
+        ("images", TAIL, "tfft", {"pictures": 3}, {"finetune", "offline", "model", "threshold"}),
+    ],
+)
+def test_what_an_evaluation_draws_changes_no_training(
+    whole: Plan,
+    planned: Callable[..., Plan],
+    domain: str,
+    name: str,
+    method: str,
+    evaluation: dict[str, int],
+    kept: set[str],
+) -> None:
+    after = planned(experiments=[name], overrides={domain: {"evaluation": evaluation}})
+
+    def digest(plan: Plan, stage: str) -> list[str]:
+        rule = rule_of(plan, f"{domain}_{stage}")
+        values = {"experiment": name, "method": method, "seed": "0", "data": "qm9"}
+        return rule.digest(**{field: values[field] for field in rule.wildcards})
+
+    for stage in kept:
+        assert digest(whole, stage) == digest(after, stage), stage
+    for stage in ("sample", "evaluate"):
+        assert digest(whole, stage) != digest(after, stage), stage
 
 
 @pytest.mark.parametrize("name", ["planar", "molecules", "images"])

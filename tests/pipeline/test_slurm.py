@@ -19,6 +19,7 @@ from flowtilt.pipeline.slurm import (
     state_command,
     status_command,
 )
+from slurm_commands import write_cluster, write_commands
 from small import CONFIG
 
 SMOKE = CONFIG / "smoke.yaml"
@@ -88,36 +89,21 @@ def test_the_state_of_jobs_is_asked_of_what_remembers_them() -> None:
         status_command(cluster(CPU, accounts=False), 200)
 
 
-def set_up_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
-    """Commands of SLURM that answer as they are told."""
-    for name, script in scripts.items():
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin" if scripts else str(folder))
-
-
 def test_a_cluster_is_asked_for_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = "Configuration data\nAccountingStorageType   = accounting_storage/slurmdbd\nMinJobAge = 300 sec"
-    set_up_commands(
-        tmp_path,
-        monkeypatch,
-        sbatch="exit 1",
-        sinfo="echo 'cpu*|1-00:00:00|(null)'",
-        scontrol=f"cat <<'END'\n{config}\nEND",
-    )
+    monkeypatch.setenv("PATH", write_cluster(tmp_path, "cpu*|1-00:00:00|(null)", config))
     assert ask_cluster() == cluster(CPU)
 
 
 def test_a_machine_without_slurm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_up_commands(tmp_path, monkeypatch)
+    monkeypatch.setenv("PATH", write_commands(tmp_path))
     with pytest.raises(ClusterError, match=r"sbatch was not found.*login node"):
         ask_cluster()
 
 
 def test_a_controller_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_up_commands(
-        tmp_path, monkeypatch, sbatch="exit 1", sinfo="echo 'Unable to contact slurm controller' >&2; exit 1"
-    )
+    silent = "echo 'Unable to contact slurm controller' >&2; exit 1"
+    monkeypatch.setenv("PATH", write_commands(tmp_path, sbatch="exit 1", sinfo=silent))
     with pytest.raises(ClusterError, match=r"does not answer: sinfo .*Unable to contact"):
         ask_cluster()
 
@@ -125,18 +111,9 @@ def test_a_controller_that_does_not_answer_is_named(tmp_path: Path, monkeypatch:
 # --------------------------------------------------------------------------------- the doctor
 
 
-LIMITS = "MinJobAge = 300 sec\nAccountingStorageType = accounting_storage/none"
-
-
 def set_up_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch, partitions: str) -> None:
     monkeypatch.chdir(CONFIG.parent)
-    set_up_commands(
-        folder,
-        monkeypatch,
-        sbatch="exit 1",
-        sinfo=f"echo '{partitions}'",
-        scontrol=f"cat <<'END'\n{LIMITS}\nEND",
-    )
+    monkeypatch.setenv("PATH", write_cluster(folder, partitions))
 
 
 def test_the_doctor_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,8 +151,8 @@ def test_the_doctor_refuses_what_the_cluster_cannot_run(
 
 def test_the_doctor_of_a_machine_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIG.parent)
-    set_up_commands(tmp_path, monkeypatch)
+    monkeypatch.setenv("PATH", write_commands(tmp_path))
     said = "\n".join(examine([], ""))
-    assert "conda: not found; run without --software-deployment-method conda" in said
+    assert "conda: not found; run without --use-conda" in said
     assert "SLURM: not found" in said
     assert state_command(20) is None

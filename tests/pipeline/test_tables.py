@@ -534,6 +534,7 @@ def test_iterations_stand_beside_the_line_of_reference(tmp_path: Path) -> None:
 # ----------------------------------------------------------------- the project's own files
 
 
+@pytest.mark.slow
 def test_tables_of_all_the_projects_experiments(tmp_path: Path) -> None:
     other = ("molecules", "text_to_image")  # their own tests are elsewhere
     files = [f for f in sorted((CONFIG / "experiments").glob("*.yaml")) if not f.stem.startswith(other)]

@@ -1,4 +1,4 @@
-"""One smoke run for all tests of the pipeline, and fresh copies for those that must not start one."""
+"""Runs of the pipeline that tests read, each made once, and fresh copies for tests that must not have one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from importlib.metadata import distributions
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from filelock import FileLock
 
-from workflow_copy import PARTS, ROOT, SMOKE, Project
+from environments import StandInConda
+from workflow_copy import PARTS, ROOT, SHORT, SMOKE, Project
 
 
 @pytest.fixture
@@ -23,45 +26,64 @@ def project(tmp_path: Path) -> Project:
 
 @pytest.fixture(scope="module")
 def finished(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project in which the smoke configuration has been run; tests leave it complete.
-
-    A copy for each file of tests. The run itself is made once for this state of the sources: it is kept in
-    pytest's cache, where the slow tests find the one of the fast tests.
-    """
-    cache = pytestconfig.cache.mkdir("smoke")
-    with FileLock(cache / "lock"):
-        kept = cache / state_of_sources()
-        failed = cache / f"failed-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}.txt"
-        if not kept.exists() and not failed.exists():
-            make_smoke_run(cache, kept, failed)
-        if failed.exists():
-            pytest.fail(failed.read_text(encoding="utf-8"), pytrace=False)
+    """A project in which the short smoke configuration has been run; tests leave it complete."""
+    kept = kept_run(pytestconfig, "short", lambda project: project.snakemake(*SHORT))
     return Project(Path(shutil.copytree(kept, tmp_path_factory.mktemp("smoke") / "project", symlinks=True)))
 
 
+@pytest.fixture(scope="module")
+def whole(pytestconfig: pytest.Config) -> Project:
+    """A project in which the whole smoke configuration has been run on one core, each job in its environment.
+
+    Tests change nothing in it. Beside it is the folder ``conda`` of the stand-in that made the environments.
+    """
+    return Project(kept_run(pytestconfig, "whole", run_in_environments))
+
+
+def run_in_environments(project: Project) -> CompletedProcess[str]:
+    """Make the environments, and then run all jobs in them; on one core, since other tests have the other."""
+    conda = StandInConda.in_folder(project.folder / "conda")
+    alone = project.deploy(conda, *SMOKE, "--conda-create-envs-only")
+    return (
+        alone if alone.returncode or project.smoke.exists() else project.deploy(conda, *SMOKE, "--cores", "1")
+    )
+
+
+def kept_run(config: pytest.Config, name: str, run: Callable[[Project], CompletedProcess[str]]) -> Path:
+    """The folder of a run that is made once for this state of the sources.
+
+    It is kept in pytest's cache, where the slow tests find the one of the fast tests.
+    """
+    cache = config.cache.mkdir(f"smoke-{name}")  # type: ignore[union-attr]
+    with FileLock(cache / "lock"):
+        kept = cache / state_of_sources()
+        failed = cache / f"failed-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}.txt"
+        if not (kept / "complete").exists() and not failed.exists():
+            for old in cache.iterdir():  # of other states, of other sessions, or cut off
+                if old.is_dir():
+                    shutil.rmtree(old)
+                elif old.suffix == ".txt":
+                    old.unlink()
+            done = run(Project.copied_to(kept / "project"))
+            if done.returncode == 0:
+                (kept / "complete").touch()
+            else:
+                said = f"the smoke run failed, it ended with:\n{done.stdout[-4000:]}"
+                failed.write_text(said, encoding="utf-8")
+        if failed.exists():
+            pytest.fail(failed.read_text(encoding="utf-8"), pytrace=False)
+    return kept / "project"
+
+
 def state_of_sources() -> str:
-    """A digest of all that the smoke run depends on."""
+    """A digest of all that a run depends on."""
     digest = hashlib.sha256()
     installed = sorted({f"{one.name} {one.version}" for one in distributions()})
     digest.update(repr((sys.version, installed)).encode())
-    for part in (*PARTS, "src", "tests/workflow/conftest.py", "tests/workflow_copy.py"):
+    own = ("environments.py", "workflow_copy.py", "workflow/conftest.py", "workflow/short.yaml")
+    for part in (*PARTS, *(f"tests/{file}" for file in own)):
         found = ROOT / part
         for file in sorted(found.rglob("*")) if found.is_dir() else [found]:
             if file.is_file() and "__pycache__" not in file.parts and ".egg-info" not in str(file):
                 digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def make_smoke_run(cache: Path, kept: Path, failed: Path) -> None:
-    """Run the smoke configuration; keep it in place of those of other states, or keep what it says."""
-    for old in cache.iterdir():
-        if old.is_dir():
-            shutil.rmtree(old)
-        elif old.suffix == ".txt":
-            old.unlink()
-    project = Project.copied_to(cache / "running" / "project")
-    run = project.snakemake(*SMOKE)
-    if run.returncode != 0:
-        failed.write_text(f"the smoke run failed, it ended with:\n{run.stdout[-4000:]}", encoding="utf-8")
-    else:
-        project.folder.rename(kept)

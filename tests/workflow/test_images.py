@@ -1,4 +1,4 @@
-"""Images in the workflow: the smoke run, a folder like Stable Diffusion 1.4's, a training."""
+"""Images in the workflow: the short run, a folder like Stable Diffusion 1.4's, a training."""
 
 from __future__ import annotations
 
@@ -36,28 +36,17 @@ SCHEDULER = {
 
 @pytest.mark.fast
 def test_all_files_of_a_run_are_there(finished: Project) -> None:
-    runs = finished.smoke / "runs" / LEFT_TAIL
-    made = {path.name for path in (runs / "tfft" / "seed0").iterdir()}
-    assert made == {
+    run = finished.smoke / "runs" / LEFT_TAIL / "tfft" / "seed0"
+    assert {path.name for path in run.iterdir()} == {
         *("threshold.json", "model.safetensors", "history.csv", "images", "metrics.json", "scores.npz")
     }
     overrides = yaml.safe_load((finished.folder / "config" / "smoke.yaml").read_text())["overrides"]
     expected = overrides["images"]["evaluation"]["images"] * 20
-    assert len(list((runs / "tfft" / "seed0" / "images").glob("*.png"))) == expected
-    for name in (LEFT_TAIL, ENTROPY):
-        for kind in ("images", "scores"):
-            figure = finished.smoke / "figures" / f"{name}_{kind}.png"
-            assert figure.read_bytes().startswith(b"\x89PNG")
-    assert "Vendi score" in (finished.smoke / "tables" / f"{ENTROPY}.md").read_text()
-
-
-def test_a_change_reruns_what_reads_it(finished: Project) -> None:
-    change = finished.folder / "change.yaml"
-    change.write_text(yaml.safe_dump({"overrides": {"images": {"evaluation": {"images": 3}}}}))
-    jobs = finished.planned(*SMOKE, change.name, "--", LEFT_TAIL, ENTROPY)
-    assert finished.planned(*SMOKE) == {}
-    assert {"images_sample", "images_evaluate"} <= jobs.keys()
-    assert not {"images_finetune", "images_offline", "images_model"} & jobs.keys()
+    assert len(list((run / "images").glob("*.png"))) == expected
+    for kind in ("images", "scores"):
+        figure = finished.smoke / "figures" / f"{LEFT_TAIL}_{kind}.png"
+        assert figure.read_bytes().startswith(b"\x89PNG")
+    assert "Vendi score" in (finished.smoke / "tables" / f"{LEFT_TAIL}.md").read_text()
 
 
 def small(project: Project, model: dict[str, Any], *experiments: str, **images: Any) -> tuple[str, ...]:

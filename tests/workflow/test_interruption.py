@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from flowtilt.resuming import SECONDS
-from workflow_copy import PROFILE, SMOKE, Project
+from workflow_copy import PROFILE, SHORT, SMOKE, Project
 
 # One experiment with everything that stands before its rows in the comparison.
 TARGETS = ("risk_averse_2d", "results/smoke/tables/comparison.csv")
@@ -171,7 +171,7 @@ def test_coarse_times_of_a_file_system_leave_nothing_to_do(finished: Project) ->
         if path.is_file() and ".snakemake" not in path.parts:
             coarse = path.stat().st_mtime // 2 * 2
             os.utime(path, (coarse, coarse))
-    assert finished.planned(*SMOKE) == {}
+    assert finished.planned(*SHORT) == {}
 
 
 # ------------------------------------------------------------------------------ faults of a stage

@@ -17,10 +17,11 @@ WIDTH, HEIGHT = 1366, 768  # of a laptop's screen
 
 
 @pytest.fixture(scope="module")
-def report(finished: Project) -> Path:
-    run = finished.snakemake(*SMOKE, "--report", "report.html")
+def report(whole: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    run = whole.snakemake(*SMOKE, "--report", str(file))
     assert run.returncode == 0, run.stdout
-    return finished.folder / "report.html"
+    return file
 
 
 def browse(page: Path, *options: str) -> str:
@@ -40,10 +41,10 @@ def browse(page: Path, *options: str) -> str:
     return run.stdout
 
 
-def test_the_report_holds_every_table_and_figure(finished: Project, report: Path) -> None:
+def test_the_report_holds_every_table_and_figure(whole: Project, report: Path) -> None:
     text = report.read_text(encoding="utf-8")
-    pages = [path.name for path in (finished.smoke / "pages").iterdir()]
-    figures = [path.name for path in (finished.smoke / "figures").iterdir()]
+    pages = [path.name for path in (whole.smoke / "pages").iterdir()]
+    figures = [path.name for path in (whole.smoke / "figures").iterdir()]
     assert {"comparison.html", "costs.html", "provenance.html", "risk_averse_2d.html"} <= set(pages)
     for name in (*pages, *figures):
         assert f"{name}" in text, name
@@ -77,8 +78,8 @@ def test_a_browser_shows_the_report(report: Path) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
-def test_a_browser_shows_a_page_of_a_table(finished: Project) -> None:
-    page = finished.smoke / "pages" / "comparison.html"
+def test_a_browser_shows_a_page_of_a_table(whole: Project) -> None:
+    page = whole.smoke / "pages" / "comparison.html"
     dom = browse(page, "--dump-dom")
     assert "Values that the papers report" in dom
     assert 'class="' in dom

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from workflow_copy import ROOT, SMOKE, Project
+from slurm_commands import write_cluster
+from workflow_copy import ROOT, SHORT, SMOKE, Project, jobs_planned
 
 SCRIPT = ROOT / "workflow" / "scripts" / "local-slurm.sh"
 # Two cores are what the smallest machine has; looks at the queue that suit jobs of seconds.
@@ -52,12 +53,28 @@ def cluster() -> Iterator[bool]:
         )
     if Path("/etc/slurm/slurm.conf").exists():
         pytest.skip("this machine belongs to another cluster, whose nodes may not see the tests' folders")
-    started = local_slurm("start")
-    assert started.returncode == 0, started.stdout
+    switch("start")
     yield True
-    stopped = local_slurm("stop")
-    assert stopped.returncode == 0, stopped.stdout
+    switch("stop")
     assert not Path("/etc/slurm/slurm.conf").exists()
+
+
+def switch(*arguments: str) -> None:
+    """Start or stop the cluster; the script waits until it answers, or is gone."""
+    run = local_slurm(*arguments)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.fixture
+def cluster_with_gpu(cluster: bool) -> Iterator[None]:
+    """The cluster, started again with a GPU to ask for."""
+    if not cluster:
+        pytest.skip("the cluster that runs is not ours to start again with a GPU")
+    switch("stop")
+    switch("start", "--gpus", "1")
+    yield
+    switch("stop")
+    switch("start")
 
 
 def found(program: str) -> bool:
@@ -162,10 +179,10 @@ def test_the_script_leaves_another_clusters_configuration_alone() -> None:
 # ------------------------------------------------------------------------------- on the cluster
 
 
-def test_tables_equal_those_of_a_local_run(cluster: bool, project: Project, tmp_path: Path) -> None:
+def test_values_are_those_of_a_local_run(cluster: bool, project: Project, finished: Project) -> None:
     # One experiment, with everything that stands before its rows in the comparison.
     one = ("--config", "experiments=[risk_averse_2d]")
-    target = (*SMOKE, *one, "--", "risk_averse_2d", "results/smoke/tables/comparison.csv")
+    target = (*SHORT, *one, "--", "risk_averse_2d", "results/smoke/tables/comparison.csv")
     status, output, seen = submitted(project, *target)
     assert status == 0, output
     for rules in ("planar_pretrain", "planar_finetune", "planar_measure_risk_averse_2d", "planar_exact"):
@@ -174,17 +191,15 @@ def test_tables_equal_those_of_a_local_run(cluster: bool, project: Project, tmp_
     shared = output.count("has been submitted")
     assert 0 < shared < output.count("Finished jobid") / 2  # so that submissions hold several jobs each
 
-    local = Project.copied_to(tmp_path / "local")
-    run = local.snakemake(*target)
-    assert run.returncode == 0, run.stdout
-    made = {path.relative_to(local.smoke) for path in local.smoke.glob("tables/*.*")}
-    assert {"risk_averse_2d.csv", "risk_averse_2d.md", "risk_averse_2d.tex", "comparison.csv"} <= {
-        path.name for path in made
-    }
-    made |= {path.relative_to(local.smoke) for path in local.smoke.glob("runs/*/*/*/metrics.json")}
+    made = [*project.smoke.glob("tables/risk_averse_2d.*"), *project.smoke.glob("runs/*/*/*/metrics.json")]
+    made += project.smoke.glob("runs/resolution_2d/**/metrics.json")
     assert len(made) > 8
     for file in made:
-        assert (project.smoke / file).read_bytes() == (local.smoke / file).read_bytes(), file
+        assert file.read_bytes() == (finished.smoke / file.relative_to(project.smoke)).read_bytes(), file
+    local = (finished.smoke / "tables" / "comparison.csv").read_text().splitlines()
+    rows = (project.smoke / "tables" / "comparison.csv").read_text().splitlines()
+    assert len(rows) > 8
+    assert set(rows) <= set(local)
 
 
 def test_a_failing_job_ends_the_run_with_its_message(cluster: bool, project: Project) -> None:
@@ -194,7 +209,7 @@ def test_a_failing_job_ends_the_run_with_its_message(cluster: bool, project: Pro
         pretrain={"updates": 60, "batch": 256, "learning_rate": rate},
     )
     target = "results/smoke/runs/risk_averse_2d/pretrained/seed0/offline.npz"
-    status, output, seen = submitted(project, *SMOKE, "--retries", "1", "--", target, seconds=180)
+    status, output, seen = submitted(project, *SHORT, "--retries", "1", "--", target, seconds=180)
     assert status != 0
     # Why SLURM ended a submission that jobs share, Snakemake does not print; docs/clusters.md says more.
     assert "Error in group pretrain" in output
@@ -278,24 +293,17 @@ def test_a_cluster_without_a_default_partition_needs_a_name(cluster: bool, proje
         subprocess.run([*change, "Default=YES"], check=True, timeout=60)
 
 
-def test_gpus_are_asked_for_where_the_configuration_has_them(cluster: bool, project: Project) -> None:
-    if not cluster:
-        pytest.skip("the cluster that runs is not ours to start again with a GPU")
+def test_gpus_are_asked_for_where_the_configuration_has_them(
+    cluster_with_gpu: None, project: Project
+) -> None:
     target = "results/smoke/runs/risk_averse_2d/tfft/seed0/threshold.json"
-    try:
-        for command in (("stop",), ("start", "--gpus", "1")):
-            run = local_slurm(*command)
-            assert run.returncode == 0, run.stdout
-        status, output, seen = submitted(project, *SMOKE, "--config", "gpu=1", "--", target)
-        assert status == 0, output
-        # Each job of a network has a submission of its own, and a GPU; the threshold has none.
-        asked = {comment: {line.split("|")[-1] for line in lines} for comment, lines in seen.items()}
-        assert len(asked) == 3
-        for comment, gpus in asked.items():
-            assert gpus == ({"N/A"} if "threshold" in comment else {"gres:gpu:1"}), asked
-    finally:
-        for command in ("stop", "start"):
-            local_slurm(command)
+    status, output, seen = submitted(project, *SMOKE, "--config", "gpu=1", "--", target)
+    assert status == 0, output
+    # Each job of a network has a submission of its own, and a GPU; the threshold has none.
+    asked = {comment: {line.split("|")[-1] for line in lines} for comment, lines in seen.items()}
+    assert len(asked) == 3
+    for comment, gpus in asked.items():
+        assert gpus == ({"N/A"} if "threshold" in comment else {"gres:gpu:1"}), asked
 
 
 # ------------------------------------------------------------------------------- without one
@@ -324,27 +332,24 @@ def test_a_missing_plugin_is_named(project: Project, tmp_path: Path) -> None:
     assert "pip install" in run.stdout
 
 
-def test_a_dry_run_at_the_papers_scale_prints_what_each_job_asks_for(project: Project) -> None:
+def test_a_dry_run_at_the_papers_scale_prints_what_each_job_asks_for(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The profile asks for the cluster's settings, where SLURM's commands are found.
+    monkeypatch.setenv("PATH", write_cluster(tmp_path, "gpu*|infinite|gpu:8"))
     run = project.snakemake("--dry-run", *PROFILE[:2], "--configfile", "config/paper.yaml")
     assert run.returncode == 0, run.stdout
     jobs = re.findall(
         r"^ *(?:local)?rule (\w+):$.*?^ *resources: ([^\n]*)", run.stdout, re.MULTILINE | re.DOTALL
     )
     asked = {rule: dict(pair.split("=", 1) for pair in text.split(", ")) for rule, text in jobs}
-    planned = set(project.planned("--configfile", "config/paper.yaml"))
-    assert planned <= asked.keys()
+    assert {*jobs_planned(run.stdout), "all"} == asked.keys()
     for rule, resources in asked.items():
         needs_gpu = rule in {
-            *(
-                "planar_pretrain",
-                "planar_offline",
-                "planar_finetune",
-                "molecules_pretrain",
-                "molecules_offline",
-            ),
-            *("molecules_finetune", "molecules_sample", "images_pretrain_pipeline"),
-            *("images_pretrain_alignment", "images_offline", "images_finetune", "images_sample"),
-            "images_evaluate",
+            *("planar_pretrain", "planar_offline", "planar_finetune"),
+            *("molecules_pretrain", "molecules_offline", "molecules_finetune", "molecules_sample"),
+            *("images_pretrain_pipeline", "images_pretrain_alignment", "images_offline"),
+            *("images_finetune", "images_sample", "images_evaluate"),
         }
         if rule != "all":
             assert resources["gpu"] == str(int(needs_gpu)), rule

@@ -162,7 +162,7 @@ start() {
 	write_conf "$gpus"
 	slurmctld
 	slurmd
-	if ! wait_for 60 ready; then
+	if ! wait_for 120 ready; then
 		tail -n 5 "$STATE"/slurmctld/slurmctld.log "$STATE"/slurmd/slurmd.log >&2 || true
 		fail "SLURM did not come up; the last lines of its logs are above"
 	fi

@@ -74,6 +74,7 @@ def test_weights_are_a_few_megabytes(model: ImageModelConfig) -> None:
     assert sum(file.stat().st_size for file in files if file.is_file()) < 15e6
 
 
+@pytest.mark.slow
 def test_images_follow_their_captions(model: ImageModelConfig) -> None:
     """By the shipped CLIP: designs of full captions, and scores above those of captions exchanged."""
     from flowtilt.domains.images.alignment import classify_features, load_alignment
@@ -97,6 +98,7 @@ def test_images_follow_their_captions(model: ImageModelConfig) -> None:
     assert float(own - exchanged) > 0.1
 
 
+@pytest.mark.slow
 def test_factors_whose_combinations_are_counted_are_told_apart(model: ImageModelConfig) -> None:
     """Of drawn images that the CLIP was not trained on; the number in 100 follows the true one."""
     from flowtilt.domains.images.alignment import classify_features, load_alignment

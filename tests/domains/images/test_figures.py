@@ -59,6 +59,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_both_experiments_have_two_figures(results: Path) -> None:
     drawn = sorted((results / "figures").iterdir())
     assert [path.name for path in drawn] == [

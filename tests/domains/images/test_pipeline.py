@@ -389,6 +389,7 @@ def test_diffusers_loads_our_adapters(folder, tmp_path, adapter):
     torch.testing.assert_close(velocities(plain), before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -79,6 +79,7 @@ def left_tail(tmp_path_factory: pytest.TempPathFactory, models: tuple[Path, Path
     return folder
 
 
+@pytest.mark.slow
 def test_the_model_file_says_where_and_what(left_tail: Folder, models: tuple[Path, Path]) -> None:
     found = json.loads(left_tail.model.read_text())
     assert found["pipeline"]["path"] == str(models[0])
@@ -140,6 +141,7 @@ def test_methods_of_a_seed_have_the_same_noise(left_tail: Folder, tmp_path: Path
     assert np.bincount(prompts).tolist() == [4, 4, 4]
 
 
+@pytest.mark.slow
 def test_exploration_runs_and_covers_designs(tmp_path: Path, models: tuple[Path, Path]) -> None:
     folder = Folder(tmp_path, ENTROPY, models)
     assert folder.run("model") == 0
@@ -267,6 +269,7 @@ def test_only_adapters_are_tuned_if_there_are_any(
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_fine_tuning_goes_on_exactly(
     tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +382,7 @@ def test_too_few_images_are_refused(
     assert "11 images, not 12" in caplog.text
 
 
+@pytest.mark.slow
 def test_messages_come_once_and_the_advice_last(tmp_path: Path, models: tuple[Path, Path]) -> None:
     """Although open_clip gives the root logger a handler once it loads a model."""
     folder = Folder(tmp_path, LEFT_TAIL, models, prompts=["a bridge", "a bridge and " * 40])

@@ -69,6 +69,7 @@ def drawn(experiment: MoleculeExperiment, weights: Path) -> tuple[Composition, n
     return composition(molecules), valid, [s.smiles for s in structures if s.smiles is not None]
 
 
+@pytest.mark.slow
 def test_most_of_its_molecules_are_valid_and_different(
     drawn: tuple[Composition, np.ndarray, list[str]],
 ) -> None:
@@ -78,6 +79,7 @@ def test_most_of_its_molecules_are_valid_and_different(
     assert len(set(smiles)) / len(smiles) > 0.9
 
 
+@pytest.mark.slow
 def test_its_molecules_are_made_of_what_the_data_are(
     drawn: tuple[Composition, np.ndarray, list[str]],
 ) -> None:

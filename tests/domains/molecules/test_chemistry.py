@@ -68,6 +68,7 @@ def test_bonds_give_every_atom_its_valence(case):
         assert sum(found.charges) == 0
 
 
+@pytest.mark.slow
 def test_qm9_up_to_twelve_atoms_is_valid(pool):
     """All molecules of the data, against the requirement of 99.8 %; the four refused are zwitterions."""
     folder = Path(str(distribution("qm9pack").locate_file("qm9pack/data")))
@@ -158,6 +159,7 @@ def test_a_search_that_would_not_end_is_cut_short():
     assert found.invalid is Invalid.SEARCH
 
 
+@pytest.mark.slow
 def test_a_perception_that_takes_too_long_is_lost_alone(pool):
     settings = PerceptionSettings(searches=10**9, seconds=1.0)
     good = molecule(METHANE.numbers, METHANE.coordinates)

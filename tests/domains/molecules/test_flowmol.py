@@ -346,6 +346,7 @@ class Compactness(Reward):
         return -coordinates.square().sum((1, 2)) / context.sum(1)
 
 
+@pytest.mark.slow
 def test_adjoint_matching_moves_the_molecules_towards_the_reward(loaded):
     """On the same noise; how far, the network that stands in decides, which bends coordinates but little."""
     flow, *_ = loaded

@@ -82,6 +82,7 @@ def test_a_start_without_an_energy_is_a_failure():
     assert not found.converged
 
 
+@pytest.mark.slow
 def test_relaxations_run_in_the_pool_as_they_do_here():
     molecules = [molecule("QM9 3", 0.1), molecule("QM9 211", 0.1), molecule("QM9 1", 0.1)]
     alone = [relax_one((one, RelaxationSettings())) for one in molecules]

@@ -107,6 +107,7 @@ def test_masses_fall_geometrically_and_then_stay() -> None:
     assert narrowing(0.8, 0.5, 3) == [0.8] * 3
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("method", ["am", "tfft", "rising", "fdc", "am_fitted", "tfft_fitted"])
 def test_finetuning_moves_the_model_and_counts_what_it_asked_for(folder: Folder, method: str) -> None:
     if folder.experiment.methods[method].kind == "tfft":
@@ -143,6 +144,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("method", ["am", "fdc", "am_fitted"])
 def test_a_stopped_finetuning_goes_on_exactly_where_it_was(
     method: str, folder: Folder, monkeypatch: pytest.MonkeyPatch

@@ -212,6 +212,7 @@ def reward_of(method: str) -> np.ndarray:
     return rewards
 
 
+@pytest.mark.slow
 def test_histograms_mark_the_tail_of_what_has_an_energy(tmp_path: Path) -> None:
     (experiment,) = load_file(QM9).values()
     runs = runs_of(experiment)

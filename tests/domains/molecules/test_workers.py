@@ -70,6 +70,7 @@ def test_a_crash_is_lost_alone(pool, kind, detail):
     assert pool.map(worker_tasks.behave, ["c"], 10) == ["c"]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("workers", [1, 3])
 def test_many_losses_among_many_items(workers):
     """Items that a lost worker had not begun are not lost with it."""

@@ -84,6 +84,7 @@ def check_image(path: Path) -> None:
     assert all((margin > 250).all() for margin in margins)  # and nothing was cut off
 
 
+@pytest.mark.slow
 def test_experiment_has_three_figures(results: Path) -> None:
     drawn = sorted((results / "figures").iterdir())
     assert [p.name for p in drawn] == [f"risk_{what}.png" for what in FIGURES]
@@ -91,6 +92,7 @@ def test_experiment_has_three_figures(results: Path) -> None:
         check_image(path)
 
 
+@pytest.mark.slow
 def test_rewards_of_one_seed_without_reported_values(results: Path, tmp_path: Path) -> None:
     none = pd.DataFrame(columns=["source", "experiment", "method", "metric", "value", "unit"])
     draw_experiment(results, NOVELTY, spikes, none, tmp_path / "novelty")
@@ -98,6 +100,7 @@ def test_rewards_of_one_seed_without_reported_values(results: Path, tmp_path: Pa
         check_image(tmp_path / f"novelty_{what}.png")
 
 
+@pytest.mark.slow
 def test_same_files_give_the_same_images(results: Path, tmp_path: Path) -> None:
     draw_experiment(results, made_up_runs(), stripes, read_reported(REPORTED), tmp_path / "again")
     for what in FIGURES:
@@ -227,6 +230,7 @@ def test_study_of_iterations_is_drawn(tmp_path: Path, seeds: tuple[int, ...]) ->
 # ----------------------------------------------------------------- the project's own files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["novelty_2d", "resolution_2d"])
 def test_figures_of_the_projects_experiments(tmp_path: Path, name: str) -> None:
     file = CONFIG / "experiments" / f"{name}.yaml"
@@ -241,6 +245,7 @@ def test_figures_of_the_projects_experiments(tmp_path: Path, name: str) -> None:
         check_image(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["entropy_2d", "ot_2d", "hierarchy_2d", "solvers_2d"])
 def test_figures_of_the_experiments_on_functionals(tmp_path: Path, name: str) -> None:
     file = CONFIG / "experiments" / f"{name}.yaml"

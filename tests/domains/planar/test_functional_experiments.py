@@ -18,9 +18,8 @@ from small import tiny
 SMALL = {"grid": {"cells": 16}}
 
 
-@pytest.mark.parametrize(
-    "solver", [pytest.param("adjoint_matching", marks=pytest.mark.slow), "weighted_fitting"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["adjoint_matching", "weighted_fitting"])
 def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
     critic = {"updates": 20}
     fdc = {"iterations": 2, "objective": {"divergence": {"kind": "wasserstein1", "critic": critic}}}
@@ -171,6 +170,7 @@ def test_methods_of_one_step_share_their_noise(tmp_path: Path) -> None:
     assert first == second
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("solver", ["adjoint_matching", "weighted_fitting"])
 def test_modes_in_a_row(tmp_path: Path, solver: str) -> None:
     """Every stage of a model with modes, by either solver; what is solved keeps them equally likely."""

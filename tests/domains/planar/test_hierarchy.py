@@ -28,12 +28,14 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     return pd.DataFrame(found).set_index("label")
 
 
+@pytest.mark.slow
 def test_every_registered_functional_has_a_line(lines: pd.DataFrame) -> None:
     named = {part for name in lines["name"] for part in name.split(" + ")}
     assert {*UTILITIES, *DIVERGENCES} == named
     assert "no case" not in set(lines["verdict"])
 
 
+@pytest.mark.slow
 def test_a_functional_without_a_case_has_a_tier_and_no_numbers(tmp_path: Path) -> None:
     without = {**in_plane(seeds=1), "skip": {"hierarchy_2d": {"cases": ["diverse_modes"]}}}
     cases = list(load_file(FILE, without).values())

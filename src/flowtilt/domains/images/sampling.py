@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,14 +20,16 @@ from flowtilt.domains.images.alignment import AlignmentModel, load_alignment
 from flowtilt.domains.images.experiment import ImageExperiment
 from flowtilt.domains.images.files import image_name
 from flowtilt.domains.images.models import alignment_of, read_model, text_to_image_of
-from flowtilt.domains.images.pipeline import TextToImage
-from flowtilt.domains.images.rewards import Decode
 from flowtilt.files import atomic_folder
 from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import StageError
 from flowtilt.pipeline.places import located
 from flowtilt.rewards import Reward
 from flowtilt.sampling import sample_sde
+
+if TYPE_CHECKING:  # what loads models takes seconds to import, and a job needs one of the two or both
+    from flowtilt.domains.images.pipeline import TextToImage
+    from flowtilt.domains.images.rewards import Decode
 
 CHUNK = 50
 """Images that are drawn together."""
