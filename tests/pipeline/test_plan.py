@@ -709,7 +709,7 @@ def test_a_digest_changes_with_what_its_stage_reads_alone(
     ("domain", "name", "method", "evaluation", "kept"),
     [
         ("molecules", "molecules_qm9", "tfft_0.9", {"relaxed": 1}, {"finetune", "offline", "data"}),
-        ("images", TAIL, "tfft", {"pictures": 3}, {"finetune", "offline", "model", "threshold"}),
+        ("images", TAIL, "tfft", {"images": 3}, {"finetune", "offline", "model", "threshold"}),
     ],
 )
 def test_what_an_evaluation_draws_changes_no_training(
