@@ -146,6 +146,14 @@ class FlowModel(nn.Module, ABC):
         """The context of the samples at ``index`` (long, (n,)) of a batch."""
         return None
 
+    def context_labels(self, context: Context) -> Tensor | None:
+        """A whole number for the context of each sample, long (batch,), like contexts having like numbers.
+
+        Samples of one number have the same distribution. The contexts' own distribution is given: tilts are
+        normalised within each, see :mod:`flowtilt.tilts`. None if all samples have the same distribution.
+        """
+        return None
+
     def context_for(self, use: Use, context: Context) -> Context:
         """The context of the same samples for what a solver uses the velocity for.
 

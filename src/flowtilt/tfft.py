@@ -31,9 +31,11 @@ class TailProblem:
         object.__setattr__(self, "tail", read_tail(self.tail))
         check(self, "a tail problem's ", mass=between(0, 1), alpha=POSITIVE)
 
-    def threshold(self, rewards: ArrayLike) -> float:
-        """The exact dual threshold of an offline batch of pretrained rewards."""
-        return threshold(rewards, self.alpha, self.mass, self.tail)
+    def threshold(
+        self, rewards: ArrayLike, weights: ArrayLike | None = None, contexts: ArrayLike | None = None
+    ) -> float:
+        """The exact dual threshold of an offline batch; see :func:`flowtilt.thresholds.threshold`."""
+        return threshold(rewards, self.alpha, self.mass, self.tail, weights, contexts)
 
     def pseudo_reward(self, reward: Reward, at: float) -> Hinge:
         """The hinge whose expected value, under KL weight ``alpha``, the fine-tuning raises."""

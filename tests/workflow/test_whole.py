@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import subprocess
 import tomllib
 from importlib.metadata import version
 from itertools import pairwise
@@ -87,6 +88,10 @@ def test_environments_are_made_of_their_files(whole: Project) -> None:
     assert {Path(one["--file"]).read_text(encoding="utf-8") for one in options} == {
         file.read_text(encoding="utf-8") for file in FILES if file.stem in ENVIRONMENTS
     }
+    for prefix in made.values():  # the package is none of what they hold
+        command = [prefix / "bin" / "python", "-I", "-c", "import flowtilt"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "No module named 'flowtilt'" in done.stderr
 
 
 def test_every_job_ran_inside_of_an_environment(whole: Project) -> None:

@@ -17,12 +17,18 @@ if CLONE is not None and str(CLONE / "src") not in sys.path:
     sys.path.insert(0, str(CLONE / "src"))
 
 try:
-    from flowtilt.pipeline.places import lacking, located
+    from flowtilt.pipeline.places import SOURCES, lacking, located
 except ModuleNotFoundError as error:
     raise WorkflowError(
         f"{error}: the workflow was fetched without its sources. Clone the repository and name its file "
         "workflow/Snakefile instead, or install the package flowtilt beside Snakemake"
     ) from None
+
+if CLONE is not None and (CLONE / "src").is_dir() and SOURCES != (CLONE / "src").resolve():
+    raise WorkflowError(
+        f"{SOURCES}: the sources of another clone are imported already, by a profile or a module of that one; name "
+        f"the profile of {CLONE}, or one clone in all modules"
+    )
 
 CONFIG_FILE = str(located("config/config.yaml"))
 CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method

@@ -12,6 +12,9 @@ and at the optimum ``w_i = (f*)'(s_i)`` at the slope ``s_i = (g_i - nu) / alpha`
 the mean weight 1. With KL these are the weights ``exp(g / alpha)``, normalised: the exponential tilt.
 The five penalties are those of the Fenchel-tilting comparison (Bobrin et al. 2026).
 
+Where samples have contexts of given probabilities, q has those of p (see :mod:`flowtilt.tilts`): the problem
+is then one for each context, with a ``nu`` of its own.
+
 All of them are of the power family of Cressie and Read (1984), of order k:
 
     f(w)   = (w^k - k w + k - 1) / (k (k - 1))
@@ -35,6 +38,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from flowtilt.tilts import Groups
 
 
 @dataclass(frozen=True)
@@ -132,12 +137,13 @@ class BankWeights:
     Attributes:
         weights: density ratios ``w_i = q_i / p_i`` with mean 1 under p, (N,); 0 where p is.
         probabilities: ``q_i``, (N,).
-        nu: normalising constant, in units of the values.
+        nu: normalising constant, in units of the values; over groups the mean of theirs.
         primal: value of the problem at q, in units of the values.
         dual: value of the dual at ``nu``.
         gap: dual minus primal, computed without what they share; not negative but for rounding.
         relative_gap: the gap over the range of the values.
         effective_sample_size: ``(sum q)^2 / sum q^2``, from 1 to N.
+        effective_shares: of each group by itself, ``(sum q)^2 / sum q^2 / n``, (groups,).
     """
 
     weights: np.ndarray
@@ -148,6 +154,13 @@ class BankWeights:
     gap: float
     relative_gap: float
     effective_sample_size: float
+    effective_shares: np.ndarray
+
+    @property
+    def kl(self) -> float:
+        """``sum_i q_i log(q_i / p_i)``, in nats."""
+        held = self.probabilities > 0
+        return float(self.probabilities[held] @ np.log(self.weights[held]))
 
 
 @dataclass(frozen=True)
@@ -163,6 +176,45 @@ class _Bank:
     best: float
     spread: float
     alpha: float
+
+
+def solve_weights_within(values: ArrayLike, alpha: float, penalty: Penalty, groups: Groups) -> BankWeights:
+    """Weights of a bank whose groups of samples keep their probabilities: :func:`solve_weights` in each.
+
+    Args:
+        values: of the samples, (N,).
+        alpha: weight of the penalty, positive, in units of the values.
+        penalty: the divergence.
+        groups: of the samples.
+
+    Raises:
+        ValueError: as :func:`solve_weights`.
+    """
+    g = np.asarray(values, dtype=np.float64)
+    if len(groups) == 1:
+        return solve_weights(g, alpha, penalty)
+    weights, parts = np.empty(g.size), []
+    order = np.argsort(groups.labels, kind="stable")
+    for own in np.split(order, np.cumsum(np.bincount(groups.labels))[:-1]):
+        parts.append(solve_weights(g[own], alpha, penalty))
+        weights[own] = parts[-1].weights
+    q = groups.probabilities * weights
+    spread = float(np.ptp(g))
+    nu, primal, dual, gap = (
+        float(groups.shares @ [getattr(part, name) for part in parts])
+        for name in ("nu", "primal", "dual", "gap")
+    )
+    return BankWeights(
+        weights=weights,
+        probabilities=q,
+        nu=nu,
+        primal=primal,
+        dual=dual,
+        gap=gap,
+        relative_gap=gap / spread if spread > 0 else 0.0,
+        effective_sample_size=float(q.sum() ** 2 / (q @ q)),
+        effective_shares=np.concatenate([part.effective_shares for part in parts]),
+    )
 
 
 def solve_weights(
@@ -201,6 +253,7 @@ def solve_weights(
     primal = -float(q @ bank.drops) - bank.alpha * float(bank.p @ _divergence(order, log_w))
     weights, distribution = np.zeros(bank.kept.size), np.zeros(bank.kept.size)
     weights[bank.kept], distribution[bank.kept] = np.exp(log_w), q
+    ess = float(q.sum() ** 2 / (q @ q))
     return BankWeights(
         weights=weights,
         probabilities=distribution,
@@ -209,7 +262,8 @@ def solve_weights(
         dual=bank.best + bank.spread * dual,
         gap=bank.spread * (dual - primal),
         relative_gap=dual - primal,
-        effective_sample_size=float(q.sum() ** 2 / (q @ q)),
+        effective_sample_size=ess,
+        effective_shares=np.array([ess / q.size]),
     )
 
 

@@ -12,10 +12,13 @@ They are a control variate, which takes out most of the noise where weights are 
 :func:`plan_draws`), and leaves the base exactly as it is where there is nothing to tilt. Where the loss is
 not a square, the gradient at the base has that part.
 
-A sample whose value is NaN, of a reward that may fail, is left out of the bank, as if the base never drew it.
+Weights are normalised within each context (:mod:`flowtilt.tilts`), whose probabilities no model changes. A
+sample whose value is NaN, of a reward that may fail, is left out of its context, as if the base never drew
+it.
 
 What bounds the method is the bank: a distribution that the base hardly samples is carried by few samples.
-The effective sample size says how many; a low one is reported, an unusable one refused.
+The effective sample size says how many; a low one is reported, an unusable one refused. Past that bound goes
+:mod:`flowtilt.control.annealed_fitting`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import copy
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -32,13 +35,14 @@ import torch
 from torch import Tensor
 
 from flowtilt.control.base import FORWARD, TRAINING, Progress, Solution, TrainingDiverged, annealed_rate
-from flowtilt.control.penalties import BankWeights, penalty_named, solve_weights
+from flowtilt.control.penalties import BankWeights, penalty_named, solve_weights_within
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.model import Context, FlowModel, evaluating
 from flowtilt.optimiser import Adam
 from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, between, check, check_value
 from flowtilt.resuming import Slot, TrainingState
 from flowtilt.sampling import CHUNK, OdeSettings, sample_ode, sample_sde
+from flowtilt.tilts import Groups
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,8 @@ class WeightedFittingSettings:
             mean.
         steps: time steps of the sampler; the ODE takes four network passes each, the SDE one.
         penalty: name of the divergence from the base, of :data:`flowtilt.control.penalties.PENALTIES`.
+        group: samples of a context below which it is pooled with its neighbours, see
+            :meth:`flowtilt.tilts.Groups.of`. At ten, normalisers are off by a tenth of the weights' variance.
         minimum_ess: effective samples below which the bank is refused.
         warning_ess: effective samples below which there is a warning.
         updates: optimiser steps.
@@ -76,6 +82,7 @@ class WeightedFittingSettings:
     sampler: Literal["ode", "sde"] = "ode"
     steps: int = 16
     penalty: str = "kl"
+    group: int = 10
     minimum_ess: float = 50.0
     warning_ess: float = 500.0
     updates: int = 1000
@@ -89,7 +96,7 @@ class WeightedFittingSettings:
         penalty_named(self.penalty)
         if self.sampler not in ("ode", "sde"):
             raise ValueError(f"sampler must be 'ode' or 'sde', got {self.sampler!r}")
-        check(self, bank=COUNT, steps=COUNT, updates=COUNT, batch=COUNT)
+        check(self, bank=COUNT, steps=COUNT, group=COUNT, updates=COUNT, batch=COUNT)
         check(self, minimum_ess=NOT_NEGATIVE, warning_ess=NOT_NEGATIVE)
         check(self, learning_rate=POSITIVE, gradient_clip=POSITIVE, warmup=SHARE, margin=between(0, 0.5))
         if not self.minimum_ess <= self.bank:
@@ -98,16 +105,22 @@ class WeightedFittingSettings:
                 "draw a larger bank"
             )
 
+    @property
+    def passes(self) -> int:
+        """Network passes that a bank takes: four evaluations a step of the ODE, one of the SDE."""
+        return self.bank * self.steps * (4 if self.sampler == "ode" else 1) * FORWARD
+
 
 @dataclass(frozen=True)
-class Bank:
-    """Samples of the base in rising order of the tilt's value, with their weights.
+class Draw:
+    """Samples of a model in rising order of a tilt's value.
 
     Attributes:
         samples: (N, ...).
-        context: of the samples, in the order in which it was drawn.
+        context: of all that were drawn, in the order in which it was drawn.
         order: position in ``context`` of each sample, (N,).
-        solution: the weights, in the order of the samples.
+        values: of the tilt, float64 (N,).
+        groups: samples that have a normaliser in common.
         active: samples that carry a gradient of the tilt, bool (N,).
         failed: how many more were drawn, and have no value.
     """
@@ -115,15 +128,73 @@ class Bank:
     samples: Tensor
     context: Context
     order: Tensor
-    solution: BankWeights
+    values: np.ndarray
+    groups: Groups
     active: Tensor
     failed: int
+
+
+@dataclass(frozen=True)
+class Bank(Draw):
+    """Samples of the base in rising order of the tilt's value, with their weights.
+
+    Attributes:
+        solution: the weights, in the order of the samples.
+    """
+
+    solution: BankWeights
 
     @property
     def active_share(self) -> float:
         """Share of the active samples under the weights, from 0 to 1."""
         q = self.solution.probabilities
         return float(q[self.active.numpy(force=True)].sum() / q.sum())
+
+
+def draw_samples(
+    base: FlowModel, tilt: FirstVariation, settings: WeightedFittingSettings, generator: torch.Generator
+) -> Draw:
+    """Draw samples of ``base`` with the values of a tilt.
+
+    Args:
+        base: the model to draw from.
+        tilt: what to tilt by; only its values are asked for.
+        settings: of the bank.
+        generator: source of randomness.
+
+    Raises:
+        UnusableBank: if no sample has a value.
+    """
+    context = base.draw_context(settings.bank, generator)
+    if settings.sampler == "ode":
+        ode = OdeSettings(steps=settings.steps)
+        samples = sample_ode(base, settings.bank, generator, context, ode)
+    else:
+        samples = sample_sde(base, settings.bank, settings.steps, generator, context)[-1]
+    samples = base.data_of(samples, context)
+    values, active = [], []
+    for index in torch.arange(settings.bank).split(CHUNK):
+        part, its = samples[index], base.select_context(context, index)
+        values.append(tilt.value(part, its).detach().double())
+        active.append(tilt.active(part, its))
+    # Neighbours in value are then neighbours in the bank, which is what stratified draws make use of.
+    value = torch.cat(values)
+    order = torch.argsort(value, stable=True)  # NaN comes last
+    failed = int(value.isnan().sum())
+    order = order[: len(order) - failed]
+    if not len(order):
+        raise UnusableBank(f"the tilt has no value on any of the {settings.bank} samples of the bank")
+    labels = base.context_labels(context)
+    of_context = None if labels is None else labels.numpy(force=True)
+    groups = Groups.of(of_context, order.numpy(force=True), settings.group)
+    if groups.pooled:
+        logger.info(
+            "%d of %d samples are of contexts with fewer than %d, which are pooled: %d contexts, %d groups",
+            *(groups.pooled, len(order), settings.group, groups.contexts, len(groups)),
+        )
+    tilted = value[order[0]] < value[order[-1]]  # equal values have no gradient anywhere
+    kept = value[order].numpy(force=True)
+    return Draw(samples[order], context, order, kept, groups, torch.cat(active)[order] & tilted, failed)
 
 
 def draw_bank(
@@ -146,35 +217,26 @@ def draw_bank(
         UnusableBank: if the effective sample size is below ``settings.minimum_ess``.
         ValueError: if values are infinite.
     """
-    context = base.draw_context(settings.bank, generator)
-    if settings.sampler == "ode":
-        ode = OdeSettings(steps=settings.steps)
-        samples = sample_ode(base, settings.bank, generator, context, ode)
-    else:
-        samples = sample_sde(base, settings.bank, settings.steps, generator, context)[-1]
-    samples = base.data_of(samples, context)
-    values, active = [], []
-    for index in torch.arange(settings.bank).split(CHUNK):
-        part, its = samples[index], base.select_context(context, index)
-        values.append(tilt.value(part, its).detach().double())
-        active.append(tilt.active(part, its))
-    # Neighbours in value are then neighbours in the bank, which is what stratified draws make use of.
-    value = torch.cat(values)
-    order = torch.argsort(value, stable=True)  # NaN comes last
-    failed = int(value.isnan().sum())
-    order = order[: len(order) - failed]
-    if not len(order):
-        raise UnusableBank(f"the tilt has no value on any of the {settings.bank} samples of the bank")
-    solution = solve_weights(value[order].numpy(force=True), kl_weight, penalty_named(settings.penalty))
+    draw = draw_samples(base, tilt, settings, generator)
+    return weigh(draw, draw.values, kl_weight, settings)
+
+
+def weigh(draw: Draw, values: np.ndarray, kl_weight: float, settings: WeightedFittingSettings) -> Bank:
+    """The samples with the weights that maximise ``E[values] - kl_weight D``, within each group.
+
+    Raises:
+        UnusableBank: if the effective sample size is below ``settings.minimum_ess``.
+        ValueError: if values are infinite.
+    """
+    solution = solve_weights_within(values, kl_weight, penalty_named(settings.penalty), draw.groups)
     _check(solution, settings)
-    tilted = value[order[0]] < value[order[-1]]  # equal values have no gradient anywhere
-    return Bank(samples[order], context, order, solution, torch.cat(active)[order] & tilted, failed)
+    return Bank(**{f.name: getattr(draw, f.name) for f in fields(Draw)}, solution=solution)
 
 
 def _check(solution: BankWeights, settings: WeightedFittingSettings) -> None:
     ess = solution.effective_sample_size
     found = f"the effective sample size of the weights is {ess:.4g} of a bank of {settings.bank}"
-    fix = "draw a larger bank, or raise the KL weight"
+    fix = "draw a larger bank, raise the KL weight, or tilt in stages, by annealed fitting"
     # Not below but by rounding, where all weight is on as many equal samples.
     if ess < settings.minimum_ess * (1 - 1e-9):
         raise UnusableBank(f"{found}, below the minimum of {settings.minimum_ess:g}; {fix}")
@@ -227,7 +289,7 @@ class Plan:
     noise: float
 
 
-def plan_draws(probabilities: np.ndarray, price: float = FORWARD) -> Plan:
+def plan_draws(probabilities: np.ndarray, base: np.ndarray | None = None, price: float = FORWARD) -> Plan:
     """Draw from the tilted distribution, or use the base's residuals as a control variate if that is better.
 
     The gradient of the loss under the tilted distribution q is ``E_q[<dr, r>]``, and near the base it is
@@ -238,10 +300,12 @@ def plan_draws(probabilities: np.ndarray, price: float = FORWARD) -> Plan:
     more than that.
 
     Args:
-        probabilities: q of the samples, (N,); the base distribution p is uniform on them.
+        probabilities: q of the samples, (N,).
+        base: p of the samples, (N,); equal if not given.
         price: network passes that the control variate takes a draw, beside those of training.
     """
-    q, p = probabilities / probabilities.sum(), np.full(len(probabilities), 1 / len(probabilities))
+    q = probabilities / probabilities.sum()
+    p = np.full(len(q), 1 / len(q)) if base is None else base / base.sum()
     mixed = 0.5 * (p + q)
     coefficient = float((p * q / mixed).sum() / (p * p / mixed).sum())
     noise = float(((q - coefficient * p) ** 2 / mixed).sum())
@@ -318,11 +382,18 @@ def _subtract_gradient_at_base(model: FlowModel, base: FlowModel, batch: _Batch,
 
 
 def _diagnostics(bank: Bank, plan: Plan) -> dict[str, float]:
-    solution = bank.solution
+    solution, groups = bank.solution, bank.groups
     return {
         "bank": float(len(bank.samples)),
         "failed": float(bank.failed),
+        "contexts": float(groups.contexts),
+        "groups": float(len(groups)),
+        "pooled": float(groups.pooled),
         "effective_sample_size": solution.effective_sample_size,
+        "least_effective_share": float(solution.effective_shares.min()),
+        "kl": solution.kl,
+        "mean_before": float(groups.probabilities @ bank.values),
+        "mean_promised": float(solution.probabilities @ bank.values),
         "largest_probability": float(solution.probabilities.max()),
         "nu": solution.nu,
         "primal": solution.primal,
@@ -366,10 +437,12 @@ def solve(
         value), ``gradient_norm``,
         ``network_passes`` (states that have gone through the network since the start, the bank's
         included, a backward pass counted as two; what the tilt's own values take is not in it),
-        ``seconds``; and as diagnostics the weights' ``effective_sample_size``,
-        ``largest_probability``, ``nu``, ``primal``, ``dual``, ``gap``, ``relative_gap``, the size of
-        the ``bank`` and how many samples beside it ``failed``, and coefficient ``control_variate`` and
-        ``noise`` of :class:`Plan`.
+        ``seconds``; and as diagnostics the weights' ``effective_sample_size``, and the
+        ``least_effective_share`` of a group, ``largest_probability``, ``nu``, ``primal``, ``dual``, ``gap``,
+        ``relative_gap``, their ``kl`` from the base in nats, the tilt's ``mean_before`` and the
+        ``mean_promised`` by the weights, the size of the ``bank``, how many samples beside it ``failed``, its
+        ``contexts``, the ``groups`` that these make and how many samples are of ``pooled`` ones, and
+        coefficient ``control_variate`` and ``noise`` of :class:`Plan`.
 
     Raises:
         ValueError: if ``kl_weight`` is not positive, or values are infinite.
@@ -380,18 +453,41 @@ def solve(
     """
     check_value("the KL weight of a solve", kl_weight, POSITIVE)
     started = time.perf_counter()
+    bank = draw_bank(base, tilt, kl_weight, settings, generator)
+    return fit(base, bank, (settings, kl_weight), generator, progress, slot, started)
+
+
+def fit(
+    base: FlowModel,
+    bank: Bank,
+    settings: tuple[WeightedFittingSettings, float],
+    generator: torch.Generator,
+    progress: Progress | None = None,
+    slot: Slot | None = None,
+    started: float | None = None,
+) -> Solution:
+    """Fit a copy of ``base`` to the weighted samples of a bank; see :func:`solve`, whose second half it is.
+
+    Args:
+        base: the model that the bank is of; left unchanged.
+        bank: of its samples, weighted.
+        settings: of the fit, and what the weights were solved for: a state of another is not gone on from.
+        generator: source of all randomness.
+        progress: called with each update's row of the history.
+        slot: where the fit keeps its state.
+        started: ``time.perf_counter()`` before the bank was drawn.
+    """
+    choice = settings[0]
     base = copy.deepcopy(base).requires_grad_(not base.quadratic_loss)  # else for the control variate
     model = copy.deepcopy(base).requires_grad_(True)
-    bank = draw_bank(base, tilt, kl_weight, settings, generator)
     price = FORWARD if base.quadratic_loss else TRAINING
-    plan = plan_draws(bank.solution.probabilities, price)
-    passes = settings.bank * settings.steps * (4 if settings.sampler == "ode" else 1) * FORWARD
-    passes_of_update = settings.batch * (TRAINING + (price if plan.coefficient else 0))
+    plan = plan_draws(bank.solution.probabilities, bank.groups.probabilities, price)
+    passes_of_update = choice.batch * (TRAINING + (price if plan.coefficient else 0))
     optimiser = Adam(model.parameters())
-    state = TrainingState(model, optimiser, generator, (settings, kl_weight), slot, started=started)
-    passes += len(state.history) * passes_of_update
+    state = TrainingState(model, optimiser, generator, settings, slot, started=started)
+    passes = choice.passes + len(state.history) * passes_of_update
     with evaluating(base, model):
-        _fit(base, model, state, bank, plan, settings, (passes, passes_of_update), progress)
+        _fit(base, model, state, bank, plan, choice, (passes, passes_of_update), progress)
     model.requires_grad_(False)
     return Solution(model, state.history, _diagnostics(bank, plan))
 

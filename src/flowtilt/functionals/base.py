@@ -53,12 +53,29 @@ class FiniteDistribution:
         log_reference: those of the pretrained distribution on the same points, (n,).
         modes: the mode that each point belongs to, integers from 0, (n,); for distributions of a sample and
             a mode together, where the same point may occur once in every mode.
+        context: of the points, for rewards that take one.
+        evaluated: rewards at the points, see :meth:`values_of`; shared with other distributions on them.
     """
 
     points: Tensor
     log_p: np.ndarray
     log_reference: np.ndarray
     modes: np.ndarray | None = None
+    context: Context = None
+    evaluated: dict[int, tuple[Reward, Tensor, np.ndarray]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def values_of(self, reward: Reward) -> np.ndarray:
+        """A reward at all points, float64, NaN where it failed, (n,).
+
+        Evaluated once for all distributions on the same points: on a bank a reward may be dear.
+        """
+        kept = self.evaluated.get(id(reward))
+        if kept is None or kept[0] is not reward or kept[1] is not self.points:
+            values = reward(self.points, self.context).double().numpy(force=True)
+            kept = self.evaluated[id(reward)] = (reward, self.points, values)
+        return kept[2]
 
     @property
     def p(self) -> np.ndarray:
@@ -92,6 +109,10 @@ def gradient_of(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return input_gradient(value(x), x, "a first variation")
 
 
+class NoValues(ValueError):
+    """A functional whose first variation weights of samples do not give."""
+
+
 class FirstVariation(ABC):
     """The first variation of a functional at a fixed distribution: a function of the endpoint.
 
@@ -110,6 +131,10 @@ class FirstVariation(ABC):
     @abstractmethod
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         """Gradient at ``x`` (batch, ...), of the same shape."""
+
+    def on(self, distribution: FiniteDistribution) -> np.ndarray:
+        """Values at the points of a finite distribution, float64, (n,); it keeps their rewards."""
+        return self.value(distribution.points, distribution.context).detach().double().numpy(force=True)
 
     def active(self, x: Tensor, context: Context = None) -> Tensor:
         """Samples that carry a gradient, bool (batch,). A hinge is active on one side only."""
@@ -138,10 +163,13 @@ class Functional(ABC):
     Attributes:
         tier: where FDC's hierarchy puts the functional.
         needs: what the gradient of its first variation takes.
+        by_values: whether weights of samples are enough for its value and its first variation, as for
+            functionals of rewards: neither scores nor densities. It then has :meth:`variation_at`.
     """
 
     tier: Tier = "general"
     needs: Need = "nothing"
+    by_values: bool = False
 
     @abstractmethod
     def value(self, distribution: Distribution) -> float:
@@ -158,6 +186,18 @@ class Functional(ABC):
     @abstractmethod
     def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
         """The first variation at every point of a finite distribution, up to a constant, (n,)."""
+
+    def variation_at(self, distribution: FiniteDistribution) -> FirstVariation:
+        """The first variation at weighted samples, as a function of the endpoint.
+
+        Raises:
+            NoValues: if it takes more than weights and values.
+        """
+        raise NoValues(
+            f"the first variation of {type(self).__name__} is not known from weights of samples: by "
+            "exponents, Flow Density Control raises expected_reward, cvar, sq, mean_variance, log_barrier, "
+            "optimal_design and their sums; take its steps by scores"
+        )
 
     @property
     def components(self) -> tuple[Functional, ...]:
@@ -185,6 +225,13 @@ class WeightedVariation(FirstVariation):
         for weight, part in self.parts:
             if weight != 0:
                 total = total + weight * part.value(x, context)
+        return total
+
+    def on(self, distribution: FiniteDistribution) -> np.ndarray:
+        total = np.zeros(len(distribution.points))
+        for weight, part in self.parts:
+            if weight != 0:
+                total = total + weight * part.on(distribution)
         return total
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
@@ -227,6 +274,7 @@ class _Sum(Functional):
 
     tier: Tier = field(init=False)
     needs: Need = field(init=False)
+    by_values: bool = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -235,6 +283,7 @@ class _Sum(Functional):
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of {type(part).__name__} must be finite, got {weight}")
         parts = self.components
+        object.__setattr__(self, "by_values", all(part.by_values for part in parts))
         object.__setattr__(self, "tier", max((p.tier for p in parts), key=get_args(Tier).index))
         object.__setattr__(self, "needs", max((p.needs for p in parts), key=get_args(Need).index))
 
@@ -266,9 +315,15 @@ class _Sum(Functional):
         return total
 
     def linearise(self, distribution: Distribution) -> WeightedVariation:
+        return self._of_terms(lambda part: part.linearise(distribution))
+
+    def variation_at(self, distribution: FiniteDistribution) -> WeightedVariation:
+        return self._of_terms(lambda part: part.variation_at(distribution))
+
+    def _of_terms(self, variation: Callable[[Functional], FirstVariation]) -> WeightedVariation:
         (first_weight, first), *rest = self.terms
-        parts = [(weight, part.linearise(distribution)) for weight, part in rest if weight != 0]
-        return WeightedVariation(((first_weight, first.linearise(distribution)), *parts))
+        parts = [(weight, variation(part)) for weight, part in rest if weight != 0]
+        return WeightedVariation(((first_weight, variation(first)), *parts))
 
 
 @dataclass(frozen=True)

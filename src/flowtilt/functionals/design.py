@@ -143,6 +143,7 @@ class OptimalDesign(Functional):
     """
 
     tier = "convex"
+    by_values = True
 
     criterion: Criterion = "log_det"
     features: Features = PolynomialFeatures()
@@ -206,5 +207,8 @@ class OptimalDesign(Functional):
         return self._value(self._spectrum(self._features(distribution.points), distribution.p))
 
     def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
-        phi = self._features(distribution.points)
-        return ((phi @ self._matrix(self._spectrum(phi, distribution.p))) * phi).sum(1)
+        return self.variation_at(distribution).on(distribution)
+
+    def variation_at(self, distribution: FiniteDistribution) -> FeatureForm:
+        matrix = self._matrix(self._spectrum(self._features(distribution.points), distribution.p))
+        return FeatureForm(self.features, torch.as_tensor(matrix))

@@ -7,6 +7,7 @@ sign the paper prints the other way round: the log barrier's and that of diverse
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -59,7 +60,7 @@ def _finite_values(reward: Reward, distribution: FiniteDistribution) -> np.ndarr
     Raises:
         RewardError: if one failed: a point has its probability, and cannot be left out as a sample can.
     """
-    values = reward(distribution.points).double().numpy(force=True)
+    values = distribution.values_of(reward)
     if count := int(np.isnan(values).sum()):
         raise RewardError(
             f"reward {type(reward).__name__} failed on {count} of the {len(values)} points of a finite "
@@ -70,6 +71,10 @@ def _finite_values(reward: Reward, distribution: FiniteDistribution) -> np.ndarr
 
 class _OfRewards(FirstVariation):
     """A function of some rewards: active everywhere, but for samples on which one of them failed."""
+
+    @abstractmethod
+    def on(self, distribution: FiniteDistribution) -> np.ndarray:
+        """By the rewards that the distribution keeps."""
 
     def _rewards(self) -> list[Reward]:
         return [value for value in vars(self).values() if isinstance(value, Reward)]
@@ -92,6 +97,9 @@ class RewardVariation(_OfRewards):
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         return self.reward(x, context)
+
+    def on(self, distribution: FiniteDistribution) -> np.ndarray:
+        return distribution.values_of(self.reward)
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         return self.reward.gradient(x, context)
@@ -132,6 +140,9 @@ class Hinge(_OfRewards):
     def sparse(self) -> bool:
         return True
 
+    def on(self, distribution: FiniteDistribution) -> np.ndarray:
+        return self.of_rewards(distribution.values_of(self.reward))
+
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         excess = self.reward(x, context) - self.threshold
         return (excess.clamp(max=0.0) if self.tail == "lower" else excess.clamp(min=0.0)) / self.mass
@@ -148,8 +159,19 @@ class Hinge(_OfRewards):
         return gradient
 
 
+class _FunctionalOfRewards(Functional):
+    """A functional of the distribution of some rewards, which weights of samples are enough for."""
+
+    by_values = True
+
+    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
+        for reward in self.rewards:
+            _finite_values(reward, distribution)  # raises where one failed
+        return self.variation_at(distribution).on(distribution)
+
+
 @dataclass(frozen=True)
-class ExpectedReward(Functional):
+class ExpectedReward(_FunctionalOfRewards):
     """``E_p[r]``; linear in the distribution."""
 
     tier = "linear"
@@ -165,12 +187,12 @@ class ExpectedReward(Functional):
     def finite_value(self, distribution: FiniteDistribution) -> float:
         return float(distribution.p @ self.finite_variation(distribution))
 
-    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
-        return _finite_values(self.reward, distribution)
+    def variation_at(self, distribution: FiniteDistribution) -> RewardVariation:
+        return RewardVariation(self.reward)
 
 
 @dataclass(frozen=True)
-class _TailMean(Functional):
+class _TailMean(_FunctionalOfRewards):
     """A mean of one tail of the reward.
 
     Attributes:
@@ -205,10 +227,9 @@ class CVaR(_TailMean):
     def finite_value(self, distribution: FiniteDistribution) -> float:
         return lower_tail_mean(_finite_values(self.reward, distribution), self.mass, distribution.p)
 
-    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
-        rewards = _finite_values(self.reward, distribution)
-        at = quantile(rewards, self.mass, distribution.p)
-        return Hinge(self.reward, at, self.mass, "lower").of_rewards(rewards)
+    def variation_at(self, distribution: FiniteDistribution) -> Hinge:
+        at = quantile(_finite_values(self.reward, distribution), self.mass, distribution.p)
+        return Hinge(self.reward, at, self.mass, "lower")
 
 
 @dataclass(frozen=True)
@@ -230,10 +251,9 @@ class SQ(_TailMean):
     def finite_value(self, distribution: FiniteDistribution) -> float:
         return upper_tail_mean(_finite_values(self.reward, distribution), self.mass, distribution.p)
 
-    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
-        rewards = _finite_values(self.reward, distribution)
-        at = quantile(rewards, 1 - self.mass, distribution.p)
-        return Hinge(self.reward, at, self.mass, "upper").of_rewards(rewards)
+    def variation_at(self, distribution: FiniteDistribution) -> Hinge:
+        at = quantile(_finite_values(self.reward, distribution), 1 - self.mass, distribution.p)
+        return Hinge(self.reward, at, self.mass, "upper")
 
 
 @dataclass(frozen=True)
@@ -254,6 +274,10 @@ class CentredRisk(_OfRewards):
         rewards = self.reward(x, context)
         return rewards - self.risk * (rewards - 2 * self.mean) * rewards
 
+    def on(self, distribution: FiniteDistribution) -> np.ndarray:
+        rewards = distribution.values_of(self.reward)
+        return rewards - self.risk * (rewards - 2 * self.mean) * rewards
+
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         rewards = self.reward(x, context)
         # NaN times the gradient 0 of a failed evaluation would be NaN.
@@ -262,7 +286,7 @@ class CentredRisk(_OfRewards):
 
 
 @dataclass(frozen=True)
-class MeanVariance(Functional):
+class MeanVariance(_FunctionalOfRewards):
     """``E r - risk Var r``; the variance is the samples' own, without Bessel's correction.
 
     The variance is concave in the distribution, so that this is convex for a positive ``risk``.
@@ -293,9 +317,9 @@ class MeanVariance(Functional):
         mean = distribution.p @ rewards
         return float(mean - self.risk * (distribution.p @ (rewards - mean) ** 2))
 
-    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
-        rewards = _finite_values(self.reward, distribution)
-        return rewards - self.risk * (rewards - 2 * (distribution.p @ rewards)) * rewards
+    def variation_at(self, distribution: FiniteDistribution) -> CentredRisk:
+        mean = float(distribution.p @ _finite_values(self.reward, distribution))
+        return CentredRisk(self.reward, self.risk, mean)
 
 
 @dataclass(frozen=True)
@@ -385,6 +409,9 @@ class BarrierVariation(_OfRewards):
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         return self.reward(x, context) - self.slope * self.cost(x, context)
 
+    def on(self, distribution: FiniteDistribution) -> np.ndarray:
+        return distribution.values_of(self.reward) - self.slope * distribution.values_of(self.cost)
+
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         gradient = self.reward.gradient(x, context) - self.slope * self.cost.gradient(x, context)
         # Where one of the two failed the other would pull alone.
@@ -392,7 +419,7 @@ class BarrierVariation(_OfRewards):
 
 
 @dataclass(frozen=True)
-class LogBarrier(Functional):
+class LogBarrier(_FunctionalOfRewards):
     """``E r + strength log(bound - E c)``: the expected reward with the expected cost kept below a bound.
 
     Attributes:
@@ -445,12 +472,9 @@ class LogBarrier(Functional):
             slack
         )
 
-    def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
-        costs = _finite_values(self.cost, distribution)
-        return (
-            _finite_values(self.reward, distribution)
-            - self.strength / self._slack(float(distribution.p @ costs)) * costs
-        )
+    def variation_at(self, distribution: FiniteDistribution) -> BarrierVariation:
+        slack = self._slack(float(distribution.p @ _finite_values(self.cost, distribution)))
+        return BarrierVariation(self.reward, self.cost, self.strength / slack)
 
 
 @dataclass(frozen=True)

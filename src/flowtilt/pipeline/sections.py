@@ -184,6 +184,24 @@ class MethodConfig(Section):
         """Whether the method has a fine-tuned model of its own."""
         return self.kind in TUNED
 
+    def check_keys(self, belongs: Mapping[str, Sequence[str]]) -> None:
+        """Refuse keys of other kinds of methods, and an fdc without its iterations and step.
+
+        Args:
+            belongs: the kinds that a key is for, by key.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        for key, kinds in belongs.items():
+            if getattr(self, key) is not None and self.kind not in kinds:
+                raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}; remove it")
+        missing = [key for key in ("iterations", "step") if getattr(self, key) is None]
+        if self.kind == "fdc" and missing:
+            raise ValueError(f"an fdc method needs {' and '.join(missing)}")
+        if not self.tuned and (self.solver or self.updates is not None):
+            raise ValueError(f"solver and updates belong to methods that are fine-tuned, not to {self.kind}")
+
 
 TUNED = ("am", "fdc", "tfft")
 """Kinds of methods that are fine-tuned."""

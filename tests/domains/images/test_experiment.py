@@ -110,7 +110,8 @@ def test_the_papers_scale_is_an_override(name: str) -> None:
 
 
 def test_prompts_of_the_left_tail_are_the_drawn_sets_wishes() -> None:
-    from flowtilt.domains.images.bridges import CREATIVE, DESIGNS, PROMPTS
+    from flowtilt.domains.images.bridges import CREATIVE, DESIGNS
+    from small_images import PROMPTS
 
     assert tuple(load(LEFT_TAIL).prompts) == PROMPTS
     assert load(ENTROPY).prompts == [CREATIVE]

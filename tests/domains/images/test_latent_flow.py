@@ -316,10 +316,10 @@ def test_a_denoiser_of_noise_alone_is_refused_where_no_signal_is_left(target):
 @pytest.mark.parametrize("scale", [1.0, 0.0, 7.5, -0.5])
 @targets
 def test_guidance_goes_from_the_empty_prompt_through_the_prompt(scale, target):
-    flow = flow_of(Arbitrary(), scheduler_of(TRAILING, target), guidance=GuidanceConfig(sampling=scale))
+    flow = flow_of(Arbitrary(), scheduler_of(TRAILING, target))
     x, t = torch.randn(6, *SHAPE, generator=generator(0)), torch.linspace(0.1, 0.9, 6)
     prompt = torch.tensor([0, 1, 2, 3, 3, 0])
-    found = flow.predict(x, t, flow.context_of(prompt))
+    found = flow.predict(x, t, replace(flow.context_of(prompt), guidance=scale))
     # One pass of the denoiser: of each sample once, or together with the empty prompt.
     assert flow.denoiser.sizes == ([6] if scale == 1 else [12])
     timesteps = flow.path.timestep_of(t).float()

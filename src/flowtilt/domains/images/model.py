@@ -185,6 +185,10 @@ class LatentFlow(FlowModel):
     def select_context(self, context: Context, index: Tensor) -> Context:
         return context.select(index)
 
+    def context_labels(self, context: Context) -> Tensor:
+        """Positions of the prompts."""
+        return context.prompt
+
     # ------------------------------------------------------------------------------- the flow
 
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:

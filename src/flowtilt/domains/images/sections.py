@@ -340,15 +340,8 @@ class ImageMethodConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> ImageMethodConfig:
-        belongs = {"mass": "tfft", "alpha": "fdc", "iterations": "fdc", "step": "fdc"}
-        for key, kind in belongs.items():
-            if getattr(self, key) is not None and self.kind != kind:
-                raise ValueError(f"{key} belongs to {kind}, not to {self.kind}; remove it")
-        missing = [key for key in ("iterations", "step") if getattr(self, key) is None]
-        if self.kind == "fdc" and missing:
-            raise ValueError(f"an fdc method needs {' and '.join(missing)}")
-        if not self.tuned and (self.solver or self.updates is not None):
-            raise ValueError(f"solver and updates belong to methods that are fine-tuned, not to {self.kind}")
+        belongs = {"mass": ("tfft",), "alpha": ("fdc",), "iterations": ("fdc",), "step": ("fdc",)}
+        self.check_keys(belongs)
         return self
 
 

@@ -12,18 +12,15 @@ from pydantic import Field, model_validator
 
 from flowtilt.domains.molecules.sections import (
     CheckpointConfig,
+    FlowSections,
     MoleculeConfig,
     MoleculeEvaluationConfig,
     MoleculeMethodConfig,
     MoleculeModelConfig,
-    MoleculeNetworkConfig,
     MoleculeObjective,
-    MoleculePretrainConfig,
-    SubsetConfig,
-    UnitsConfig,
     XTBConfig,
 )
-from flowtilt.pipeline.configuration import Name, Positive, ToldApart
+from flowtilt.pipeline.configuration import Name, ToldApart
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.sections import OfflineConfig, TailSpec, check_methods
 
@@ -34,7 +31,7 @@ WIDEST = 0.5
 """Mass from which a tail narrows."""
 
 
-class MoleculeExperiment(Experiment):
+class MoleculeExperiment(FlowSections, Experiment):
     """One experiment on molecules, or one case of a study of them."""
 
     tables = ("masses",)
@@ -44,22 +41,6 @@ class MoleculeExperiment(Experiment):
 
     model: MoleculeModelConfig
     """The base model."""
-
-    subset: SubsetConfig
-    """Which molecules of QM9."""
-
-    units: UnitsConfig = UnitsConfig()
-    """What one unit of a state stands for."""
-
-    network: MoleculeNetworkConfig = MoleculeNetworkConfig()
-    """Sizes of the network."""
-
-    pretrain: MoleculePretrainConfig
-    """How it is pretrained, if it is trained anew."""
-
-    time_power: Positive = 1.0
-    """Power p of the times 1 - (1 - u)^p of equally spaced u that samplers and solvers step along: above
-    1, steps are denser towards the data."""
 
     checkpoint: CheckpointConfig
     """The shipped weights."""
@@ -125,12 +106,7 @@ class MoleculeExperiment(Experiment):
     def flow(self) -> MoleculeConfig:
         """The configuration of the pretrained flow."""
         return MoleculeConfig(
-            name=self.model.name,
-            subset=self.subset,
-            units=self.units,
-            network=self.network,
-            pretrain=self.pretrain,
-            time_power=self.time_power,
+            name=self.model.name, **{key: getattr(self, key) for key in FlowSections.model_fields}
         )
 
     def mass_of(self, method: str) -> float:

@@ -225,6 +225,10 @@ class FlowMolFlow(FlowModel):
     def select_context(self, context: Context, index: Tensor) -> Tensor:
         return mask_of(context)[index]
 
+    def context_labels(self, context: Context) -> Tensor:
+        """Numbers of atoms."""
+        return mask_of(context).sum(1)
+
     def _masks(self, context: Context) -> list[Tensor]:
         mask = mask_of(context)
         return self.layout.masks(F.pad(mask, (0, self.layout.atoms - mask.shape[1])))

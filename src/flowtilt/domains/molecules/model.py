@@ -81,6 +81,10 @@ class MoleculeFlow(FlowModel):
     def select_context(self, context: Context, index: Tensor) -> Tensor:
         return mask_of(context)[index]
 
+    def context_labels(self, context: Context) -> Tensor:
+        """Numbers of atoms."""
+        return mask_of(context).sum(1)
+
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
         mask = mask_of(context)
         return _in_subspace(self.standard_normal(count, mask.shape[1], WIDTH, generator=generator), mask)

@@ -168,7 +168,7 @@ def _record(
         "commit": commit(),
         "command": "flowtilt pretrain, the rule molecules_pretrain, with checkpoint.retrain: true",
         "seed": SEED,
-        "configuration": experiment.flow.model_dump(mode="json"),
+        "configuration": {"name": experiment.model.name, **experiment.flow.model_dump(mode="json")},
         "data": {"package": "qm9pack", "molecules": len(subset), "trained_on": len(subset.of_split("train"))},
         "versions": versions(),
         "threads": torch.get_num_threads(),

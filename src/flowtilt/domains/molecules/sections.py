@@ -123,27 +123,31 @@ class MoleculePretrainConfig(Section):
     """Checks of the molecules during the training."""
 
 
-class MoleculeConfig(Section):
-    """A flow on molecules: data, units, network and pretraining."""
-
-    name: Name
-    """Name of the weights."""
+class FlowSections(Section):
+    """What a flow on molecules and its weights follow from."""
 
     subset: SubsetConfig
-    """Which molecules."""
+    """Which molecules of QM9."""
 
     units: UnitsConfig = UnitsConfig()
-    """Units of a state."""
+    """What one unit of a state stands for."""
 
     network: MoleculeNetworkConfig = MoleculeNetworkConfig()
     """Sizes of the network."""
 
     pretrain: MoleculePretrainConfig
-    """How it is trained."""
+    """How it is pretrained, if it is trained anew."""
 
     time_power: Positive = 1.0
-    """Power of the times that samplers and solvers see the flow at, see
-    :func:``flowtilt.interpolants.time_grid``; the weights do not depend on it."""
+    """Power p of the times 1 - (1 - u)^p of equally spaced u that samplers and solvers step along: above
+    1, steps are denser towards the data; the weights do not depend on it."""
+
+
+class MoleculeConfig(FlowSections):
+    """A flow on molecules by itself."""
+
+    name: Name
+    """Name of the weights."""
 
 
 class MoleculeModelConfig(Section):
@@ -251,14 +255,7 @@ class MoleculeMethodConfig(MethodConfig):
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MoleculeMethodConfig:
         belongs = {"mass": ("fdc", "tfft"), "narrowing": ("tfft",), "iterations": ("fdc",), "step": ("fdc",)}
-        for key, kinds in belongs.items():
-            if getattr(self, key) is not None and self.kind not in kinds:
-                raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}; remove it")
-        missing = [key for key in ("iterations", "step") if getattr(self, key) is None]
-        if self.kind == "fdc" and missing:
-            raise ValueError(f"an fdc method needs {' and '.join(missing)}")
-        if not self.tuned and (self.solver or self.updates is not None):
-            raise ValueError(f"solver and updates belong to methods that are fine-tuned, not to {self.kind}")
+        self.check_keys(belongs)
         return self
 
 

@@ -76,6 +76,10 @@ class PlanarFlow(FlowModel):
     def select_context(self, context: Context, index: Tensor) -> Context:
         return context[index] if self.modes else context
 
+    def context_labels(self, context: Context) -> Tensor | None:
+        """The modes."""
+        return context if self.modes else None
+
     def predict(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """The network's own output at states (batch, 2), times () or (batch,) and modes long (batch,).
 

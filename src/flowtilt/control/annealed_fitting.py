@@ -1,0 +1,462 @@
+"""Annealed fitting: weighted fitting in stages, each on a fresh bank of the model of the stage before.
+
+A bank of pretrained samples carries a strong tilt on a handful of them. A chain of tilts does not: with
+exponents ``h_0 = 0, h_1, ...`` the models ``p_k``, proportional to ``p_base exp(h_k)`` within each context,
+are near to one another, and a stage moves along the straight line to the exponents ``h*`` that are aimed at,
+
+    h_{k+1} = h_k + d (h* - h_k),    weights of the bank from p_k:  exp(d (h* - h_k)),
+
+by the largest ``d`` up to 1 at which the bank keeps a given share of effective samples (bisection). For a
+tilt that is given, ``h* = f / lambda`` throughout, and ``h_k = s_k h*`` with a rising strength ``s_k``.
+
+For a tail mean the aim is the hinge at the dual threshold, which one batch of pretrained samples finds only
+where the batch reaches the tail: else the dual is ruled by the single best sample, and no sample of a
+training has a gradient. Here *all banks of the chain* are samples of the base, each with the weight
+
+    1 / sum_k n_k exp(h_k(x)) / Z_k     (within its context),
+
+whose normalisers ``Z_k`` make every ``p_k`` a distribution (Vardi 1985; Shirts and Chodera 2008). With one
+bank this is ``exp(-h_k) Z_k``; of several it is the combination of least variance, where means of those
+weights over each bank would have none at all. So the threshold is found anew in each stage, from samples that
+are nearer to the tail the further the chain has come, and the chain ends when a whole step changes nothing
+any more.
+
+A stage's weights promise a mean of the tilt, and the next bank has the one that was reached: the difference
+is the error of the fit, in the history of each solve.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtilt.control.base import Progress, Solution
+from flowtilt.control.weighted_fitting import (
+    Bank,
+    Draw,
+    UnusableBank,
+    WeightedFittingSettings,
+    draw_samples,
+    fit,
+    weigh,
+)
+from flowtilt.devices import seeded
+from flowtilt.functionals.base import FirstVariation
+from flowtilt.functionals.utilities import RewardVariation
+from flowtilt.model import FlowModel
+from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, between, check, check_value
+from flowtilt.resuming import Slot, weights_of
+from flowtilt.rewards import Reward
+from flowtilt.tfft import TailProblem
+from flowtilt.tilts import Groups, strongest, tilted
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, float]
+
+LEAST_STEP = 1e-4
+"""Share of the way at which the first stage is given up: it would take ten thousand like it."""
+
+STAGE_COLUMNS = (
+    *("stage", "step", "strength", "parameter", "effective_share", "least_effective_share"),
+    *("stage_kl", "kl", "mean_before", "mean_promised"),
+)
+"""Columns of the history that are the same in all rows of a stage; see :class:`AnnealedSolution`."""
+
+
+@dataclass(frozen=True)
+class AnnealedFittingSettings:
+    """How the stages are chosen, and how each is fitted.
+
+    Attributes:
+        fitting: bank and fit of each stage; the penalty is KL, the one whose tilts add up.
+        share: effective samples that a stage's weights keep, as a share of the bank.
+        stages: most stages.
+        settled: nats below which what is left to do is left.
+    """
+
+    fitting: WeightedFittingSettings = field(default_factory=WeightedFittingSettings)
+    share: float = 0.3
+    stages: int = 20
+    settled: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check(self, share=between(0, 1), stages=COUNT, settled=NOT_NEGATIVE)
+        if self.fitting.penalty != "kl":
+            raise ValueError(
+                f"penalty must be kl for annealed fitting, got {self.fitting.penalty!r}: only exponential "
+                "tilts of tilts are tilts; take weighted_fitting for another"
+            )
+        kept = self.share * self.fitting.bank
+        if kept < self.fitting.minimum_ess:
+            raise ValueError(
+                f"share {self.share:g} of a bank of {self.fitting.bank} keeps {kept:.4g} effective samples, "
+                f"below the minimum_ess of {self.fitting.minimum_ess:g}: no stage could; draw a larger bank, "
+                "or raise the share"
+            )
+
+
+@dataclass
+class AnnealedSolution(Solution):
+    """A solution with what each stage was worth.
+
+    Attributes:
+        stages: a row each: ``stage``, from 1; ``step``, the share d of what was left that it went;
+            ``strength``, how far the chain has come; ``parameter`` of the aim, the KL weight or a tail's
+            threshold; ``effective_share`` of the bank, and the ``least_effective_share`` of a group;
+            ``stage_kl``, what the stage pays, and ``kl``, the tilt's divergence from the base, in nats;
+            ``mean_before`` and ``mean_promised`` of the tilt's value on the bank, and ``mean_reached`` on the
+            next.
+    """
+
+    stages: list[Row] = field(default_factory=list)
+
+
+Exponents = Callable[[float, np.ndarray], np.ndarray]
+"""Exponents of a target with a parameter, at values (n,), in nats."""
+
+
+@dataclass
+class _Chain:
+    """What is known after some stages: banks, and the exponents of their models as functions of the value.
+
+    ``h_k`` is a mean of the targets up to then, whose weights are ``(1 - d_k) (1 - d_{k-1}) ...``.
+
+    Attributes:
+        exponents: of a target with a parameter, at values (n,).
+        size: samples of a bank; what failed is not in it.
+        values: of each bank's samples, zero beyond ``counts``, (stages + 1, size).
+        labels: of their contexts, (stages + 1, size).
+        counts: samples of each bank, whole numbers, (stages + 1,).
+        steps: d of each stage, (stages,).
+        parameters: of each stage's target, (stages,).
+        log_z: mean over contexts of the logarithm of the last model's normaliser, (1,).
+    """
+
+    exponents: Exponents
+    values: Tensor
+    labels: Tensor
+    counts: Tensor
+    steps: Tensor
+    parameters: Tensor
+    log_z: Tensor
+
+    @classmethod
+    def empty(cls, exponents: Exponents, stages: int, size: int) -> _Chain:
+        def zeros(*shape: int, of: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(*shape, dtype=of, device="cpu")
+
+        banks = stages + 1
+        values, labels, counts = zeros(banks, size), zeros(banks, size, of=torch.int64), zeros(banks)
+        return cls(exponents, values, labels, counts.long(), zeros(stages), zeros(stages), zeros(1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a chain is continued from, by name: the tensors themselves."""
+        return {f"chain.{f.name}": getattr(self, f.name) for f in fields(self) if f.name != "exponents"}
+
+    def add(self, stage: int, draw: Draw, labels: Tensor | None) -> None:
+        """Take in the bank of the stage with this number from 0, and the labels of its contexts."""
+        count = len(draw.values)
+        self.values[stage, :count] = torch.from_numpy(draw.values)
+        if labels is not None:
+            self.labels[stage, :count] = labels[draw.order].to(self.labels)
+        self.counts[stage] = count
+
+    def went(self, stage: int, what: _Stage) -> None:
+        """Take in what a stage has done."""
+        self.steps[stage], self.parameters[stage] = what.step, what.parameter
+        self.log_z += what.log_z
+
+    @property
+    def strength(self) -> float:
+        """How far the chain has come, from 0 to 1."""
+        return float(1 - (1 - self.steps).prod())
+
+    def of(self, stage: int, values: np.ndarray) -> np.ndarray:
+        """``h_stage``: the exponents of the model that the bank of this stage is from, (n,)."""
+        h = np.zeros_like(values)
+        for d, parameter in zip(self.steps[:stage].tolist(), self.parameters[:stage].tolist(), strict=True):
+            h = h + d * (self.exponents(parameter, values) - h)
+        return h
+
+    def as_base(self, stages: int, least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Values, weights under the base, and labels of the groups of all samples of the first banks."""
+        counts = self.counts[:stages].tolist()
+        values = np.concatenate([self.values[k, :n].numpy() for k, n in enumerate(counts)])
+        labels = np.concatenate([self.labels[k, :n].numpy() for k, n in enumerate(counts)])
+        groups = Groups.of(labels, np.arange(len(labels)), least)
+        of_bank = np.repeat(np.arange(stages), counts)
+        every = np.stack([self.of(k, values) for k in range(stages)])
+        return values, base_weights(every, of_bank, groups), groups.labels
+
+
+def base_weights(
+    exponents: np.ndarray, banks: np.ndarray, groups: Groups, tolerance: float = 1e-6, most: int = 1000
+) -> np.ndarray:
+    """Weights that make samples of several tilts of a base into samples of the base, of sum 1, (N,).
+
+    With ``n_k`` samples of the tilt by ``h_k`` in a group, these are proportional to
+    ``1 / sum_k n_k exp(h_k(x)) / Z_k``, where ``Z_k`` is the mean of ``exp(h_k)`` under these very weights:
+    solved by repeating just that (Shirts and Chodera 2008, equation 11), for each group by itself.
+
+    Args:
+        exponents: ``h_k`` at every sample, in nats, (banks, N); of the base itself they are 0.
+        banks: the bank that each sample is of, whole numbers, (N,).
+        groups: of the samples; each keeps its probability.
+        tolerance: change of ``log Z`` at which the repetition ends.
+        most: repetitions.
+    """
+    count = np.stack([groups.sums((banks == k).astype(float)) for k in range(len(exponents))])
+    with np.errstate(divide="ignore"):
+        log_count = np.log(count)
+    log_z = np.zeros_like(log_count)
+    for _ in range(most):
+        terms = exponents + (log_count - log_z)[:, groups.labels]
+        log_w = -np.logaddexp.reduce(terms, axis=0)
+        log_w = log_w - groups.log_sums(log_w)[groups.labels]  # the base itself has Z = 1
+        found = np.stack([groups.log_sums(log_w + h) for h in exponents])
+        change, log_z = float(np.abs(found - log_z).max()), found
+        if change < tolerance:
+            break
+    return groups.shares[groups.labels] * np.exp(log_w)
+
+
+def solve(
+    base: FlowModel,
+    tilt: FirstVariation,
+    kl_weight: float,
+    settings: AnnealedFittingSettings,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+    slot: Slot | None = None,
+) -> AnnealedSolution:
+    """Fit a copy of ``base`` to the distribution that maximises ``E[tilt] - kl_weight KL``, in stages.
+
+    Args:
+        base: the model to tilt; left unchanged.
+        tilt: what to tilt by; its gradient is never asked for.
+        kl_weight: weight of the divergence, positive, in units of the tilt a nat.
+        settings: of the stages.
+        generator: source of all randomness.
+        progress: called with each update's row.
+        slot: where the chain keeps its state, and goes on from if it was stopped.
+
+    Returns:
+        The model of the last stage, the stages' rows, and a history: that of weighted fitting over all
+        stages, with the columns of the stage in each row. Its diagnostics are the last stage's ``strength``,
+        ``kl``, ``parameter`` and ``mean_reached``, the number of ``stages``, the least ``effective_share`` of
+        one, and all ``network_passes``, the last bank's included.
+
+    Raises:
+        ValueError: if ``kl_weight`` is not positive, or values are infinite.
+        UnusableBank: if no stage can keep its effective samples.
+        TrainingDiverged: if a fit diverges.
+        CheckpointError: if the state to go on from belongs to another solve.
+    """
+    check_value("the KL weight of a solve", kl_weight, POSITIVE)
+    chain = _Chain.empty(lambda _, values: values / kl_weight, settings.stages, settings.fitting.bank)
+    anneal = _Annealing(base, tilt, chain, lambda stage: kl_weight, settings, (settings, kl_weight))
+    return anneal.run(generator, progress, slot)
+
+
+def solve_tail(
+    base: FlowModel,
+    reward: Reward,
+    problem: TailProblem,
+    settings: AnnealedFittingSettings,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+    slot: Slot | None = None,
+) -> AnnealedSolution:
+    """Fit a copy of ``base`` to the optimum of a tail mean under KL, whose threshold the chain finds.
+
+    Other arguments, results and errors are those of :func:`solve`. The mean of the stages is the reward's.
+
+    Args:
+        reward: whose tail is raised.
+        problem: the tail, its mass and the KL weight.
+    """
+
+    def hinge(at: float, values: np.ndarray) -> np.ndarray:
+        return problem.pseudo_reward(reward, at).of_rewards(values) / problem.alpha
+
+    chain = _Chain.empty(hinge, settings.stages, settings.fitting.bank)
+
+    def threshold(stage: int) -> float:
+        values, weights, labels = chain.as_base(stage + 1, settings.fitting.group)
+        return problem.threshold(values, weights, labels)
+
+    def active(at: float, values: np.ndarray) -> np.ndarray:
+        return values < at if problem.tail == "lower" else values > at
+
+    tilt, identity = RewardVariation(reward), (settings, problem)
+    anneal = _Annealing(base, tilt, chain, threshold, settings, identity, active)
+    return anneal.run(generator, progress, slot)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage on its bank.
+
+    Attributes:
+        bank: weighted.
+        step: d.
+        parameter: of the target.
+        log_z: what the stage adds to the mean over contexts of ``log Z``.
+        row: its columns in the history.
+    """
+
+    bank: Bank
+    step: float
+    parameter: float
+    log_z: float
+    row: Row
+
+
+@dataclass(frozen=True)
+class _Annealing:
+    """A chain of fits towards a target.
+
+    Attributes:
+        base: the model to tilt.
+        tilt: whose values the exponents are functions of.
+        chain: of the banks.
+        parameter: of a stage's target, from its number.
+        settings: of the stages.
+        identity: what a state must be of.
+        active: samples that carry a gradient of a target with a parameter, from values (n,); None for the
+            tilt's own.
+    """
+
+    base: FlowModel
+    tilt: FirstVariation
+    chain: _Chain
+    parameter: Callable[[int], float]
+    settings: AnnealedFittingSettings
+    identity: Any
+    active: Callable[[float, np.ndarray], np.ndarray] | None = None
+
+    def run(
+        self, generator: torch.Generator, progress: Progress | None, slot: Slot | None
+    ) -> AnnealedSolution:
+        """All stages that are still to be done; see :func:`solve`."""
+        # A seed for each stage: one that is taken up again is the same as without an interruption.
+        seeds = torch.randint(2**62, (self.settings.stages + 1,), generator=generator).tolist()
+        model, history = self._taken_up(slot)
+        done = int(history[-1]["stage"]) if history else 0
+        for number in range(done, self.settings.stages + 1):
+            started, random = time.perf_counter(), seeded(seeds[number])
+            draw = draw_samples(model, self.tilt, self.settings.fitting, random)
+            stage = self._plan(number, draw, model)
+            if stage is None:
+                break
+            inner = None if slot is None else slot.resumption.slot(f"{slot.name}-stage-{number + 1}")
+            rows = _Rows(stage.row, history[-1] if history else {}, progress)
+            settings = (self.settings.fitting, stage.step)
+            fitted = fit(model, stage.bank, settings, random, rows.report, inner, started)
+            model = fitted.model
+            history += [rows.of(row) for row in fitted.history]
+            self.chain.went(number, stage)
+            if slot is not None and inner is not None and (slot.resumption.due() or inner.path.is_file()):
+                slot.save(weights_of(model) | self.chain.tensors(), history, self.identity)
+                inner.discard()
+        return self._solution(model, history, float(draw.groups.probabilities @ draw.values))
+
+    def _taken_up(self, slot: Slot | None) -> tuple[FlowModel, list[Row]]:
+        """The model and history of the last state, or the beginning."""
+        model = copy.deepcopy(self.base).requires_grad_(False)
+        if slot is None:
+            return model, []
+        return model, slot.load(weights_of(model) | self.chain.tensors(), self.identity) or []
+
+    def _plan(self, number: int, draw: Draw, model: FlowModel) -> _Stage | None:
+        """The stage with this number from 0 on its bank; None if nothing is left to do, or no stage.
+
+        Raises:
+            UnusableBank: if the first stage gets nowhere.
+        """
+        chain, settings, values = self.chain, self.settings, draw.values
+        chain.add(number, draw, model.context_labels(draw.context))
+        parameter, h = self.parameter(number), chain.of(number, values)
+        left = chain.exponents(parameter, values) - h
+        settled = number > 0 and tilted(left, draw.groups).kl <= settings.settled
+        if settled or number == settings.stages:
+            if not settled and chain.strength < 1:
+                logger.warning(
+                    "annealed fitting: after %d stages the tilt has come %.3g of the way, which is what the "
+                    "model is fitted to; raise stages, or lower share",
+                    *(number, chain.strength),
+                )
+            return None
+        step = strongest(left, draw.groups, settings.share)
+        if number == 0 and step < LEAST_STEP:
+            raise UnusableBank(
+                f"a bank of {len(values)} samples keeps an effective share of {settings.share:g} for "
+                f"{step:.2g} of the tilt alone, whose exponents are {np.ptp(left):.3g} nats apart: no number "
+                "of stages gets there; raise the KL weight, or rescale the values"
+            )
+        if self.active is not None:
+            draw = replace(draw, active=torch.as_tensor(self.active(parameter, values)))
+        bank = weigh(draw, step * left, 1.0, settings.fitting)
+        under = tilted(step * left, draw.groups)
+        log_z = float(draw.groups.probabilities @ (step * left - under.log_weights))
+        row = {
+            "stage": number + 1,
+            "step": step,
+            "strength": 1 - (1 - chain.strength) * (1 - step),
+            "parameter": parameter,
+            "effective_share": under.effective_share,
+            "least_effective_share": float(under.effective_shares.min()),
+            "stage_kl": under.kl,
+            "kl": under.mean(h + step * left) - float(chain.log_z) - log_z,
+            "mean_before": float(draw.groups.probabilities @ values),
+            "mean_promised": under.mean(values),
+        }
+        return _Stage(bank, step, parameter, log_z, row)
+
+    def _solution(self, model: FlowModel, history: list[Row], reached: float) -> AnnealedSolution:
+        stages: list[Row] = []
+        for row in history:
+            if stages and stages[-1]["stage"] == row["stage"]:
+                stages.pop()
+            elif stages:
+                stages[-1]["mean_reached"] = row["mean_before"]
+            stages.append({key: row[key] for key in STAGE_COLUMNS})
+        last = stages[-1]
+        last["mean_reached"] = reached
+        diagnostics = {key: last[key] for key in ("strength", "kl", "parameter", "mean_reached")}
+        diagnostics["stages"] = float(len(stages))
+        diagnostics["effective_share"] = min(row["effective_share"] for row in stages)
+        diagnostics["network_passes"] = history[-1]["network_passes"] + self.settings.fitting.passes
+        return AnnealedSolution(model, history, diagnostics, stages)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one stage's fit as rows of the chain.
+
+    Attributes:
+        columns: of the stage.
+        before: the last row before the stage; empty in the first.
+        progress: called with each row.
+    """
+
+    columns: Row
+    before: Row
+    progress: Progress | None
+
+    def of(self, row: Row) -> Row:
+        sums = {key: row[key] + self.before.get(key, 0) for key in ("network_passes", "seconds")}
+        return {**row, **sums, **self.columns}
+
+    def report(self, row: Row) -> None:
+        if self.progress is not None:
+            self.progress(self.of(row))

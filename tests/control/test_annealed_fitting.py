@@ -1,0 +1,321 @@
+"""Annealed fitting against closed forms, where one bank of the same size does and does not do."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq, minimize_scalar
+from scipy.stats import norm
+
+from closed_forms import (
+    PATHS,
+    GaussianFlow,
+    Mixture,
+    MixtureFlow,
+    Quadratic,
+    Values,
+    generator,
+    relative_error,
+)
+from flowtilt.control import adjoint_matching, weighted_fitting
+from flowtilt.control.adjoint_matching import AdjointMatchingSettings
+from flowtilt.control.annealed_fitting import AnnealedFittingSettings, base_weights, solve, solve_tail
+from flowtilt.control.weighted_fitting import UnusableBank, WeightedFittingSettings
+from flowtilt.functionals.utilities import RewardVariation
+from flowtilt.rewards import Reward
+from flowtilt.tfft import TailProblem
+from flowtilt.tilts import Groups
+from mode_flow import Modes
+
+GAUSSIAN = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]])
+PATH = PATHS["linear"]
+
+
+def fitting(**changes):
+    base = {"bank": 20_000, "steps": 8, "updates": 200, "batch": 512, "learning_rate": 0.05}
+    loose = {"gradient_clip": 10.0, "minimum_ess": 0.0, "warning_ess": 0.0}
+    return WeightedFittingSettings(**(base | loose | changes))
+
+
+def annealed(share=0.3, stages=20, settled=1e-3, **changes):
+    return AnnealedFittingSettings(fitting(**changes), share, stages, settled)
+
+
+def divergence(distribution, base):
+    """``KL(distribution || base)`` of two Gaussians, in nats."""
+    own, other = (torch.distributions.MultivariateNormal(g.mean, g.covariance) for g in (distribution, base))
+    return float(torch.distributions.kl_divergence(own, other))
+
+
+def weight_of(distribution, reward, nats):
+    """The KL weight at which the tilt of a Gaussian is so many nats from it."""
+    return brentq(lambda w: divergence(distribution.tilted(reward, w), distribution) - nats, 1e-3, 1e3)
+
+
+ten_nats = pytest.mark.parametrize("nats", [2, 5, pytest.param(10, marks=pytest.mark.slow)])
+
+
+# --- Closed forms ------------------------------------------------------------------------------
+
+
+@ten_nats
+def test_a_gaussian_is_tilted_by_many_nats_in_stages_and_not_by_one_bank(nats):
+    """Mean and covariance within 3 %; one bank of the same size is off by far at 10 nats.
+
+    A stage keeps 18,000 effective samples: it knows variances to one per cent, and errors of stages add up.
+    """
+    reward = Quadratic([1.0, 0.5], [[0.06, 0.02], [0.02, 0.1]])
+    weight = weight_of(GAUSSIAN, reward, nats)
+    exact = GAUSSIAN.tilted(reward, weight)
+    choice = annealed(bank=60_000, updates=200, batch=1024, learning_rate=0.03)
+    flow = GaussianFlow(PATH, GAUSSIAN)
+    solution = solve(flow, Values(reward), weight, choice, generator(0))
+    assert relative_error(solution.model.mean.detach(), exact.mean) < 0.03
+    deviation = math.sqrt(2 / (0.3 * choice.fitting.bank) * len(solution.stages))
+    assert relative_error(solution.model.covariance.detach(), exact.covariance) < max(0.03, 3 * deviation)
+    last = solution.stages[-1]
+    assert last["kl"] == pytest.approx(nats, rel=0.03)
+    assert last["strength"] == pytest.approx(1, abs=0.02)
+    # What the weights promise is what the next bank has.
+    moved = last["mean_reached"] - solution.stages[0]["mean_before"]
+    for row in solution.stages:
+        assert row["mean_reached"] == pytest.approx(row["mean_promised"], abs=0.02 * moved)
+        assert row["effective_share"] >= 0.3 * (1 - 1e-9)
+    if nats == 10:
+        one = weighted_fitting.solve(flow, Values(reward), weight, choice.fitting, generator(0))
+        assert one.diagnostics["effective_sample_size"] < 10
+        assert relative_error(one.model.mean.detach(), exact.mean) > 0.06
+        assert relative_error(one.model.covariance.detach(), exact.covariance) > 0.3
+
+
+MIXTURE = Mixture.of(
+    [0.7, 0.3], [[0.0, -1.5], [0.0, 1.5]], [[[0.25, 0.0], [0.0, 0.3]], [[0.2, 0.05], [0.05, 0.25]]]
+)
+
+
+@ten_nats
+def test_the_weights_and_means_of_a_mixture_are_tilted_by_many_nats(nats):
+    reward = Quadratic([1.0, 0.15])
+    # Of the mean component's tilt; that of the mixture differs by what the weights cost.
+    weight = math.sqrt(0.25 / 2 / nats)
+    exact = MIXTURE.tilted(reward, weight)
+    flow = MixtureFlow(PATH, MIXTURE, trainable=True)
+    solution = solve(flow, Values(reward), weight, annealed(updates=150, learning_rate=0.05), generator(0))
+    found = torch.softmax(solution.model.logits.detach(), 0)
+    assert float(abs(exact.weights - MIXTURE.weights).max()) > 0.02
+    torch.testing.assert_close(found, exact.weights, rtol=0, atol=0.03)
+    assert relative_error(solution.model.means.detach(), exact.means) < 0.03
+    one = weighted_fitting.solve(
+        flow, Values(reward), weight, fitting(updates=300, learning_rate=0.03), generator(0)
+    )
+    if nats == 10:
+        assert one.diagnostics["effective_sample_size"] < 20
+        assert relative_error(one.model.means.detach(), exact.means) > 0.06
+
+
+class LabelledModes(Modes):
+    def context_labels(self, context):
+        return context
+
+
+MEANS = ([-1.0, 0.0], [0.0, 0.5], [1.5, 0.0])
+
+
+def mode_flow():
+    distributions = [Mixture.gaussian(mean, [[1.0, 0.3], [0.3, 0.8]]) for mean in MEANS]
+    return LabelledModes([MixtureFlow(PATH, distribution, trainable=True) for distribution in distributions])
+
+
+def by_adjoint_matching(flow, tilt, weight):
+    choice = AdjointMatchingSettings(updates=60, batch=128, pool=128, steps=40, learning_rate=0.1)
+    return adjoint_matching.solve(flow, tilt, weight, choice, generator(0))
+
+
+SOLVERS = {
+    "adjoint_matching": by_adjoint_matching,
+    "weighted_fitting": lambda *problem: weighted_fitting.solve(*problem, fitting(), generator(0)),
+    "annealed_fitting": lambda *problem: solve(*problem, annealed(), generator(0)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "nats"),
+    [
+        *(("adjoint_matching", 0.5), ("weighted_fitting", 0.5), ("annealed_fitting", 2)),
+        *(pytest.param(name, 5, marks=pytest.mark.slow) for name in SOLVERS if name != "weighted_fitting"),
+    ],
+)
+def test_every_solver_tilts_each_context_by_itself(name, nats):
+    """``N(m_c, S)`` under ``c^T x`` is ``N(m_c + S c / alpha, S)``, in each context; within 5 % of the move.
+
+    A context has a third of the bank: five nats leave one bank nothing of it.
+    """
+    reward, flow = Quadratic([1.0, 0.5]), mode_flow()
+    weight = weight_of(flow.flows[0].distribution, reward, nats)
+    solution = SOLVERS[name](flow, RewardVariation(reward), weight)
+    for own, before in zip(solution.model.flows, flow.flows, strict=True):
+        exact = before.distribution.tilted(reward, weight).means
+        move = float((exact - before.distribution.means).norm())
+        assert float((own.means.detach() - exact).norm()) < 0.05 * move
+
+
+# --- Tails -------------------------------------------------------------------------------------
+
+
+class Height(Reward):
+    def value(self, x, context=None):
+        return x[:, 0]
+
+
+TWO = Mixture.of([0.85, 0.15], [[-0.2, 0.0], [0.6, 0.0]], torch.eye(2).expand(2, 2, 2))
+
+
+def exact_threshold(problem):
+    """By quadrature of the dual of the first coordinate's density."""
+    r = np.linspace(-8, 16, 200_001)
+    p = 0.85 * norm.pdf(r, -0.2) + 0.15 * norm.pdf(r, 0.6)
+    logs = np.log(p) + math.log(r[1] - r[0])
+
+    def dual(t):
+        return t + problem.alpha * np.logaddexp.reduce(
+            logs + np.maximum(r - t, 0) / (problem.alpha * problem.mass)
+        )
+
+    return minimize_scalar(dual, bounds=(-2, 14), method="bounded", options={"xatol": 1e-9}).x
+
+
+@pytest.mark.parametrize("reach", [2.0, pytest.param(5.0, marks=pytest.mark.slow)])
+def test_the_threshold_of_a_tail_beyond_the_batch_comes_from_the_chain(reach):
+    """The hinge moves a tenth of the mass by ``reach``; at 5 the batch of 2,000 has nothing there.
+
+    The tilted distribution is nearly one of the family: two components, one of which moves.
+    """
+    problem = TailProblem("upper", mass=0.1, alpha=10 / reach)
+    exact = exact_threshold(problem)
+    flow = MixtureFlow(PATH, TWO, trainable=True)
+    choice = annealed(bank=2_000, updates=300, learning_rate=0.03)
+    solution = solve_tail(flow, Height(), problem, choice, generator(1))
+    first, last = solution.stages[0]["parameter"], solution.stages[-1]["parameter"]
+    assert last == pytest.approx(exact, abs=0.15)
+    if reach == 5:
+        assert first - exact > 0.4  # ruled by the best sample of the batch
+        assert abs(last - exact) < 0.3 * abs(first - exact)
+    assert solution.history[-1]["active_share"] == pytest.approx(problem.mass, abs=0.03)
+    assert {row["stage"] for row in solution.history} == set(range(1, len(solution.stages) + 1))
+
+
+@pytest.mark.parametrize("tail", ["lower", "upper"])
+def test_a_tail_within_reach_is_that_of_the_offline_threshold(tail):
+    problem = TailProblem(tail, mass=0.3, alpha=4.0)
+    flow, rewards = MixtureFlow(PATH, TWO, trainable=True), TWO.sample(200_000, generator(5))[:, 0]
+    solution = solve_tail(flow, Height(), problem, annealed(updates=5), generator(0))
+    assert len(solution.stages) == 1
+    assert solution.stages[0]["parameter"] == pytest.approx(problem.threshold(rewards.numpy()), abs=0.05)
+
+
+# --- Banks of a chain as samples of the base ----------------------------------------------------
+
+
+def test_samples_of_tilts_are_weighted_back_to_the_base():
+    """Moments of N(0, 1) from samples of N(s, 1), whose exponents are ``s x`` up to any constant."""
+    rng, shifts, count = np.random.default_rng(0), [0.0, 1.0, 2.0, 3.0], 20_000
+    x = np.concatenate([rng.normal(size=count) + s for s in shifts])
+    banks = np.repeat(np.arange(4), count)
+    exponents = np.stack([s * x + 7.0 * s for s in shifts])
+    weights = base_weights(exponents, banks, Groups.single(len(x)))
+    assert weights.sum() == pytest.approx(1)
+    assert weights @ x == pytest.approx(0, abs=0.02)
+    assert weights @ x**2 == pytest.approx(1, abs=0.03)
+    # The tail that no bank of the base has reached: P(x > 4.5) = 3.4e-6.
+    assert weights @ (x > 4.5) == pytest.approx(norm.sf(4.5), rel=0.1)
+    assert not (x[banks == 0] > 4.5).any()
+
+
+def test_one_bank_is_weighted_by_minus_its_exponents_and_contexts_keep_their_shares():
+    rng = np.random.default_rng(1)
+    labels, x = np.repeat([0, 1], [300, 100]), rng.normal(size=400)
+    groups = Groups.of(labels, np.arange(400))
+    weights = base_weights((x * (1 + labels))[None], np.zeros(400, dtype=int), groups)
+    expected = np.exp(-x * (1 + labels))
+    for context, share in ((0, 0.75), (1, 0.25)):
+        own = labels == context
+        np.testing.assert_allclose(weights[own], share * expected[own] / expected[own].sum(), rtol=1e-6)
+    # Shifts of a context's exponents are its normaliser.
+    shifted = base_weights((x * (1 + labels) + 3.0 * labels)[None], np.zeros(400, dtype=int), groups)
+    np.testing.assert_allclose(shifted, weights, rtol=1e-6)
+
+
+# --- Reports and bad input ---------------------------------------------------------------------
+
+QUICK = {"bank": 200, "steps": 3, "updates": 2, "batch": 8}
+
+
+def quick(share=0.5, **changes):
+    return annealed(share, **(QUICK | changes))
+
+
+def test_rows_count_all_passes_and_banks_and_repeat_themselves():
+    flow, seen = MixtureFlow(PATH, GAUSSIAN, trainable=True), []
+    reward = Quadratic([1.0, 0.5])
+    runs = [solve(flow, Values(reward), 0.5, quick(), generator(3), call) for call in (seen.append, None)]
+    assert seen == runs[0].history
+    timeless = [[{**row, "seconds": 0} for row in run.history] for run in runs]
+    assert timeless[0] == timeless[1]
+    stages = len(runs[0].stages)
+    assert stages > 2
+    assert [row["stage"] for row in seen] == [k for k in range(1, stages + 1) for _ in range(2)]
+    assert (np.diff([row["network_passes"] for row in seen]) > 0).all()
+    assert (np.diff([row["seconds"] for row in seen]) > 0).all()
+    bank = 200 * 3 * 4
+    assert seen[0]["network_passes"] >= bank
+    assert runs[0].diagnostics["network_passes"] == seen[-1]["network_passes"] + bank
+    assert not runs[0].model.means.requires_grad
+    assert torch.equal(flow.means.detach(), GAUSSIAN.means)
+
+
+def test_a_chain_that_runs_out_of_stages_says_how_far_it_came(caplog):
+    flow = MixtureFlow(PATH, GAUSSIAN, trainable=True)
+    with caplog.at_level(logging.WARNING):
+        solution = solve(flow, Values(Quadratic([1.0, 0.5])), 0.2, quick(stages=2), generator(0))
+    assert len(solution.stages) == 2
+    strength = solution.diagnostics["strength"]
+    assert 0 < strength < 0.9
+    assert f"after 2 stages the tilt has come {strength:.3g} of the way" in caplog.text
+
+
+def test_a_tilt_that_no_stage_can_keep_is_refused_before_any_training():
+    flow = MixtureFlow(PATH, GAUSSIAN, trainable=True)
+    with pytest.raises(UnusableBank, match=r"keeps an effective share of 0.5 for .* no number of stages"):
+        solve(flow, Values(Quadratic([1.0, 0.5])), 1e-6, quick(), generator(0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"share": 1.0}, r"share must be a number in \(0, 1\)"),
+        ({"stages": 0}, "stages must be a whole number of at least 1"),
+        ({"settled": -1.0}, "settled must be finite and not negative"),
+        ({"penalty": "pearson"}, "penalty must be kl for annealed fitting, got 'pearson'"),
+        ({"bank": 100, "minimum_ess": 50.0}, "keeps 30 effective samples, below the minimum_ess of 50"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        annealed(**changes)
+
+
+def test_contexts_with_one_sample_are_pooled_and_counted():
+    class Many(LabelledModes):
+        def draw_context(self, count, generator):
+            context = torch.zeros(count, dtype=torch.long)
+            context[-1] = 2
+            return context
+
+    flow = Many(list(mode_flow().flows))
+    solution = weighted_fitting.solve(
+        flow, Values(Quadratic([1.0, 0.5])), 1.0, fitting(**QUICK), generator(0)
+    )
+    assert (solution.diagnostics["contexts"], solution.diagnostics["groups"]) == (2, 1)
+    assert solution.diagnostics["pooled"] == 200
