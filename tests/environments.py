@@ -167,7 +167,7 @@ elif arguments != ["clean", "-y", "--tarballs"]:
 ACTIVATE = """\
 # conda's own script puts an environment in the place of the one that was active: what was put on the PATH
 # after that, such as the Python that runs Snakemake, stays ahead of it.
-# It does not take away a PYTHONPATH, which would hide what an environment lacks.
+# What conda does not do is to take away a PYTHONPATH, which would hide what an environment lacks.
 unset PYTHONPATH
 export CONDA_PREFIX="$1"
 export PATH="${{PATH%%:*}}:$1/bin:${{PATH#*:}}"

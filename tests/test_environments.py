@@ -233,15 +233,6 @@ def test_every_stage_of_a_rule_has_its_handler() -> None:
 OF_DOMAINS = {stage.name for name in sources() for stage in domain_named(name).stages}
 
 
-@pytest.mark.slow
-def test_every_stage_can_be_imported_where_its_rules_run(environment: Path) -> None:
-    own = [rule for rule, (_, name) in rules().items() if name == environment.name]
-    modules = sorted({module for rule in own for module in modules_of(rule)})
-    assert len(modules) > 5
-    done = run(environment, f"import {', '.join(modules)}")
-    assert done.returncode == 0, done.stderr
-
-
 def sources_of(environment: str) -> list[Path]:
     """The source files that its jobs may import: a domain's own, and those of all."""
     found = []

@@ -153,6 +153,6 @@ def test_the_doctor_of_a_machine_without_slurm(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(CONFIG.parent)
     monkeypatch.setenv("PATH", write_commands(tmp_path))
     said = "\n".join(examine([], ""))
-    assert "conda: not found; run without --software-deployment-method conda" in said
+    assert "conda: not found; run without --use-conda" in said
     assert "SLURM: not found" in said
     assert state_command(20) is None

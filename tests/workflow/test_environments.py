@@ -10,23 +10,13 @@ from environments import FILES, StandInConda
 from workflow_copy import SMOKE, Project
 
 
-@pytest.fixture
-def conda(tmp_path: Path) -> StandInConda:
-    return StandInConda.in_folder(tmp_path / "conda")
-
-
-# ------------------------------------------------------------------------------------ planning
-
-
-def test_a_dry_run_plans_every_environment_and_makes_none(project: Project, conda: StandInConda) -> None:
+def test_a_dry_run_plans_every_environment_and_makes_none(project: Project, tmp_path: Path) -> None:
+    conda = StandInConda.in_folder(tmp_path / "conda")
     run = project.deploy(conda, *SMOKE, "--dry-run")
     assert run.returncode == 0, run.stdout
     for file in FILES:
         assert f"Conda environment envs/{file.name} will be created" in run.stdout
     assert not [call for call in conda.calls() if call[:2] == ["env", "create"]]
-
-
-# ----------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("arguments", [("--dry-run",), ("--conda-create-envs-only",)])

@@ -26,7 +26,7 @@ def rule_texts() -> dict[str, str]:
         for text in re.split(r"^(?=rule |for \w+ in )", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[
             1:
         ]:
-            name = re.match(r"rule (\w+):", text) or re.search(r'f"(\w+)_{name}"', text)
+            name = re.match(r"rule (\w+):", text) or re.search(r'f"(\w+)_\{(?:name|environment)\}"', text)
             found[name[1] if name else "stage"] = text
     return found
 
@@ -40,7 +40,7 @@ def rules_of(project: Project) -> set[str]:
 
 def kinds(rules: Iterable[str]) -> set[str]:
     """Names of rules, without those of the files that some are made for."""
-    return {re.sub(r"^(planar_measure|figures)_\w+", r"\1", rule) for rule in rules}
+    return {re.sub(r"^(planar_measure|figures|versions)_\w+", r"\1", rule) for rule in rules}
 
 
 def times(folder: Path) -> dict[Path, int]:
@@ -108,7 +108,8 @@ def test_a_checkout_that_cannot_be_written_is_refused_in_a_sentence(project: Pro
 @pytest.mark.parametrize("rule", rule_texts())
 def test_rule_declares_what_a_scheduler_needs(rule: str) -> None:
     text = rule_texts()[rule]
-    needs = "stage.stage.needs" if rule == "stage" else f'REPORT["{rule}"]'
+    own = "provenance" if rule == "versions" else rule
+    needs = "stage.stage.needs" if rule == "stage" else f'REPORT["{own}"]'
     resources = (f"mem_mb=memory({needs})", f"runtime=minutes({needs})", "gpu=")
     for declared in ("log:", "benchmark:", "threads:", "conda:", *resources):
         assert declared in text, f"rule {rule} does not declare {declared}"
@@ -119,8 +120,8 @@ def test_rule_declares_what_a_scheduler_needs(rule: str) -> None:
 # ------------------------------------------------------------------------------- the smoke run
 
 
-OTHERWISE = {"images_fetch", "images_pretrain_pipeline", "images_pretrain_alignment"}
-"""Rules of models that are not shipped; test_images.py runs them."""
+OTHERWISE = {"images_fetch", "images_pretrain_pipeline", "images_pretrain_alignment", "versions"}
+"""Rules of models that are not shipped, which test_images.py runs; and of conda, as test_whole.py does."""
 
 
 @pytest.mark.fast
@@ -171,24 +172,6 @@ def test_deleted_intermediate_reruns_only_what_depends_on_it(finished: Project) 
         "provenance.json",
     }
     assert (finished.smoke / RUN / "metrics.json").read_bytes() == metrics
-
-
-def test_same_seed_gives_the_same_metrics_anywhere(finished: Project) -> None:
-    target = f"results/again/{RUN}/metrics.json"
-    run = finished.snakemake(*SHORT, "--config", "results=results/again", "--", target)
-    assert run.returncode == 0, run.stdout
-    again = finished.folder / "results" / "again" / RUN
-    assert (again / "metrics.json").read_bytes() == (finished.smoke / RUN / "metrics.json").read_bytes()
-    assert not list((finished.folder / "results" / "again").glob("runs/novelty_2d/*"))
-
-
-def test_one_core_gives_the_values_of_two(finished: Project, project: Project) -> None:
-    run = project.snakemake(*SHORT, "--cores", "1", "--", "risk_averse_2d")
-    assert run.returncode == 0, run.stdout
-    files = [*project.smoke.glob("runs/risk_averse_2d/*/*/metrics.json"), *project.smoke.glob("tables/risk*")]
-    assert len(files) > 8
-    for file in files:
-        assert file.read_bytes() == (finished.smoke / file.relative_to(project.smoke)).read_bytes(), file
 
 
 @pytest.mark.fast

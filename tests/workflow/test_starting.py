@@ -22,7 +22,7 @@ from filelock import FileLock
 from environments import StandInConda, make_environment
 from workflow_copy import ROOT, SMOKE, Project
 
-THEORY = "results/smoke/tables/theory_mirror_descent.csv"
+THEORY = "results/smoke/tables/theory_threshold.csv"
 MODEL = "results/smoke/runs/risk_averse_2d/pretrained/seed0/model.safetensors"
 TABLE = "results/smoke/tables/ot_2d.csv"
 
@@ -118,7 +118,7 @@ def test_without_packages_and_without_conda_the_cures_are_named(plain: Path, pro
 
 
 def test_snakemake_alone_with_conda_gives_the_same_tables(
-    plain: Path, project: Project, finished: Project, conda: StandInConda
+    plain: Path, project: Project, whole: Project, conda: StandInConda
 ) -> None:
     run = start(plain / "snakemake", project.folder, "--use-conda", *SMOKE, "--", TABLE, THEORY, conda=conda)
     assert run.returncode == 0, run.stdout
@@ -126,7 +126,7 @@ def test_snakemake_alone_with_conda_gives_the_same_tables(
         str(file.relative_to(project.folder)) for file in project.smoke.glob("runs/ot_2d/*/*/metrics.json")
     ]
     assert len(made) == 3
-    assert_same(project.folder, finished, [TABLE, THEORY, *made])
+    assert_same(project.folder, whole, [TABLE, THEORY, *made])
     again = start(plain / "snakemake", project.folder, "--sdm", "conda", *SMOKE, "--", TABLE, conda=conda)
     assert "Nothing to be done" in again.stdout
     report = ("--report", "one.html", "--", TABLE)
@@ -386,7 +386,7 @@ def test_packages_that_a_job_lacks_are_named_in_its_log(plain: Path, project: Pr
     """Of a module, which is not checked as its run begins."""
     command = project.folder / "workflow" / "bin" / "flowtilt"
     run = subprocess.run(
-        [command, "theory", str(ROOT / "config/theory/mirror_descent.yaml"), "--output", "x.json"],
+        [command, "theory", str(ROOT / "config/theory/threshold.yaml"), "--output", "x.json"],
         env={**os.environ, "PATH": f"{plain}:/usr/bin:/bin"},
         capture_output=True,
         text=True,
