@@ -24,6 +24,7 @@ from flowtilt.control.adjoint_matching import AdjointMatchingSettings
 from flowtilt.control.annealed_fitting import AnnealedFittingSettings, base_weights, solve, solve_tail
 from flowtilt.control.weighted_fitting import UnusableBank, WeightedFittingSettings
 from flowtilt.functionals.utilities import RewardVariation
+from flowtilt.resuming import Resumption
 from flowtilt.rewards import Reward
 from flowtilt.tfft import TailProblem
 from flowtilt.tilts import Groups, strongest, tilted
@@ -285,6 +286,40 @@ def test_rows_count_all_passes_and_banks_and_repeat_themselves():
     assert runs[0].diagnostics["network_passes"] == seen[-1]["network_passes"] + bank
     assert not runs[0].model.means.requires_grad
     assert torch.equal(flow.means.detach(), GAUSSIAN.means)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3600.0])
+@pytest.mark.parametrize("kind", ["tilt", "tail"])
+def test_a_stopped_chain_goes_on_exactly_where_it_was(kind, seconds, tmp_path):
+    """Within stages and at their ends; a tail's thresholds come from banks of stages before the stop."""
+    flow, stops = MixtureFlow(PATH, TWO, trainable=True), [(1, 1), (2, 0), (3, 1)]
+
+    def run(progress=None, slot=None):
+        if kind == "tilt":
+            return solve(flow, Values(Height()), 0.3, quick(), generator(3), progress, slot)
+        problem = TailProblem("upper", mass=0.3, alpha=0.5)
+        return solve_tail(flow, Height(), problem, quick(stages=5), generator(3), progress, slot)
+
+    def progress(row):
+        if stops and (row["stage"], row["update"]) == stops[0]:
+            stops.pop(0)
+            raise Stopped
+
+    whole, slot = run(), Resumption(tmp_path, "a chain", seconds).slot("solve")
+    assert len(whole.stages) > 2
+    for _ in range(3):
+        with pytest.raises(Stopped):
+            run(progress, slot)
+    resumed = run(progress, slot)
+    assert torch.equal(whole.model.means, resumed.model.means)
+    assert resumed.stages == whole.stages
+    assert [{**row, "seconds": 0} for row in resumed.history] == [
+        {**row, "seconds": 0} for row in whole.history
+    ]
 
 
 def test_a_chain_that_runs_out_of_stages_says_how_far_it_came(caplog):
