@@ -197,11 +197,13 @@ def test_the_threshold_of_a_tail_beyond_the_batch_comes_from_the_chain(reach):
     flow = MixtureFlow(PATH, TWO, trainable=True)
     choice = annealed(bank=4_000, updates=200, learning_rate=0.03, minimum_ess=50)
     solution = solve_tail(flow, Height(), problem, choice, generator(1))
-    assert solution.stages[-1]["parameter"] == pytest.approx(exact, abs=0.3)
-    batch = TWO.sample(4_000, generator(1))[:, 0].numpy()
+    batches = [TWO.sample(4_000, generator(seed))[:, 0].numpy() for seed in range(20)]
+    off = math.sqrt(np.mean([(problem.threshold(batch) - exact) ** 2 for batch in batches]))
+    assert abs(solution.stages[-1]["parameter"] - exact) < (off if reach == 5 else 0.15)
     if reach == 5:
-        assert abs(problem.threshold(batch) - exact) > 0.3
-        assert float(solution.model.means.detach()[:, 0].max()) > 4
+        assert off > 0.5
+        # Past the best sample of nearly every batch; what the fits fall short of 5 the exponents do not see.
+        assert float(solution.model.means.detach()[:, 0].max()) > 3.8
     assert solution.history[-1]["active_share"] == pytest.approx(problem.mass, abs=0.04)
     assert {row["stage"] for row in solution.history} == set(range(1, len(solution.stages) + 1))
 
