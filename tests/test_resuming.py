@@ -6,7 +6,7 @@ import torch
 
 from closed_forms import PATHS, Mixture, MixtureFlow, generator
 from flowtilt.checkpoints import CheckpointError
-from flowtilt.control import adjoint_matching, weighted_fitting
+from flowtilt.control import adjoint_matching, annealed_fitting, weighted_fitting
 from flowtilt.fdc import MirrorAscent, ascend
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
@@ -127,12 +127,16 @@ class Pull(Reward):
 PULL = RewardVariation(Pull())
 AM = adjoint_matching.AdjointMatchingSettings(updates=12, batch=8, pool=8, steps=5, learning_rate=0.01)
 WF = weighted_fitting.WeightedFittingSettings(bank=400, steps=4, updates=12, batch=8, warning_ess=0)
+ANNEALED = annealed_fitting.AnnealedFittingSettings(replace(WF, minimum_ess=0.0), 0.5, 3)
 SOLVERS = {
     "adjoint_matching": lambda base, tilt, random, progress, slot: adjoint_matching.solve(
         base, tilt, 0.7, AM, random, progress, slot
     ),
     "weighted_fitting": lambda base, tilt, random, progress, slot: weighted_fitting.solve(
         base, tilt, 0.7, WF, random, progress, slot
+    ),
+    "annealed_fitting": lambda base, tilt, random, progress, slot: annealed_fitting.solve(
+        base, tilt, 0.1, ANNEALED, random, progress, slot
     ),
 }
 

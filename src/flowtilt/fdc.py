@@ -392,10 +392,10 @@ class _Accumulated:
         if eta is None and not found.gain > 0:
             if k == 0:
                 raise NoStep(
-                    f"Flow Density Control: on {len(h)} samples of the pretrained model no step both raises the "
-                    f"objective and keeps an effective share of {share:g}, and {self.settings.minimum_ess:g} "
-                    "effective samples for what it adds; draw more samples, or lower these, or look whether the "
-                    "utility varies at all"
+                    f"Flow Density Control: on {len(h)} samples of the pretrained model no step both raises "
+                    f"the objective and keeps an effective share of {share:g}, and "
+                    f"{self.settings.minimum_ess:g} effective samples for what it adds; draw more samples, "
+                    "or lower these, or look whether the utility varies at all"
                 )
             logger.info("Flow Density Control: no step gains anything after %d of %d", k, self.iterations)
             return None

@@ -261,8 +261,8 @@ def _upper_common(batches: list[_SortedBatch], mass: float) -> float:
     if tail(below - above + span / scale) >= mass:  # the mass falls below only as the next reward is passed
         return float(rewards[high])
     left, right = 0.0, span
-    while left < (middle := 0.5 * (left + right)) < right:
-        left, right = (middle, right) if tail(below - above + middle / scale) > mass else (left, middle)
+    while left < (half := 0.5 * (left + right)) < right:
+        left, right = (half, right) if tail(below - above + half / scale) > mass else (left, half)
     return float(rewards[low] + right)
 
 

@@ -24,6 +24,7 @@ from flowtilt.control.adjoint_matching import AdjointMatchingSettings
 from flowtilt.control.annealed_fitting import AnnealedFittingSettings, base_weights, solve, solve_tail
 from flowtilt.control.weighted_fitting import UnusableBank, WeightedFittingSettings
 from flowtilt.functionals.utilities import RewardVariation
+from flowtilt.resuming import Resumption
 from flowtilt.rewards import Reward
 from flowtilt.tfft import TailProblem
 from flowtilt.tilts import Groups, strongest, tilted
@@ -196,11 +197,13 @@ def test_the_threshold_of_a_tail_beyond_the_batch_comes_from_the_chain(reach):
     flow = MixtureFlow(PATH, TWO, trainable=True)
     choice = annealed(bank=4_000, updates=200, learning_rate=0.03, minimum_ess=50)
     solution = solve_tail(flow, Height(), problem, choice, generator(1))
-    assert solution.stages[-1]["parameter"] == pytest.approx(exact, abs=0.3)
-    batch = TWO.sample(4_000, generator(1))[:, 0].numpy()
+    batches = [TWO.sample(4_000, generator(seed))[:, 0].numpy() for seed in range(20)]
+    off = math.sqrt(np.mean([(problem.threshold(batch) - exact) ** 2 for batch in batches]))
+    assert abs(solution.stages[-1]["parameter"] - exact) < (off if reach == 5 else 0.15)
     if reach == 5:
-        assert abs(problem.threshold(batch) - exact) > 0.3
-        assert float(solution.model.means.detach()[:, 0].max()) > 4
+        assert off > 0.5
+        # Past the best sample of nearly every batch; what the fits fall short of 5 the exponents do not see.
+        assert float(solution.model.means.detach()[:, 0].max()) > 3.8
     assert solution.history[-1]["active_share"] == pytest.approx(problem.mass, abs=0.04)
     assert {row["stage"] for row in solution.history} == set(range(1, len(solution.stages) + 1))
 
@@ -285,6 +288,40 @@ def test_rows_count_all_passes_and_banks_and_repeat_themselves():
     assert runs[0].diagnostics["network_passes"] == seen[-1]["network_passes"] + bank
     assert not runs[0].model.means.requires_grad
     assert torch.equal(flow.means.detach(), GAUSSIAN.means)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3600.0])
+@pytest.mark.parametrize("kind", ["tilt", "tail"])
+def test_a_stopped_chain_goes_on_exactly_where_it_was(kind, seconds, tmp_path):
+    """Within stages and at their ends; a tail's thresholds come from banks of stages before the stop."""
+    flow, stops = MixtureFlow(PATH, TWO, trainable=True), [(1, 1), (2, 0), (3, 1)]
+
+    def run(progress=None, slot=None):
+        if kind == "tilt":
+            return solve(flow, Values(Height()), 0.3, quick(), generator(3), progress, slot)
+        problem = TailProblem("upper", mass=0.3, alpha=0.5)
+        return solve_tail(flow, Height(), problem, quick(stages=5), generator(3), progress, slot)
+
+    def progress(row):
+        if stops and (row["stage"], row["update"]) == stops[0]:
+            stops.pop(0)
+            raise Stopped
+
+    whole, slot = run(), Resumption(tmp_path, "a chain", seconds).slot("solve")
+    assert len(whole.stages) > 2
+    for _ in range(3):
+        with pytest.raises(Stopped):
+            run(progress, slot)
+    resumed = run(progress, slot)
+    assert torch.equal(whole.model.means, resumed.model.means)
+    assert resumed.stages == whole.stages
+    assert [{**row, "seconds": 0} for row in resumed.history] == [
+        {**row, "seconds": 0} for row in whole.history
+    ]
 
 
 def test_a_chain_that_runs_out_of_stages_says_how_far_it_came(caplog):

@@ -76,13 +76,15 @@ class OfflineConfig(Section):
 class SolverConfig(Section):
     """The control solver of all methods, of which a method may change keys for itself.
 
-    The modules :mod:`flowtilt.control.adjoint_matching` and :mod:`flowtilt.control.weighted_fitting` say how
-    either works. Keys that belong to one of them say so.
+    The modules :mod:`flowtilt.control.adjoint_matching`, :mod:`flowtilt.control.weighted_fitting` and
+    :mod:`flowtilt.control.annealed_fitting` say how each works. Keys that belong to one of them say so;
+    those of weighted fitting are also those of each stage of annealed fitting.
     """
 
-    kind: Literal["adjoint_matching", "weighted_fitting"] = "adjoint_matching"
+    kind: Literal["adjoint_matching", "weighted_fitting", "annealed_fitting"] = "adjoint_matching"
     """``adjoint_matching`` follows the reward's gradient along trajectories; ``weighted_fitting`` takes
-    its values alone."""
+    its values alone; ``annealed_fitting`` is weighted fitting in stages, for tilts that one bank does not
+    carry."""
 
     updates: Count
     """Optimiser steps of each solve."""
@@ -149,12 +151,23 @@ class SolverConfig(Section):
     """Time steps of the ODE solver of order 4 that draws the bank. Weighted fitting."""
 
     penalty: Literal["kl", "pearson", "cressie_read_3", "reverse_kl", "squared_hellinger"] = "kl"
-    """Divergence from the base that the weights pay for. Weighted fitting."""
+    """Divergence from the base that the weights pay for. Weighted fitting; annealed fitting has ``kl``."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Effective samples that a stage's weights keep, as a share of the bank. Annealed fitting."""
+
+    stages: Count = 20
+    """Most stages, each with as many updates as a solve. Annealed fitting."""
 
     @model_validator(mode="after")
     def _keys_fit(self) -> SolverConfig:
         if self.kind == "adjoint_matching" and self.pool < self.batch:
             raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
+        if self.kind == "annealed_fitting" and self.penalty != "kl":
+            raise ValueError(
+                f"penalty must be kl where kind is annealed_fitting, got {self.penalty}: only exponential "
+                "tilts of tilts are tilts"
+            )
         if self.adjoint == "posterior_mean" and self.endpoint_gradient != "pathwise":
             raise ValueError(
                 "endpoint_gradient must be pathwise where adjoint is posterior_mean, which takes the "

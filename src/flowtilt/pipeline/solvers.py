@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flowtilt.control import adjoint_matching, weighted_fitting
+from flowtilt.control import adjoint_matching, annealed_fitting, weighted_fitting
 from flowtilt.control.base import Progress, Solution
 from flowtilt.fdc import Solver
 from flowtilt.functionals.base import FirstVariation
@@ -23,6 +23,10 @@ def build_solver(config: SolverConfig, updates: int, progress: Progress | None =
     solver: Callable[..., Solution]
     if config.kind == "weighted_fitting":
         solver = partial(_weighted_fitting, settings=_weighted_fitting_settings(config, updates))
+    elif config.kind == "annealed_fitting":
+        fitting = _weighted_fitting_settings(config, updates)
+        annealed = annealed_fitting.AnnealedFittingSettings(fitting, config.share, config.stages)
+        solver = partial(annealed_fitting.solve, settings=annealed)
     else:
         solver = partial(adjoint_matching.solve, settings=adjoint_matching_settings(config, updates))
 

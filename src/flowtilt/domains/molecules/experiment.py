@@ -69,9 +69,9 @@ class MoleculeExperiment(FlowSections, Experiment):
         check_methods(self.methods, self.solutions)
         for name, method in self.methods.items():
             solver = self.solver_of(name)
-            if solver.kind == "weighted_fitting" and (method.kind == "fdc" or method.narrowing is not None):
+            if solver.kind != "adjoint_matching" and (method.kind == "fdc" or method.narrowing is not None):
                 raise ValueError(
-                    f"methods.{name}.solver.kind: weighted_fitting solves one problem by values; fdc has "
+                    f"methods.{name}.solver.kind: {solver.kind} solves one problem by values; fdc has "
                     "scores and no values of its divergence on molecules, and narrowing a problem for "
                     "every update; use adjoint_matching"
                 )

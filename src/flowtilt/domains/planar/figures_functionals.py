@@ -102,9 +102,13 @@ def hierarchy_figure(found: Sequence[Reached], title: str) -> Figure:
     return figure
 
 
-_SOLVER_COLOURS = {"adjoint_matching": "#0072B2", "weighted_fitting": "#E69F00"}
+_SOLVER_COLOURS = {
+    "adjoint_matching": "#0072B2",
+    "weighted_fitting": "#E69F00",
+    "annealed_fitting": "#009E73",
+}
 _COSTS = (("network_passes", 1e6, "network passes (millions)"), ("seconds", 1.0, "seconds"))
-_SOLVER_MARKERS = {"adjoint_matching": "o", "weighted_fitting": "s"}
+_SOLVER_MARKERS = {"adjoint_matching": "o", "weighted_fitting": "s", "annealed_fitting": "^"}
 
 
 def solvers_figure(runs: Sequence[SolverRun], title: str) -> Figure:

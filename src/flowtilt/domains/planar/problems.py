@@ -96,7 +96,7 @@ def check_problems(experiment: FunctionalExperiment) -> None:
     distribution = finite_distribution(grid, build_data(experiment).log_density(grid.points))
     for method, config in experiment.methods.items():
         solver = experiment.solver_of(method)
-        takes: Literal["gradient", "value"] = "value" if solver.kind == "weighted_fitting" else "gradient"
+        takes: Literal["gradient", "value"] = "gradient" if solver.kind == "adjoint_matching" else "value"
         objective = build_objective(experiment, method, model)
         try:
             if config.kind != "pretrained":

@@ -181,7 +181,11 @@ NOTE = (
     "effective sample size and the largest relative primal-dual gap of all solves and seeds are given."
 )
 
-SOLVER_WORDS = {"adjoint_matching": "Adjoint Matching", "weighted_fitting": "weighted fitting"}
+SOLVER_WORDS = {
+    "adjoint_matching": "Adjoint Matching",
+    "weighted_fitting": "weighted fitting",
+    "annealed_fitting": "annealed fitting",
+}
 
 
 def solvers_panel(points: Sequence[SolverPoint], title: str) -> Panel:
