@@ -61,6 +61,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a pytest whose names of tests pytest-xdist does not change: groups would be spread, silently."""
+    grouped = getattr(session.config.option, "loadgroup", False)  # in the processes that run tests
+    if grouped and any("@" not in item.nodeid for item in session.items):
+        raise pytest.UsageError("groups of tests are lost: install the pytest of envs/constraints.txt")
+
+
 def file_of(item: pytest.Item) -> str:
     """The file of a test below this folder, without its ending."""
     return item.path.relative_to(TESTS).with_suffix("").as_posix()

@@ -28,7 +28,7 @@ from flowtilt.domains.planar import solving as truth
 from flowtilt.pipeline import files
 from flowtilt.pipeline.configuration import ConfigError, read_yaml
 from flowtilt.pipeline.files import StageError
-from flowtilt.pipeline.report import costs, measurements, pages, tables
+from flowtilt.pipeline.report import comparison, costs, measurements, pages
 from flowtilt.pipeline.report.measurements import ResultsError
 from flowtilt.pipeline.report.provenance import write_provenance
 from flowtilt.pipeline.theory import stage as theory
@@ -146,7 +146,10 @@ READERS = {
     "metrics": Reader(measurements.read_metrics, "metrics.json", b'{"rows": {"am": {"kl": 1.0}}}'),
     "table": Reader(lambda p: measurements.read_csv(p, ["a", "b"]), "table.csv", b"a,b\n1,2\n", False),
     "reported values": Reader(
-        tables.read_reported, "reported.csv", (",".join(tables.REPORTED_COLUMNS) + "\n").encode(), False
+        comparison.read_reported,
+        "reported.csv",
+        (",".join(comparison.REPORTED_COLUMNS) + "\n").encode(),
+        False,
     ),
     "history": Reader(
         lambda p: measurements.read_history(p, ["loss"]), "history.csv", HISTORY.encode(), False

@@ -53,6 +53,7 @@ def test_every_experiment_and_study_has_its_table_and_figures(whole: Project) ->
         for figure in figures:
             assert figure.read_bytes().startswith(b"\x89PNG"), figure
     if MOLECULES:
+        assert "reported (ftfc)" in (whole.smoke / "tables" / "molecules_qm9.md").read_text()
         assert "| plain |" in (whole.smoke / "tables" / "molecules_tail_sweep.md").read_text()
     assert "Vendi score" in (whole.smoke / "tables" / "text_to_image_entropy.md").read_text()
 

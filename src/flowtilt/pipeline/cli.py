@@ -63,13 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("interrupted; outputs that were not finished were not written")
         return 130
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in NEEDED:
-            raise
-        log.error("%s: %s; %s lacks it: %s", arguments.stage, error, sys.executable, CURE)
-        return 1
     except Exception as error:
-        message = message_of(error, ValueError, RuntimeError, ArithmeticError, OSError, MemoryError)
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in NEEDED:
+            message = f"{error}; {sys.executable} lacks it: {CURE}"
+        else:
+            message = message_of(error, ValueError, RuntimeError, ArithmeticError, OSError, MemoryError)
         log.debug("traceback", exc_info=True)
         log.error("%s: %s%s", arguments.stage, message, _advice(error))
         return 1
