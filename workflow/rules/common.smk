@@ -9,9 +9,7 @@ from flowtilt.pipeline.plan import experiment_file, theory_file
 from flowtilt.pipeline.resources import REPORT
 from flowtilt.pipeline.starting import cure, start, write_configs
 
-# What a module is given as its configuration stands instead of its own file.
-MODULE, GIVEN = not workflow.modifier.is_main_snakefile(), workflow.modifier.skip_configfile
-FILES = [*workflow.config_settings.configfiles, CONFIG_FILE]
+FILES = [*SETTINGS.configfiles, CONFIG_FILE]
 WHERE = ", ".join(os.path.relpath(file) for file in (workflow.configfiles if GIVEN else FILES))
 if GIVEN:
     WHERE = f"the configuration that the module is given ({WHERE or 'of no file'})"
@@ -22,13 +20,12 @@ HERE = not (CONDA or APPTAINER)
 # An error is one sentence, which says where to look.
 try:
     check_folder()
-    FOUND = dict(config) if GIVEN else workflow_config(FILES, workflow.config_settings, config)
+    FOUND = dict(config) if GIVEN else workflow_config(FILES, SETTINGS, config)
     PLAN, LEFT_OUT = read_plan(FOUND, WHERE), []
     if HERE and not lacking():
         PLAN, LEFT_OUT = runnable(PLAN, WHERE)
-    if (
-        MODULE
-    ):  # whose onstart nobody calls; what the jobs read is at its content's address, and changes nothing
+    # A module's onstart is not called. What its jobs read is at its content's address, and changes nothing.
+    if MODULE:
         write_configs(PLAN)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None

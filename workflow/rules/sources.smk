@@ -31,8 +31,18 @@ if CLONE is not None and (CLONE / "src").is_dir() and SOURCES != (CLONE / "src")
     )
 
 CONFIG_FILE = str(located("config/config.yaml"))
-CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
-APPTAINER = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+# Snakemake does not document where it says these; a version that says them elsewhere must not go on by guesses.
+try:
+    SETTINGS = workflow.config_settings
+    DEPLOYMENT = workflow.deployment_settings.deployment_method
+    # What a module is given as its configuration stands instead of its own file.
+    MODULE, GIVEN = not workflow.modifier.is_main_snakefile(), workflow.modifier.skip_configfile
+except AttributeError:
+    raise WorkflowError(
+        f"Snakemake {snakemake_version} does not say what it was asked for, as 9.17 to 9.27 do: install one of those"
+    ) from None
+CONDA = DeploymentMethod.CONDA in DEPLOYMENT
+APPTAINER = DeploymentMethod.APPTAINER in DEPLOYMENT
 CONTAINER = ""
 
 if APPTAINER:
