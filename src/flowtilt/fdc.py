@@ -44,7 +44,7 @@ from flowtilt.parallel import processes
 from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, between, check
 from flowtilt.resuming import Resumption, Slot, weights_of
 from flowtilt.sampling import positions_of, sample_sde
-from flowtilt.tilts import Groups
+from flowtilt.tilts import LEAST, Groups
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ class ExponentAscent:
     share: float = 0.3
     minimum_ess: float = 50.0
     step_weight: float | None = None
-    group: int = 10
+    group: int = LEAST
 
     def __post_init__(self) -> None:
         check(self, distribution_samples=COUNT, distribution_steps=COUNT, group=COUNT, share=between(0, 1))

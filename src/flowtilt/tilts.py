@@ -25,6 +25,9 @@ from numpy.typing import ArrayLike
 
 from flowtilt.ranges import COUNT, MASS, check_value
 
+LEAST = 10
+"""Samples from which a context has a normaliser of its own; see :meth:`Groups.of`."""
+
 
 @dataclass(frozen=True)
 class Groups:

@@ -42,7 +42,7 @@ from flowtilt.optimiser import Adam
 from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, between, check, check_value
 from flowtilt.resuming import Slot, TrainingState
 from flowtilt.sampling import CHUNK, OdeSettings, sample_ode, sample_sde
-from flowtilt.tilts import Groups
+from flowtilt.tilts import LEAST, Groups
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class WeightedFittingSettings:
     sampler: Literal["ode", "sde"] = "ode"
     steps: int = 16
     penalty: str = "kl"
-    group: int = 10
+    group: int = LEAST
     minimum_ess: float = 50.0
     warning_ess: float = 500.0
     updates: int = 1000

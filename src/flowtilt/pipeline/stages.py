@@ -111,9 +111,9 @@ def workbench_of(job: Job) -> Workbench:
 
 
 def offline(job: Job) -> None:
-    """Draw the offline batch of the pretrained model by the memoryless process, with rewards.
+    """Draw the offline batch of the pretrained model by the memoryless process, with rewards and contexts.
 
-    A reward that failed is NaN.
+    A reward that failed is NaN. Contexts are their numbers, all 0 in a model whose samples have none.
 
     Raises:
         ConfigError: if the experiment has no size of a batch.
@@ -131,6 +131,8 @@ def offline(job: Job) -> None:
         states.append(sample_sde(flow, len(index), experiment.solver.steps, generator, part)[-1])
         rewards.append(bench.reward(states[-1], part))
     arrays = bench.offline_arrays(torch.cat(states), torch.cat(rewards))
+    labels = flow.context_labels(context)
+    arrays["context"] = torch.zeros(count, dtype=torch.int64) if labels is None else labels
     bench.close()
     write_arrays(job.outputs["offline"], **{name: array.numpy(force=True) for name, array in arrays.items()})
 

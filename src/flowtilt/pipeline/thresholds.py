@@ -9,10 +9,14 @@ import numpy as np
 from flowtilt import thresholds
 from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import StageError, read_arrays, write_json
+from flowtilt.tilts import LEAST, Groups
 
 
 def threshold(job: Job) -> None:
     """Solve TFFT's dual on the rewards of the offline batch; those that failed are left out and counted.
+
+    The tilt has a normaliser in each context; those with few samples are taken together with their
+    neighbours in number, and their samples counted (see :meth:`flowtilt.tilts.Groups.of`).
 
     For a method whose tail narrows, the file has its mass and threshold at every update too.
 
@@ -21,19 +25,25 @@ def threshold(job: Job) -> None:
     """
     experiment, method = job.experiment, job.method
     batch = job.read("offline")
-    (every,) = read_arrays(batch, "reward")
-    rewards = every[~np.isnan(every)].astype(np.float64)
+    every, contexts = read_arrays(batch, "reward", "context")
+    every = every.astype(np.float64)
+    rewards = every[~np.isnan(every)]
     if not rewards.size:
         raise StageError(f"{batch}: no sample of the batch has a reward; look at the pretrained model")
     problem = experiment.tail_of(method)
-    at = thresholds.threshold(rewards, problem.alpha, problem.mass, problem.tail)
+    groups = Groups.of(contexts, np.arange(len(every)), LEAST)
+
+    def solve(mass: float) -> float:
+        return thresholds.threshold(every, problem.alpha, mass, problem.tail, contexts=groups.labels)
+
+    at = solve(problem.mass)
     row: dict[str, Any] = {
         "threshold": at,
         "offline_active_share": thresholds.active_share(rewards, at, problem.tail),
         "offline_samples": len(rewards),
         "offline_failed": len(every) - len(rewards),
+        "offline_pooled": groups.pooled,
     }
     if masses := experiment.masses_of(method):
-        found = (thresholds.threshold(rewards, problem.alpha, mass, problem.tail) for mass in masses)
-        row["schedule"] = [{"mass": m, "threshold": t} for m, t in zip(masses, found, strict=True)]
+        row["schedule"] = [{"mass": mass, "threshold": solve(mass)} for mass in masses]
     write_json(row, job.outputs["threshold"])

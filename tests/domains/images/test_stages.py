@@ -88,11 +88,12 @@ def test_the_model_file_says_where_and_what(left_tail: Folder, models: tuple[Pat
 
 def test_the_threshold_is_the_exact_dual_of_the_offline_batch(left_tail: Folder) -> None:
     with np.load(left_tail.shared("seed0/offline.npz")) as arrays:
-        rewards = arrays["reward"].astype(np.float64)
+        rewards, prompts = arrays["reward"].astype(np.float64), arrays["context"]
+    assert len(np.unique(prompts)) > 1  # with fewer than ten images each: they are taken together
     found = json.loads(left_tail.file("tfft", "threshold.json").read_text())
     objective = left_tail.experiment.objective
     assert found["threshold"] == thresholds.threshold(rewards, objective.alpha, 0.2, "lower")
-    assert found["offline_samples"] == 12
+    assert found["offline_samples"] == found["offline_pooled"] == 12
 
 
 def test_metrics_are_those_of_the_stored_images(left_tail: Folder, models: tuple[Path, Path]) -> None:

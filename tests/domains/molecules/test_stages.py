@@ -25,6 +25,7 @@ from flowtilt.metrics.tails import upper_tail_mean
 from flowtilt.pipeline.cli import main
 from flowtilt.pipeline.stages import finetune
 from flowtilt.resuming import SECONDS
+from flowtilt.tilts import Groups
 from small_molecules import tiny, write_checkpoint, write_molecules
 
 pytest.importorskip("tblite", reason="the extra 'molecules' is not installed")
@@ -81,13 +82,18 @@ def test_the_shipped_checkpoint_is_taken_as_it_is(folder: Folder) -> None:
 
 
 def test_the_threshold_leaves_failures_out_and_counts_them(folder: Folder) -> None:
-    (every,) = np.load(folder.shared("seed0/offline.npz")).values()
+    with np.load(folder.shared("seed0/offline.npz")) as arrays:
+        every, sizes = arrays["reward"].astype(float), arrays["context"]
     kept = every[~np.isnan(every)].astype(float)
     assert 0 < len(kept) < len(every) == 40
     assert folder.run("threshold", "tfft") == 0
     row = json.loads(folder.file("tfft", "threshold.json").read_text())
     tail = folder.experiment.tail_of("tfft")
-    assert row["threshold"] == thresholds.threshold(kept, tail.alpha, tail.mass, "upper")
+    groups = Groups.of(sizes, np.arange(40), 10)
+    assert row["threshold"] == thresholds.threshold(
+        every, tail.alpha, tail.mass, "upper", contexts=groups.labels
+    )
+    assert row["offline_pooled"] == groups.pooled
     assert row["offline_samples"] + row["offline_failed"] == len(every)
     assert row["offline_active_share"] == (kept > row["threshold"]).mean() > 0
 
@@ -334,7 +340,7 @@ def test_an_offline_batch_without_energies(tmp_path: Path, capsys: pytest.Captur
     own = Folder(tmp_path)
     batch = own.shared("seed0/offline.npz")
     batch.parent.mkdir(parents=True)
-    np.savez(batch, reward=np.full(5, math.nan))
+    np.savez(batch, reward=np.full(5, math.nan), context=np.zeros(5, dtype=int))
     fails(capsys, own.run("threshold", "tfft"), "offline.npz: no sample of the batch has a reward")
 
 
