@@ -27,8 +27,8 @@ MODEL = "results/smoke/runs/risk_averse_2d/pretrained/seed0/model.safetensors"
 TABLE = "results/smoke/tables/ot_2d.csv"
 
 
-PLAIN = ("snakemake", "snakemake-executor-plugin-slurm")
-"""What is installed where there is nothing else; the second one for clusters."""
+PLAIN = ("snakemake", "pygments", "snakemake-executor-plugin-slurm")
+"""What is installed where there is nothing else; the second for Snakemake's reports, the third for clusters."""
 
 
 @pytest.fixture(scope="session")
