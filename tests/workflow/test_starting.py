@@ -28,7 +28,7 @@ TABLE = "results/smoke/tables/ot_2d.csv"
 
 
 PLAIN = ("snakemake", "pygments", "snakemake-executor-plugin-slurm")
-"""What is installed where there is nothing else; the second for Snakemake's reports, the third for clusters."""
+"""What is installed where there is nothing else; the second for reports, the third for clusters."""
 
 
 @pytest.fixture(scope="session")
