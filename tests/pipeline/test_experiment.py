@@ -123,7 +123,7 @@ def test_errors_name_the_file_the_key_and_the_fix(
         ({"methods": {"am": {"objective": {"alfa": 1.0}}}}, "(whole file)", "known keys here: utility"),
         ({"methods": {"optimum": {"kind": "pretrained"}}}, "(whole file)", "the name is taken"),
         ({"reward": {"landscape": "stripes"}}, "reward.landscape", "slope or module:Class"),
-        ({"solver": {"kind": "newton"}}, "solver.kind", "'adjoint_matching' or 'weighted_fitting'"),
+        ({"solver": {"kind": "newton"}}, "solver.kind", "'weighted_fitting' or 'annealed_fitting'"),
         (
             {"evaluation": {"transport": {"metrics": {"dA": [1.0]}}}},
             "evaluation.transport.metrics.dA",
