@@ -15,6 +15,8 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
+for told_by_make in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL"):
+    os.environ.pop(told_by_make, None)  # a make that a test starts is no part of the one that runs the tests
 
 
 @pytest.fixture(autouse=True)
