@@ -117,10 +117,13 @@ class Cost(NamedTuple):
         method: of it.
         kind: of the method.
         seeds: whose fine-tuning was measured; of a method without one, whose samples were.
-        updates: optimiser steps of the fine-tuning, without those of a run that it continues.
+        updates: optimiser steps of the fine-tuning, without those of a run that it continues; of annealed
+            fitting, whose stages are as many as it takes, the mean over its histories once there are any.
         finetune, finetune_sd: of the fine-tuning.
-        threshold: of tfft, what comes before: the offline batch and the threshold.
-        relative: threshold and fine-tuning over those of the first method of the file that is fine-tuned.
+        batch: of the offline batch, for a method that takes it; the batch is one for all of them.
+        threshold: of tfft, the solution of the dual on it.
+        alone: threshold and fine-tuning over those of the first method of the file that is fine-tuned.
+        relative: the same with the batch.
         passes: network passes of the fine-tuning and of tfft's offline batch, counted and not timed; see
             :mod:`flowtilt.control.base`. NaN in a domain that does not count them.
         relative_passes: over those of the first method that is fine-tuned.
@@ -137,7 +140,9 @@ class Cost(NamedTuple):
     updates: int
     finetune: float
     finetune_sd: float
+    batch: float
     threshold: float
+    alone: float
     relative: float
     passes: float
     relative_passes: float
@@ -165,15 +170,20 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
         domain = domain_of(experiment)
         solved = _of_stages(benchmarks, Run("", experiment), "exact")
         for method, config in experiment.methods.items():
-            run, updates = Run("", experiment, method), experiment.own_updates_of(method)
+            run = Run("", experiment, method)
+            updates = _updates(results, run)
             jobs = [_tuned(benchmarks, replace(run, seed=seed)) for seed in experiment.seeds]
             tuned = [job.seconds for job in jobs if job is not None]
             assessed = _of_stages(benchmarks, run, *domain.assessment)
-            threshold = _threshold(benchmarks, run) if config.kind == "tfft" else math.nan
+            batch = mean_sd(_of_stages(benchmarks, run, "offline"))[0] if takes_batch(run) else math.nan
+            threshold = math.nan
+            if config.kind == "tfft":
+                threshold = mean_sd(_of_stages(benchmarks, run, "threshold"))[0]
             cost = mean_sd(tuned)[0] + (threshold if math.isfinite(threshold) else 0.0)
+            whole = cost + (batch if math.isfinite(batch) else 0.0)
             passes = _passes(results, run)
             if updates and not any(line.updates for line in lines):
-                unit, unit_passes = cost, passes
+                unit, unit_passes = whole, passes
             lines.append(
                 Cost(
                     experiment.name,
@@ -182,8 +192,10 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
                     len(tuned if updates else assessed),
                     updates,
                     *mean_sd(tuned),
+                    batch,
                     threshold,
                     cost / unit if unit > 0 else math.nan,
+                    whole / unit if unit > 0 else math.nan,
                     passes,
                     passes / unit_passes if unit_passes > 0 else math.nan,
                     max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
@@ -207,6 +219,8 @@ def read_costs(path: str | Path) -> tuple[list[Cost], dict[str, dict[str, float]
             "seeds": int,
             "updates": int,
         }
+        # Tables from before the batch had a column of its own have it in the threshold's.
+        table = table.assign(**{name: math.nan for name in ("batch", "alone") if name not in table})
         runs = table[table["part"] == "runs"][list(Cost._fields)].astype(numbers)
         rules = table[table["part"] == "rules"][TOTAL_COLUMNS].astype(
             {"jobs": int, "wall_seconds": float, "peak_memory_mb": float}
@@ -241,9 +255,29 @@ def _of_stages(benchmarks: Path, run: Run, *names: str) -> list[float]:
     return found
 
 
-def _threshold(benchmarks: Path, run: Run) -> float:
-    """Mean seconds of the offline batch and the threshold of a run."""
-    return sum(mean_sd(_of_stages(benchmarks, run, stage))[0] for stage in ("offline", "threshold"))
+def takes_batch(run: Run) -> bool:
+    """Whether a method needs the offline batch: for its threshold, or as a bank."""
+    method = run.experiment.methods[run.method]
+    if not method.tuned:
+        return False
+    stages = domain_of(run.experiment).stages
+    finetune = next(stage for stage in stages if stage.name == "finetune" and stage.of(run.experiment))
+    return method.kind == "tfft" or "offline" in finetune.reads(run)
+
+
+def _histories(results: Path, run: Run) -> list[Path]:
+    """The histories of a method's fine-tunings that are there."""
+    runs = (replace(run, results=str(results), seed=seed) for seed in run.experiment.seeds)
+    return [file for one in runs if (file := Path(one.file("history.csv"))).is_file()]
+
+
+def _updates(results: Path, run: Run) -> int:
+    """Optimiser steps of a method; see :class:`Cost`."""
+    experiment, files = run.experiment, _histories(results, run)
+    tuned = experiment.methods[run.method].tuned
+    if tuned and files and experiment.solver_of(run.method).kind == "annealed_fitting":
+        return round(sum(len(read_history(file, ["active_share"])) for file in files) / len(files))
+    return experiment.own_updates_of(run.method)
 
 
 def _passes(results: Path, run: Run) -> float:
@@ -252,8 +286,7 @@ def _passes(results: Path, run: Run) -> float:
     if not experiment.counts_passes or not experiment.methods[run.method].tuned:
         return math.nan
     column = "network_passes"
-    runs = (replace(run, results=str(results), seed=seed) for seed in experiment.seeds)
-    histories = [file for one in runs if (file := Path(one.file("history.csv"))).is_file()]
+    histories = _histories(results, run)
     counted = mean_sd([float(totals_of(read_history(file, [column]), column)[column]) for file in histories])[
         0
     ]
@@ -263,8 +296,10 @@ def _passes(results: Path, run: Run) -> float:
 NOTE = (
     "From Snakemake's benchmarks, on the machine of the run: wall time in seconds, mean ± sd over seeds, and "
     "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
-    "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
-    "fine-tuned line of the table, with what tfft needs before it, the offline batch and the threshold. "
+    "method that continues another counts its own alone. The offline batch is drawn once for all methods "
+    "that need samples of the pretrained model, and stands in the first line of an experiment that does. "
+    "Relative: fine-tuning, and tfft's threshold, over those of the first fine-tuned line of the table, with "
+    "the batch where a method takes it, and without. "
     "Samples and metrics: where one job measures all runs of a seed it is shown in the first line, else "
     "they are two jobs of each run. Solved rows: one job for all methods of an experiment on a tail; on "
     "functionals they are solved with the metrics. Network passes, where they are counted: states through "
@@ -289,6 +324,7 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
     single = len(set(per_case)) == len(per_case)
     counted = any(math.isfinite(line.passes) for line in lines)
     cells: list[list[str]] = []
+    shown: set[tuple[str, float]] = set()
     for before, line in zip([None, *lines], lines, strict=False):
         case = line.experiment.partition("/")[2]
         name = ", ".join(part for part in (case, "" if single and case else line.method) if part)
@@ -297,8 +333,10 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
                 name,
                 str(line.updates) if line.updates else "",
                 _cell(line.finetune, line.finetune_sd),
+                "" if (line.experiment, line.batch) in shown else _cell(line.batch),
                 _cell(line.threshold),
                 _ratio(line.relative),
+                _ratio(line.alone),
                 *([_cell(line.passes / 1000), _ratio(line.relative_passes)] if counted else []),
                 _cell(line.memory),
                 "" if before and before.assess == line.assess else _cell(line.assess, line.assess_sd),
@@ -306,7 +344,9 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
                 str(line.seeds),
             ]
         )
-    header = ["method", "updates", "fine-tuning (s)", "threshold (s)", "relative"]
+        shown.add((line.experiment, line.batch))
+    header = ["method", "updates", "fine-tuning (s)", "offline batch (s)", "threshold (s)"]
+    header += ["relative", "relative, without the batch"]
     header += ["thousand network passes", "relative, in passes"] if counted else []
     header += ["its memory (MB)", "samples and metrics (s)", "solved rows of all methods (s)"]
     seeds = over_seeds(max((line.seeds for line in lines), default=1))
