@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from flowtilt.pipeline.files import (
     write_arrays,
     write_history,
 )
+from flowtilt.pipeline.health import training_metrics, warn
 from flowtilt.pipeline.solvers import adjoint_matching_settings, build_solver
 from flowtilt.pipeline.states import resumption_of
 from flowtilt.rewards import Reward
@@ -171,6 +173,8 @@ def finetune(job: Job) -> None:
         model, rows = solution.model, solution.history
     bench.close()
     if processes().leads:
+        columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        warn(method, training_metrics(columns))
         write_history(rows, job.outputs["history"])
         save_weights(model, output)
         resumption.remove()

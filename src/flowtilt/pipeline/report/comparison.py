@@ -2,9 +2,9 @@
 
 Levels are compared where a source has the data set, the model and the reward of the experiment, which its key
 ``same_as`` says; elsewhere what is compared is the gain over the pretrained model, or over am. A verdict
-rests on the sign of a mean over seeds (:func:`flowtilt.pipeline.report.measurements.sign`), paired where two
-methods are compared; what that leaves open is ``not decided``, so that no rerun within the seeds' spread turns a
-verdict into its opposite.
+rests on the sign of a mean over seeds (:func:`flowtilt.pipeline.report.measurements.sign`), paired where
+two methods are compared; what that leaves open is ``not decided``, so that no rerun within the seeds'
+spread turns a verdict into its opposite.
 """
 
 from __future__ import annotations
