@@ -411,6 +411,7 @@ JOBS: list[tuple[str, dict[str, str], dict[str, Any], dict[str, str]]] = [
             "images": f"{IMAGE}/tfft/seed1/images",
             "history": f"{IMAGE}/tfft/seed1/{HISTORY}",
             "threshold": f"{IMAGE}/tfft/seed1/threshold.json",
+            "reference": f"{IMAGE}/pretrained/seed1/scores.npz",
         },
         {"metrics": f"{IMAGE}/tfft/seed1/metrics.json", "scores": f"{IMAGE}/tfft/seed1/scores.npz"},
     ),

@@ -23,7 +23,7 @@ from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError, Section
 from flowtilt.pipeline.domain import Chapter, Domain, known_domains
 from flowtilt.pipeline.experiment import Study
-from flowtilt.pipeline.theory.config import MirrorDescentConfig, ThresholdStudyConfig
+from flowtilt.pipeline.theory.config import MirrorDescentConfig, ThresholdStudyConfig, TiltStudyConfig
 
 Schema = Mapping[str, Any]
 
@@ -148,6 +148,12 @@ _OTHERS = (
         "A `theory/{name}.yaml` with `kind: threshold`: thresholds of tail means against their exact values.",
         ThresholdStudyConfig,
         "of thresholds",
+    ),
+    Chapter(
+        "Theory: tilts",
+        "A `theory/{name}.yaml` with `kind: tilts`: the control solvers on tilts in closed form.",
+        TiltStudyConfig,
+        "of tilts",
     ),
 )
 

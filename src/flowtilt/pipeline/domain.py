@@ -86,6 +86,11 @@ class Run:
         tuned = self.experiment.methods[self.method].tuned
         return ({"history": self.file("history.csv")} if tuned else {}) | self.taken()
 
+    def reference(self, name: str) -> dict[str, str]:
+        """A file of the evaluated pretrained model, which a run's predicted tilt is taken from."""
+        compared = self.kind in ("am", "tfft") and "pretrained" in self.experiment.methods
+        return {"reference": self.file_of("pretrained", name)} if compared else {}
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -70,6 +70,6 @@ def _weighted_fitting_settings(
 def _weighted_fitting(*problem: Any, **more: Any) -> Solution:
     """Weighted fitting, with what its bank was worth in every row: each solve of a run has its own."""
     solution = weighted_fitting.solve(*problem, **more)
-    kept = {key: solution.diagnostics[key] for key in ("effective_sample_size", "relative_gap")}
+    kept = {key: solution.diagnostics[key] for key in ("effective_sample_size", "kl", "relative_gap")}
     solution.history = [{**row, **kept} for row in solution.history]
     return solution

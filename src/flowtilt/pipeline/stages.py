@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,7 @@ from flowtilt.pipeline.files import (
     write_arrays,
     write_history,
 )
+from flowtilt.pipeline.health import training_metrics, warn
 from flowtilt.pipeline.sections import SolverConfig
 from flowtilt.pipeline.solvers import adjoint_matching_settings, annealed_fitting_settings, build_solver
 from flowtilt.pipeline.states import resumption_of
@@ -209,6 +211,8 @@ def finetune(job: Job) -> None:
         model, rows = solution.model, solution.history
     bench.close()
     if processes().leads:
+        if rows:
+            warn(method, training_metrics({name: np.array([row[name] for row in rows]) for name in rows[0]}))
         write_history(rows or [NOTHING_DONE], job.outputs["history"])
         save_weights(model, output, notes)
         resumption.remove()

@@ -119,7 +119,9 @@ STAGES = (
         "evaluate",
         f"{_HERE}.evaluation:evaluate",
         writes={"metrics": f"{RUN}/metrics.json", "scores": f"{RUN}/scores.npz"},
-        reads=lambda run: _base(run) | {"images": run.file("images")} | run.trained(),
+        reads=lambda run: (
+            _base(run) | {"images": run.file("images")} | run.trained() | run.reference("scores.npz")
+        ),
         sections=("model", "prompts", "reward", "objective", "evaluation", "methods"),
         kinds=("pretrained", *TUNED),
         needs=Needs((2000, 16000), (30, 240), gpu=True),

@@ -11,7 +11,8 @@ from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
 from flowtilt.metrics.diversity import combinations_covered, designs_covered, effective_classes, vendi
 from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.pipeline.domain import Job
-from flowtilt.pipeline.files import Metrics, StageError, tuned_metrics, write_arrays, write_rows
+from flowtilt.pipeline.files import Metrics, StageError, write_arrays, write_rows
+from flowtilt.pipeline.health import tilt_metrics, tuned_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,8 @@ def evaluate(job: Job) -> None:
         **_diversity(features.numpy(force=True).astype(np.float64), prompt, sets),
         **_designs(designs, factors, sets, asked.designs),
     }
-    row |= tuned_metrics(job, {"path_kl": "path_kl", "clipped_share": "clipped_share"})
+    row |= tuned_metrics(job)
+    row |= tilt_metrics(job, rewards, job.read_if_any("reference"), "prompt")
     write_rows({job.method: row}, job.outputs["metrics"])
     write_arrays(
         job.outputs["scores"],

@@ -64,10 +64,6 @@ def groups(experiment: ImageExperiment, caption: str) -> dict[str, list[str]]:
     return {
         caption: list(dict.fromkeys([*led_by, *diversity])),
         "Shares of the designs": [f"share_{name}" for name in experiment.evaluation.designs],
-        "Fine-tuning": [
-            *("threshold", "offline_active_share", "active_share", "active_share_final"),
-            *("path_kl", "clipped_share"),
-        ],
     }
 
 

@@ -107,7 +107,11 @@ STAGES = (
             "sdf": f"{RUN}/molecules.sdf",
             "energies": f"{RUN}/energies.npz",
         },
-        reads=lambda run: {"samples": run.file("samples.npz"), "molecules": _data(run)} | run.trained(),
+        reads=lambda run: (
+            {"samples": run.file("samples.npz"), "molecules": _data(run)}
+            | run.trained()
+            | run.reference("energies.npz")
+        ),
         sections=("subset", "reward", "objective", "evaluation"),
         kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 8000), (30, 720)),

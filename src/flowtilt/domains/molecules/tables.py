@@ -48,11 +48,7 @@ def groups(experiment: MoleculeExperiment, caption: str) -> dict[str, list[str]]
             *("relaxation_energy_median", "energy_per_atom", "heavy_atoms", "atomic_number"),
             *("elements_total_variation", "sizes_total_variation"),
         ],
-        "Fine-tuning": [
-            *("threshold", "offline_active_share", "active_share", "active_share_final"),
-            *("inactive_updates", "path_kl", "clipped_share", "effective_sample_size"),
-            *("training_energies", "training_failed_share"),
-        ],
+        "Energies in fine-tuning": ["training_energies", "training_failed_share"],
     }
 
 

@@ -19,7 +19,8 @@ from flowtilt.domains.planar.files import read_density
 from flowtilt.domains.planar.rows import Metrics
 from flowtilt.domains.planar.truth import gridded_density
 from flowtilt.pipeline.domain import Job
-from flowtilt.pipeline.files import read_arrays, tuned_metrics, write_arrays, write_rows
+from flowtilt.pipeline.files import read_arrays, write_arrays, write_rows
+from flowtilt.pipeline.health import tuned_metrics
 from flowtilt.pipeline.report.measurements import row_name
 from flowtilt.seeding import seed_of
 

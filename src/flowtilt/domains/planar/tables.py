@@ -11,6 +11,7 @@ from flowtilt.domains.planar import hierarchy, solver_study
 from flowtilt.domains.planar.claims import falling_steps, own_objective
 from flowtilt.domains.planar.rows import FLOOR
 from flowtilt.domains.planar.studies import Point, StudyRuns, findings, study_panels, study_points
+from flowtilt.pipeline.health import HEALTH
 from flowtilt.pipeline.report.base import Shown, Table
 from flowtilt.pipeline.report.comparison import comparison, reported_columns, verdict_note
 from flowtilt.pipeline.report.measurements import Runs, collect_runs, entries, runs_of, summarise, with_gaps
@@ -54,7 +55,7 @@ def experiment_panels(long: pd.DataFrame, runs: Runs, reported: pd.DataFrame) ->
     first = [runs.tail_metric, "gap_closed", *beside, runs.mean_metric, "kl", "floored_mass"]
     first += ["objective", "gap"]
     first = [metric for metric in dict.fromkeys(first) if metric in known]
-    rest = [metric for metric in known if metric not in first and metric != "relative_gap"]
+    rest = [metric for metric in known if metric not in (*first, *HEALTH, "relative_gap")]
     caption = f"{runs.title or runs.name}: {over_seeds(len(runs.seeds))}"
     return panels_of(summary, {caption: first, "Details": rest}, beside)
 

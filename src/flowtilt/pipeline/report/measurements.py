@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 if TYPE_CHECKING:
     from flowtilt.pipeline.experiment import Experiment
@@ -304,6 +305,35 @@ def mean_sd(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and sample standard deviation; NaN where there are too few values."""
     mean = float(np.mean(values)) if len(values) else math.nan
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+CONFIDENCE = 0.95
+"""Of the interval of a mean over seeds that whatever is decided has to rest on."""
+
+TEST = f"by Student's t over paired seeds, {100 * CONFIDENCE:g} %"
+"""How a difference is decided, in words: the test of every verdict and every sentence."""
+
+
+def half_width(values: np.ndarray) -> float:
+    """Of the interval of the mean over seeds by Student's t; infinite for less than two.
+
+    Args:
+        values: one a seed, (seeds,).
+    """
+    if len(values) < 2:
+        return math.inf
+    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
+    return quantile * mean_sd(values)[1] / math.sqrt(len(values))
+
+
+def sign(values: np.ndarray) -> int:
+    """The sign of a mean over seeds, or 0 where its interval holds 0.
+
+    Args:
+        values: one a seed, (seeds,). With one seed, or an undefined value, nothing is decided.
+    """
+    mean = float(values.mean())
+    return int(np.sign(mean)) if abs(mean) > half_width(values) else 0
 
 
 class Entry(NamedTuple):

@@ -14,6 +14,7 @@ import pandas as pd
 
 from flowtilt.files import atomic_path, write_text
 from flowtilt.pipeline.experiment import Experiment, load_file
+from flowtilt.pipeline.health import NOTE as HEALTH_NOTE
 from flowtilt.pipeline.report.base import Shown, Table, beside, report_of, shown_file
 from flowtilt.pipeline.report.comparison import (
     COMPARISON_COLUMNS,
@@ -41,6 +42,7 @@ from flowtilt.pipeline.report.measurements import (
     with_gaps,
 )
 from flowtilt.pipeline.report.panels import Panel, describe, latex, markdown, over_seeds, pretty
+from flowtilt.pipeline.report.trainings import training_panel
 
 
 def panels_of(
@@ -125,7 +127,11 @@ def write_table(
     """
     shown = shown_file(file, overrides, results, reported)
     frame, panels, note = report_of(shown.experiments[0]).table(shown)
-    write_panels(prefix, frame, panels, f"{note} {discretisation_note(shown.experiments)}".rstrip())
+    notes = [note, discretisation_note(shown.experiments)]
+    if (training := training_panel(shown.collected)) is not None:
+        panels = [*panels, training]
+        notes.append(HEALTH_NOTE)
+    write_panels(prefix, frame, panels, " ".join(filter(None, notes)))
 
 
 def write_comparison(

@@ -10,7 +10,7 @@ from typing import Any
 from flowtilt.files import read_json
 from flowtilt.pipeline.files import StageError, write_json
 from flowtilt.pipeline.theory import mirror_descent, thresholds
-from flowtilt.pipeline.theory.config import MirrorDescentConfig, load_theory
+from flowtilt.pipeline.theory.config import MirrorDescentConfig, ThresholdStudyConfig, load_theory
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +25,12 @@ def run(file: Path, overrides: Mapping[str, Any], output: Path) -> list[str]:
     try:
         if isinstance(config, MirrorDescentConfig):
             tables = mirror_descent.study(config)
-        else:
+        elif isinstance(config, ThresholdStudyConfig):
             tables = thresholds.study(config)
+        else:
+            from flowtilt.pipeline.theory import tilts  # imports torch, which the others do without
+
+            tables = tilts.study(config)
     except (ValueError, ArithmeticError) as error:
         raise type(error)(f"{file}: {error}") from None
     write_json({"kind": config.kind, "title": config.title, "tables": tables}, output)
