@@ -58,11 +58,8 @@ def likelihood_ratio_gradient(
     the noisier of the two.
 
     Args:
-        model: that drew the trajectories.
-        tilt: only its values are asked for.
         trajectories: states, (steps + 1, batch, ...), with at least two steps.
         steps: coefficients of the process; the last without noise.
-        context: the trajectories' context.
 
     Returns:
         The estimates, (batch, ...): they stand at the states before the last. Where the tilt has no value at

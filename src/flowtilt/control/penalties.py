@@ -184,8 +184,6 @@ def solve_weights_within(values: ArrayLike, alpha: float, penalty: Penalty, grou
     Args:
         values: of the samples, (N,).
         alpha: weight of the penalty, positive, in units of the values.
-        penalty: the divergence.
-        groups: of the samples.
 
     Raises:
         ValueError: as :func:`solve_weights`.
@@ -228,7 +226,6 @@ def solve_weights(
     Args:
         values: of the samples, (N,).
         alpha: weight of the penalty, positive, in units of the values.
-        penalty: the divergence.
         probabilities: of the samples, not negative; they are normalised, and equal if not given.
 
     Raises:
@@ -296,7 +293,6 @@ def _best_log_weight(order: float, drops: np.ndarray, p: np.ndarray) -> float:
     """Log weight of the best sample at which the mean weight is 1, by bisection to the last digit.
 
     Args:
-        order: of the power family.
         drops: of the slopes from the best sample's, (N,), not all 0.
         p: positive probabilities, (N,).
     """

@@ -33,9 +33,7 @@ class Distribution:
     """A distribution given by a model and samples from it.
 
     Attributes:
-        model: the flow whose endpoint distribution it is.
         samples: draws from it, (batch, ...).
-        context: the draws' context.
     """
 
     model: FlowModel
@@ -53,7 +51,6 @@ class FiniteDistribution:
         log_reference: those of the pretrained distribution on the same points, (n,).
         modes: the mode that each point belongs to, integers from 0, (n,); for distributions of a sample and
             a mode together, where the same point may occur once in every mode.
-        context: of the points, for rewards that take one.
         evaluated: rewards at the points, see :meth:`values_of`; shared with other distributions on them.
     """
 
@@ -161,7 +158,6 @@ class Functional(ABC):
     """A functional of the generated distribution.
 
     Attributes:
-        tier: where FDC's hierarchy puts the functional.
         needs: what the gradient of its first variation takes.
         by_values: whether weights of samples are enough for its value and its first variation, as for
             functionals of rewards: neither scores nor densities. It then has :meth:`variation_at`.
@@ -347,7 +343,6 @@ class Objective(_Sum):
     """``G(p) = utility(p) - alpha divergence(p)``.
 
     Attributes:
-        utility: what to raise.
         divergence: what keeps the distribution near the pretrained one.
         alpha: weight of the divergence, in units of the utility a nat; not negative.
     """

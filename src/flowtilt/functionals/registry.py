@@ -46,7 +46,6 @@ class Parameter:
     """One parameter of a functional.
 
     Attributes:
-        read: from plain data.
         required: whether it must be given; else the functional's own default holds.
     """
 
@@ -59,12 +58,7 @@ class Ingredients:
     """What an experiment, not a functional's own parameters, provides.
 
     Attributes:
-        reward: to be raised.
-        reference: the pretrained model.
-        cost: of the log barrier.
         score_time: time at which scores stand for those of the data, in (0, 1).
-        ode: how likelihoods are solved.
-        draw: of samples of the pretrained model.
     """
 
     reward: Reward | None = None
@@ -360,8 +354,6 @@ def check_needs(
     """Check before any training that a solver can have what it takes of a functional's first variation.
 
     Args:
-        functional: to be raised.
-        model: to be fine-tuned.
         reward: a reward that the solver tilts by beside those inside the functional.
         takes: what the solver evaluates: gradients (Adjoint Matching) or values (weighted fitting).
             The value of a variation whose gradient needs scores needs densities.

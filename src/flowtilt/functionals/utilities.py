@@ -114,7 +114,6 @@ class Hinge(_OfRewards):
     pseudo-reward when it is the dual solution. It is not active on evaluations that failed.
 
     Attributes:
-        reward: the reward.
         threshold: where the hinge bends, in units of the reward.
         mass: probability of the tail, in (0, 1].
         tail: the tail on which the hinge is not flat; ``left`` and ``right`` are taken for ``lower`` and
@@ -196,7 +195,6 @@ class _TailMean(_FunctionalOfRewards):
     """A mean of one tail of the reward.
 
     Attributes:
-        reward: the reward.
         mass: share of probability in the tail, in (0, 1).
     """
 
@@ -258,13 +256,7 @@ class SQ(_TailMean):
 
 @dataclass(frozen=True)
 class CentredRisk(_OfRewards):
-    """``r - risk (r^2 - 2 mean r)``: first variation of mean minus ``risk`` times variance.
-
-    Attributes:
-        reward: the reward r.
-        risk: weight of the variance.
-        mean: expected reward of the distribution.
-    """
+    """``r - risk (r^2 - 2 mean r)``: first variation of mean minus ``risk`` times variance."""
 
     reward: Reward
     risk: float
@@ -292,7 +284,6 @@ class MeanVariance(_FunctionalOfRewards):
     The variance is concave in the distribution, so that this is convex for a positive ``risk``.
 
     Attributes:
-        reward: the reward r.
         risk: weight of the variance, in inverse units of the reward; negative seeks variance.
     """
 
@@ -359,7 +350,6 @@ class Entropy(Functional):
 
     Attributes:
         score_time: time at which the score stands for that of the data, in (0, 1).
-        ode: how the likelihoods are solved.
         pairs: if not zero, it is the entropy of the distribution with the noise that the path has at
             ``score_time``, whose gradient is a mean over so many pairs of noise. What differs by less than
             the noise then counts for little, and scores are asked for where the model was trained. There is
@@ -397,8 +387,6 @@ class BarrierVariation(_OfRewards):
     """``r - slope c``: a reward, and a cost that weighs the more the nearer its bound is.
 
     Attributes:
-        reward: the reward r.
-        cost: the cost c.
         slope: ``strength / (bound - E c)``.
     """
 
@@ -423,8 +411,6 @@ class LogBarrier(_FunctionalOfRewards):
     """``E r + strength log(bound - E c)``: the expected reward with the expected cost kept below a bound.
 
     Attributes:
-        reward: the reward r.
-        cost: the cost c.
         bound: what the expected cost must stay below, in units of the cost.
         strength: of the barrier, positive, in units of the reward.
     """
@@ -486,9 +472,6 @@ class ModeLogRatio(FirstVariation):
 
     Attributes:
         model: whose context is the mode, an integer for each sample.
-        modes: their number M, equally likely.
-        time: at which scores are taken.
-        ode: how the likelihoods are solved.
     """
 
     cheap_values = False

@@ -267,7 +267,6 @@ def workflow_config(files: Sequence[str | Path], settings: Any, found: Mapping[s
             command line, which are merged in after those of the workflow; ``config_args``, ``key=value``
             each, merged in last; and ``replace_workflow_config``, whether they stand instead of the
             workflow's own files. None where this Snakemake does not tell: then ``found`` is taken as it is.
-        found: the configuration as Snakemake has read it.
 
     Raises:
         ConfigError: naming the file, the key and the fix.

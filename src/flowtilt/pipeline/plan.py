@@ -42,8 +42,6 @@ class Plan:
     """What a configuration stands for; :func:`flowtilt.pipeline.checks.read_plan` makes it.
 
     Attributes:
-        config: what is run.
-        files: every experiment file that is needed.
         theory: studies of the theory by name.
     """
 
@@ -137,7 +135,6 @@ class Plan:
         """Files of all runs that the table and the figures of an experiment file rest on.
 
         Args:
-            name: of the experiment file.
             kinds: names of files, such as ``metrics.json``; all if none is given.
         """
         files = unique(file for experiment in self.files[name].values() for file in self._written(experiment))

@@ -138,9 +138,7 @@ def check_submissions(cluster: Cluster, partition: str, submissions: Iterable[Su
     """Refuse submissions that the cluster could not run.
 
     Args:
-        cluster: that they would go to.
         partition: where; several names with commas between them, or the cluster's default one if empty.
-        submissions: of jobs.
 
     Raises:
         ClusterError: if there is no such partition; or for the first submission that asks for GPUs where
@@ -187,7 +185,6 @@ def status_command(cluster: Cluster, first_look: int) -> str:
     of no job.
 
     Args:
-        cluster: that jobs run on.
         first_look: seconds before the plugin first asks.
 
     Raises:

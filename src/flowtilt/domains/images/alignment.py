@@ -38,7 +38,6 @@ def fit(images: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
 
     Args:
         images: (n, 3, height, width).
-        size: pixels a side.
         interpolation: ``bicubic`` or ``bilinear``.
 
     Returns:
@@ -65,8 +64,6 @@ class AlignmentModel(nn.Module):
     module is moved to another one.
 
     Args:
-        network: a model of open_clip.
-        tokenizer: that of open_clip for it.
         preprocessing: what open_clip says of the images that it takes: ``size``, ``mean``, ``std`` of
             colours in [0, 1], and optionally ``interpolation`` and ``resize_mode``.
 
@@ -196,8 +193,6 @@ def classify_features(features: Tensor, model: AlignmentModel, names: Sequence[s
 
     Args:
         features: unit features of images, (n, embedding).
-        model: that they are of.
-        names: of the classes.
         template: a prompt with ``{}`` where the name goes.
 
     Returns:

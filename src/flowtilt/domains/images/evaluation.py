@@ -99,7 +99,6 @@ def set_of(prompt: np.ndarray, images: int) -> np.ndarray:
 
     Args:
         prompt: positions of the images' prompts, in any order, (n,).
-        images: of each prompt in a set.
     """
     number = np.empty(len(prompt), dtype=np.int64)
     for one in np.unique(prompt):

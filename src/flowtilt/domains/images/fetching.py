@@ -43,7 +43,6 @@ class Wanted:
 
     Attributes:
         hub: the repository, its revision, and patterns of the files.
-        folder: on disk.
         key: of the configuration that asks for them, for messages.
         place: where a file is to be placed by hand, for messages.
     """
@@ -63,7 +62,6 @@ def fetch(experiment: ImageExperiment, output: Path) -> None:
     """Fetch those models of an experiment that have a key ``hub`` and are not there, and check them.
 
     Args:
-        experiment: whose models.
         output: JSON file to write: what was fetched, from where, and the SHA-256 of all weights.
 
     Raises:

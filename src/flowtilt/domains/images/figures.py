@@ -49,7 +49,6 @@ class Scores:
 
     Attributes:
         prompt: positions of their prompts, falling nowhere.
-        reward: of each for its prompt.
         design: which class it is told to be of, -1 for none.
     """
 
@@ -263,7 +262,6 @@ def tail_figure(experiment: ImageExperiment, rewards: Mapping[str, Sequence[np.n
     """How the rewards are distributed, a panel a method, with the worst share and its mean marked.
 
     Args:
-        experiment: on the left tail.
         rewards: by method, of each seed's images, (images,).
     """
     runs = runs_of(experiment)

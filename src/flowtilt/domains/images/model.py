@@ -36,7 +36,6 @@ class Prompted:
         prompt: positions in the table, long (batch,).
         table: embeddings of the prompts, (prompts, tokens, width).
         empty: embedding of the empty prompt, (tokens, width).
-        guidance: scale for what the context is used for.
     """
 
     prompt: Tensor
@@ -59,10 +58,7 @@ class LatentFlow(FlowModel):
 
     Args:
         denoiser: a ``UNet2DConditionModel`` of diffusers, or what is called like one.
-        schedule: its path.
         shape: of one latent, (channels, height, width).
-        target: what the denoiser predicts.
-        spacing: of the timesteps of samplers and solvers.
         offset: of the timesteps, see :meth:`DiscreteSchedule.grid`.
         guidance: scales by use; without it none is guided.
         precision: of the denoiser's matrix products, by autocast.

@@ -41,7 +41,6 @@ class Folders(NamedTuple):
     """Where the parts of a model are.
 
     Attributes:
-        pipeline: folder of diffusers' StableDiffusionPipeline.
         alignment: folder of open_clip, or file of weights.
     """
 

@@ -46,7 +46,6 @@ class TextToImage:
 
     Attributes:
         flow: on latents, with the prompts that contexts are drawn from.
-        decode: from latents to images.
         prompts: in the order of the contexts' positions.
     """
 
@@ -66,11 +65,7 @@ def load_text_to_image(
     """A folder of diffusers' StableDiffusionPipeline, with weights as safetensors, as a flow.
 
     Args:
-        folder: of the pipeline.
-        prompts: what images are asked for.
         guidance: scales by use.
-        schedule: what is changed in the noise schedule.
-        compute: precision and memory.
         adapter: adapters that are fine-tuned instead of the denoiser's weights.
 
     Raises:

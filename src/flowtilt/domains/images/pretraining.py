@@ -75,11 +75,7 @@ def train_autoencoder(
     """Train it in place by the mean absolute error and a KL divergence.
 
     Args:
-        autoencoder: to train.
         images: in [-1, 1], (n, 3, size, size).
-        config: of the embedded models.
-        resumption: where the training keeps its state.
-        progress: called with each update's row.
     """
     own = config.autoencoder
     generator = generator_of(build.NAME, "autoencoder")
@@ -100,7 +96,6 @@ class Latents:
 
     Attributes:
         mean: (n, channels, side, side).
-        deviation: of the same shape.
     """
 
     mean: Tensor
@@ -136,12 +131,7 @@ def refine_decoder(
     """Train the decoder alone by the mean absolute error, in place: the denoiser's latents stay as they are.
 
     Args:
-        autoencoder: trained.
         images: in [-1, 1], (n, 3, size, size).
-        latents: theirs.
-        config: of the training.
-        resumption: where the training keeps its state.
-        progress: called with each update's row.
     """
     generator = generator_of(build.NAME, "decoder")
     decoder = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder])
@@ -258,7 +248,6 @@ def contrastive_loss(images: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
     Args:
         images: unit features, (n, embedding).
         captions: unit features of their captions, (n, embedding).
-        scale: inverse temperature.
     """
     logits = scale * images @ captions.T
     own = torch.arange(len(logits))

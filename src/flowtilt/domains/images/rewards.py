@@ -35,7 +35,6 @@ class DecodedReward(Reward):
     one whose image is not finite.
 
     Args:
-        decode: latents to images.
         prompts: that positions in the context mean, in the order of the context's table.
     """
 
@@ -77,8 +76,6 @@ class ClipReward(DecodedReward):
     """Cosine similarity of image and prompt in the features of a CLIP, from -1 to 1.
 
     Args:
-        decode: latents to images.
-        model: of the features.
         prompts: see :class:`DecodedReward`; their features are computed once, here.
     """
 
@@ -99,7 +96,6 @@ class ImageReward(DecodedReward):
     reads the tokenizer ``bert-base-uncased`` from the local cache of the model hub, or fetches it from there.
 
     Args:
-        decode: latents to images.
         prompts: see :class:`DecodedReward`; they are tokenised once, here.
         weights: a safetensors file converted from the package's ``ImageReward.pt``. The package's
             ``med_config.json`` lies beside it.

@@ -87,12 +87,9 @@ def assess(
     Energies are in hartree. A mean over no molecule is NaN, which the counts beside it explain.
 
     Args:
-        molecules: that were generated.
         rewards: minus their energies, (molecules,), NaN where the calculation failed.
         failures: why, or None, for each.
         structures: their structures, valid or not.
-        known: canonical SMILES of the training data.
-        reference: composition of the training data.
 
     Returns:
         ``molecules``; ``reward_*`` over all converged molecules and ``valid_reward_*`` over the valid

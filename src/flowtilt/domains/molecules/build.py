@@ -63,7 +63,6 @@ def separated_atoms(shares: TypeShares, workers: int | None = None) -> StateEner
     taken off, since the shares of an atom have a fixed sum and what would change it leads nowhere.
 
     Args:
-        shares: of the states' types.
         workers: processes to use; by default one for each processor.
 
     Raises:
@@ -98,9 +97,7 @@ def build_model(
     """A freshly initialised flow; its weights follow from the name and the seed alone.
 
     Args:
-        config: of it.
         size_weights: of the data, (largest + 1,); without them, to be had from a checkpoint.
-        seed: of the weights.
     """
     if size_weights is None:
         size_weights = torch.ones(config.subset.largest + 1)

@@ -262,8 +262,6 @@ class MoleculeSource:
     """Draws of packed molecules for training, each with its mask.
 
     Args:
-        molecules: to draw from.
-        units: of the states.
         window: share of the molecules, sorted by size, that a batch is drawn from. 1 draws from all;
             a small window gives batches of nearly one size, with little padding, and leaves each
             molecule as likely as any other.

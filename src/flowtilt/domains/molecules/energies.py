@@ -94,7 +94,6 @@ def evaluate(
     Args:
         coordinates: ångström, (batch, atoms, 3).
         numbers: atomic numbers, (batch, atoms); zero where there is no atom.
-        settings: of the calculation.
         pool: of workers; by default one shared by this process, with a worker for each processor.
 
     Raises:
@@ -192,14 +191,11 @@ class XTBReward(Reward):
     and returns the type of the states.
 
     Args:
-        decode: states to molecules.
-        settings: of the calculation.
         workers: processes to use; by default one for each processor.
         separated: the energy of a state's separated atoms, whose gradient on the types is added; without it
             there is no gradient on them.
 
     Attributes:
-        evaluated: molecules evaluated since the reward was made.
         failures: how many of them failed, by reason.
     """
 

@@ -60,14 +60,10 @@ class Description:
     """What a model of FlowMol's is.
 
     Attributes:
-        name: of the model.
         parameterization: FlowMol's word for its kind: ``endpoint`` for the Gaussian and the simplex ones.
         elements: symbols of the atom types, in the order of their columns.
-        charges: number of formal charges that are told apart.
         bonds: number of bond orders, none included.
         priors: of each feature, the name and the arguments of FlowMol's function.
-        schedules: of each feature, the kind, and nu of a cosine.
-        network: arguments of FlowMol's network.
     """
 
     name: str
@@ -191,8 +187,6 @@ class FlowMolFlow(FlowModel):
     columns up to the largest.
 
     Args:
-        description: of the model.
-        network: FlowMol's.
         size_weights: how often each number of atoms occurs, from 0 to the largest, (largest + 1,).
         time_power: see :class:`flowtilt.model.FlowModel`.
     """
@@ -252,7 +246,6 @@ class FlowMolFlow(FlowModel):
         Args:
             x: states, (batch, columns).
             t: times, () or (batch,).
-            masks: of the features' rows.
             probabilities: whether categories are given by them.
         """
         features = [part[mask] for part, mask in zip(self.layout.split(x), masks, strict=True)]

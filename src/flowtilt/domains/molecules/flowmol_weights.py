@@ -36,7 +36,6 @@ def load_flowmol(name: str, weights: Path, time_power: float = 1.0) -> tuple[Flo
     """A model of FlowMol's Gaussian kind, frozen, and the decoder and the types of its states.
 
     Args:
-        name: of the model.
         weights: converted, or fine-tuned from those.
         time_power: see :class:`flowtilt.model.FlowModel`.
 

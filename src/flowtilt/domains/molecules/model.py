@@ -24,8 +24,6 @@ class MoleculeFlow(FlowModel):
     The context is the mask of atoms, bools, (batch, atoms).
 
     Args:
-        settings: sizes of the network.
-        units: of the states.
         size_weights: how often each number of atoms occurs, from 0 to the largest, (largest + 1,).
         type_weight: of the types' cross entropy in the loss, beside the coordinates' mean square.
         time_power: see :class:`flowtilt.model.FlowModel`.

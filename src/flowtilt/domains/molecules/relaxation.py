@@ -26,7 +26,6 @@ class RelaxationSettings:
         radius: how far a coordinate may go in one run of the optimiser, in ångström. It starts again
             from there, and with a third of the radius where it met a geometry without an energy.
         seconds: processor time that one molecule may take; it takes about a second.
-        xtb: settings of the energies.
     """
 
     gradient: float = 5e-4
@@ -47,7 +46,6 @@ class Relaxed(NamedTuple):
         gain: initial minus final energy, in hartree; NaN if there is no initial energy.
         coordinates: of the lowest energy found, ångström, (atoms, 3).
         converged: whether these are a minimum to the tolerance of the settings.
-        evaluations: energies that were computed.
         failure: why there is no initial energy, or None.
     """
 
@@ -67,7 +65,6 @@ def relax(
 
     Args:
         molecules: as :func:`flowtilt.domains.molecules.energies.molecules_of` gives them.
-        settings: of the relaxation.
         pool: of workers; by default one shared by this process, with a worker for each processor.
 
     Raises:

@@ -81,12 +81,6 @@ def generated(
 ) -> tuple[Tensor, Tensor]:
     """Molecules of a flow, drawn in batches of nearly one size, which saves padding.
 
-    Args:
-        base: the model.
-        count: of molecules.
-        settings: of the probability-flow ODE.
-        generator: of the sizes and of the noise.
-
     Returns:
         coordinates in ångström (count, atoms, 3) and atomic numbers (count, atoms), zero where there is
         no atom.

@@ -55,7 +55,6 @@ class Lost:
 
     Attributes:
         timed_out: whether the item exceeded its time; else the worker crashed.
-        detail: what happened, for messages.
     """
 
     timed_out: bool

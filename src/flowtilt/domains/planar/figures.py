@@ -148,9 +148,7 @@ def landscape_figure(
 
     Args:
         height: heights (n,) at points (n, 2).
-        half: half the side of the window.
         unit: ``cost`` or ``reward``, what the height is.
-        title: of the figure.
         pretrained: samples (n, 2) of the pretrained model, for contours.
     """
     drawn = relief(height, half)
@@ -204,8 +202,6 @@ def densities_figure(
 
     Args:
         height: heights (n,) at points (n, 2), or None where there is no landscape.
-        half: half the side of the window.
-        runs: the experiment.
         samples: points (n, 2) of each method's network, pooled over seeds.
         distributions: by solution, averaged over seeds.
     """
@@ -305,7 +301,6 @@ def histograms_figure(
     """How the heights are distributed, a panel a method, with the tail marked.
 
     Args:
-        runs: the experiment.
         rewards: of each method's network samples, (n,).
         distributions: by solution, for the lines of the exact rows.
         tails: tail metric of every row, by row name.

@@ -72,7 +72,6 @@ def finite_distribution(grid: Grid, log_density: np.ndarray) -> FiniteDistributi
     """The distribution on a grid's cells of a log-density there, which is its own reference.
 
     Args:
-        grid: the grid.
         log_density: in nats at the cell centres, up to a constant, (cells, cells); or of every mode,
             (modes, cells, cells). The distribution is then one of pairs of a cell and a mode, mode by mode,
             with modes equally likely.

@@ -33,7 +33,6 @@ class PlanarFlow(FlowModel):
     """A multilayer perceptron on (x, y, t), whose output stands for a velocity or a score.
 
     Args:
-        path: the interpolant.
         widths: sizes of the hidden layers; FDC's official code has 512, 512, 256.
         activation: ``relu`` or ``silu``.
         prediction: what the network puts out. A score is smooth up to the data on the

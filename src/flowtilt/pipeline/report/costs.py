@@ -344,10 +344,8 @@ def write_costs(
     The data are the lines of :class:`Cost` (part ``runs``), then the totals (part ``rules``).
 
     Args:
-        files: of experiments and studies.
         overrides: merged into every experiment last.
         benchmarks: folder of Snakemake's benchmark files, which lies in that of the results.
-        prefix: of the files to write.
         earlier: ``costs.csv`` of an earlier run: of files without a run in the results its lines are kept,
             and its totals are added, with what was run again.
 

@@ -35,7 +35,6 @@ class Method:
     """A method of an experiment.
 
     Attributes:
-        name: as in the paths of its runs.
         kind: ``pretrained``, ``am``, ``fdc`` or ``tfft``.
         value: where it stands on a study's axis, if the methods of one case differ in that.
     """
@@ -50,14 +49,11 @@ class Runs:
     """What the tables and figures need to know of one experiment, or of one case of a study.
 
     Attributes:
-        name: as in the paths of its runs.
         methods: in the order of the tables.
         seeds: every one of them must have been run.
         unit: ``cost`` or ``reward``, what the landscape's height is.
         mass: probability of the tail that the methods look at; 1 if they look at all of the distribution.
         tail_metric: name of the mean over that tail, or of another metric that the tables lead with.
-        title: one line for people.
-        of: the experiment that a case derives from.
         value: where a case stands on its study's axis, if the cases differ in that.
         solutions: of each method, the network's first.
         solved_apart: whether the other solutions have folders of their own, for all methods together.
@@ -151,7 +147,6 @@ def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
     """All metrics of an experiment or case in long form.
 
     Args:
-        results: root of the results.
         runs: of which every one must have been run; ``pretrained`` alone may have no solved row.
 
     Returns:

@@ -92,10 +92,8 @@ def experiment_table(
     """The table of an ordinary experiment.
 
     Args:
-        shown: its file.
         groups: metrics of each part by its caption, from the table's own; by default all under that.
         findings: sentences on what holds of what should, from all metrics; they are above the note.
-        note: what the rows and metrics are.
 
     Raises:
         ResultsError: if a file of results is missing or malformed.

@@ -59,7 +59,6 @@ class Problem:
     """``max_p F(p) - alpha KL(p || base)`` on n cells.
 
     Attributes:
-        utility: F, concave.
         alpha: KL weight, positive.
         log_base: log probabilities of the pretrained distribution, (n,).
     """
@@ -218,7 +217,6 @@ def build_problem(config: UtilityConfig, points: np.ndarray, log_base: np.ndarra
     """A configured problem on a grid in the plane.
 
     Args:
-        config: the problem.
         points: cell centres, (n, 2).
         log_base: log probabilities of the pretrained distribution, (n,).
     """
