@@ -19,6 +19,7 @@ from flowtilt.functionals.base import (
     FiniteDistribution,
     FirstVariation,
     Functional,
+    MeanOfVariation,
     gradient_of,
     per_sample,
 )
@@ -78,7 +79,7 @@ def _log_ratios(distribution: FiniteDistribution) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class KL(Functional):
+class KL(MeanOfVariation):
     """``KL(p || reference)``; the value needs likelihoods, the gradient only scores.
 
     Attributes:
@@ -97,11 +98,6 @@ class KL(Functional):
 
     def __post_init__(self) -> None:
         check(self, "a KL divergence's ", score_time=between(0, 1), pairs=at_least(0))
-
-    def value(self, distribution: Distribution) -> float:
-        return float(
-            self.linearise(distribution).value(distribution.samples, distribution.context).double().mean()
-        )
 
     def linearise(self, distribution: Distribution) -> ScoreDifference:
         return ScoreDifference(distribution.model, self.reference, self.score_time, self.ode, self.pairs)
