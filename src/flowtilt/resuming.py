@@ -38,11 +38,7 @@ class Resumption:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        of: str,
-        seconds: float | None = None,
-        resumed: Callable[[], None] | None = None,
+        self, folder: Path, of: str, seconds: float | None = None, resumed: Callable[[], None] | None = None
     ) -> None:
         self.folder, self.of, self.resumed = folder, of, resumed
         self.seconds = number(SECONDS, 60.0) if seconds is None else seconds

@@ -63,11 +63,8 @@ class Penalty:
 
     def weight(self, slopes: ArrayLike) -> np.ndarray:
         """``(f*)'(s)``, any shape; infinite from the end of the domain on, for orders below 1."""
-        return np.exp(self._log_weight(slopes))
-
-    def _log_weight(self, slopes: ArrayLike) -> np.ndarray:
         s = np.asarray(slopes, dtype=np.float64) / self.curvature
-        return _log_weights(self.order, 0.0, -s)
+        return np.exp(_log_weights(self.order, 0.0, -s))
 
 
 PENALTIES: dict[str, Penalty] = {

@@ -16,6 +16,7 @@ import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from typing import Any, Literal
 
 from flowtilt.functionals.base import Functional, Need, Tier, WeightedSum
@@ -225,24 +226,17 @@ def _to_text(data: Any) -> str:
     return data
 
 
-def number(required: bool = True) -> Parameter:
-    """A finite real number."""
-    return Parameter(_to_number, required)
+number = partial(Parameter, _to_number)
+"""A finite real number."""
 
+whole = partial(Parameter, _to_whole)
+"""A whole number."""
 
-def whole(required: bool = True) -> Parameter:
-    """A whole number."""
-    return Parameter(_to_whole, required)
+numbers = partial(Parameter, _to_numbers)
+"""A list of finite real numbers."""
 
-
-def numbers(required: bool = True) -> Parameter:
-    """A list of finite real numbers."""
-    return Parameter(_to_numbers, required)
-
-
-def text(required: bool = True) -> Parameter:
-    """A name."""
-    return Parameter(_to_text, required)
+text = partial(Parameter, _to_text)
+"""A name."""
 
 
 def section(kind: type, required: bool = False) -> Parameter:
@@ -299,10 +293,7 @@ UTILITIES = Registry(
             examples=tuple({"criterion": name} for name in ("log_det", "trace", "eigenvalue")),
         ),
         "diverse_modes": Entry(
-            DiverseModes,
-            takes=("score_time", "ode"),
-            parameters={"modes": whole()},
-            examples=({"modes": 2},),
+            DiverseModes, takes=("score_time", "ode"), parameters={"modes": whole()}, examples=({"modes": 2},)
         ),
         "log_barrier": Entry(
             LogBarrier,

@@ -136,9 +136,7 @@ COMMANDS = {
     ),
     "check": Command("Refuse experiments that no job could use.", "flowtilt.pipeline.cli:check", ("config",)),
     "table": Command("Write an experiment's or a study's table.", f"{_REPORT}.tables:write_table", _FILE),
-    "figures": Command(
-        "Draw an experiment's or a study's figures.", f"{_REPORT}.figures:write_figures", _FILE
-    ),
+    "figures": Command("Draw an experiment's or a study's figures.", f"{_REPORT}.style:write_figures", _FILE),
     "compare": Command(
         "Write the comparison with the papers' values.",
         f"{_REPORT}.tables:write_comparison",

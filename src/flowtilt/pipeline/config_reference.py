@@ -21,13 +21,15 @@ from flowtilt.files import read_text, write_text
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
 from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError, Section
-from flowtilt.pipeline.domain import Chapter, Domain, known_domains
+from flowtilt.pipeline.domain import Chapter, known_domains
 from flowtilt.pipeline.experiment import Study
 from flowtilt.pipeline.theory.config import MirrorDescentConfig, ThresholdStudyConfig
 
 Schema = Mapping[str, Any]
 
-BEGINS, ENDS = (f"<!-- What `flowtilt config-reference` writes {word} here. -->\n" for word in ("begins", "ends"))
+BEGINS, ENDS = (
+    f"<!-- What `flowtilt config-reference` writes {word} here. -->\n" for word in ("begins", "ends")
+)
 """Lines of the file; what is before the first and after the second is written by hand."""
 
 
@@ -73,10 +75,7 @@ _OTHERS = (
 
 def write_reference(output: Path) -> None:
     """Write the reference into a Markdown file, between the lines that say where it goes, if there are some.
-
-    Raises:
-        ConfigError: if a key has no description; the message names it.
-    """
+    Raises ConfigError if a key has no description; the message names it."""
     by_hand = read_text(output) if output.is_file() else "# Configuration\n\n"
     before, after = by_hand.partition(BEGINS)[0], by_hand.partition(ENDS)[2]
     write_text(output, f"{before}{BEGINS}\n{reference()}\n{ENDS}{after}")
@@ -127,15 +126,10 @@ class Found(NamedTuple):
     @property
     def of(self) -> str:
         """How it is told apart from sections of the same name."""
-        first = domain_of_chapter(self.chapters[0])
-        own = list(first.chapters) if first is not None else []
-        everywhere = len(own) > 1 and all(chapter in self.chapters for chapter in own)
-        return first.words if everywhere and first is not None else self.chapters[0].of
-
-
-def domain_of_chapter(chapter: Chapter) -> Domain | None:
-    """The domain whose experiments a chapter is of; None for studies and the theory."""
-    return next((domain for domain in known_domains() if chapter in domain.chapters), None)
+        own = next((domain for domain in known_domains() if self.chapters[0] in domain.chapters), None)
+        if own and len(own.chapters) > 1 and all(chapter in self.chapters for chapter in own.chapters):
+            return own.words
+        return self.chapters[0].of
 
 
 @functools.cache
@@ -251,10 +245,7 @@ def _markdown(text: str) -> str:
 def _keys(schema: Schema, headings: Mapping[type[Section], str]) -> str:
     """The table of a section's keys."""
     required = schema.get("required", ())
-    return _table([_row(key, key in required, own, headings) for key, own in schema["properties"].items()])
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
+    rows = [_row(key, key in required, own, headings) for key, own in schema["properties"].items()]
     lines = ["| key | type and range | default | meaning |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -55,11 +55,8 @@ class Cluster:
 
 
 def ask_cluster() -> Cluster:
-    """The cluster that this machine submits jobs to.
-
-    Raises:
-        ClusterError: if SLURM's commands are not here, or its controller does not answer.
-    """
+    """The cluster that this machine submits jobs to. Raises ClusterError if SLURM's commands are not here, or
+    its controller does not answer."""
     if shutil.which("sbatch") is None:
         raise ClusterError(
             "SLURM's command sbatch was not found: run Snakemake on a machine that submits jobs, such as a "

@@ -27,13 +27,7 @@ from flowtilt.model import FlowModel
 from flowtilt.parallel import processes
 from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.pipeline.domain import Job, domain_of, imported
-from flowtilt.pipeline.files import (
-    StageError,
-    read_schedule,
-    read_threshold,
-    write_arrays,
-    write_history,
-)
+from flowtilt.pipeline.files import StageError, read_schedule, read_threshold, write_arrays, write_history
 from flowtilt.pipeline.solvers import adjoint_matching_settings, build_solver
 from flowtilt.pipeline.states import resumption_of
 from flowtilt.rewards import Reward

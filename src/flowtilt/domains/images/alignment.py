@@ -231,13 +231,21 @@ def load_alignment(name: str, weights: Path | None = None) -> AlignmentModel:
         CheckpointError: if a file is missing, damaged, or not of this model.
         ConfigError: if open_clip is not installed, does not know the name, or would have to download.
     """
-    open_clip = _open_clip()
+    try:
+        import open_clip
+    except ModuleNotFoundError:
+        raise ConfigError("open_clip is not installed; pip install 'flowtilt[images]'") from None
     if Path(name).is_dir() or "/" in name or os.sep in name:
         if weights is not None:
             raise ConfigError(f"{name}: a folder has its own weights; leave out {weights}")
         source = _check_folder(Path(name))
         network = _network(open_clip, f"local-dir:{name}", None, source)
-        tokenizer = _tokenizer_of_folder(open_clip, name)
+        try:
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{name}")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{name}: no tokenizer that can be read ({error}); make or fetch the folder again"
+            ) from None
     else:
         _check_known(open_clip, name)
         source = _check_weights(name, weights)
@@ -245,14 +253,6 @@ def load_alignment(name: str, weights: Path | None = None) -> AlignmentModel:
         tokenizer = open_clip.get_tokenizer(name)
     model = AlignmentModel(network, tokenizer, open_clip.get_model_preprocess_cfg(network))
     return model.to(torch.get_default_device())
-
-
-def _open_clip() -> ModuleType:
-    try:
-        import open_clip
-    except ModuleNotFoundError:
-        raise ConfigError("open_clip is not installed; pip install 'flowtilt[images]'") from None
-    return open_clip
 
 
 def _network(open_clip: ModuleType, identifier: str, pretrained: str | None, source: Path) -> nn.Module:
@@ -276,11 +276,8 @@ def _network(open_clip: ModuleType, identifier: str, pretrained: str | None, sou
 
 
 def _check_folder(folder: Path) -> Path:
-    """The weights of a folder that can be read without downloading.
-
-    Raises:
-        CheckpointError: if it is not there or not complete.
-    """
+    """The weights of a folder that can be read without downloading. Raises CheckpointError if it is not there
+    or not complete."""
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: no such folder; make or fetch it first, or give a name that open_clip knows"
@@ -307,15 +304,6 @@ def _check_folder(folder: Path) -> Path:
         f"{folder / WEIGHTS_FILES[0]}: no such weights; make or fetch them, and convert those of another "
         "format to safetensors"
     )
-
-
-def _tokenizer_of_folder(open_clip: ModuleType, folder: str) -> Any:
-    try:
-        return open_clip.get_tokenizer(f"local-dir:{folder}")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: no tokenizer that can be read ({error}); make or fetch the folder again"
-        ) from None
 
 
 def _check_known(open_clip: ModuleType, name: str) -> None:

@@ -236,9 +236,5 @@ class LatentFlow(FlowModel):
         at = (1 - (tau + 1) / self.path.timesteps).to(x1.dtype)
         wide = broadcast_time(at, x1)
         alpha, beta = self.path.alpha(wide), self.path.beta(wide)
-        target = {
-            "epsilon": x0,
-            "v_prediction": alpha * x0 - beta * x1,
-            "sample": x1,
-        }[self.target]
+        target = {"epsilon": x0, "v_prediction": alpha * x0 - beta * x1, "sample": x1}[self.target]
         return self.predict(alpha * x1 + beta * x0, at, context) - target

@@ -181,11 +181,8 @@ def text_to_image_of(experiment: ImageExperiment, folder: Path) -> TextToImage:
 
 
 def read_model(file: Path) -> Folders:
-    """Where the parts of a model are, from the file of :func:`write_model`.
-
-    Raises:
-        CheckpointError: if the file is missing or malformed.
-    """
+    """Where the parts of a model are, from the file of :func:`write_model`. Raises CheckpointError if the
+    file is missing or malformed."""
     try:
         data = read_json(file)
         return Folders(located(data["pipeline"]["path"]), located(data["alignment"]["path"]))

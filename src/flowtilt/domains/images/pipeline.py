@@ -20,12 +20,7 @@ from flowtilt.domains.images.alignment import warn_of_long
 from flowtilt.domains.images.model import LatentFlow, Target
 from flowtilt.domains.images.rewards import Decode
 from flowtilt.domains.images.schedule import DiscreteSchedule
-from flowtilt.domains.images.sections import (
-    AdapterConfig,
-    ComputeConfig,
-    GuidanceConfig,
-    ScheduleConfig,
-)
+from flowtilt.domains.images.sections import AdapterConfig, ComputeConfig, GuidanceConfig, ScheduleConfig
 from flowtilt.files import read_json
 from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.seeding import seed_of
@@ -115,11 +110,7 @@ def _decoded(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def check_parts(folder: Path) -> None:
-    """Refuse a folder that lacks a part of a pipeline.
-
-    Raises:
-        CheckpointError: naming the part.
-    """
+    """Refuse a folder that lacks a part of a pipeline. Raises CheckpointError, naming the part."""
     whole = "a folder that diffusers' StableDiffusionPipeline.save_pretrained writes has it"
     if not folder.is_dir():
         raise CheckpointError(

@@ -20,6 +20,7 @@ from flowtilt.domains.images import build
 from flowtilt.domains.images.bridges import DESIGNS, BridgeSet, bridge_set, describe
 from flowtilt.domains.images.model import LatentFlow, Prompted
 from flowtilt.domains.images.pipeline import schedule_of
+from flowtilt.domains.images.sampling import as_images
 from flowtilt.domains.images.sections import BridgesConfig, EmbeddedConfig, FitConfig
 from flowtilt.model import Context, FlowModel
 from flowtilt.pretraining import PretrainingSettings, fit, fit_flow
@@ -35,19 +36,9 @@ def settings_of(config: FitConfig) -> PretrainingSettings:
     return PretrainingSettings(**config.model_dump(), margin=0.0)
 
 
-def drawn_set(config: BridgesConfig) -> BridgeSet:
-    """The images that the models are trained on."""
-    return bridge_set(config.count, config.seed, config.size)
-
-
-def held_out_set(config: BridgesConfig, count: int) -> BridgeSet:
-    """Images that no model was trained on."""
-    return bridge_set(count, config.seed + 1, config.size)
-
-
-def scaled(images: np.ndarray) -> Tensor:
-    """Images uint8 (n, size, size, 3) as numbers in [-1, 1], float32 (n, 3, size, size)."""
-    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+def _drawn(config: BridgesConfig, held_out: int = 0) -> BridgeSet:
+    """The images that the models are trained on, or so many that none was."""
+    return bridge_set(held_out or config.count, config.seed + bool(held_out), config.size)
 
 
 def tokens_of(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
@@ -226,8 +217,8 @@ def train_pipeline(
     config: EmbeddedConfig, resumption: Resumption, progress: Progress | None = None
 ) -> tuple[StableDiffusionPipeline, dict[str, History]]:
     """The embedded text-to-image model, trained, and the history of each of its trainings by name."""
-    data = drawn_set(config.bridges)
-    images = scaled(data.images)
+    data = _drawn(config.bridges)
+    images = as_images(data.images)
     pipeline = build.build_pipeline(config)
     histories = {"autoencoder": train_autoencoder(pipeline.vae, images, config, resumption, progress)}
     latents = Latents.of(pipeline.vae, images)
@@ -259,8 +250,8 @@ def train_alignment(
 ) -> tuple[Any, dict[str, History]]:
     """The embedded CLIP, trained, and the history of its training."""
     own = config.alignment
-    data = drawn_set(config.bridges)
-    images, tokens = scaled(data.images), tokens_of(build.build_tokenizer(config.text), data.captions)
+    data = _drawn(config.bridges)
+    images, tokens = as_images(data.images), tokens_of(build.build_tokenizer(config.text), data.captions)
     model = build.build_clip(config)
     generator = generator_of(build.NAME, "alignment")
 
@@ -281,7 +272,7 @@ def train_alignment(
 @torch.no_grad()
 def check_autoencoder(autoencoder: AutoencoderKL, config: EmbeddedConfig, count: int) -> dict[str, float]:
     """Peak signal-to-noise ratio of images that it was not trained on, in decibels."""
-    images = scaled(held_out_set(config.bridges, count).images)
+    images = as_images(_drawn(config.bridges, count).images)
     parts = [
         (autoencoder(part).sample.clamp(-1, 1) - part).square().mean((1, 2, 3))
         for part in images.split(CHUNK)
@@ -297,13 +288,13 @@ def check_alignment(model: Any, config: EmbeddedConfig, count: int) -> dict[str,
         ``design_accuracy``, the mean over designs of the share of their images that are closest to the
         caption of their own, and ``cosine``, the mean similarity of images with their full captions.
     """
-    data = held_out_set(config.bridges, count)
+    data = _drawn(config.bridges, count)
     tokenizer = build.build_tokenizer(config.text)
     features = torch.cat(
-        [model.encode_image(part, normalize=True) for part in scaled(data.images).split(CHUNK)]
+        [model.encode_image(part, normalize=True) for part in as_images(data.images).split(CHUNK)]
     )
     names = list(DESIGNS)
-    classes = model.encode_text(tokens_of(tokenizer, [TEMPLATE.format(n) for n in names]), normalize=True)
+    classes = model.encode_text(tokens_of(tokenizer, [f"a {name} bridge" for name in names]), normalize=True)
     found = (features @ classes.T).argmax(1)
     own = torch.tensor([names.index(bridge.design) for bridge in data.bridges])
     right = [float((found[own == k] == k).float().mean()) for k in own.unique().tolist()]
@@ -314,11 +305,4 @@ def check_alignment(model: Any, config: EmbeddedConfig, count: int) -> dict[str,
             for i in range(0, count, CHUNK)
         ]
     )
-    return {
-        "design_accuracy": float(np.mean(right)),
-        "cosine": float((features * captions).sum(1).mean()),
-    }
-
-
-TEMPLATE = "a {} bridge"
-"""Caption of a design."""
+    return {"design_accuracy": float(np.mean(right)), "cosine": float((features * captions).sum(1).mean())}

@@ -46,11 +46,8 @@ class DecodedReward(Reward):
         """Rewards (batch,) of images in [-1, 1] with the prompts at positions, long (batch,)."""
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
-        """Rewards of latents, shape (batch,).
-
-        Raises:
-            ValueError: if the context does not say which of the prompts each sample has.
-        """
+        """Rewards of latents, shape (batch,). Raises ValueError if the context does not say which of the
+        prompts each sample has."""
         prompt = self._positions(len(x), context)
         images = self.decode(x)
         values = self.score(images, prompt)

@@ -12,6 +12,7 @@ from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.energies import XTBReward
 from flowtilt.domains.molecules.sampling import CHUNK, Base, load_base
+from flowtilt.domains.molecules.xtb import XTBSettings
 from flowtilt.fdc import MirrorAscent
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
@@ -47,7 +48,9 @@ class MoleculesBench(Workbench):
         separated, workers = None, self.job.workers
         if self.experiment.reward.type_gradient == "separated_atoms":
             separated = build.separated_atoms(self.base.types, workers)
-        return XTBReward(self.base.decode, build.build_xtb(self.experiment.reward), workers, separated)
+        return XTBReward(
+            self.base.decode, XTBSettings(**self.experiment.reward.calculation), workers, separated
+        )
 
     def climb(self) -> Climb:
         """FDC on the mean of the best share, less the KL divergence by scores."""

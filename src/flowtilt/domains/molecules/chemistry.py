@@ -96,9 +96,7 @@ class _Refused(Exception):
 
 
 def perceive(
-    molecules: Sequence[Molecule],
-    settings: PerceptionSettings | None = None,
-    pool: WorkerPool | None = None,
+    molecules: Sequence[Molecule], settings: PerceptionSettings | None = None, pool: WorkerPool | None = None
 ) -> list[Structure]:
     """Structures of molecules; valid are those of one fragment, neutral, and without radicals.
 

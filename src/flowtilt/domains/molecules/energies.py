@@ -51,14 +51,6 @@ class Energies(NamedTuple):
         return Counter(failure for failure in self.failures if failure)
 
 
-class Row(NamedTuple):
-    """What :class:`Energies` has of one molecule; the gradient of shape (atoms, 3)."""
-
-    energy: float
-    gradient: np.ndarray
-    failure: Failure | None
-
-
 def molecules_of(coordinates: np.ndarray, numbers: np.ndarray) -> list[Molecule]:
     """The molecules of a padded batch, without their padding.
 
@@ -142,21 +134,6 @@ class _Energy(torch.autograd.Function):
         return grad_output[:, None, None] * gradient, None, None
 
 
-def energy(
-    coordinates: Tensor,
-    numbers: Tensor,
-    settings: XTBSettings | None = None,
-    pool: WorkerPool | None = None,
-) -> tuple[Tensor, Energies]:
-    """Energies in hartree, (batch,), with a gradient on the coordinates, and the same as arrays.
-
-    The tensor has the type and device of the coordinates. Arguments and errors are those of
-    :func:`evaluate`. There is a first derivative only.
-    """
-    computed = evaluate(coordinates.numpy(force=True), numbers.numpy(force=True), settings, pool)
-    return attach(coordinates, computed), computed
-
-
 def attach(coordinates: Tensor, computed: Energies) -> Tensor:
     """Computed energies as a differentiable function of the coordinates that they belong to, (batch,)."""
     values, gradient = (torch.from_numpy(a).to(coordinates) for a in (computed.energy, computed.gradient))
@@ -214,7 +191,7 @@ class XTBReward(Reward):
         self.evaluated = 0
         self.failures: Counter[Failure] = Counter()
         self._workers = workers
-        self._latest: dict[bytes, Row] = {}
+        self._latest: dict[bytes, tuple[float, np.ndarray, Failure | None]] = {}
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         coordinates, numbers = self.decode(x, context)
@@ -235,14 +212,11 @@ class XTBReward(Reward):
         if new:
             fresh = evaluate(positions[new], kinds[new], self.settings, shared_pool(self._workers))
             self._count(fresh)
-            rows = dict(zip((keys[i] for i in new), map(Row, *fresh), strict=True))
+            rows = dict(zip((keys[i] for i in new), zip(*fresh, strict=True), strict=True))
             self._latest = {key: rows.get(key) or self._latest[key] for key in keys}
         known = [self._latest[key] for key in keys]
-        return Energies(
-            np.array([row.energy for row in known]),
-            np.array([row.gradient for row in known]).reshape(*kinds.shape, 3),
-            tuple(row.failure for row in known),
-        )
+        energies, gradients, failures = zip(*known, strict=True) if known else ((), (), ())
+        return Energies(np.array(energies), np.array(gradients).reshape(*kinds.shape, 3), failures)
 
     def _count(self, computed: Energies) -> None:
         counts = computed.counts()

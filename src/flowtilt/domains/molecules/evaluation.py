@@ -51,14 +51,8 @@ def evaluate(job: Job) -> None:
         known = canonical_set(train.smiles.tolist(), pool)
         relaxed = relax(own[: experiment.evaluation.relaxed], RelaxationSettings(xtb=settings), pool)
     rewards = -np.array([point.energy for point in points])
-    assessed = assess(
-        own,
-        rewards,
-        [point.failure for point in points],
-        structures,
-        known,
-        composition(train.as_molecules()),
-    )
+    failures = [point.failure for point in points]
+    assessed = assess(own, rewards, failures, structures, known, composition(train.as_molecules()))
     row: Metrics = named(assessed | assess_relaxation(relaxed)) | tails(experiment, rewards)
     if (history := job.read_if_any("history")) is not None:
         row |= training(history)
@@ -109,12 +103,8 @@ def tails(experiment: MoleculeExperiment, rewards: np.ndarray) -> Metrics:
     }
 
 
-OF_SOLVERS = {
-    "path_kl": "path_kl",
-    "clipped_share": "clipped_share",
-    "effective_sample_size": "effective_sample_size",
-}
-"""Metrics of a fine-tuning that one control solver has, and their columns of its history."""
+OF_SOLVERS = ("path_kl", "clipped_share", "effective_sample_size")
+"""Metrics of a fine-tuning that one control solver has, as its history calls them."""
 
 
 def training(history: Path) -> Metrics:
@@ -129,11 +119,7 @@ def training(history: Path) -> Metrics:
     evaluated, failed = read_history(history, "evaluated"), read_history(history, "failed")
     last = slice(-max(1, len(active) // 5), None)
     present = columns_of(history)
-    own = {
-        name: float(read_history(history, column)[last].mean())
-        for name, column in OF_SOLVERS.items()
-        if column in present
-    }
+    own = {n: float(read_history(history, n)[last].mean()) for n in OF_SOLVERS if n in present}
     return {
         "active_share": float(active.mean()),
         "active_share_final": float(active[last].mean()),

@@ -47,11 +47,8 @@ class Generated:
 
 
 def load_generated(results: str | Path, runs: Runs, method: str) -> Generated:
-    """The energies of a method's molecules, pooled over seeds.
-
-    Raises:
-        ResultsError: if a file is missing or malformed.
-    """
+    """The energies of a method's molecules, pooled over seeds. Raises ResultsError if a file is missing or
+    malformed."""
     rewards, valid = [], []
     for seed in runs.seeds:
         path = run_folder(results, runs, method, "network", seed) / "energies.npz"

@@ -40,11 +40,7 @@ class FlowMolError(RuntimeError):
 
 
 def imported(module: str) -> Any:
-    """A module of FlowMol's, or one that it needs.
-
-    Raises:
-        FlowMolError: if it cannot be imported.
-    """
+    """A module of FlowMol's, or one that it needs. Raises FlowMolError if it cannot be imported."""
     try:
         return importlib.import_module(module)
     except Exception as error:  # builds of dgl for another torch raise errors of the system and others
@@ -86,11 +82,8 @@ class Description:
         return cls(**fields | {"elements": tuple(fields["elements"])})
 
     def check(self) -> None:
-        """See to it that the model is a flow with Gaussian noise, on elements that have an energy.
-
-        Raises:
-            FlowMolError: if it is not.
-        """
+        """See to it that the model is a flow with Gaussian noise, on elements that have an energy. Raises
+        FlowMolError if it is not."""
         where = f"key model.name: {self.name!r}"
         if self.parameterization != "endpoint":
             raise FlowMolError(
@@ -117,11 +110,8 @@ class Description:
             )
 
     def path_of(self, feature: str) -> Interpolant:
-        """The path of one feature, in the time in which the coordinates' is the straight one.
-
-        Raises:
-            FlowMolError: if its schedule is not supported.
-        """
+        """The path of one feature, in the time in which the coordinates' is the straight one. Raises
+        FlowMolError if its schedule is not supported."""
         (kind, nu), (of_coordinates, slowest) = self.schedules[feature], self.schedules["x"]
         if kind == of_coordinates == "linear" or (kind == of_coordinates == "cosine" and nu == slowest > 0):
             return Linear()

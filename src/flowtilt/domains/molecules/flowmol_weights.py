@@ -83,10 +83,8 @@ def _described(weights: Path) -> tuple[Tensor, Tensor]:
 
 def _network(description: Description) -> nn.Module:
     """FlowMol's network, with weights that are yet to be loaded."""
-    fields, scheduler = (
-        imported("flowmol.models.vector_field"),
-        imported("flowmol.models.interpolant_scheduler"),
-    )
+    fields = imported("flowmol.models.vector_field")
+    scheduler = imported("flowmol.models.interpolant_scheduler")
     kinds = {feature: kind for feature, (kind, _) in description.schedules.items()}
     rates = {feature: nu for feature, (kind, nu) in description.schedules.items() if kind == "cosine"}
     try:

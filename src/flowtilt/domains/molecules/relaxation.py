@@ -57,9 +57,7 @@ class Relaxed(NamedTuple):
 
 
 def relax(
-    molecules: Sequence[Molecule],
-    settings: RelaxationSettings | None = None,
-    pool: WorkerPool | None = None,
+    molecules: Sequence[Molecule], settings: RelaxationSettings | None = None, pool: WorkerPool | None = None
 ) -> list[Relaxed]:
     """Relax molecules in worker processes.
 
@@ -73,15 +71,13 @@ def relax(
     settings = settings or RelaxationSettings()
     tasks = [(molecule, settings) for molecule in molecules]
     results = (pool or shared_pool()).map(relax_one, tasks, settings.seconds)
-    return [
-        _lost(molecule, result) if isinstance(result, Lost) else result
-        for molecule, result in zip(molecules, results, strict=True)
-    ]
-
-
-def _lost(molecule: Molecule, lost: Lost) -> Relaxed:
-    reason = Failure.TIME if lost.timed_out else Failure.CRASHED
-    return Relaxed(math.nan, molecule.coordinates, False, 0, reason)
+    found = []
+    for molecule, result in zip(molecules, results, strict=True):
+        if isinstance(result, Lost):
+            reason = Failure.TIME if result.timed_out else Failure.CRASHED
+            result = Relaxed(math.nan, molecule.coordinates, False, 0, reason)
+        found.append(result)
+    return found
 
 
 class _Stopped(Exception):

@@ -106,11 +106,7 @@ def failed(atoms: int, failure: Failure, detail: str = "") -> Point:
 
 
 def single_point(task: tuple[Molecule, XTBSettings]) -> Point:
-    """Energy and gradient of one molecule.
-
-    Raises:
-        ImportError: if tblite is not installed.
-    """
+    """Energy and gradient of one molecule. Raises ImportError if tblite is not installed."""
     molecule, settings = task
     if problem := _unfit(molecule, settings):
         return failed(len(molecule.numbers), problem)
@@ -159,11 +155,7 @@ def supported(numbers: np.ndarray) -> bool:
 
 
 def check_elements(numbers: np.ndarray) -> None:
-    """Refuse elements that are not supported.
-
-    Raises:
-        ValueError: naming them.
-    """
+    """Refuse elements that are not supported. Raises ValueError, naming them."""
     if not supported(numbers):
         unknown = sorted({int(z) for z in numbers} - VALENCE_ELECTRONS.keys())
         raise ValueError(f"elements {unknown} are not supported, only {sorted(VALENCE_ELECTRONS)}")

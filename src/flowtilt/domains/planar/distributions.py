@@ -161,10 +161,7 @@ def grid_metrics(experiment: FunctionalExperiment, problem: GridProblem, log_p: 
 
 
 def sample_metrics(
-    experiment: FunctionalExperiment,
-    cloud: Cloud,
-    rewards: np.ndarray | None,
-    reference: Cloud | None,
+    experiment: FunctionalExperiment, cloud: Cloud, rewards: np.ndarray | None, reference: Cloud | None
 ) -> Metrics:
     """Metrics of a run's samples, by the same names as those of the grid."""
     metrics: Metrics = {}

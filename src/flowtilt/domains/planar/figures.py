@@ -308,11 +308,20 @@ def histograms_figure(
     """
     figure = Figure(figsize=(7.2, 1.75 * len(runs.methods) + 1.0))
     panels = figure.subplots(len(runs.methods), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    edges = runs.sign * next(iter(distributions.values())).edges
-    edges = _thinned(edges, most=60)
+    every = runs.sign * next(iter(distributions.values())).edges
+    kept = every[:: max(1, math.ceil((len(every) - 1) / 60))]  # at most about so many bins, and the last edge
+    edges = np.sort(np.append(kept, every[-1:] if kept[-1] != every[-1] else []))
     smallest = 0.3 / max(len(values) for values in rewards.values())
     for axes, method in zip(panels, runs.methods, strict=True):
-        _histogram_panel(axes, runs, method, rewards[method.name], distributions, edges)
+        heights = np.clip(runs.sign * rewards[method.name], edges[0], edges[-1])
+        shares = np.histogram(heights, edges)[0] / len(heights)
+        axes.stairs(shares, edges, fill=True, color=COLOURS[method.kind], alpha=0.45)
+        for solution, distribution in distributions.items():
+            row = row_name(method.name, solution)
+            if row in distribution.rewards:
+                centres = runs.sign * 0.5 * (distribution.edges[1:] + distribution.edges[:-1])
+                solved = np.histogram(centres, edges, weights=distribution.rewards[row])[0]
+                axes.stairs(solved, edges, color="black", linestyle=_STYLES[solution], linewidth=1.3)
         _mark_tail(axes, runs, method, rewards[method.name], tails, reported)
         axes.set_yscale("log")
         axes.set(ylim=(smallest, 10.0), ylabel="share of\nsamples")
@@ -326,33 +335,6 @@ def histograms_figure(
         handles=_histogram_legend(runs, distributions, bool(reported)), loc="outside lower center", ncols=4
     )
     return figure
-
-
-def _thinned(edges: np.ndarray, most: int) -> np.ndarray:
-    """Every k-th edge and the last one, so that at most about ``most`` bins remain."""
-    step = max(1, math.ceil((len(edges) - 1) / most))
-    kept = edges[::step]
-    return kept if (len(edges) - 1) % step == 0 else np.append(kept, edges[-1])
-
-
-def _histogram_panel(
-    axes: Axes,
-    runs: Runs,
-    method: Method,
-    rewards: np.ndarray,
-    distributions: Mapping[str, Distributions],
-    edges: np.ndarray,
-) -> None:
-    rising = np.sort(edges)
-    heights = np.clip(runs.sign * rewards, rising[0], rising[-1])
-    shares = np.histogram(heights, rising)[0] / len(heights)
-    axes.stairs(shares, rising, fill=True, color=COLOURS[method.kind], alpha=0.45)
-    for solution, distribution in distributions.items():
-        row = row_name(method.name, solution)
-        if row in distribution.rewards:
-            centres = runs.sign * 0.5 * (distribution.edges[1:] + distribution.edges[:-1])
-            solved = np.histogram(centres, rising, weights=distribution.rewards[row])[0]
-            axes.stairs(solved, rising, color="black", linestyle=_STYLES[solution], linewidth=1.3)
 
 
 def _mark_tail(
@@ -456,12 +438,7 @@ def _place_ticks(axes: Axes, ticks: Sequence[float]) -> None:
 
 
 def _mark_resolution(
-    axes: Axes,
-    points: list[Point],
-    of: str,
-    metric: str,
-    tolerance: float,
-    resolution: float | None,
+    axes: Axes, points: list[Point], of: str, metric: str, tolerance: float, resolution: float | None
 ) -> None:
     """Mark the measured resolution, and shade where every series' network is near its exact row."""
     if resolution:

@@ -80,11 +80,8 @@ class PlanarFlow(FlowModel):
         return context if self.modes else None
 
     def predict(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
-        """The network's own output at states (batch, 2), times () or (batch,) and modes long (batch,).
-
-        Raises:
-            ValueError: if the flow has modes, and the context is not one for each state.
-        """
+        """The network's own output at states (batch, 2), times () or (batch,) and modes long (batch,). Raises
+        ValueError if the flow has modes, and the context is not one for each state."""
         first, *rest = self._linears()
         h = self._through(first, x, t, context)
         in_place = not torch.is_grad_enabled()  # nobody else holds h, unless a backward pass will need it

@@ -217,12 +217,7 @@ def findings(points: list[Point], study: StudyRuns) -> list[str]:
 
 
 def _where_it_resolves(
-    study: StudyRuns,
-    of: str,
-    series: str,
-    metric: str,
-    found: list[tuple[float, float]],
-    tolerance: float,
+    study: StudyRuns, of: str, series: str, metric: str, found: list[tuple[float, float]], tolerance: float
 ) -> str:
     start = resolves_from(found, tolerance)
     within = f"within {100 * tolerance:g} % of the exact row's"

@@ -177,10 +177,7 @@ def collect_runs(results: str | Path, runs: Iterable[Runs]) -> pd.DataFrame:
 
 def read_by_seed(path: str | Path) -> pd.DataFrame:
     """Every metric of every row and seed, as :func:`collect_runs` has them, from a file of an earlier run.
-
-    Raises:
-        ResultsError: if it is not such a file.
-    """
+    Raises ResultsError if it is not such a file."""
     try:
         frame = pd.read_csv(StringIO(read_text(path)), dtype=str)  # numbers are then read exactly
         return frame[list(LONG_COLUMNS)].astype({"value": float, "seed": int})
@@ -195,11 +192,8 @@ def _long(records: Sequence[tuple[str, str, str, int, float]]) -> pd.DataFrame:
 
 
 def read_metrics(path: Path) -> dict[str, dict[str, float]]:
-    """The rows of one metrics file; null becomes NaN.
-
-    Raises:
-        ResultsError: if the file is missing or malformed.
-    """
+    """The rows of one metrics file; null becomes NaN. Raises ResultsError if the file is missing or
+    malformed."""
     if not path.is_file():
         raise ResultsError(missing(path))
     try:
@@ -230,11 +224,8 @@ def _number(metric: str, value: Any) -> float:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV table as text, checked for columns that it must have.
-
-    Raises:
-        ResultsError: if it is missing, no table, or lacks a column.
-    """
+    """A CSV table as text, checked for columns that it must have. Raises ResultsError if it is missing, no
+    table, or lacks a column."""
     if not path.is_file():
         raise ResultsError(f"{path}: no such file; restore it, or make it again")
     try:
@@ -252,11 +243,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def read_history(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A run's history, a line an update, as numbers.
-
-    Raises:
-        ResultsError: if it is missing or malformed.
-    """
+    """A run's history, a line an update, as numbers. Raises ResultsError if it is missing or malformed."""
     if not path.is_file():
         raise ResultsError(missing(path))
     table = read_csv(path, columns)
@@ -276,11 +263,8 @@ def totals_of(history: pd.DataFrame, *columns: str) -> pd.Series:
 
 
 def read_arrays(path: Path, *needed: str) -> dict[str, np.ndarray]:
-    """All arrays of an npz file by name.
-
-    Raises:
-        ResultsError: if it is missing, not whole, or lacks an array that is needed.
-    """
+    """All arrays of an npz file by name. Raises ResultsError if it is missing, not whole, or lacks an array
+    that is needed."""
     if not path.is_file():
         raise ResultsError(missing(path))
     try:
@@ -346,9 +330,7 @@ def summarise(long: pd.DataFrame) -> pd.DataFrame:
     """
     groups = long.groupby(["experiment", "method", "metric"], sort=False)["value"]
     summary = groups.agg(
-        value=lambda v: mean_sd(v.to_numpy())[0],
-        sd=lambda v: mean_sd(v.to_numpy())[1],
-        seeds="size",
+        value=lambda v: mean_sd(v.to_numpy())[0], sd=lambda v: mean_sd(v.to_numpy())[1], seeds="size"
     )
     return summary.reset_index()[list(SUMMARY_COLUMNS)]
 

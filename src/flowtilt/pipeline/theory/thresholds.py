@@ -31,7 +31,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import logsumexp
 
-from flowtilt.pipeline.theory.config import BatchConfig, ShiftConfig, TailConfig, ThresholdStudyConfig
+from flowtilt.pipeline.theory.config import BatchConfig, ShiftConfig, ThresholdStudyConfig
 from flowtilt.seeding import seed_of
 from flowtilt.theory.reward_distributions import RewardDistribution, TailDual
 from flowtilt.thresholds import descend_threshold, dual_objective, threshold
@@ -45,20 +45,14 @@ OFFSETS = 120  # points of the search for the furthest threshold, on either side
 WIDEST_GAPS = 200  # between neighbouring rewards, where second differences are clear of rounding
 
 
-def build_distribution(config: TailConfig) -> RewardDistribution:
-    """The configured distribution of rewards."""
-    distribution = config.distribution
-    return RewardDistribution(
-        tuple(distribution.weights), tuple(distribution.means), tuple(distribution.deviations)
-    )
-
-
 def study(config: ThresholdStudyConfig) -> dict[str, list[Row]]:
     """All four parts of the study, as rows by the name of the table that they go to."""
-    duals = {
-        name: {tail: TailDual(build_distribution(of), of.alpha, of.mass, tail) for tail in of.tails}
-        for name, of in config.problems.items()
-    }
+    duals = {}
+    for name, of in config.problems.items():
+        own = of.distribution
+        parts = (tuple(part) for part in (own.weights, own.means, own.deviations))
+        distribution = RewardDistribution(*parts)
+        duals[name] = {tail: TailDual(distribution, of.alpha, of.mass, tail) for tail in of.tails}
     tables: dict[str, list[Row]] = {"errors": [], "fits": [], "descent": [], "rates": [], "convexity": []}
     for name, pair in duals.items():
         errors = batch_errors(name, pair, config.batches)
