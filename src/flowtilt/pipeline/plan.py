@@ -49,8 +49,6 @@ class Plan:
     files: Files
     theory: Mapping[str, TheoryConfig]
 
-    # ------------------------------------------------------------------------- which experiments
-
     @cached_property
     def experiments(self) -> dict[str, Experiment]:
         """All experiments, cases of studies among them, by name."""
@@ -90,8 +88,6 @@ class Plan:
         """The environment that the figures of a file are drawn in."""
         return self.domain_of_file(name).environment
 
-    # ------------------------------------------------------------------------ digests and addresses
-
     @cached_property
     def config_files(self) -> dict[str, str]:
         """The resolved configuration that the jobs of each experiment read, at its content's address."""
@@ -122,8 +118,6 @@ class Plan:
     def theory_overrides(self, theory: str) -> str:
         """What is merged into a study of the theory, as the command line takes it."""
         return json.dumps(self.config.theory_overrides.get(theory, {}), sort_keys=True)
-
-    # ----------------------------------------------------------------------------- files of runs
 
     def runs_of(self, experiment: Experiment) -> Iterator[Run]:
         """All runs of an experiment."""
@@ -195,8 +189,6 @@ class Plan:
     def for_all(self, files_of: Callable[[str], list[str]]) -> list[str]:
         """The files of all experiment files that are run, each once."""
         return unique(file for name in self.config.experiments for file in files_of(name))
-
-    # ---------------------------------------------------------------------------------- targets
 
     @cached_property
     def runs(self) -> list[str]:

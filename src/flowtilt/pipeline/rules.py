@@ -55,8 +55,6 @@ class StageRule:
         """Whether a job is of several experiments."""
         return self.stage.scope != "run"
 
-    # ------------------------------------------------------------------------------------ files
-
     @cached_property
     def outputs(self) -> dict[str, str | list[str]]:
         """What a job writes, by role: patterns with wildcards in braces."""
@@ -117,8 +115,6 @@ class StageRule:
             for method in experiment.methods:
                 if self.stage.has(experiment, method):
                     yield Run(self.results, experiment, method, seed)
-
-    # ---------------------------------------------------------------------------------- the job
 
     def log(self) -> str:
         """Path of log and benchmark below the rule's folder, without its ending."""

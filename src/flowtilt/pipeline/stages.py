@@ -101,9 +101,6 @@ def workbench_of(job: Job) -> Workbench:
     return found
 
 
-# -------------------------------------------------------------------------------- offline batch
-
-
 def offline(job: Job) -> None:
     """Draw the offline batch of the pretrained model by the memoryless process, with rewards and contexts.
 
@@ -129,9 +126,6 @@ def offline(job: Job) -> None:
     arrays["context"] = torch.zeros(count, dtype=torch.int64) if labels is None else labels
     bench.close()
     write_arrays(job.outputs["offline"], **{name: array.numpy(force=True) for name, array in arrays.items()})
-
-
-# ---------------------------------------------------------------------------------- fine-tuning
 
 
 def finetune(job: Job) -> None:

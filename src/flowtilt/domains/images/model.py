@@ -144,8 +144,6 @@ class LatentFlow(FlowModel):
                     f"adapter.{key} is {self.adapter[name]}"
                 )
 
-    # ------------------------------------------------------------------------------ contexts
-
     def use_prompts(self, table: Tensor, empty: Tensor) -> None:
         """Set the prompts that contexts are drawn from.
 
@@ -184,8 +182,6 @@ class LatentFlow(FlowModel):
     def context_labels(self, context: Context) -> Tensor:
         """Positions of the prompts."""
         return context.prompt
-
-    # ------------------------------------------------------------------------------- the flow
 
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
         return self.standard_normal(count, *self.shape, generator=generator)

@@ -48,9 +48,6 @@ class Folders(NamedTuple):
     alignment: Path
 
 
-# ------------------------------------------------------------------------------------ training
-
-
 def train_pipeline(job: Job) -> None:
     """Train the experiment's embedded text-to-image model, and write its folder.
 
@@ -128,9 +125,6 @@ def _curve(history: list[dict[str, float]]) -> dict[str, Any]:
         "wall_seconds": round(history[-1]["seconds"], 1),
         "loss": [{"updates": e, "mean": round(float(losses[e - window : e].mean()), 5)} for e in ends],
     }
-
-
-# ------------------------------------------------------------------------------------ checking
 
 
 def write_model(job: Job) -> None:

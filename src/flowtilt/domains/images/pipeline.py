@@ -106,9 +106,6 @@ def _decoded(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
     return images.clamp(-1, 1)
 
 
-# ---------------------------------------------------------------------------------- the parts
-
-
 def check_parts(folder: Path) -> None:
     """Refuse a folder that lacks a part of a pipeline. Raises CheckpointError, naming the part."""
     whole = "a folder that diffusers' StableDiffusionPipeline.save_pretrained writes has it"

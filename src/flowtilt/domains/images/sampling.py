@@ -58,9 +58,6 @@ def load_reward(experiment: ImageExperiment, model: Path, decode: Decode) -> Rew
     return ClipReward(decode, load_scorer(experiment, model), experiment.prompts)
 
 
-# ------------------------------------------------------------------------------------ images
-
-
 def sample(job: Job) -> None:
     """Draw the images of a run by the memoryless process, as PNG files; see :func:`image_name`.
 

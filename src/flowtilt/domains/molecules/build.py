@@ -8,14 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowtilt.domains.molecules.data import Molecules, load
+from flowtilt.checkpoints import save_weights
+from flowtilt.control.base import Progress
+from flowtilt.devices import generator_of
+from flowtilt.domains.molecules.data import Molecules, MoleculeSource, load
 from flowtilt.domains.molecules.energies import Decoder, StateEnergy, TypeShares
 from flowtilt.domains.molecules.model import MoleculeFlow
 from flowtilt.domains.molecules.sections import MoleculeConfig, UnitsConfig
 from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, unpack
 from flowtilt.domains.molecules.workers import Lost, WorkerError, shared_pool
 from flowtilt.domains.molecules.xtb import Molecule, atomic_energy
-from flowtilt.model import Context
+from flowtilt.model import Context, FlowModel
+from flowtilt.pretraining import PretrainingSettings, Watch, fit_flow
+from flowtilt.resuming import Slot
 from flowtilt.seeding import seed_of
 
 ATOM_SECONDS = 60.0
@@ -101,3 +106,27 @@ def build_model(
 def subset_of(config: MoleculeConfig, molecules: Path) -> Molecules:
     """The molecules of the configuration, from a file of :func:`flowtilt.domains.molecules.data.prepare`."""
     return load(molecules).of_size(config.subset.smallest, config.subset.largest)
+
+
+def pretrain(
+    config: MoleculeConfig,
+    molecules: Path,
+    seed: int,
+    output: Path,
+    slot: Slot,
+    progress: Progress | None = None,
+    watch: Watch[FlowModel] | None = None,
+) -> list[dict[str, float]]:
+    """Pretrain the configured flow on the training split; returns the history, a row an update."""
+    chosen = subset_of(config, molecules)
+    sizes = torch.zeros(config.subset.largest + 1, dtype=torch.float64)
+    weights = chosen.size_weights()
+    sizes[: len(weights)] = weights
+    model = build_model(config, sizes, seed)
+    keys = config.pretrain.model_dump(exclude={"window", "type_weight", "check"})
+    source = MoleculeSource(chosen.of_split("train"), config.units, config.pretrain.window)
+    generator = generator_of(config.name, "pretrain", seed)
+    settings = PretrainingSettings(**keys)
+    history = fit_flow(model, source, settings, generator, progress, slot, watch)
+    save_weights(model, output)
+    return history

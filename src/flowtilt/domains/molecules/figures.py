@@ -58,9 +58,6 @@ def load_generated(results: str | Path, runs: Runs, method: str) -> Generated:
     return Generated(np.concatenate(rewards), np.concatenate(valid).astype(bool))
 
 
-# ------------------------------------------------------------------------------- histograms
-
-
 def energies_figure(
     runs: Runs, generated: Mapping[str, Generated], reported: Mapping[str, Mapping[str, float]]
 ) -> Figure:
@@ -109,8 +106,6 @@ def _mark_tail(
             said.append(f"reported ({source}) {values[method]:g}")
     return "; ".join(said)
 
-
-# --------------------------------------------------------------------------------- drawings
 
 SHOWN = 4
 """Best and random molecules of each method in the drawing."""
@@ -180,8 +175,6 @@ def _flat(record: Any, smiles: str | None) -> Mol:
     rdDepictor.Compute2DCoords(molecule)
     return rdMolDraw2D.PrepareMolForDrawing(molecule)
 
-
-# ------------------------------------------------------------------------- masses of the tail
 
 _PANELS = (
     ("gain", "tail mean over pretrained (hartree)"),

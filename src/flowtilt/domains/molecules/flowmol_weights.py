@@ -108,9 +108,6 @@ def _network(description: Description) -> nn.Module:
     return network
 
 
-# --------------------------------------------------------------------------------- conversion
-
-
 def convert_pretrained(name: str, output: Path) -> None:
     """Write the weights of one of FlowMol's pretrained models as safetensors, with a record beside them.
 

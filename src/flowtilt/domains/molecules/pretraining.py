@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowtilt.checkpoints import CheckpointError, load_weights, save_weights, sha256_of
+from flowtilt.checkpoints import CheckpointError, load_weights, sha256_of
 from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.assessment import composition, drift
 from flowtilt.domains.molecules.chemistry import perceive, uniqueness
-from flowtilt.domains.molecules.data import MoleculeSource
 from flowtilt.domains.molecules.energies import molecules_of
 from flowtilt.domains.molecules.experiment import MoleculeExperiment
 from flowtilt.domains.molecules.sampling import Base, generated, load_base
@@ -29,7 +28,7 @@ from flowtilt.pipeline.files import StageError, write_history, write_json
 from flowtilt.pipeline.places import located
 from flowtilt.pipeline.report.provenance import commit, versions
 from flowtilt.pipeline.states import resumption_of
-from flowtilt.pretraining import PretrainingSettings, Watch, fit_flow
+from flowtilt.pretraining import Watch
 from flowtilt.sampling import OdeSettings
 
 SEED = 0
@@ -64,16 +63,7 @@ def pretrain(job: Job) -> None:
         checks.unlink(missing_ok=True)
     watch = _watch(experiment, molecules, checks)
     progress = job.bar(experiment.pretrain.updates, "pretrain")
-    chosen, config = build.subset_of(experiment.flow, molecules), experiment.pretrain
-    sizes = torch.zeros(experiment.subset.largest + 1, dtype=torch.float64)
-    weights = chosen.size_weights()
-    sizes[: len(weights)] = weights
-    model = build.build_model(experiment.flow, sizes, SEED)
-    source = MoleculeSource(chosen.of_split("train"), experiment.units, config.window)
-    settings = PretrainingSettings(**config.model_dump(exclude={"window", "type_weight", "check"}))
-    generator = generator_of(experiment.model.name, "pretrain", SEED)
-    history = fit_flow(model, source, settings, generator, progress, slot, watch)
-    save_weights(model, output)
+    history = build.pretrain(experiment.flow, molecules, SEED, output, slot, progress, watch)
     write_history(history, output.with_name("history.csv"))
     write_json(_record(experiment, molecules, output, history, _read_checks(checks)), record)
     resumption.remove()
@@ -102,9 +92,6 @@ def _shipped(experiment: MoleculeExperiment) -> Path:
         )
     load_base(experiment, path)
     return path
-
-
-# --------------------------------------------------------------------------------- its checks
 
 
 def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Watch[FlowModel]:

@@ -135,9 +135,6 @@ def _cannot_be(
     ]
 
 
-# ------------------------------------------------------------------------- masses of the tail
-
-
 class MassLine(NamedTuple):
     """One mass of the tail in one case, means over seeds; the case ``reference`` is beside every mass.
 

@@ -170,9 +170,6 @@ def misses(points: list[Point], of: str, series: str, metric: str) -> list[tuple
     ]
 
 
-# ------------------------------------------------------------------------------- tables
-
-
 def study_panels(points: list[Point], study: StudyRuns) -> list[Panel]:
     """One table per parent experiment: a line per case and method, the three rows side by side."""
     panels = []

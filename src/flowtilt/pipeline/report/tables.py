@@ -106,9 +106,6 @@ def experiment_table(
     return Table(table_frame(long, shown.reported), panels, text)
 
 
-# ------------------------------------------------------------------------------- writing
-
-
 def listed(sentences: Sequence[str]) -> str:
     """Sentences as a list above a note; nothing if there are none."""
     return "".join(f"- {sentence}\n" for sentence in sentences) + ("\n" if sentences else "")
@@ -170,9 +167,6 @@ def _write_frame(path: str | Path, frame: pd.DataFrame) -> None:
     """CSV in which numbers read back the same, and undefined ones are empty."""
     with atomic_path(path) as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n")
-
-
-# ------------------------------------------------------------------------------ headline
 
 
 def headline(comparison_csv: str | Path) -> str:
