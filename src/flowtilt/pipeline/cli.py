@@ -31,10 +31,8 @@ log = logging.getLogger("flowtilt")
 
 
 def run() -> int:
-    """The command: :func:`main`, and a short way out.
-
-    The interpreter's last act is to look for garbage among all objects, torch's million among them.
-    """
+    """The command: :func:`main`, and a short way out. The interpreter's last act is to look for garbage among
+    all objects, torch's million among them."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and not stream.isatty():  # a log, which others read as UTF-8
             stream.reconfigure(encoding="utf-8")

@@ -150,10 +150,8 @@ def _all_sections() -> tuple[Found, ...]:
 
 
 def _headings() -> dict[type[Section], str]:
-    """Heading of each section: its key, and where several have the same, what its experiment is on.
-
-    Sections that a key of one experiment can be are told apart by what their key ``utility`` must be.
-    """
+    """Heading of each section: its key, and where several have the same, what its experiment is on. Sections
+    that a key of one experiment can be are told apart by what their key ``utility`` must be."""
     paths = [found.path for found in _all_sections()]
     within = [(found.path, found.of) for found in _all_sections()]
     headings = {}

@@ -194,11 +194,8 @@ def _section_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> Any:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` merged in; mappings merge key by key, all else is replaced.
-
-    A mapping of another ``kind`` replaces the old one whole, since its other keys are parameters of
-    that kind.
-    """
+    """``base`` with ``changes`` merged in; mappings merge key by key, all else is replaced. A mapping of
+    another ``kind`` replaces the old one whole, since its other keys are parameters of that kind."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)

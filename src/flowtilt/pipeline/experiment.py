@@ -99,10 +99,8 @@ class Experiment(Section):
         return self
 
     def solver_of(self, method: str) -> SolverConfig:
-        """The control solver of a method: the experiment's with the method's changes.
-
-        How many updates each solve has is what :meth:`updates_of` says.
-        """
+        """The control solver of a method: the experiment's with the method's changes. How many updates each
+        solve has is what :meth:`updates_of` says."""
         return changed(self.solver, method_of(self, method).solver, f"methods.{method}.solver")
 
     def updates_of(self, method: str) -> int:

@@ -95,10 +95,8 @@ def _answer(*command: str) -> str:
 
 
 def read_partitions(listed: str) -> dict[str, Partition]:
-    """Partitions by name, from lines ``name|time limit|generic resources`` of ``sinfo``.
-
-    A partition whose nodes differ has several lines; the default one has a star behind its name.
-    """
+    """Partitions by name, from lines ``name|time limit|generic resources`` of ``sinfo``. A partition whose
+    nodes differ has several lines; the default one has a star behind its name."""
     partitions: dict[str, Partition] = {}
     for line in listed.splitlines():
         name, limit, resources = line.split("|", 2)

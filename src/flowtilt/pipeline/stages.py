@@ -129,10 +129,8 @@ def offline(job: Job) -> None:
 
 
 def finetune(job: Job) -> None:
-    """Fine-tune the pretrained model by one method, with its control solver.
-
-    A long fine-tuning keeps its state beside the output while it runs, and goes on from it if it was stopped.
-    """
+    """Fine-tune the pretrained model by one method, with its control solver. A long fine-tuning keeps its
+    state beside the output while it runs, and goes on from it if it was stopped."""
     experiment, method = job.experiment, job.method
     bench = workbench_of(job)
     watched = bench.watched(job.bar(experiment.own_updates_of(method), f"{experiment.name} {method}"))

@@ -180,10 +180,8 @@ def finite(images: Tensor) -> Tensor:
 
 
 def similarity(features: Tensor, texts: Tensor) -> Tensor:
-    """Cosine similarities of unit features with those of the texts beside them, (n,).
-
-    NaN for features without a direction, which a network without signal gives: a zero would be a score.
-    """
+    """Cosine similarities of unit features with those of the texts beside them, (n,). NaN for features
+    without a direction, which a network without signal gives: a zero would be a score."""
     return (features * texts).sum(1).masked_fill(~features.any(1) | ~texts.any(1), torch.nan)
 
 

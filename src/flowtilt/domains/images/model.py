@@ -120,10 +120,8 @@ class LatentFlow(FlowModel):
         return {f"unet.{name}": tensor for name, tensor in found.items()}
 
     def header(self) -> dict[str, str]:
-        """An adapter's settings as diffusers writes them: without the scale, its weights say nothing.
-
-        No more than one entry: safetensors writes several in random order.
-        """
+        """An adapter's settings as diffusers writes them: without the scale, its weights say nothing. No more
+        than one entry: safetensors writes several in random order."""
         if self.adapter is None:
             return {}
         return {ADAPTER_HEADER: json.dumps({f"unet.{k}": v for k, v in self.adapter.items()}, sort_keys=True)}
@@ -224,10 +222,8 @@ class LatentFlow(FlowModel):
         return super().score(x, t, self.context_for("control", context))
 
     def matching_residual(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
-        """Prediction minus target at the timesteps nearest to ``t``, of the shape of ``x1``.
-
-        A diffusion is trained at its timesteps alone, by the mean square of this (Ho et al. 2020, eq. 14).
-        """
+        """Prediction minus target at the timesteps nearest to ``t``, of the shape of ``x1``. A diffusion is
+        trained at its timesteps alone, by the mean square of this (Ho et al. 2020, eq. 14)."""
         tau = self.path.timestep_of(t).round().clamp(0, self.path.timesteps - 1)
         at = (1 - (tau + 1) / self.path.timesteps).to(x1.dtype)
         wide = broadcast_time(at, x1)

@@ -234,10 +234,8 @@ def schedule_of(scheduler: DDIMScheduler) -> DiscreteSchedule:
 
 @torch.no_grad()
 def embeddings(folder: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Embeddings of prompts, (prompts, tokens, width), and of the empty one, (tokens, width).
-
-    A prompt that is longer than the text encoder takes is cut, and a warning says so.
-    """
+    """Embeddings of prompts, (prompts, tokens, width), and of the empty one, (tokens, width). A prompt that
+    is longer than the text encoder takes is cut, and a warning says so."""
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:

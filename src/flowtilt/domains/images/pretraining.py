@@ -21,8 +21,9 @@ from flowtilt.domains.images.bridges import DESIGNS, BridgeSet, bridge_set, desc
 from flowtilt.domains.images.model import LatentFlow, Prompted
 from flowtilt.domains.images.pipeline import schedule_of
 from flowtilt.domains.images.sampling import as_images
-from flowtilt.domains.images.sections import BridgesConfig, EmbeddedConfig, FitConfig
+from flowtilt.domains.images.sections import BridgesConfig, EmbeddedConfig
 from flowtilt.model import Context, FlowModel
+from flowtilt.pipeline.sections import FitConfig
 from flowtilt.pretraining import PretrainingSettings, fit, fit_flow
 from flowtilt.resuming import Resumption
 
@@ -160,29 +161,6 @@ class Captioned(FlowModel):
         return self.flow.matching_residual(x1, x0, t, self._prompted(context))
 
 
-@dataclass(frozen=True)
-class LatentSource:
-    """Draws latents of the images, with their captions' tokens; some captions are left empty.
-
-    Attributes:
-        latents: of the images, in units of the denoiser.
-        tokens: of their captions, (n, length).
-        empty: of the empty caption, (length,).
-        empty_share: of the captions left empty.
-    """
-
-    latents: Latents
-    tokens: Tensor
-    empty: Tensor
-    empty_share: float
-
-    def __call__(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        index = torch.randint(len(self.tokens), (count,), generator=generator)
-        drawn = self.latents.draw(index, generator)
-        left_empty = torch.rand(count, generator=generator) < self.empty_share
-        return drawn, torch.where(left_empty[:, None], self.empty, self.tokens[index])
-
-
 def train_denoiser(
     pipeline: StableDiffusionPipeline,
     latents: Latents,
@@ -193,24 +171,22 @@ def train_denoiser(
 ) -> History:
     """Train the pipeline's denoiser and text encoder in place, on latents of its autoencoder."""
     scale = pipeline.vae.config.scaling_factor
-    source = LatentSource(
-        Latents(scale * latents.mean, scale * latents.deviation),
-        tokens_of(pipeline.tokenizer, captions),
-        tokens_of(pipeline.tokenizer, [""])[0],
-        config.denoiser.empty_prompts,
-    )
+    scaled = Latents(scale * latents.mean, scale * latents.deviation)  # in units of the denoiser
+    tokens, empty = tokens_of(pipeline.tokenizer, captions), tokens_of(pipeline.tokenizer, [""])[0]
+
+    def source(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents of the images with their captions' tokens; some captions are left empty."""
+        index = torch.randint(len(tokens), (count,), generator=generator)
+        drawn = scaled.draw(index, generator)
+        left_empty = torch.rand(count, generator=generator) < config.denoiser.empty_prompts
+        return drawn, torch.where(left_empty[:, None], empty, tokens[index])
+
     channels, height, width = latents.mean.shape[1:]
     shape = (channels, height, width)
     flow = LatentFlow(pipeline.unet, schedule_of(pipeline.scheduler), shape)
     model = Captioned(flow, pipeline.text_encoder)
-    return fit_flow(
-        model,
-        source,
-        settings_of(config.denoiser.fit),
-        generator_of(build.NAME, "denoiser"),
-        progress,
-        resumption.slot("denoiser"),
-    )
+    generator, slot = generator_of(build.NAME, "denoiser"), resumption.slot("denoiser")
+    return fit_flow(model, source, settings_of(config.denoiser.fit), generator, progress, slot)
 
 
 def train_pipeline(

@@ -37,7 +37,7 @@ CHUNK = 50
 def load_base(experiment: ImageExperiment, model: Path, weights: Path | None = None) -> TextToImage:
     """The experiment's model, or a fine-tuned one. Raises CheckpointError if something is not there, or of
     another network."""
-    found = text_to_image_of(experiment, read_model(model).pipeline)
+    found = text_to_image_of(experiment, read_model(model)[0])
     if weights is not None:
         load_weights(found.flow, weights)
     return found
@@ -45,7 +45,7 @@ def load_base(experiment: ImageExperiment, model: Path, weights: Path | None = N
 
 def load_scorer(experiment: ImageExperiment, model: Path) -> AlignmentModel:
     """The model that scores images."""
-    return load_alignment(*alignment_of(experiment, read_model(model)))
+    return load_alignment(*alignment_of(experiment, read_model(model)[1]))
 
 
 def load_reward(experiment: ImageExperiment, model: Path, decode: Decode) -> Reward:

@@ -168,17 +168,12 @@ def source_files() -> list[Path]:
         path = Path(str(file.locate())) if file else Path(name)
         if file is None or not path.is_file():
             raise DataError(f"{path}: missing from package {PACKAGE}; reinstall it: {again}")
-        if file.hash and _digest(path, file.hash.mode) != file.hash.value:
+        with path.open("rb") as stream:  # its checksum in the form in which installed packages are listed
+            digest = hashlib.file_digest(stream, file.hash.mode).digest() if file.hash else b""
+        if file.hash and base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.hash.value:
             raise DataError(f"{path}: damaged, its checksum is not that of package {PACKAGE}; {again}")
         paths.append(path)
     return paths
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    """A file's checksum in the form in which installed packages are listed."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, algorithm).digest()
-    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
 def read_records(path: Path) -> Iterator[Record]:

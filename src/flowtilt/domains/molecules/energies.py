@@ -144,10 +144,8 @@ class Decoder(Protocol):
     """Turns states into molecules."""
 
     def __call__(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Coordinates in ångström, (batch, atoms, 3), differentiable in ``x``, and atomic numbers.
-
-        The atomic numbers are of shape (batch, atoms), zero where there is no atom.
-        """
+        """Coordinates in ångström, (batch, atoms, 3), differentiable in ``x``, and atomic numbers. The atomic
+        numbers are of shape (batch, atoms), zero where there is no atom."""
 
 
 TypeShares = Callable[[Tensor, Context], Tensor]
@@ -202,10 +200,8 @@ class XTBReward(Reward):
         return -energies
 
     def _computed(self, coordinates: Tensor, numbers: Tensor) -> Energies:
-        """Energies of a batch; molecules of the last batch that had new ones are not computed again.
-
-        A solver asks for the values of a pool of molecules, and then for the gradients of some of them.
-        """
+        """Energies of a batch; molecules of the last batch that had new ones are not computed again. A solver
+        asks for the values of a pool of molecules, and then for the gradients of some of them."""
         positions, kinds = (array.numpy(force=True) for array in (coordinates, numbers))
         keys = [x.tobytes() + z.tobytes() for x, z in zip(positions, kinds, strict=True)]
         new = [i for i, key in enumerate(keys) if key not in self._latest]

@@ -215,10 +215,8 @@ def masses_figure(lines: Sequence[MassLine], title: str) -> Figure:
 
 
 def draw(shown: Shown, prefix: str) -> None:
-    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment.
-
-    Of a study ``{prefix}.png``: what each level of the tail reaches.
-    """
+    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment. Of a study
+    ``{prefix}.png``: what each level of the tail reaches."""
     results = shown.results
     if shown.study is not None:
         save_figure(masses_figure(masses(results, shown.experiments), shown.title), f"{prefix}.png")

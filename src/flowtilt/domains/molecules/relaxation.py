@@ -115,11 +115,8 @@ class _Energy:
 
 
 def relax_one(task: tuple[Molecule, RelaxationSettings]) -> Relaxed:
-    """Relax one molecule, in this process.
-
-    Each run of the optimiser, L-BFGS-B, stays in a box: a step into atoms that collide has no energy,
-    and its first step from a steep start would be a long one.
-    """
+    """Relax one molecule, in this process. Each run of the optimiser, L-BFGS-B, stays in a box: a step into
+    atoms that collide has no energy, and its first step from a steep start would be a long one."""
     from scipy.optimize import minimize
 
     molecule, settings = task

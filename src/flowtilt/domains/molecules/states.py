@@ -45,8 +45,6 @@ def pack(coordinates: Tensor, types: Tensor, mask: Tensor, units: UnitsConfig) -
 
 def unpack(x: Tensor, mask: Tensor, units: UnitsConfig) -> tuple[Tensor, Tensor]:
     """Coordinates in ångström, (batch, atoms, 3), and the likeliest types, long, (batch, atoms), of states.
-
-    Both are zero where there is no atom.
-    """
+    Both are zero where there is no atom."""
     coordinates = x[..., :3] * units.length * mask.unsqueeze(-1)
     return coordinates, x[..., 3:].argmax(-1) * mask

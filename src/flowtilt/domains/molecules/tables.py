@@ -81,10 +81,8 @@ def groups(experiment: MoleculeExperiment, caption: str) -> dict[str, list[str]]
 
 
 def findings(long: pd.DataFrame, experiment: MoleculeExperiment, values: pd.DataFrame) -> list[str]:
-    """Sentences on what the methods should do, by differences of paired seeds, and on reported means.
-
-    FDC and TFFT are compared with am by the same solver.
-    """
+    """Sentences on what the methods should do, by differences of paired seeds, and on reported means. FDC and
+    TFFT are compared with am by the same solver."""
     kinds = {name: config.kind for name, config in experiment.methods.items()}
     pretrained, data = (
         next((n for n, k in kinds.items() if k == kind), None) for kind in ("pretrained", "data")

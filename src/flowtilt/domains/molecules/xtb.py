@@ -126,10 +126,8 @@ def single_point(task: tuple[Molecule, XTBSettings]) -> Point:
 
 
 def unpaired_electrons(numbers: np.ndarray, settings: XTBSettings) -> int | None:
-    """Unpaired electrons of a molecule, or None if charge and spin do not fit its electrons.
-
-    This and the functions below raise a ValueError for an element that is not supported.
-    """
+    """Unpaired electrons of a molecule, or None if charge and spin do not fit its electrons. This and the
+    functions below raise a ValueError for an element that is not supported."""
     check_elements(numbers)
     electrons = sum(VALENCE_ELECTRONS[int(z)] for z in numbers) - settings.charge
     unpaired = electrons % 2 if settings.unpaired is None else settings.unpaired

@@ -79,9 +79,7 @@ def transport_metrics(experiment: FunctionalExperiment, cloud: Cloud, reference:
 
 def coverage(experiment: FunctionalExperiment, cloud: Cloud) -> float | None:
     """Probability of the region around the data's lightest component: nearer to its mean than to any other.
-
-    Undefined for data of a single component, and for those of several modes.
-    """
+    Undefined for data of a single component, and for those of several modes."""
     data = build_data(experiment)
     if not isinstance(data, GaussianMixture) or len(data.weights) == 1:
         return None

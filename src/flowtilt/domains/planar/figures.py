@@ -24,10 +24,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy.ndimage import gaussian_filter, grey_opening
 
 from flowtilt.domains.planar.experiment import FunctionalExperiment, TailExperiment
-from flowtilt.domains.planar.figures_functionals import hierarchy_figure, metrics_figure, solvers_figure
-from flowtilt.domains.planar.hierarchy import reached
+from flowtilt.domains.planar.figures_functionals import metrics_figure
 from flowtilt.domains.planar.measured import Distributions, load_distributions, load_samples, read_resolution
-from flowtilt.domains.planar.solver_study import solver_runs
 from flowtilt.domains.planar.studies import (
     Point,
     StudyRuns,
@@ -530,19 +528,6 @@ def draw_functional(shown: Shown, prefix: str) -> None:
     long = with_gaps(collect_runs(results, [runs]))
     save_figure(densities_figure(height, half, runs, points, distributions), f"{prefix}_densities.png", 125)
     save_figure(metrics_figure(runs, long, shown.reported), f"{prefix}_metrics.png")
-
-
-def draw_hierarchy(shown: Shown, prefix: str) -> None:
-    """Draw ``{prefix}.png``: how much of the gap each functional's network closes."""
-    # Functionals without a case have nothing to draw.
-    found = [line for line in reached(shown.collected, shown.experiments) if line.seeds]
-    save_figure(hierarchy_figure(found, shown.title), f"{prefix}.png")
-
-
-def draw_solvers(shown: Shown, prefix: str) -> None:
-    """Draw ``{prefix}.png``: each solver's gap to the optimum against what it cost."""
-    runs = solver_runs(shown.results, shown.collected, shown.experiments)
-    save_figure(solvers_figure(runs, shown.title), f"{prefix}.png")
 
 
 def draw_study(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:

@@ -121,10 +121,8 @@ def hinge(rewards: np.ndarray, at: float, mass: float, tail: Tail) -> np.ndarray
 def tail_tilt(
     log_p: np.ndarray, rewards: np.ndarray, alpha: float, mass: float, tail: Tail, blur: Blur = no_blur
 ) -> tuple[np.ndarray, float]:
-    """TFFT on the grid: the exact dual threshold, and the distribution tilted by its hinge.
-
-    Without blur this is the maximiser of ``tail mean - alpha KL`` (the tail problem's optimum).
-    """
+    """TFFT on the grid: the exact dual threshold, and the distribution tilted by its hinge. Without blur this
+    is the maximiser of ``tail mean - alpha KL`` (the tail problem's optimum)."""
     at = threshold(rewards.ravel(), alpha, mass, tail, weights=np.exp(log_p).ravel())
     return hinge_tilt(log_p, rewards, at, alpha, mass, tail, blur), at
 

@@ -112,10 +112,8 @@ class PlanarFlow(FlowModel):
     def linearised(
         self, states: Tensor, times: Tensor, context: Context = None
     ) -> Callable[[int], tuple[Tensor, PullBack]]:
-        """As for any model, with the chain rule through the layers by hand.
-
-        A network this small spends most of a backward pass of autograd on bookkeeping.
-        """
+        """As for any model, with the chain rule through the layers by hand. A network this small spends most
+        of a backward pass of autograd on bookkeeping."""
         if self.prediction not in ("velocity", "score"):
             return super().linearised(states, times, context)
         first, *rest = self._linears()

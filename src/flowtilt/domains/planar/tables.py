@@ -86,13 +86,17 @@ def table(shown: Shown) -> Table:
 
 def draw(shown: Shown, prefix: str) -> None:
     """Figures of an experiment, or of a study by the kind of its table."""
-    from flowtilt.domains.planar import figures
+    from flowtilt.domains.planar import figures, figures_functionals
+    from flowtilt.pipeline.report.style import save_figure
 
     first = shown.experiments[0]
     if shown.table == "solvers":
-        figures.draw_solvers(shown, prefix)
+        found = solver_study.solver_runs(shown.results, shown.collected, shown.experiments)
+        save_figure(figures_functionals.solvers_figure(found, shown.title), f"{prefix}.png")
     elif shown.table == "hierarchy":
-        figures.draw_hierarchy(shown, prefix)
+        # Functionals without a case have nothing to draw.
+        lines = [line for line in hierarchy.reached(shown.collected, shown.experiments) if line.seeds]
+        save_figure(figures_functionals.hierarchy_figure(lines, shown.title), f"{prefix}.png")
     elif shown.study is not None:
         figures.draw_study(shown.results, study_runs_of(shown.study, shown.experiments), prefix)
     elif isinstance(first, FunctionalExperiment):
@@ -174,10 +178,8 @@ def own_gains(long: pd.DataFrame, runs: Runs) -> dict[str, np.ndarray]:
 
 
 def own_objective(long: pd.DataFrame, runs: Runs) -> list[str]:
-    """Which networks lower what they are to raise, and which raise it on every seed.
-
-    The arguments are those of :func:`own_gains`.
-    """
+    """Which networks lower what they are to raise, and which raise it on every seed. The arguments are those
+    of :func:`own_gains`."""
     found = own_gains(long, runs)
     said = [
         f"{method} lowers its own G on {share(gain < 0)}: it changes by {spread(gain)} from that of the "

@@ -26,10 +26,8 @@ def more_than(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
 
 
 def no_less_than(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
-    """Whether a method has no less of a metric than another; the arguments are those of :func:`more_than`.
-
-    It holds if it has no less on any seed, or more by two standard errors.
-    """
+    """Whether a method has no less of a metric than another; the arguments are those of :func:`more_than`. It
+    holds if it has no less on any seed, or more by two standard errors."""
     found = gains(long, method, other, metric)
     word = "holds" if (found >= 0).all() else decided(found)
     return (

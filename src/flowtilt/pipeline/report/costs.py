@@ -259,10 +259,8 @@ KEPT_NOTE = (
 
 
 def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
-    """The costs of one file as text: a line a method, or a case where every case has one method.
-
-    What several lines share is shown in the first of them.
-    """
+    """The costs of one file as text: a line a method, or a case where every case has one method. What several
+    lines share is shown in the first of them."""
     per_case = [line.experiment for line in lines]
     single = len(set(per_case)) == len(per_case)
     counted = any(math.isfinite(line.passes) for line in lines)

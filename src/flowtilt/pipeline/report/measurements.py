@@ -92,10 +92,8 @@ class Runs:
 
 
 def runs_of(experiment: Experiment) -> Runs:
-    """The part of a configured experiment or case that tables and figures need.
-
-    In a case without an axis value of its own, FDC methods stand at their number of iterations.
-    """
+    """The part of a configured experiment or case that tables and figures need. In a case without an axis
+    value of its own, FDC methods stand at their number of iterations."""
     by_iterations = experiment.axis_value is None
     return Runs(
         name=experiment.name,

@@ -62,10 +62,8 @@ def reported_tails(reported: pd.DataFrame, runs: Runs) -> dict[str, dict[str, fl
 def write_figures(
     file: Path, overrides: Mapping[str, Any] | None, results: Path, reported: Path, prefix: str | Path
 ) -> None:
-    """Draw the figures of an experiment (files ``{prefix}_*.png``) or a study (``{prefix}.png``).
-
-    The other arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`.
-    """
+    """Draw the figures of an experiment (files ``{prefix}_*.png``) or a study (``{prefix}.png``). The other
+    arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`."""
     shown = shown_file(file, overrides, results, reported)
     with figure_style():
         report_of(shown.experiments[0]).draw(shown, str(prefix))

@@ -114,10 +114,8 @@ def listed(sentences: Sequence[str]) -> str:
 def write_table(
     file: Path, overrides: Mapping[str, Any] | None, results: Path, reported: Path, prefix: str | Path
 ) -> None:
-    """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex`` of an experiment or a study.
-
-    The other arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`.
-    """
+    """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex`` of an experiment or a study. The other
+    arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`."""
     shown = shown_file(file, overrides, results, reported)
     frame, panels, note = report_of(shown.experiments[0]).table(shown)
     write_panels(prefix, frame, panels, f"{note} {discretisation_note(shown.experiments)}".rstrip())

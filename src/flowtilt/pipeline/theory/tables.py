@@ -37,10 +37,8 @@ _THRESHOLD_NOTE = (
 
 
 def write_theory_table(result: Mapping[str, Any], prefix: str | Path) -> None:
-    """Write ``{prefix}.csv``, ``.md`` and ``.tex`` of a study's result.
-
-    The data of every panel are in the CSV file, one after the other, told apart by the column ``part``.
-    """
+    """Write ``{prefix}.csv``, ``.md`` and ``.tex`` of a study's result. The data of every panel are in the
+    CSV file, one after the other, told apart by the column ``part``."""
     tables: dict[str, Rows] = result["tables"]
     kinds = {
         "mirror_descent": (mirror_panels, _MIRROR_NOTE),

@@ -50,8 +50,7 @@ def study(config: ThresholdStudyConfig) -> dict[str, list[Row]]:
     duals = {}
     for name, of in config.problems.items():
         own = of.distribution
-        parts = (tuple(part) for part in (own.weights, own.means, own.deviations))
-        distribution = RewardDistribution(*parts)
+        distribution = RewardDistribution(tuple(own.weights), tuple(own.means), tuple(own.deviations))
         duals[name] = {tail: TailDual(distribution, of.alpha, of.mass, tail) for tail in of.tails}
     tables: dict[str, list[Row]] = {"errors": [], "fits": [], "descent": [], "rates": [], "convexity": []}
     for name, pair in duals.items():
@@ -361,11 +360,8 @@ class ShiftBounds:
         return self._interval(lambda t: rate_function(self.dual, t)[0] <= self.kl)
 
     def strong_convexity(self) -> float | None:
-        """``max e / min |curvature|`` over :meth:`pinsker`'s interval.
-
-        None where that says nothing: if the curvature changes its sign there, or if the bound exceeds
-        the range of the rewards.
-        """
+        """``max e / min |curvature|`` over :meth:`pinsker`'s interval. None where that says nothing: if the
+        curvature changes its sign there, or if the bound exceeds the range of the rewards."""
         points = np.linspace(*self.pinsker(), 101)[1:-1]
         sign = 1 if self.dual.tail == "upper" else -1
         curvature = min(sign * self.dual.curvature(float(t)) for t in points)
@@ -385,10 +381,8 @@ class ShiftBounds:
 
 
 def _furthest(possible: Callable[[float], bool], start: float, reach: float) -> float:
-    """The largest distance from ``start``, towards ``reach``, at which a threshold is possible.
-
-    Searched on a geometric grid of distances and bisected.
-    """
+    """The largest distance from ``start``, towards ``reach``, at which a threshold is possible. Searched on a
+    geometric grid of distances and bisected."""
     distances = np.geomspace(1e-7 * abs(reach), abs(reach) * (1 - 1e-9), OFFSETS)
     inside = [j for j, d in enumerate(distances) if possible(start + np.sign(reach) * d)]
     if not inside:
