@@ -44,6 +44,7 @@ def tables() -> Iterator[tuple[str, list[list[str]]]]:
 
 def test_the_committed_file_is_what_is_written(tmp_path: Path) -> None:
     output = tmp_path / "README.md"
+    output.write_text(COMMITTED, encoding="utf-8")
     assert main(["config-reference", "--output", str(output)]) == 0
     assert output.read_text(encoding="utf-8") == COMMITTED, "config/README.md is out of date: run `make docs`"
 

@@ -33,7 +33,6 @@ class Transport:
     """A solved Kantorovich problem.
 
     Attributes:
-        value: cost of the optimal plan.
         potential: Kantorovich potential at the points of the first distribution, (n,): the derivative of the
             value with respect to their probabilities, up to a constant.
     """
@@ -78,8 +77,6 @@ def ground_distances(x: ArrayLike, y: ArrayLike, weights: Sequence[float] | None
     """Distances between all pairs of samples ``x`` (n, ...) and ``y`` (m, ...), (n, m), in float64.
 
     Args:
-        x: samples.
-        y: samples with as many coordinates.
         weights: of the coordinates, all 1 if not given.
 
     Raises:

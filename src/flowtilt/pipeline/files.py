@@ -23,11 +23,8 @@ class StageError(RuntimeError):
 
 @contextmanager
 def reading(path: Path, what: str, stage: str) -> Iterator[None]:
-    """The errors of reading a file that a stage has written, as one sentence.
-
-    Raises:
-        StageError: if the file is missing, or not ``what`` it should be.
-    """
+    """The errors of reading a file that a stage has written, as one sentence. Raises StageError if the file
+    is missing, or not ``what`` it should be."""
     try:
         yield
     except FileNotFoundError:
@@ -61,11 +58,8 @@ def write_history(rows: list[dict[str, float]], path: Path) -> None:
 
 
 def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
-    """Named arrays of numbers from a file of :func:`write_arrays`.
-
-    Raises:
-        StageError: if the file is missing, not whole, or lacks an array.
-    """
+    """Named arrays of numbers from a file of :func:`write_arrays`. Raises StageError if the file is missing,
+    not whole, or lacks an array."""
     try:
         data = read_npz(path)
         found = [data[name] for name in names]

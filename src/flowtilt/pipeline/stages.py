@@ -154,9 +154,6 @@ def workbench_of(job: Job) -> Workbench:
     return found
 
 
-# -------------------------------------------------------------------------------- offline batch
-
-
 def offline(job: Job) -> None:
     """Draw the offline batch of the pretrained model by the memoryless process, with rewards and contexts.
 
@@ -184,14 +181,9 @@ def offline(job: Job) -> None:
     write_arrays(job.outputs["offline"], **{name: array.numpy(force=True) for name, array in arrays.items()})
 
 
-# ---------------------------------------------------------------------------------- fine-tuning
-
-
 def finetune(job: Job) -> None:
-    """Fine-tune the pretrained model by one method, with its control solver.
-
-    A long fine-tuning keeps its state beside the output while it runs, and goes on from it if it was stopped.
-    """
+    """Fine-tune the pretrained model by one method, with its control solver. A long fine-tuning keeps its
+    state beside the output while it runs, and goes on from it if it was stopped."""
     experiment, method = job.experiment, job.method
     bench = workbench_of(job)
     watched = bench.watched(job.bar(experiment.own_updates_of(method), f"{experiment.name} {method}"))

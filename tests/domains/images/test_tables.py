@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from flowtilt.domains.images.experiment import ImageExperiment
-from flowtilt.domains.images.tables import findings, groups, note, with_reported
+from flowtilt.domains.images.tables import findings, groups, note
+from flowtilt.domains.images.tables import reported as with_reported
 from flowtilt.pipeline.experiment import load_file
 from flowtilt.pipeline.report.base import beside
 from flowtilt.pipeline.report.comparison import EFFECTS, LEVELS, comparison, read_reported

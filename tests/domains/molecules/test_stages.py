@@ -205,9 +205,9 @@ def test_metrics_of_a_run_are_those_of_its_molecules(folder: Folder) -> None:
 
 
 def build_settings(folder: Folder) -> Any:
-    from flowtilt.domains.molecules.build import build_xtb
+    from flowtilt.domains.molecules.xtb import XTBSettings
 
-    return build_xtb(folder.experiment.reward)
+    return XTBSettings(**folder.experiment.reward.calculation)
 
 
 def test_real_molecules_are_valid_and_known(folder: Folder) -> None:

@@ -52,9 +52,11 @@ def evaluate(job: Job) -> None:
     for k, factor in enumerate(asked.factors):
         factors[:, k] = classify_features(features, scorer, factor.classes, factor.template).numpy(force=True)
     sets = set_of(prompt, asked.images)
+    own = {experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"}
+    masses = sorted({*MASSES, *own} | ({experiment.mass} if experiment.mass < 1 else set()))
     row: Metrics = {
         "mean_reward": float(rewards.mean()),
-        **{tail_metric(mass): lower_tail_mean(rewards, mass) for mass in _masses(experiment)},
+        **{tail_metric(mass): lower_tail_mean(rewards, mass) for mass in masses},
         "clip": float(clip.double().mean()),
         **_diversity(features.numpy(force=True).astype(np.float64), prompt, sets),
         **_designs(designs, factors, sets, asked.designs),
@@ -70,11 +72,6 @@ def evaluate(job: Job) -> None:
         design=designs,
         factors=factors,
     )
-
-
-def _masses(experiment: ImageExperiment) -> list[float]:
-    own = {experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"}
-    return sorted({*MASSES, *own} | ({experiment.mass} if experiment.mass < 1 else set()))
 
 
 def _rewards(
@@ -101,7 +98,6 @@ def set_of(prompt: np.ndarray, images: int) -> np.ndarray:
 
     Args:
         prompt: positions of the images' prompts, in any order, (n,).
-        images: of each prompt in a set.
     """
     number = np.empty(len(prompt), dtype=np.int64)
     for one in np.unique(prompt):

@@ -44,14 +44,8 @@ def evaluate(job: Job) -> None:
         known = canonical_set(train.smiles.tolist(), pool)
         relaxed = relax(own[: experiment.evaluation.relaxed], RelaxationSettings(xtb=settings), pool)
     rewards = -np.array([point.energy for point in points])
-    assessed = assess(
-        own,
-        rewards,
-        [point.failure for point in points],
-        structures,
-        known,
-        composition(train.as_molecules()),
-    )
+    failures = [point.failure for point in points]
+    assessed = assess(own, rewards, failures, structures, known, composition(train.as_molecules()))
     row: Metrics = named(assessed | assess_relaxation(relaxed)) | tails(experiment, rewards)
     row |= tuned_metrics(job)
     if (history := job.read_if_any("history")) is not None:

@@ -80,9 +80,7 @@ def transport_metrics(experiment: FunctionalExperiment, cloud: Cloud, reference:
 
 def coverage(experiment: FunctionalExperiment, cloud: Cloud) -> float | None:
     """Probability of the region around the data's lightest component: nearer to its mean than to any other.
-
-    Undefined for data of a single component, and for those of several modes.
-    """
+    Undefined for data of a single component, and for those of several modes."""
     data = build_data(experiment)
     if not isinstance(data, GaussianMixture) or len(data.weights) == 1:
         return None
@@ -162,10 +160,7 @@ def grid_metrics(experiment: FunctionalExperiment, problem: GridProblem, log_p: 
 
 
 def sample_metrics(
-    experiment: FunctionalExperiment,
-    cloud: Cloud,
-    rewards: np.ndarray | None,
-    reference: Cloud | None,
+    experiment: FunctionalExperiment, cloud: Cloud, rewards: np.ndarray | None, reference: Cloud | None
 ) -> Metrics:
     """Metrics of a run's samples, by the same names as those of the grid."""
     metrics: Metrics = {}

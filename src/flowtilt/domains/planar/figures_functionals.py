@@ -116,7 +116,6 @@ def solvers_figure(runs: Sequence[SolverRun], title: str) -> Figure:
 
     Args:
         runs: every seed's, all larger than 0 in gap; others cannot stand on a logarithmic axis.
-        title: of the figure.
     """
     cases = list(dict.fromkeys(run.case for run in runs))
     figure = Figure(figsize=(3.4 * len(cases) + 0.6, 6.4))

@@ -26,11 +26,8 @@ from flowtilt.seeding import seed_of
 
 
 def measure_run(job: Job) -> None:
-    """Measure a run that was sampled, and solve its problem on the grid.
-
-    Its metrics are of the network's row, and of the rows that are solved: by the method's own steps, and the
-    optimum.
-    """
+    """Measure a run that was sampled, and solve its problem on the grid. Its metrics are of the network's
+    row, and of the rows that are solved: by the method's own steps, and the optimum."""
     experiment, method = job.experiment, job.method
     density = read_density(job.read("density"))
     problem = grid_problem(experiment, method, density)

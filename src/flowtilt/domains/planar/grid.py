@@ -75,7 +75,6 @@ def finite_distribution(grid: Grid, log_density: np.ndarray) -> FiniteDistributi
     """The distribution on a grid's cells of a log-density there, which is its own reference.
 
     Args:
-        grid: the grid.
         log_density: in nats at the cell centres, up to a constant, (cells, cells); or of every mode,
             (modes, cells, cells). The distribution is then one of pairs of a cell and a mode, mode by mode,
             with modes equally likely.
@@ -125,10 +124,8 @@ def hinge(rewards: np.ndarray, at: float, mass: float, tail: Tail) -> np.ndarray
 def tail_tilt(
     log_p: np.ndarray, rewards: np.ndarray, alpha: float, mass: float, tail: Tail, blur: Blur = no_blur
 ) -> tuple[np.ndarray, float]:
-    """TFFT on the grid: the exact dual threshold, and the distribution tilted by its hinge.
-
-    Without blur this is the maximiser of ``tail mean - alpha KL`` (the tail problem's optimum).
-    """
+    """TFFT on the grid: the exact dual threshold, and the distribution tilted by its hinge. Without blur this
+    is the maximiser of ``tail mean - alpha KL`` (the tail problem's optimum)."""
     at = threshold(rewards.ravel(), alpha, mass, tail, weights=np.exp(log_p).ravel())
     return hinge_tilt(log_p, rewards, at, alpha, mass, tail, blur), at
 

@@ -14,8 +14,6 @@ def more_than(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
 
     Args:
         long: metrics of one experiment; see :func:`flowtilt.pipeline.report.measurements.collect`.
-        method, other: names of their rows.
-        metric: name of the metric.
     """
     found = gains(long, method, other, metric)
     words = describe(metric)

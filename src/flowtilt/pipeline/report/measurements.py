@@ -36,7 +36,6 @@ class Method:
     """A method of an experiment.
 
     Attributes:
-        name: as in the paths of its runs.
         kind: ``pretrained``, ``am``, ``fdc`` or ``tfft``.
         value: where it stands on a study's axis, if the methods of one case differ in that.
     """
@@ -51,14 +50,11 @@ class Runs:
     """What the tables and figures need to know of one experiment, or of one case of a study.
 
     Attributes:
-        name: as in the paths of its runs.
         methods: in the order of the tables.
         seeds: every one of them must have been run.
         unit: ``cost`` or ``reward``, what the landscape's height is.
         mass: probability of the tail that the methods look at; 1 if they look at all of the distribution.
         tail_metric: name of the mean over that tail, or of another metric that the tables lead with.
-        title: one line for people.
-        of: the experiment that a case derives from.
         value: where a case stands on its study's axis, if the cases differ in that.
         solutions: of each method, the network's first.
         solved_apart: whether the other solutions have folders of their own, for all methods together.
@@ -97,10 +93,8 @@ class Runs:
 
 
 def runs_of(experiment: Experiment) -> Runs:
-    """The part of a configured experiment or case that tables and figures need.
-
-    In a case without an axis value of its own, FDC methods stand at their number of iterations.
-    """
+    """The part of a configured experiment or case that tables and figures need. In a case without an axis
+    value of its own, FDC methods stand at their number of iterations."""
     by_iterations = experiment.axis_value is None
     return Runs(
         name=experiment.name,
@@ -152,7 +146,6 @@ def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
     """All metrics of an experiment or case in long form.
 
     Args:
-        results: root of the results.
         runs: of which every one must have been run; ``pretrained`` alone may have no solved row.
 
     Returns:
@@ -183,10 +176,7 @@ def collect_runs(results: str | Path, runs: Iterable[Runs]) -> pd.DataFrame:
 
 def read_by_seed(path: str | Path) -> pd.DataFrame:
     """Every metric of every row and seed, as :func:`collect_runs` has them, from a file of an earlier run.
-
-    Raises:
-        ResultsError: if it is not such a file.
-    """
+    Raises ResultsError if it is not such a file."""
     try:
         frame = pd.read_csv(StringIO(read_text(path)), dtype=str)  # numbers are then read exactly
         return frame[list(LONG_COLUMNS)].astype({"value": float, "seed": int})
@@ -201,11 +191,8 @@ def _long(records: Sequence[tuple[str, str, str, int, float]]) -> pd.DataFrame:
 
 
 def read_metrics(path: Path) -> dict[str, dict[str, float]]:
-    """The rows of one metrics file; null becomes NaN.
-
-    Raises:
-        ResultsError: if the file is missing or malformed.
-    """
+    """The rows of one metrics file; null becomes NaN. Raises ResultsError if the file is missing or
+    malformed."""
     if not path.is_file():
         raise ResultsError(missing(path))
     try:
@@ -236,11 +223,8 @@ def _number(metric: str, value: Any) -> float:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV table as text, checked for columns that it must have.
-
-    Raises:
-        ResultsError: if it is missing, no table, or lacks a column.
-    """
+    """A CSV table as text, checked for columns that it must have. Raises ResultsError if it is missing, no
+    table, or lacks a column."""
     if not path.is_file():
         raise ResultsError(f"{path}: no such file; restore it, or make it again")
     try:
@@ -258,11 +242,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def read_history(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A run's history, a line an update, as numbers.
-
-    Raises:
-        ResultsError: if it is missing or malformed.
-    """
+    """A run's history, a line an update, as numbers. Raises ResultsError if it is missing or malformed."""
     if not path.is_file():
         raise ResultsError(missing(path))
     table = read_csv(path, columns)
@@ -282,11 +262,8 @@ def totals_of(history: pd.DataFrame, *columns: str) -> pd.Series:
 
 
 def read_arrays(path: Path, *needed: str) -> dict[str, np.ndarray]:
-    """All arrays of an npz file by name.
-
-    Raises:
-        ResultsError: if it is missing, not whole, or lacks an array that is needed.
-    """
+    """All arrays of an npz file by name. Raises ResultsError if it is missing, not whole, or lacks an array
+    that is needed."""
     if not path.is_file():
         raise ResultsError(missing(path))
     try:
@@ -381,9 +358,7 @@ def summarise(long: pd.DataFrame) -> pd.DataFrame:
     """
     groups = long.groupby(["experiment", "method", "metric"], sort=False)["value"]
     summary = groups.agg(
-        value=lambda v: mean_sd(v.to_numpy())[0],
-        sd=lambda v: mean_sd(v.to_numpy())[1],
-        seeds="size",
+        value=lambda v: mean_sd(v.to_numpy())[0], sd=lambda v: mean_sd(v.to_numpy())[1], seeds="size"
     )
     return summary.reset_index()[list(SUMMARY_COLUMNS)]
 

@@ -94,10 +94,8 @@ def experiment_table(
     """The table of an ordinary experiment.
 
     Args:
-        shown: its file.
         groups: metrics of each part by its caption, from the table's own; by default all under that.
         findings: sentences on what holds of what should, from all metrics; they are above the note.
-        note: what the rows and metrics are.
 
     Raises:
         ResultsError: if a file of results is missing or malformed.
@@ -110,9 +108,6 @@ def experiment_table(
     return Table(table_frame(long, shown.reported), panels, text)
 
 
-# ------------------------------------------------------------------------------- writing
-
-
 def listed(sentences: Sequence[str]) -> str:
     """Sentences as a list above a note; nothing if there are none."""
     return "".join(f"- {sentence}\n" for sentence in sentences) + ("\n" if sentences else "")
@@ -121,10 +116,8 @@ def listed(sentences: Sequence[str]) -> str:
 def write_table(
     file: Path, overrides: Mapping[str, Any] | None, results: Path, reported: Path, prefix: str | Path
 ) -> None:
-    """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex`` of an experiment or a study.
-
-    The other arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`.
-    """
+    """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex`` of an experiment or a study. The other
+    arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`."""
     shown = shown_file(file, overrides, results, reported)
     frame, panels, note = report_of(shown.experiments[0]).table(shown)
     notes = [note, discretisation_note(shown.experiments)]
@@ -178,9 +171,6 @@ def _write_frame(path: str | Path, frame: pd.DataFrame) -> None:
     """CSV in which numbers read back the same, and undefined ones are empty."""
     with atomic_path(path) as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n")
-
-
-# ------------------------------------------------------------------------------ headline
 
 
 def headline(comparison_csv: str | Path) -> str:

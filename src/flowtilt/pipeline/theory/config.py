@@ -377,11 +377,7 @@ _KINDS: dict[str, type[MirrorDescentConfig] | type[ThresholdStudyConfig] | type[
 
 
 def load_theory(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TheoryConfig:
-    """The study in a file.
-
-    Raises:
-        ConfigError: naming the file, the key and the fix.
-    """
+    """The study in a file. Raises ConfigError, naming the file, the key and the fix."""
     path = Path(path)
     data = merge(read_yaml(path), overrides or {})
     if data.get("name") != path.stem:

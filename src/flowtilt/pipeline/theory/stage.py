@@ -16,11 +16,8 @@ log = logging.getLogger(__name__)
 
 
 def run(file: Path, overrides: Mapping[str, Any], output: Path) -> list[str]:
-    """Run the study of a configuration file and write its numbers.
-
-    Returns:
-        What violates a bound, in words; the log has it too.
-    """
+    """Run the study of a configuration file and write its numbers. Returns what violates a bound, in words;
+    the log has it too."""
     config = load_theory(file, overrides)
     try:
         if isinstance(config, MirrorDescentConfig):
