@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from environments import StandInConda
 from slurm_commands import write_cluster
+from starting import HERE, MODEL, THEORY, assert_same, module, start
 from workflow_copy import ROOT, SHORT, SMOKE, Project, jobs_planned
 
 SCRIPT = ROOT / "workflow" / "scripts" / "local-slurm.sh"
@@ -53,16 +55,19 @@ def cluster() -> Iterator[bool]:
         )
     if Path("/etc/slurm/slurm.conf").exists():
         pytest.skip("this machine belongs to another cluster, whose nodes may not see the tests' folders")
-    switch("start")
+    said = switch("start")
+    assert re.search(r"^partition local\*, node \S+, \d+ cores, ", said, re.MULTILINE), said
+    assert "PARTITION" not in said
     yield True
     switch("stop")
     assert not Path("/etc/slurm/slurm.conf").exists()
 
 
-def switch(*arguments: str) -> None:
-    """Start or stop the cluster; the script waits until it answers, or is gone."""
+def switch(*arguments: str) -> str:
+    """Start or stop the cluster; the script waits until it answers, or is gone. Gives what it says."""
     run = local_slurm(*arguments)
     assert run.returncode == 0, run.stdout
+    return run.stdout
 
 
 @pytest.fixture
@@ -200,6 +205,32 @@ def test_values_are_those_of_a_local_run(cluster: bool, project: Project, finish
     rows = (project.smoke / "tables" / "comparison.csv").read_text().splitlines()
     assert len(rows) > 8
     assert set(rows) <= set(local)
+
+
+def test_snakemake_alone_submits_jobs_in_environments_of_conda(
+    cluster: bool, plain: Path, project: Project, finished: Project, conda: StandInConda
+) -> None:
+    """Made where Snakemake runs, once, on storage that nodes see."""
+    arguments = (*PROFILE, *QUICK, "--use-conda", *SMOKE, "--", THEORY, MODEL)
+    run = start(plain / "snakemake", project.folder, *arguments, conda=conda)
+    assert run.returncode == 0, run.stdout
+    assert run.stdout.count("has been submitted") == 2
+    assert_same(project.folder, finished, [THEORY, MODEL])
+    assert conda.record.read_text(encoding="utf-8").count('["env", "create"') == 1
+
+
+def test_a_module_submits_jobs_by_the_profile_of_its_clone(
+    cluster: bool, project: Project, finished: Project, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    module(folder, project.folder / "workflow" / "Snakefile")
+    profile = ("--workflow-profile", str(project.folder / PROFILE[1]))
+    run = start(HERE, folder, *profile, *QUICK, "--", THEORY, MODEL)
+    assert run.returncode == 0, run.stdout
+    assert run.stdout.count("has been submitted") == 2
+    assert_same(folder, finished, [THEORY, MODEL])
+    assert not (project.folder / "results").exists()
 
 
 def test_a_failing_job_ends_the_run_with_its_message(cluster: bool, project: Project) -> None:
