@@ -91,6 +91,10 @@ class Folder:
         assert self.run("density") == 0
 
     def finetune(self, method: str) -> int:
+        """Fine-tune, with the offline batch before it if the method takes that."""
+        _, job = job_of("finetune", [self.experiment], method, 0, self.path)
+        if "offline" in job.inputs and not job.inputs["offline"].is_file():
+            assert self.run("offline") == 0
         return self.run("finetune", method)
 
     def rows(self) -> dict[str, dict[str, float]]:

@@ -31,7 +31,7 @@ REWARD = Quadratic([1.0, 0.5])
 COST = Quadratic([0.2, -0.4])
 
 
-def exact_solver(base, tilt, kl_weight, random, slot=None):
+def exact_solver(base, tilt, kl_weight, random, slot=None, given=None):
     """The exact tilt of a Gaussian flow by a linear direction, read off its values."""
     values = tilt.value(torch.eye(3, dtype=torch.float64)[:, 1:])
     tilted = base.distribution.tilted(Quadratic(values[1:] - values[0]), kl_weight)
@@ -101,7 +101,9 @@ def test_an_upper_tail_is_raised_to_its_optimum_by_weighted_fitting():
         alpha,
         3,
         settings(distribution_samples=20_000),
-        lambda base, tilt, weight, random, slot: weighted_fitting.solve(base, tilt, weight, fitting, random),
+        lambda base, tilt, weight, random, slot, given: weighted_fitting.solve(
+            base, tilt, weight, fitting, random
+        ),
         generator,
     )
     rewards = two.sample(400_000, generator(9))[:, 0].numpy()
@@ -129,12 +131,12 @@ def test_a_fixed_weight_that_descends_says_so(caplog):
     assert "at the fixed weight 0.5, step 1 lowers the objective by" in caplog.text
 
 
-def still(base, tilt, kl_weight, random, slot=None):
+def still(base, tilt, kl_weight, random, slot=None, given=None):
     return Solution(base, [{"update": 0}])
 
 
 def test_a_solver_that_goes_down_is_stopped():
-    def down(base, tilt, kl_weight, random, slot=None):
+    def down(base, tilt, kl_weight, random, slot=None, given=None):
         moved = Mixture.gaussian([-3.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])
         return Solution(MixtureFlow(base.path, moved), [{"update": 0}])
 
@@ -220,7 +222,7 @@ def test_a_stopped_ascent_goes_on_exactly_where_it_was(seconds, tmp_path):
     done = []
 
     def climb(progress=None, resumption=None):
-        def solver(base, tilt, weight, random, slot=None):
+        def solver(base, tilt, weight, random, slot=None, given=None):
             return weighted_fitting.solve(base, tilt, weight, fitting, random, progress, slot)
 
         choice = settings(distribution_samples=300, distribution_steps=4, minimum_ess=0)

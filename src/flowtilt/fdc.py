@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flowtilt.control.base import Solution, TrainingDiverged
+from flowtilt.control.weighted_fitting import Samples
 from flowtilt.functionals.base import (
     Distribution,
     FiniteDistribution,
@@ -61,7 +62,10 @@ class NoStep(ArithmeticError):
 
 
 class Solver(Protocol):
-    """Fine-tunes a base model by a first variation under a KL weight."""
+    """Fine-tunes a base model by a first variation under a KL weight.
+
+    With ``given``, samples of the base, one that needs a bank of it may take them and draw none.
+    """
 
     def __call__(
         self,
@@ -70,6 +74,7 @@ class Solver(Protocol):
         kl_weight: float,
         random: torch.Generator,
         slot: Slot | None = None,
+        given: Samples | None = None,
     ) -> Solution: ...
 
 
@@ -298,6 +303,7 @@ def ascend_by_exponents(
     generator: Callable[[int], torch.Generator],
     resumption: Resumption | None = None,
     trail: Trail | None = None,
+    first: Distribution | None = None,
 ) -> Ascent:
     """Raise ``utility - alpha KL`` from the pretrained model ``start``, step by step.
 
@@ -315,6 +321,7 @@ def ascend_by_exponents(
         generator: source of randomness of each iteration, by its number from 0.
         resumption: where the ascent and its solves keep their states.
         trail: of the earlier ascent whose model is ``start``; the two together are the same as one.
+        first: distribution of the pretrained model that the first step is searched on; else it is drawn.
 
     Returns:
         The model, its trail, and a history with a row an update: of its step ``iteration``, ``step_weight``,
@@ -330,7 +337,7 @@ def ascend_by_exponents(
     """
     check_values(utility)
     slot = resumption.slot("ascent") if resumption is not None else None
-    state = _Accumulated(start, utility, alpha, iterations, settings)
+    state = _Accumulated(start, utility, alpha, iterations, settings, first)
     state.follow(trail, generator)
     state.take_up(slot, generator)
     for k in range(state.done, iterations):
@@ -341,7 +348,7 @@ def ascend_by_exponents(
         inner = resumption.slot(f"solve-{k + 1}") if resumption is not None else None
         try:
             tilt = state.exponents.direction(step.found, alpha)
-            solution = solver(state.model, tilt, step.found.eta, random, inner)
+            solution = solver(state.model, tilt, step.found.eta, random, inner, given=step.samples)
         except TrainingDiverged as error:
             message = f"Flow Density Control, iteration {k + 1} of {iterations}: {error}"
             raise TrainingDiverged(message) from None
@@ -364,9 +371,11 @@ def check_values(utility: Functional) -> None:
 
 
 class _Step(NamedTuple):
-    """A step that was found, what it adds to ``log Z``, and its columns in the history."""
+    """A step that was found, the samples that it was found on, what it adds to ``log Z``, and its columns in
+    the history."""
 
     found: MirrorStep
+    samples: Samples
     log_z: float
     row: dict[str, float]
 
@@ -380,6 +389,7 @@ class _Accumulated:
     alpha: float
     iterations: int
     settings: ExponentAscent
+    pretrained: Distribution | None = None
     exponents: Exponents = field(default_factory=lambda: Exponents(()))
     log_z: float = 0.0
     first: Level | None = None
@@ -391,9 +401,14 @@ class _Accumulated:
         """Iterations so far, those of an earlier ascent included."""
         return int(self.history[-1]["iteration"]) if self.history else self.earlier
 
-    def bank(self, random: torch.Generator) -> tuple[FiniteDistribution, Groups, float]:
-        """Samples of the model as a finite distribution, their groups, and the share that failed."""
-        drawn = _distribution(self.model, self.settings, random)
+    def bank(self, random: torch.Generator) -> tuple[FiniteDistribution, Groups, Samples]:
+        """Samples of the model that have values, as a finite distribution, their groups, and all samples.
+
+        They are in rising order of the first reward: of what is sorted, tails are quickly found.
+        """
+        drawn = self.pretrained
+        if drawn is None or drawn.model is not self.model:
+            drawn = _distribution(self.model, self.settings, random)
         x, context = drawn.samples, drawn.context
         blank = np.zeros(len(x))
         whole = FiniteDistribution(x, blank, blank, context=context)
@@ -401,6 +416,8 @@ class _Accumulated:
         for reward in self.utility.rewards:
             failed |= np.isnan(whole.values_of(reward))
         kept = np.flatnonzero(~failed)
+        if self.utility.rewards:
+            kept = kept[np.argsort(whole.values_of(self.utility.rewards[0])[kept], kind="stable")]
         if not kept.size:
             raise NoValues(f"none of the {len(x)} samples of a distribution has a value; look at its model")
         labels = self.model.context_labels(context)
@@ -410,11 +427,11 @@ class _Accumulated:
         own = FiniteDistribution(x[index], log_p, log_p, context=self.model.select_context(context, index))
         for reward in self.utility.rewards:
             own.evaluated[id(reward)] = (reward, own.points, whole.values_of(reward)[kept])
-        return own, groups, float(failed.mean())
+        return own, groups, Samples(x, context)
 
     def step(self, k: int, random: torch.Generator) -> _Step | None:
         """The next step on fresh samples; None if none gains."""
-        bank, groups, failed = self.bank(random)
+        bank, groups, samples = self.bank(random)
         h = self.exponents.on(bank)
         level = self._level(bank)
         self.first = level if k == 0 else self.first
@@ -452,9 +469,9 @@ class _Accumulated:
             "kl": found.under.mean(after) - self.log_z - log_z,
             "utility": level.value,
             "utility_promised": self.utility.finite_value(found.distribution),
-            "failed_share": failed,
+            "failed_share": 1 - len(h) / len(samples.points),
         }
-        return _Step(found, log_z, row)
+        return _Step(found, samples, log_z, row)
 
     def _level(self, bank: FiniteDistribution) -> Level:
         """The utility on samples; the first variation is the influence of a sample."""

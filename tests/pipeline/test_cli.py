@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 from by_hand import Folder
+from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.pipeline.cli import _parser, main
 from small import tiny
 
@@ -112,6 +114,37 @@ def test_a_continued_fdc_is_the_same_as_an_uninterrupted_one(
     assert folder.finetune("fdc") == 0
     rest, whole = (folder.file(method, "model.safetensors").read_bytes() for method in ("rest", "fdc"))
     assert rest == whole
+
+
+def test_the_offline_batch_is_the_bank_of_all_that_starts_from_the_pretrained_model(tmp_path: Path) -> None:
+    """Its rewards are what first stages, weighted fits and FDC's first step have seen, and they draw none."""
+    fitted = {"bank": 400, "bank_steps": 3, "share": 0.5}
+    annealed = {"kind": "annealed_fitting", "stages": 1, **fitted}
+    methods = {
+        "am": {"solver": {"kind": "weighted_fitting", **fitted, "minimum_ess": 1}},
+        "tfft": {"solver": annealed},
+        "am_annealed": {"solver": {**annealed, "minimum_ess": 1}},
+        "fdc": {"iterations": 1, "updates": None, "solver": annealed},
+    }
+    folder = Folder(tmp_path, tiny(methods=methods, objective={"alpha": 20.0}))
+    assert folder.run("pretrain") == 0
+    assert folder.run("offline") == 0
+    rewards = np.load(folder.base / "offline.npz")["reward"].astype(np.float64)
+    rows = {}
+    for method in ("am", "tfft", "am_annealed", "fdc"):
+        if method == "tfft":
+            assert folder.run("threshold", method) == 0
+        assert folder.finetune(method) == 0
+        rows[method] = pd.read_csv(folder.file(method, "history.csv"))
+    for method in ("tfft", "am_annealed"):
+        assert rows[method]["mean_before"][0] == pytest.approx(rewards.mean(), rel=1e-6)
+    assert rows["fdc"]["utility"][0] == pytest.approx(lower_tail_mean(rewards, 0.01), rel=1e-6)
+    own = json.loads(folder.file("tfft", "threshold.json").read_text())["threshold"]
+    assert rows["tfft"]["parameter"][0] == pytest.approx(own, rel=1e-6)  # of the same batch
+    # Nothing has gone through the network but the updates' own samples, 16 each.
+    for method in ("am", "tfft", "am_annealed"):
+        per_update = rows[method]["network_passes"].diff().dropna().unique()
+        assert rows[method]["network_passes"][0] == per_update[0] <= 16 * 4
 
 
 def fails(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:

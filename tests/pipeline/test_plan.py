@@ -161,9 +161,7 @@ def test_files_of_a_tail_in_the_plane(planned: Callable[..., Plan]) -> None:
     assert f"{run}/pretrained/seed0/offline.npz" not in files  # made where a threshold takes it, and no more
     assert not [file for file in files if "seed2" in file]
     assert {*plan.run_files("risk_averse_2d", "history.csv")} == {
-        f"{run}/{method}/seed{seed}/history.csv"
-        for seed in (0, 1)
-        for method in ("pretrained", "am", "fdc", "tfft")
+        f"{run}/{method}/seed{seed}/history.csv" for seed in (0, 1) for method in ("pretrained", *OF_RISK)
     }
     assert plan.figures_of("risk_averse_2d") == [
         f"results/figures/risk_averse_2d_{kind}.png" for kind in ("landscape", "densities", "histograms")
@@ -225,7 +223,7 @@ def test_what_tables_are_made_from(whole: Plan) -> None:
     run = "results/runs/risk_averse_2d"
     assert {*whole.read_by_table("risk_averse_2d")} == {
         f"{run}/{rows}/seed{seed}/metrics.json"
-        for rows in ("pretrained", "am", "fdc", "tfft", "exact", "resolved")
+        for rows in ("pretrained", *OF_RISK, "exact", "resolved")
         for seed in range(5)
     }
     solvers = whole.read_by_table("solvers_2d")
@@ -242,6 +240,9 @@ def test_what_tables_are_made_from(whole: Plan) -> None:
 
 RISK, QM9 = "results/runs/risk_averse_2d", "results/runs/molecules_qm9"
 IMAGE, MODEL = f"results/runs/{TAIL}", f"results/runs/{TAIL}/pretrained/model.json"
+OF_RISK = ("am", "fdc", "tfft", "am_annealed", "tfft_annealed", "fdc_annealed")
+"""Fine-tuned methods of the risk-averse experiment."""
+
 RISING = "results/runs/molecules_tail_sweep/rising/tfft_0.95/seed1"
 WEIGHTS, HISTORY = "model.safetensors", "history.csv"
 
@@ -456,11 +457,15 @@ def test_every_stage_of_every_domain_is_tried_above() -> None:
 def test_the_runs_of_a_file_are_measured_together(whole: Plan) -> None:
     rule = rule_of(whole, "planar_measure_risk_averse_2d")
     assert rule.wildcards == ["seed"]
-    tuned = [f"{RISK}/{m}/seed3/{name}" for m in ("am", "fdc", "tfft") for name in (WEIGHTS, HISTORY)]
+    tuned = [
+        f"{RISK}/{m}/seed3/{name}"
+        for m in OF_RISK
+        for name in (WEIGHTS, HISTORY, *(["threshold.json"] if m.startswith("tfft") else []))
+    ]
     base = [f"{RISK}/pretrained/seed3/{name}" for name in (WEIGHTS, "density.npz")]
-    assert rule.inputs(seed="3") == {"runs": [*base, *tuned, f"{RISK}/tfft/seed3/threshold.json"]}
+    assert rule.inputs(seed="3") == {"runs": [*base, *tuned]}
     assert rule.outputs == {
-        role: [f"{RISK}/{m}/seed{{seed}}/{name}" for m in ("pretrained", "am", "fdc", "tfft")]
+        role: [f"{RISK}/{m}/seed{{seed}}/{name}" for m in ("pretrained", *OF_RISK)]
         for role, name in (("samples", "samples.npz"), ("metrics", "metrics.json"))
     }
     (config,) = rule._of({"seed": "3"})

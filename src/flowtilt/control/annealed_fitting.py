@@ -43,6 +43,7 @@ from flowtilt.control.base import Progress, Solution
 from flowtilt.control.weighted_fitting import (
     Bank,
     Draw,
+    Samples,
     UnusableBank,
     WeightedFittingSettings,
     draw_samples,
@@ -241,6 +242,7 @@ def solve(
     generator: torch.Generator,
     progress: Progress | None = None,
     slot: Slot | None = None,
+    given: Samples | None = None,
 ) -> AnnealedSolution:
     """Fit a copy of ``base`` to the distribution that maximises ``E[tilt] - kl_weight KL``, in stages.
 
@@ -252,6 +254,7 @@ def solve(
         generator: source of all randomness.
         progress: called with each update's row.
         slot: where the chain keeps its state, and goes on from if it was stopped.
+        given: samples of ``base`` that are the bank of the first stage; else one is drawn.
 
     Returns:
         The model of the last stage, the stages' rows, and a history: that of weighted fitting over all
@@ -266,9 +269,15 @@ def solve(
         CheckpointError: if the state to go on from belongs to another solve.
     """
     check_value("the KL weight of a solve", kl_weight, POSITIVE)
-    chain = _Chain.empty(lambda _, values: values / kl_weight, settings.stages, settings.fitting.bank)
-    anneal = _Annealing(base, tilt, chain, lambda stage: kl_weight, settings, (settings, kl_weight))
+    size = _largest(settings, given)
+    chain = _Chain.empty(lambda _, values: values / kl_weight, settings.stages, size)
+    anneal = _Annealing(base, tilt, chain, lambda stage: kl_weight, settings, (settings, kl_weight), given)
     return anneal.run(generator, progress, slot)
+
+
+def _largest(settings: AnnealedFittingSettings, given: Samples | None) -> int:
+    """Samples of the largest bank of a chain."""
+    return max(settings.fitting.bank, 0 if given is None else len(given.points))
 
 
 def solve_tail(
@@ -279,6 +288,7 @@ def solve_tail(
     generator: torch.Generator,
     progress: Progress | None = None,
     slot: Slot | None = None,
+    given: Samples | None = None,
 ) -> AnnealedSolution:
     """Fit a copy of ``base`` to the optimum of a tail mean under KL, whose threshold the chain finds.
 
@@ -292,7 +302,7 @@ def solve_tail(
     def hinge(at: float, values: np.ndarray) -> np.ndarray:
         return problem.pseudo_reward(reward, at).of_rewards(values) / problem.alpha
 
-    chain = _Chain.empty(hinge, settings.stages, settings.fitting.bank)
+    chain = _Chain.empty(hinge, settings.stages, _largest(settings, given))
 
     def threshold(stage: int) -> float:
         values, weights, labels = chain.as_base(stage + 1, settings.fitting.group)
@@ -308,7 +318,7 @@ def solve_tail(
         return values < at if problem.tail == "lower" else values > at
 
     tilt, identity = RewardVariation(reward), (settings, problem)
-    anneal = _Annealing(base, tilt, chain, threshold, settings, identity, active)
+    anneal = _Annealing(base, tilt, chain, threshold, settings, identity, given, active)
     return anneal.run(generator, progress, slot)
 
 
@@ -342,6 +352,7 @@ class _Annealing:
         parameter: of a stage's target, from its number.
         settings: of the stages.
         identity: what a state must be of.
+        given: bank of the first stage; None to draw it.
         active: samples that carry a gradient of a target with a parameter, from values (n,); None for the
             tilt's own.
     """
@@ -352,6 +363,7 @@ class _Annealing:
     parameter: Callable[[int], float]
     settings: AnnealedFittingSettings
     identity: Any
+    given: Samples | None = None
     active: Callable[[float, np.ndarray], np.ndarray] | None = None
 
     def run(
@@ -364,7 +376,8 @@ class _Annealing:
         done = int(history[-1]["stage"]) if history else 0
         for number in range(done, self.settings.stages + 1):
             started, random = time.perf_counter(), seeded(seeds[number])
-            draw = draw_samples(model, self.tilt, self.settings.fitting, random)
+            first = self.given if number == 0 else None
+            draw = draw_samples(model, self.tilt, self.settings.fitting, random, first)
             stage = self._plan(number, draw, model)
             if stage is None:
                 break

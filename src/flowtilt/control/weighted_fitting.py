@@ -112,6 +112,19 @@ class WeightedFittingSettings:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Samples of a model that were drawn before, for all that needs a bank of it.
+
+    Attributes:
+        points: (N, ...).
+        context: of them, in the same order.
+    """
+
+    points: Tensor
+    context: Context = None
+
+
+@dataclass(frozen=True)
 class Draw:
     """Samples of a model in rising order of a tilt's value.
 
@@ -123,6 +136,7 @@ class Draw:
         groups: samples that have a normaliser in common.
         active: samples that carry a gradient of the tilt, bool (N,).
         failed: how many more were drawn, and have no value.
+        passes: network passes that drawing them took.
     """
 
     samples: Tensor
@@ -132,6 +146,12 @@ class Draw:
     groups: Groups
     active: Tensor
     failed: int
+    passes: int
+
+    @property
+    def drawn(self) -> int:
+        """How many samples were drawn, those without a value included."""
+        return len(self.samples) + self.failed
 
 
 @dataclass(frozen=True)
@@ -152,7 +172,11 @@ class Bank(Draw):
 
 
 def draw_samples(
-    base: FlowModel, tilt: FirstVariation, settings: WeightedFittingSettings, generator: torch.Generator
+    base: FlowModel,
+    tilt: FirstVariation,
+    settings: WeightedFittingSettings,
+    generator: torch.Generator,
+    given: Samples | None = None,
 ) -> Draw:
     """Draw samples of ``base`` with the values of a tilt.
 
@@ -161,19 +185,22 @@ def draw_samples(
         tilt: what to tilt by; only its values are asked for.
         settings: of the bank.
         generator: source of randomness.
+        given: samples of ``base`` to take instead of drawing any, however many ``settings.bank`` asks for.
 
     Raises:
         UnusableBank: if no sample has a value.
     """
-    context = base.draw_context(settings.bank, generator)
-    if settings.sampler == "ode":
+    context = base.draw_context(settings.bank, generator) if given is None else given.context
+    if given is not None:
+        samples = given.points
+    elif settings.sampler == "ode":
         ode = OdeSettings(steps=settings.steps)
         samples = sample_ode(base, settings.bank, generator, context, ode)
     else:
         samples = sample_sde(base, settings.bank, settings.steps, generator, context)[-1]
     samples = base.data_of(samples, context)
     values, active = [], []
-    for index in torch.arange(settings.bank).split(CHUNK):
+    for index in torch.arange(len(samples)).split(CHUNK):
         part, its = samples[index], base.select_context(context, index)
         values.append(tilt.value(part, its).detach().double())
         active.append(tilt.active(part, its))
@@ -183,7 +210,7 @@ def draw_samples(
     failed = int(value.isnan().sum())
     order = order[: len(order) - failed]
     if not len(order):
-        raise UnusableBank(f"the tilt has no value on any of the {settings.bank} samples of the bank")
+        raise UnusableBank(f"the tilt has no value on any of the {len(samples)} samples of the bank")
     labels = base.context_labels(context)
     of_context = None if labels is None else labels.numpy(force=True)
     groups = Groups.of(of_context, order.numpy(force=True), settings.group)
@@ -194,7 +221,9 @@ def draw_samples(
         )
     tilted = value[order[0]] < value[order[-1]]  # equal values have no gradient anywhere
     kept = value[order].numpy(force=True)
-    return Draw(samples[order], context, order, kept, groups, torch.cat(active)[order] & tilted, failed)
+    passes = settings.passes if given is None else 0
+    active_too = torch.cat(active)[order] & tilted
+    return Draw(samples[order], context, order, kept, groups, active_too, failed, passes)
 
 
 def draw_bank(
@@ -203,6 +232,7 @@ def draw_bank(
     kl_weight: float,
     settings: WeightedFittingSettings,
     generator: torch.Generator,
+    given: Samples | None = None,
 ) -> Bank:
     """Draw samples of ``base`` and solve for the weights of the tilted distribution on them.
 
@@ -212,12 +242,13 @@ def draw_bank(
         kl_weight: weight of the penalty, positive, in units of the tilt.
         settings: of the bank.
         generator: source of randomness.
+        given: samples of ``base`` to take instead.
 
     Raises:
         UnusableBank: if the effective sample size is below ``settings.minimum_ess``.
         ValueError: if values are infinite.
     """
-    draw = draw_samples(base, tilt, settings, generator)
+    draw = draw_samples(base, tilt, settings, generator, given)
     return weigh(draw, draw.values, kl_weight, settings)
 
 
@@ -229,13 +260,13 @@ def weigh(draw: Draw, values: np.ndarray, kl_weight: float, settings: WeightedFi
         ValueError: if values are infinite.
     """
     solution = solve_weights_within(values, kl_weight, penalty_named(settings.penalty), draw.groups)
-    _check(solution, settings)
+    _check(solution, settings, draw.drawn)
     return Bank(**{f.name: getattr(draw, f.name) for f in fields(Draw)}, solution=solution)
 
 
-def _check(solution: BankWeights, settings: WeightedFittingSettings) -> None:
+def _check(solution: BankWeights, settings: WeightedFittingSettings, drawn: int) -> None:
     ess = solution.effective_sample_size
-    found = f"the effective sample size of the weights is {ess:.4g} of a bank of {settings.bank}"
+    found = f"the effective sample size of the weights is {ess:.4g} of a bank of {drawn}"
     fix = "draw a larger bank, raise the KL weight, or tilt in stages, by annealed fitting"
     # Not below but by rounding, where all weight is on as many equal samples.
     if ess < settings.minimum_ess * (1 - 1e-9):
@@ -413,6 +444,7 @@ def solve(
     generator: torch.Generator,
     progress: Progress | None = None,
     slot: Slot | None = None,
+    given: Samples | None = None,
 ) -> Solution:
     """Fit a copy of ``base`` to the distribution that maximises ``E[tilt] - kl_weight D(distribution ||
     base)``.
@@ -429,14 +461,15 @@ def solve(
         generator: source of all randomness.
         progress: called with each update's row of the history.
         slot: where the fit keeps its state, and goes on from if it was stopped; the bank is drawn again.
+        given: samples of ``base`` that are the bank; else one is drawn.
 
     Returns:
         The fitted model; its history: ``loss`` and ``active_share`` (the native loss, and the share of
         samples on which the tilt is active, both under the tilted distribution; the latter exactly, from the
         weights of the bank, and 0 if all values are equal), ``failed_share`` (of the bank, samples without a
         value), ``gradient_norm``,
-        ``network_passes`` (states that have gone through the network since the start, the bank's
-        included, a backward pass counted as two; what the tilt's own values take is not in it),
+        ``network_passes`` (states that have gone through the network since the start, those of a bank that
+        was drawn included, a backward pass counted as two; what the tilt's own values take is not in it),
         ``seconds``; and as diagnostics the weights' ``effective_sample_size``, and the
         ``least_effective_share`` of a group, ``largest_probability``, ``nu``, ``primal``, ``dual``, ``gap``,
         ``relative_gap``, their ``kl`` from the base in nats, the tilt's ``mean_before`` and the
@@ -453,7 +486,7 @@ def solve(
     """
     check_value("the KL weight of a solve", kl_weight, POSITIVE)
     started = time.perf_counter()
-    bank = draw_bank(base, tilt, kl_weight, settings, generator)
+    bank = draw_bank(base, tilt, kl_weight, settings, generator, given)
     return fit(base, bank, (settings, kl_weight), generator, progress, slot, started)
 
 
@@ -485,7 +518,7 @@ def fit(
     passes_of_update = choice.batch * (TRAINING + (price if plan.coefficient else 0))
     optimiser = Adam(model.parameters())
     state = TrainingState(model, optimiser, generator, settings, slot, started=started)
-    passes = choice.passes + len(state.history) * passes_of_update
+    passes = bank.passes + len(state.history) * passes_of_update
     with evaluating(base, model):
         _fit(base, model, state, bank, plan, choice, (passes, passes_of_update), progress)
     model.requires_grad_(False)
@@ -536,7 +569,7 @@ def _fit(
             "update": update,
             "loss": native,
             "active_share": bank.active_share,
-            "failed_share": bank.failed / settings.bank,
+            "failed_share": bank.failed / bank.drawn,
             "gradient_norm": float(norm),
             "network_passes": passes,
             "seconds": state.seconds(),

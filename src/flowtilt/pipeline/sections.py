@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from flowtilt.pipeline.configuration import Count, Positive, Row, Section, Share
+from flowtilt.pipeline.configuration import Count, NotNegative, Positive, Row, Section, Share
 from flowtilt.words import Tail, read_tail
 
 TailKey = Annotated[Tail, BeforeValidator(read_tail)]
@@ -176,7 +176,12 @@ class SolverConfig(Section):
     """Divergence from the base that the weights pay for. Weighted fitting; annealed fitting has ``kl``."""
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """Effective samples that a stage's weights keep, as a share of the bank. Annealed fitting."""
+    """Effective samples that the weights of a stage keep, as a share of its bank, and those of a step of FDC
+    that is searched. Annealed fitting, and FDC by exponents."""
+
+    minimum_ess: NotNegative = 50.0
+    """Effective samples below which a bank is refused; what a stage or a searched step adds rests on as many.
+    Weighted fitting, and FDC by exponents."""
 
     stages: Count = 20
     """Most stages, each with as many updates as a solve. Annealed fitting."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from flowtilt.control import adjoint_matching, annealed_fitting, weighted_fitting
 from flowtilt.control.base import Progress, Solution
+from flowtilt.control.weighted_fitting import Samples
 from flowtilt.fdc import Solver
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.model import FlowModel
@@ -18,8 +19,24 @@ from flowtilt.pipeline.sections import SolverConfig
 from flowtilt.resuming import Slot
 
 
-def build_solver(config: SolverConfig, updates: int, progress: Progress | None = None) -> Solver:
-    """A solver with its settings."""
+class Given(NamedTuple):
+    """Samples that were drawn of a model, which are the bank of what starts from it."""
+
+    model: FlowModel
+    samples: Samples
+
+
+def build_solver(
+    config: SolverConfig, updates: int, progress: Progress | None = None, drawn: Given | None = None
+) -> Solver:
+    """A solver with its settings.
+
+    Args:
+        config: of the solver.
+        updates: of each solve.
+        progress: called with each update's row.
+        drawn: a model, and samples of it that are the bank of a solve from there.
+    """
     solver: Callable[..., Solution]
     if config.kind == "weighted_fitting":
         solver = partial(_weighted_fitting, settings=_weighted_fitting_settings(config, updates))
@@ -34,8 +51,11 @@ def build_solver(config: SolverConfig, updates: int, progress: Progress | None =
         kl_weight: float,
         random: torch.Generator,
         slot: Slot | None = None,
+        given: Samples | None = None,
     ) -> Solution:
-        return solver(base, tilt, kl_weight, generator=random, progress=progress, slot=slot)
+        bank = drawn.samples if given is None and drawn is not None and base is drawn.model else given
+        more = {} if config.kind == "adjoint_matching" else {"given": bank}
+        return solver(base, tilt, kl_weight, generator=random, progress=progress, slot=slot, **more)
 
     return solve
 
@@ -59,6 +79,7 @@ def _weighted_fitting_settings(
         bank=config.bank,
         steps=config.bank_steps,
         penalty=config.penalty,
+        minimum_ess=config.minimum_ess,
         updates=updates,
         batch=config.batch,
         learning_rate=config.learning_rate,

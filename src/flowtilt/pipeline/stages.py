@@ -22,9 +22,10 @@ from flowtilt.checkpoints import notes_of, save_weights
 from flowtilt.control import adjoint_matching
 from flowtilt.control.annealed_fitting import solve_tail
 from flowtilt.control.base import Progress, Solution
+from flowtilt.control.weighted_fitting import Samples
 from flowtilt.devices import generator_of
 from flowtilt.fdc import Ascent, ExponentAscent, MirrorAscent, Solver, Trail, ascend, ascend_by_exponents
-from flowtilt.functionals.base import FirstVariation, Objective
+from flowtilt.functionals.base import Distribution, FirstVariation, Objective
 from flowtilt.functionals.utilities import Hinge, RewardVariation
 from flowtilt.model import FlowModel
 from flowtilt.parallel import processes
@@ -40,7 +41,12 @@ from flowtilt.pipeline.files import (
 )
 from flowtilt.pipeline.health import training_metrics, warn
 from flowtilt.pipeline.sections import SolverConfig
-from flowtilt.pipeline.solvers import adjoint_matching_settings, annealed_fitting_settings, build_solver
+from flowtilt.pipeline.solvers import (
+    Given,
+    adjoint_matching_settings,
+    annealed_fitting_settings,
+    build_solver,
+)
 from flowtilt.pipeline.states import resumption_of
 from flowtilt.resuming import Resumption, Slot
 from flowtilt.rewards import Reward
@@ -59,6 +65,7 @@ class Climb:
         done: iterations that came before.
         generator: source of randomness of each iteration, by its number.
         trail: of an earlier ascent by exponents that this one goes on from.
+        first: distribution of the pretrained model, for an ascent by exponents; else it is drawn.
     """
 
     objective: Objective
@@ -67,6 +74,7 @@ class Climb:
     generator: Callable[[int], torch.Generator]
     done: int = 0
     trail: Trail | None = None
+    first: Distribution | None = None
 
     def run(self, iterations: int, solver: Solver, resumption: Resumption) -> Ascent:
         """All iterations up to a number that are still to be done."""
@@ -83,6 +91,7 @@ class Climb:
             self.generator,
             resumption,
             self.trail,
+            self.first,
         )
 
 
@@ -136,6 +145,16 @@ class Workbench(ABC):
     def offline_arrays(self, x: Tensor, rewards: Tensor) -> dict[str, Tensor]:
         """What is kept of the offline batch."""
         return {"reward": rewards}
+
+    @cached_property
+    def offline(self) -> Samples | None:
+        """Samples of the offline batch, if the job reads it and its arrays have them."""
+        return None
+
+    @property
+    def given(self) -> Given | None:
+        """The pretrained flow with these samples, for solvers that need a bank of it."""
+        return None if self.offline is None else Given(self.flow, self.offline)
 
     def watched(self, progress: Progress | None) -> Progress | None:
         """What is called with each update's row, and may add to it."""
@@ -193,7 +212,7 @@ def finetune(job: Job) -> None:
     resumption = resumption_of(experiment, "finetune", job.seed, output, read, method, bench.taken_up)
     notes: dict[str, str] = {}
     if experiment.methods[method].kind == "fdc":
-        solver = build_solver(config, updates, watched)
+        solver = build_solver(config, updates, watched, bench.given)
         result = bench.climb().run(experiment.methods[method].iterations, solver, resumption)
         model, rows = result.model, result.history
         if result.trail is not None:
@@ -222,12 +241,9 @@ def _solve_once(
         return adjoint_matching.solve(flow, tilt, kl_weight, settings, random, watched, slot)
     if config.kind == "annealed_fitting" and experiment.methods[method].kind == "tfft":
         # Its threshold is found anew in each stage, from all banks of the chain.
-        problem, annealed = (
-            TailProblem(*experiment.tail_of(method)),
-            annealed_fitting_settings(config, updates),
-        )
-        return solve_tail(flow, bench.reward, problem, annealed, random, watched, slot)
-    return build_solver(config, updates, watched)(flow, tilt, kl_weight, random, slot)
+        problem, stages = TailProblem(*experiment.tail_of(method)), annealed_fitting_settings(config, updates)
+        return solve_tail(flow, bench.reward, problem, stages, random, watched, slot, bench.offline)
+    return build_solver(config, updates, watched, bench.given)(flow, tilt, kl_weight, random, slot)
 
 
 Tilt = FirstVariation | Callable[[float], FirstVariation]

@@ -31,9 +31,12 @@ def _is_tail(experiment: Experiment) -> bool:
 
 
 def _finetune_reads(run: Run) -> dict[str, str]:
-    """The pretrained model, and a threshold or the model of an earlier run."""
+    """The pretrained model, the offline batch for what needs a bank of it, and a threshold or the model of an
+    earlier run."""
     files = {"pretrained": run.pretrained("model.safetensors")}
     method: Any = run.experiment.methods[run.method]
+    if method.by == "exponents" or run.experiment.solver_of(run.method).kind != "adjoint_matching":
+        files["offline"] = run.file_of("pretrained", "offline.npz")
     start = method.continue_from
     if run.kind == "tfft":
         files["threshold"] = run.file("threshold.json")

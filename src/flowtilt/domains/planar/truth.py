@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -170,15 +170,20 @@ def _distributions(problem: TailGrid, blur: Blur) -> dict[str, _Solved]:
                 ascents[key] = mirror_ascent(log_p, rewards, alpha, alpha / step, mass, tail, longest, blur)
         return ascents[key]
 
-    def solve(name: str, method: TailMethodConfig) -> _Solved:
-        if method.kind == "am":
+    @cache
+    def single(kind: str) -> _Solved:
+        """The one tilt of all methods of a kind: what they differ in is how a network is trained."""
+        if kind == "am":
             return _Solved(expected_reward_tilt(log_p, rewards, objective.alpha, blur))
-        if method.kind == "tfft":
+        if kind == "tfft":
             return _Solved(hinge_tilt(log_p, rewards, problem.threshold, alpha, mass, tail, blur))
-        if method.kind == "fdc":
-            iterates = ascent(name)[: method.iterations]
-            return _Solved(iterates[-1] if iterates else log_p, iterates)
         return _Solved(log_p)
+
+    def solve(name: str, method: TailMethodConfig) -> _Solved:
+        if method.kind != "fdc":
+            return single(method.kind)
+        iterates = ascent(name)[: method.iterations]
+        return _Solved(iterates[-1] if iterates else log_p, iterates)
 
     return {name: solve(name, method) for name, method in methods.items()}
 
@@ -208,18 +213,30 @@ def exact_rows(problem: TailGrid, resolution: float | None = None) -> ExactRows:
     blur = gaussian_blur(resolution, problem.grid) if resolution else no_blur
     suffix = "exact" if resolution is None else "resolved"
     x = problem.grid.points[..., 0].ravel()
-    metrics, distributions = {}, {}
-    for name, solved in _distributions(problem, blur).items():
+
+    @cache
+    def measured(name: str) -> tuple[Metrics, np.ndarray]:
+        """Metrics and cell probabilities of a method's row."""
+        solved, kind = methods[name], experiment.methods[name].kind
         distribution = np.exp(solved.log_p)
-        row = f"{name}_{suffix}"
-        metrics[row] = problem.measured(solved.log_p, experiment.methods[name].kind)
-        if experiment.methods[name].kind == "fdc" and resolution is None:
-            passed = [problem.log_p, *solved.iterates]
-            values = [problem.measured(log_q, "fdc")["objective"] for log_q in passed[:-1]]
-            metrics[row]["falls"] = falls([*values, metrics[row]["objective"]])
-        metrics[row]["floored_mass"] = float(distribution.ravel()[problem.floored].sum())
-        metrics[row] |= zone_masses(experiment, x, problem.bumps, distribution.ravel())
-        distributions[row] = distribution
+        row = problem.measured(solved.log_p, kind)
+        if kind == "fdc" and resolution is None:
+            passed = [problem.log_p, *solved.iterates][:-1]
+            values = [problem.measured(log_q, kind)["objective"] for log_q in passed]
+            row["falls"] = falls([*values, row["objective"]])
+        row["floored_mass"] = float(distribution.ravel()[problem.floored].sum())
+        row |= zone_masses(experiment, x, problem.bumps, distribution.ravel())
+        return row, distribution
+
+    methods = _distributions(problem, blur)
+    first = {id(solved.log_p): name for name, solved in reversed(methods.items())}
+    metrics, distributions = {}, {}
+    for name, solved in methods.items():
+        same = first[id(solved.log_p)]
+        if experiment.methods[same].kind != experiment.methods[name].kind:
+            same = name
+        found, distribution = measured(same)
+        metrics[f"{name}_{suffix}"], distributions[f"{name}_{suffix}"] = dict(found), distribution
     return ExactRows(metrics, distributions)
 
 
