@@ -1,8 +1,10 @@
 """Flow Density Control by accumulated exponents: on models, by solvers, against closed forms."""
 
 import itertools
+import json
 import logging
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from closed_forms import PATHS, Mixture, MixtureFlow, Quadratic, generator
 from flowtilt.control import weighted_fitting
 from flowtilt.control.base import Solution, TrainingDiverged
 from flowtilt.control.weighted_fitting import WeightedFittingSettings
-from flowtilt.fdc import ExponentAscent, NoStep, ascend_by_exponents
+from flowtilt.fdc import ExponentAscent, NoStep, Trail, ascend_by_exponents
 from flowtilt.functionals.base import FiniteDistribution, NoValues, WeightedSum
 from flowtilt.functionals.design import OptimalDesign
 from flowtilt.functionals.utilities import SQ, CVaR, Entropy, ExpectedReward, LogBarrier, MeanVariance
@@ -241,3 +243,25 @@ def test_a_stopped_ascent_goes_on_exactly_where_it_was(seconds, tmp_path):
     assert [{**row, "seconds": 0} for row in resumed.history] == [
         {**row, "seconds": 0} for row in whole.history
     ]
+
+
+def test_an_ascent_goes_on_from_the_trail_of_another():
+    """Through JSON, and in all that a single one has; from one at its end there is nothing to do."""
+    start, alpha = MixtureFlow(PATH, START), 1.5
+
+    def climb(first, iterations, trail=None):
+        return ascend_by_exponents(
+            first, ExpectedReward(REWARD), alpha, iterations, settings(), exact_solver, generator, trail=trail
+        )
+
+    whole, half = climb(start, 3), climb(start, 1)
+    read = Trail(**json.loads(json.dumps(asdict(half.trail))))
+    rest = climb(half.model, 3, read)
+    assert half.history + rest.history == whole.history
+    assert rest.trail == whole.trail
+    torch.testing.assert_close(rest.model.distribution.mean, whole.model.distribution.mean, rtol=0, atol=0)
+    after = climb(whole.model, 9, whole.trail)
+    more = climb(after.model, 12, after.trail)
+    assert len(after.history) < 6
+    assert more.history == []
+    assert more.trail == after.trail

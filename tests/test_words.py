@@ -177,6 +177,6 @@ def test_tails_are_compared_only_where_they_have_been_checked() -> None:
         (f"{PLANE}/experiment.py", "self.objective.tail"),  # checked as they were read
         *(
             (file, "problem.tail")
-            for file in (f"{PLANE}/bench.py", "control/annealed_fitting.py", "pipeline/health.py")
+            for file in (f"{PLANE}/build.py", "control/annealed_fitting.py", "pipeline/health.py")
         ),
     }

@@ -41,10 +41,31 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
             raise OSError(f"{path}: could not be written ({error})") from None
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write what training changes of a model, with the header that it asks for, by :func:`save_tensors`."""
+def save_weights(model: nn.Module, path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Write what training changes of a model, with the header that it asks for, by :func:`save_tensors`.
+
+    Args:
+        model: whose weights to write.
+        path: of the file.
+        notes: what else its header says, see :func:`notes_of`.
+    """
     header = model.header() if isinstance(model, FlowModel) else {}
-    save_tensors(tensors_of(model), path, header or None)
+    save_tensors(tensors_of(model), path, {**header, **(notes or {})} or None)
+
+
+def notes_of(path: Path) -> dict[str, str]:
+    """What the header of a checkpoint says, by name.
+
+    Raises:
+        CheckpointError: if the file is missing or cut short.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; run the stage that writes it first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error}); {REMAKE}") from None
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -92,12 +92,34 @@ class MirrorAscent:
         check(self, step_weight=POSITIVE, distribution_samples=COUNT, distribution_steps=COUNT)
 
 
+@dataclass(frozen=True)
+class Trail:
+    """What an ascent by exponents has added up, in numbers that go through JSON: another goes on from it.
+
+    Attributes:
+        iterations: steps so far.
+        parts: of the exponents: the weight of each first variation, then its own numbers.
+        log_z: logarithm of the normaliser of ``exp(h)``, mean over contexts.
+        first: utility at the start and its standard error.
+    """
+
+    iterations: int = 0
+    parts: list[list[float]] = field(default_factory=list)
+    log_z: float = 0.0
+    first: list[float] = field(default_factory=list)
+
+
 @dataclass
 class Ascent:
-    """The model after the last iteration, and a history with one row an update."""
+    """The model after the last iteration, and a history with one row an update.
+
+    Attributes:
+        trail: of an ascent by exponents; None of one by scores.
+    """
 
     model: FlowModel
     history: list[dict[str, float]] = field(default_factory=list)
+    trail: Trail | None = None
 
 
 def ascend(
@@ -275,6 +297,7 @@ def ascend_by_exponents(
     solver: Solver,
     generator: Callable[[int], torch.Generator],
     resumption: Resumption | None = None,
+    trail: Trail | None = None,
 ) -> Ascent:
     """Raise ``utility - alpha KL`` from the pretrained model ``start``, step by step.
 
@@ -282,20 +305,22 @@ def ascend_by_exponents(
     no step gains anything on the samples, the ascent ends, and says so in the log.
 
     Args:
-        start: the pretrained model; left unchanged.
+        start: the pretrained model, or that of an earlier ascent; left unchanged.
         utility: what to raise; its first variation is known from values.
-        alpha: weight of the divergence from ``start``, not negative, in units of the utility a nat.
-        iterations: most steps.
+        alpha: weight of the divergence from the pretrained model, not negative, in units of the utility a
+            nat.
+        iterations: most steps, with those of an earlier ascent.
         settings: of the steps.
         solver: of the control problem of each step.
         generator: source of randomness of each iteration, by its number from 0.
         resumption: where the ascent and its solves keep their states.
+        trail: of the earlier ascent whose model is ``start``; the two together are the same as one.
 
     Returns:
-        The model, and a history with a row an update: of its step ``iteration``, ``step_weight``, ``gain``
-        (of the objective, as the samples promise), ``effective_share``, ``step_kl`` and ``kl`` (what it pays,
-        and the divergence of the exponents from ``start``, in nats), ``utility`` before it and
-        ``utility_promised``, ``failed_share``, and the solver's own columns.
+        The model, its trail, and a history with a row an update: of its step ``iteration``, ``step_weight``,
+        ``gain`` (of the objective, as the samples promise), ``effective_share``, ``step_kl`` and ``kl`` (what
+        it pays, and the divergence of the exponents from the pretrained model, in nats), ``utility`` before
+        it and ``utility_promised``, ``failed_share``, and the solver's own columns.
 
     Raises:
         NoValues: before any training, if the utility's first variation takes scores or densities.
@@ -303,11 +328,10 @@ def ascend_by_exponents(
         TrainingDiverged: as by :func:`ascend`.
         CheckpointError: if a state to go on from belongs to another ascent.
     """
-    for part in utility.components:
-        if not part.by_values:
-            part.variation_at(FiniteDistribution(torch.zeros(0), np.zeros(0), np.zeros(0)))  # says what has
+    check_values(utility)
     slot = resumption.slot("ascent") if resumption is not None else None
     state = _Accumulated(start, utility, alpha, iterations, settings)
+    state.follow(trail, generator)
     state.take_up(slot, generator)
     for k in range(state.done, iterations):
         random = generator(k)
@@ -325,7 +349,18 @@ def ascend_by_exponents(
         if slot is not None and inner is not None and (slot.resumption.due() or inner.path.is_file()):
             slot.save(state.tensors(), state.history, (settings, alpha))
             inner.discard()
-    return Ascent(state.model, state.history)
+    return Ascent(state.model, state.history, state.trail())
+
+
+def check_values(utility: Functional) -> None:
+    """Refuse a utility that no ascent by exponents can raise.
+
+    Raises:
+        NoValues: if its first variation takes scores or densities.
+    """
+    for part in utility.components:
+        if not part.by_values:
+            part.variation_at(FiniteDistribution(torch.zeros(0), np.zeros(0), np.zeros(0)))  # says what has
 
 
 class _Step(NamedTuple):
@@ -349,11 +384,12 @@ class _Accumulated:
     log_z: float = 0.0
     first: Level | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+    earlier: int = 0
 
     @property
     def done(self) -> int:
-        """Iterations so far."""
-        return int(self.history[-1]["iteration"]) if self.history else 0
+        """Iterations so far, those of an earlier ascent included."""
+        return int(self.history[-1]["iteration"]) if self.history else self.earlier
 
     def bank(self, random: torch.Generator) -> tuple[FiniteDistribution, Groups, float]:
         """Samples of the model as a finite distribution, their groups, and the share that failed."""
@@ -435,9 +471,34 @@ class _Accumulated:
         if done == self.iterations:
             _check_rise(self.first, self._level(self.bank(random)[0]), done, range(self.iterations))
 
+    def trail(self) -> Trail:
+        """What another ascent goes on from."""
+        return Trail(self.done, self._rows(), self.log_z, list(self.first or ()))
+
+    def follow(self, trail: Trail | None, generator: Callable[[int], torch.Generator]) -> None:
+        """Take over what an earlier ascent has added up."""
+        if trail is None:
+            return
+        self.earlier, self.log_z = trail.iterations, trail.log_z
+        self.first = Level(*trail.first) if trail.first else None
+        if trail.parts:
+            self.exponents = self._read(trail.parts, self._template(generator))
+
+    def _rows(self) -> list[list[float]]:
+        """Weights and numbers of the first variations that the exponents are a sum of."""
+        return [[weight, *numbers_of(part)] for weight, part in self.exponents.parts]
+
+    def _template(self, generator: Callable[[int], torch.Generator]) -> FirstVariation:
+        """Some first variation of the utility: which numbers it has, any samples say."""
+        return self.utility.variation_at(self.bank(generator(0))[0])
+
+    @staticmethod
+    def _read(rows: list[list[float]], template: FirstVariation) -> Exponents:
+        return Exponents(tuple((row[0], with_numbers(template, iter(row[1:]))) for row in rows))
+
     def tensors(self, width: int | None = None) -> dict[str, Tensor]:
         """All that an ascent goes on from, by name; ``width`` numbers a first variation has."""
-        rows = [[weight, *numbers_of(part)] for weight, part in self.exponents.parts]
+        rows = self._rows()
         parts = torch.zeros(
             self.iterations * TRIALS, width or len(rows[0]), dtype=torch.float64, device="cpu"
         )
@@ -450,13 +511,11 @@ class _Accumulated:
         """Go on from the last state, if there is one."""
         if slot is None or not slot.path.is_file():
             return
-        # Which numbers a first variation has, any samples say; those of the state take their place.
-        template = self.utility.variation_at(self.bank(generator(0))[0])
+        template = self._template(generator)
         self.model = copy.deepcopy(self.model).requires_grad_(False)
         tensors = self.tensors(1 + len(numbers_of(template)))
         self.history = slot.load(tensors, (self.settings, self.alpha)) or []
         value, error = tensors["start"].tolist()
         self.first = Level(value, error) if error >= 0 else None
         count, self.log_z = tensors["sizes"].tolist()
-        rows = tensors["parts"][: int(count)].tolist()
-        self.exponents = Exponents(tuple((row[0], with_numbers(template, iter(row[1:]))) for row in rows))
+        self.exponents = self._read(tensors["parts"][: int(count)].tolist(), template)

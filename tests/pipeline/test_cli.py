@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,12 +86,26 @@ def test_the_same_seed_gives_the_same_bytes(folder: Folder) -> None:
     assert folder.file("am", "model.safetensors").read_bytes() == first
 
 
-def test_a_continued_fdc_is_the_same_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    both = {
-        "half": {"kind": "fdc", "iterations": 1, "step": 0.25},
-        "rest": {"kind": "fdc", "iterations": 2, "step": 0.25, "continue_from": "half"},
+@pytest.mark.parametrize(
+    ("how", "solver"),
+    [
+        ({"step": 0.25}, "adjoint_matching"),
+        ({"by": "exponents"}, "adjoint_matching"),
+        ({"by": "exponents"}, "weighted_fitting"),
+        ({"by": "exponents", "step": 0.25}, "annealed_fitting"),
+    ],
+)
+def test_a_continued_fdc_is_the_same_as_an_uninterrupted_one(
+    tmp_path: Path, how: dict[str, Any], solver: str
+) -> None:
+    """By exponents too, which the file of the earlier model has; by every solver."""
+    own = {"kind": "fdc", **how, "solver": {"kind": solver, "bank": 500}}
+    methods = {
+        "half": {**own, "iterations": 1},
+        "rest": {**own, "iterations": 2, "continue_from": "half"},
+        "fdc": {"step": None, "by": None, **own, "iterations": 2},
     }
-    folder = Folder(tmp_path, tiny(methods=both))
+    folder = Folder(tmp_path, tiny(methods=methods))
     assert folder.run("pretrain") == 0
     assert folder.finetune("half") == 0
     assert folder.finetune("rest") == 0

@@ -54,7 +54,14 @@ def test_every_shipped_file_loads_and_survives_a_round_trip(file: Path, tmp_path
         ),
         ({"methods": {"am": {"kind": "ppo"}}}, "methods.am.kind", "'pretrained', 'am', 'fdc' or 'tfft'"),
         ({"methods": {"am": {"kind": "am", "step": 0.5}}}, "methods.am", "step belong to fdc, not to am"),
-        ({"methods": {"fdc": {"kind": "fdc", "step": None}}}, "methods.fdc", "needs step"),
+        ({"methods": {"fdc": {"by": None}}}, "methods.fdc", "needs step, or by: exponents, which searches"),
+        ({"methods": {"fdc": {"by": "values"}}}, "methods.fdc.by", "'scores' or 'exponents'"),
+        ({"methods": {"am": {"by": "exponents"}}}, "methods.am", "by belong to fdc, not to am"),
+        (
+            {"methods": {"more": {"kind": "fdc", "iterations": 3, "step": 0.5, "continue_from": "fdc"}}},
+            "(whole file)",
+            "methods.more must have more iterations than 'fdc', and all other keys the same",
+        ),
         ({"methods": {"fdc": {"continue_from": "none"}}}, "(whole file)", "no fdc method of this experiment"),
         ({"reward": {"landscape": "cliffs"}}, "reward.landscape", "stripes, spikes or module:Class"),
         ({"reward": {"width": 0.0}}, "reward.width", "greater than 0"),
@@ -85,6 +92,11 @@ def test_errors_name_the_file_the_key_and_the_fix(
         ({"data": {"modes": [-1]}}, "data.modes.0", "greater than or equal to 0"),
         ({"objective": {"utility": {"kind": None}}}, "objective.utility.kind", "string"),
         ({"methods": {"am": {"kind": "tfft"}}}, "(whole file)", "methods.am: tfft raises a tail mean"),
+        (
+            {"methods": {"fdc_dA": {"by": "exponents"}}},
+            "(whole file)",
+            "methods.fdc_dA: by exponents fdc pays for a KL divergence, got wasserstein1; remove by",
+        ),
         (
             {"methods": {"t": {"kind": "tfft", "objective": {**TAIL, "alpha": 0.0}}}},
             "(whole file)",

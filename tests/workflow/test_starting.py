@@ -56,14 +56,27 @@ def conda(tmp_path: Path) -> StandInConda:
     return StandInConda.in_folder(tmp_path / "conda")
 
 
+READ_ONLY = 'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; cd "$PWD"; exec "$@"'
+
+
 def start(
-    snakemake: Path, folder: Path, *arguments: str, conda: StandInConda | None = None
+    snakemake: Path,
+    folder: Path,
+    *arguments: str,
+    conda: StandInConda | None = None,
+    read_only: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run Snakemake by its path in a folder, with nothing on the PATH but the system and a conda."""
+    """Run Snakemake by its path in a folder, with nothing on the PATH but the system and a conda.
+
+    A folder that shall be there for reading only needs a user who can mount; else the test is skipped.
+    """
+    mounted = ["unshare", "--mount", "sh", "-euc", READ_ONLY, str(read_only)] if read_only else []
+    if mounted and subprocess.run([*mounted, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user cannot mount a folder for reading only")
     held = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     places = [snakemake.parent, *([conda.bin] if conda else []), "/usr/local/bin", "/usr/bin", "/bin"]
     return subprocess.run(
-        [snakemake, "--cores", "2", *arguments],
+        [*mounted, snakemake, "--cores", "2", *arguments],
         cwd=folder,
         env={**held, "PATH": os.pathsep.join(map(str, places))},
         stdout=subprocess.PIPE,
@@ -279,16 +292,25 @@ def module(folder: Path, snakefile: Path, prefix: str = "", names: str = "") -> 
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump({**whole, **smoke}), encoding="utf-8")
 
 
-@pytest.mark.parametrize(("prefix", "names"), [("", ""), ("below", " as tilt_*")])
+ONSTART = '\n\nonstart:\n    print("the onstart of the user")\n\n\n'
+
+
+@pytest.mark.parametrize(
+    ("prefix", "names", "own"), [("", "", "{ONSTART}{module}"), ("below", " as tilt_*", "{module}{ONSTART}")]
+)
 def test_a_module_runs_from_an_empty_folder(
-    prefix: str, names: str, project: Project, finished: Project, tmp_path: Path
+    prefix: str, names: str, own: str, project: Project, finished: Project, tmp_path: Path
 ) -> None:
+    """And begins as the workflow alone does, beside what the user's own workflow does then."""
     folder = tmp_path / "mine"
     folder.mkdir()
     module(folder, project.folder / "workflow" / "Snakefile", prefix, names)
+    snakefile = folder / "workflow" / "Snakefile"
+    snakefile.write_text(own.format(ONSTART=ONSTART, module=snakefile.read_text()), encoding="utf-8")
     targets = [str(Path(prefix) / file) for file in (THEORY, MODEL)]
     run = start(HERE, folder, "--", *targets)
     assert run.returncode == 0, run.stdout
+    assert run.stdout.count("the onstart of the user") == 1
     assert_same(folder / prefix, finished, [THEORY, MODEL])
     assert not (project.folder / "results").exists()
 
@@ -304,6 +326,44 @@ def test_a_module_can_have_the_workflows_own_configuration(project: Project, tmp
     assert "molecules_pretrain" in run.stdout
 
 
+@pytest.mark.parametrize("way", ["clone", "directory", "module"])
+def test_planning_writes_nothing(way: str, project: Project, tmp_path: Path) -> None:
+    """But Snakemake's own records; and where those cannot be, it says so."""
+    folder = project.folder if way == "clone" else tmp_path / "mine"
+    folder.mkdir(exist_ok=True)
+    given = () if way == "module" else SMOKE
+    if way == "module":
+        module(folder, project.folder / "workflow" / "Snakefile")
+    elif way == "directory":
+        snakefile, smoke = (str(project.folder / file) for file in ("workflow/Snakefile", SMOKE[1]))
+        given = ("-s", snakefile, "--configfile", smoke)
+
+    def held() -> set[Path]:
+        return {file for file in folder.rglob("*") if not {".snakemake", "__pycache__"} & {*file.parts}}
+
+    before = held()
+    for asked in (("--dry-run", "--quiet", "all"), ("--summary",)):
+        run = start(HERE, folder, *given, *asked)
+        assert run.returncode == 0, run.stdout
+        assert held() == before
+    shutil.rmtree(folder / ".snakemake")
+    run = start(HERE, folder, *given, "--dry-run", read_only=folder)
+    assert run.returncode == 1
+    assert f"{folder}/.snakemake: cannot be written" in run.stdout
+    assert "Traceback" not in run.stdout
+
+
+def test_a_module_without_packages_is_refused_as_its_run_begins(
+    plain: Path, project: Project, tmp_path: Path
+) -> None:
+    module(tmp_path, project.folder / "workflow" / "Snakefile")
+    run = start(plain / "snakemake", tmp_path, "--", THEORY)
+    assert run.returncode != 0
+    assert "lacks torch" in run.stdout
+    assert "Finished jobid" not in run.stdout
+    assert not (tmp_path / "results").exists()
+
+
 def test_what_a_module_is_given_is_named(project: Project, tmp_path: Path) -> None:
     module(tmp_path, project.folder / "workflow" / "Snakefile")
     (tmp_path / "config" / "config.yaml").write_text("results: results\n", encoding="utf-8")
@@ -316,21 +376,15 @@ def test_what_a_module_is_given_is_named(project: Project, tmp_path: Path) -> No
 def test_a_workflow_that_cannot_be_written_runs_in_another_folder(
     project: Project, finished: Project, tmp_path: Path
 ) -> None:
-    mount = f"mount --bind {project.folder} {project.folder} && mount -o remount,bind,ro {project.folder}"
-    if subprocess.run(["unshare", "--mount", "sh", "-c", mount], capture_output=True, check=False).returncode:
-        pytest.skip("this user cannot mount a folder for reading only")
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    words = f"{HERE} -s {project.folder}/workflow/Snakefile --cores 2 --directory {folder}"
-    words += f" --configfile {project.folder}/config/smoke.yaml -- {THEORY} {MODEL}"
-    run = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", f"{mount} && cd / && {words}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
+    given = (
+        "-s",
+        f"{project.folder}/workflow/Snakefile",
+        "--configfile",
+        f"{project.folder}/config/smoke.yaml",
     )
+    run = start(HERE, folder, *given, "--", THEORY, MODEL, read_only=project.folder)
     assert run.returncode == 0, run.stdout
     assert_same(folder, finished, [THEORY, MODEL])
 
@@ -383,7 +437,7 @@ def test_apptainer_without_its_image_is_refused(project: Project, tmp_path: Path
 
 
 def test_packages_that_a_job_lacks_are_named_in_its_log(plain: Path, project: Project) -> None:
-    """Of a module, which is not checked as its run begins."""
+    """Where its run was not checked as it began: Snakemake's --no-hooks leaves that out."""
     command = project.folder / "workflow" / "bin" / "flowtilt"
     run = subprocess.run(
         [command, "theory", str(ROOT / "config/theory/threshold.yaml"), "--output", "x.json"],

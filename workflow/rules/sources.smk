@@ -37,6 +37,7 @@ try:
     DEPLOYMENT = workflow.deployment_settings.deployment_method
     # What a module is given as its configuration stands instead of its own file.
     MODULE, GIVEN = not workflow.modifier.is_main_snakefile(), workflow.modifier.skip_configfile
+    REGISTER, STARTED = workflow.onstart, workflow._onstart
 except AttributeError:
     raise WorkflowError(
         f"Snakemake {snakemake_version} does not say what it was asked for, as 9.17 to 9.27 do: install one of those"
@@ -72,3 +73,22 @@ def on_path(wildcards, output) -> str:
     elif not APPTAINER:
         folders.append(shlex.quote(str(Path(sys.executable).parent)))
     return f'export PATH={":".join([*folders, "$PATH"])};' if folders else ""
+
+
+def when_started(begin) -> None:
+    """Have a module's part done as a run begins, before what the workflow that uses it does then.
+
+    Snakemake calls the onstart of that workflow alone, whether it is defined before the module is used or after.
+    """
+
+    def with_ours(func):
+        def both(log):
+            begin()
+            func(log)
+
+        return both
+
+    workflow._onstart = with_ours(STARTED)
+    workflow.onstart = lambda func: REGISTER(
+        with_ours(func) if workflow.modifier.is_main_snakefile() else func
+    )

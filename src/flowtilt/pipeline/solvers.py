@@ -24,9 +24,7 @@ def build_solver(config: SolverConfig, updates: int, progress: Progress | None =
     if config.kind == "weighted_fitting":
         solver = partial(_weighted_fitting, settings=_weighted_fitting_settings(config, updates))
     elif config.kind == "annealed_fitting":
-        fitting = _weighted_fitting_settings(config, updates)
-        annealed = annealed_fitting.AnnealedFittingSettings(fitting, config.share, config.stages)
-        solver = partial(annealed_fitting.solve, settings=annealed)
+        solver = partial(annealed_fitting.solve, settings=annealed_fitting_settings(config, updates))
     else:
         solver = partial(adjoint_matching.solve, settings=adjoint_matching_settings(config, updates))
 
@@ -46,6 +44,12 @@ def adjoint_matching_settings(config: SolverConfig, updates: int) -> adjoint_mat
     """The settings of Adjoint Matching that a configuration has, with a number of updates."""
     own = {field.name for field in fields(adjoint_matching.AdjointMatchingSettings)} - {"updates"}
     return adjoint_matching.AdjointMatchingSettings(updates=updates, **config.model_dump(include=own))
+
+
+def annealed_fitting_settings(config: SolverConfig, updates: int) -> annealed_fitting.AnnealedFittingSettings:
+    """The settings of annealed fitting that a configuration has, with a number of updates a stage."""
+    fitting = _weighted_fitting_settings(config, updates)
+    return annealed_fitting.AnnealedFittingSettings(fitting, config.share, config.stages)
 
 
 def _weighted_fitting_settings(

@@ -6,9 +6,10 @@ follows from the names of experiment, method and seed alone.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.checkpoints import save_weights
+from flowtilt.checkpoints import notes_of, save_weights
 from flowtilt.control import adjoint_matching
-from flowtilt.control.base import Progress
+from flowtilt.control.annealed_fitting import solve_tail
+from flowtilt.control.base import Progress, Solution
 from flowtilt.devices import generator_of
-from flowtilt.fdc import MirrorAscent, ascend
-from flowtilt.functionals.base import FirstVariation, Functional
+from flowtilt.fdc import Ascent, ExponentAscent, MirrorAscent, Solver, Trail, ascend, ascend_by_exponents
+from flowtilt.functionals.base import FirstVariation, Objective
 from flowtilt.functionals.utilities import Hinge, RewardVariation
 from flowtilt.model import FlowModel
 from flowtilt.parallel import processes
@@ -32,14 +34,18 @@ from flowtilt.pipeline.files import (
     StageError,
     read_schedule,
     read_threshold,
+    reading,
     write_arrays,
     write_history,
 )
 from flowtilt.pipeline.health import training_metrics, warn
-from flowtilt.pipeline.solvers import adjoint_matching_settings, build_solver
+from flowtilt.pipeline.sections import SolverConfig
+from flowtilt.pipeline.solvers import adjoint_matching_settings, annealed_fitting_settings, build_solver
 from flowtilt.pipeline.states import resumption_of
+from flowtilt.resuming import Resumption, Slot
 from flowtilt.rewards import Reward
 from flowtilt.sampling import sample_sde
+from flowtilt.tfft import TailProblem
 
 
 @dataclass(frozen=True)
@@ -48,17 +54,56 @@ class Climb:
 
     Attributes:
         objective: the functional.
-        settings: of the iteration.
+        settings: of the iteration: by scores, or by exponents.
         start: model before the first iteration that is to be done.
         done: iterations that came before.
         generator: source of randomness of each iteration, by its number.
+        trail: of an earlier ascent by exponents that this one goes on from.
     """
 
-    objective: Functional
-    settings: MirrorAscent
+    objective: Objective
+    settings: MirrorAscent | ExponentAscent
     start: FlowModel
     generator: Callable[[int], torch.Generator]
     done: int = 0
+    trail: Trail | None = None
+
+    def run(self, iterations: int, solver: Solver, resumption: Resumption) -> Ascent:
+        """All iterations up to a number that are still to be done."""
+        if isinstance(self.settings, MirrorAscent):
+            todo = range(self.done, iterations)
+            return ascend(self.start, self.objective, todo, self.settings, solver, self.generator, resumption)
+        return ascend_by_exponents(
+            self.start,
+            self.objective.utility,
+            self.objective.alpha,
+            iterations,
+            self.settings,
+            solver,
+            self.generator,
+            resumption,
+            self.trail,
+        )
+
+
+TRAIL = "trail"
+"""Note in a model's file with the :class:`flowtilt.fdc.Trail` that has led to it, as JSON."""
+
+
+NOTHING_DONE = {"active_share": 0.0, "network_passes": 0, "seconds": 0.0}
+"""History of a training that goes on from an ascent which had come to its end."""
+
+
+def trail_of(path: Path) -> Trail | None:
+    """The trail that has led to a model, if its file has one.
+
+    Raises:
+        StageError: if it is none.
+    """
+    if (note := notes_of(path).get(TRAIL)) is None:
+        return None
+    with reading(path, "has no whole trail", "finetune"):
+        return Trail(**json.loads(note))
 
 
 class Workbench(ABC):
@@ -154,30 +199,43 @@ def finetune(job: Job) -> None:
     read = [job.read(role) for role in sorted(job.inputs)]
     output = job.outputs["model"]
     resumption = resumption_of(experiment, "finetune", job.seed, output, read, method, bench.taken_up)
+    notes: dict[str, str] = {}
     if experiment.methods[method].kind == "fdc":
-        climb = bench.climb()
-        iterations = range(climb.done, experiment.methods[method].iterations)
         solver = build_solver(config, updates, watched)
-        result = ascend(
-            climb.start, climb.objective, iterations, climb.settings, solver, climb.generator, resumption
-        )
+        result = bench.climb().run(experiment.methods[method].iterations, solver, resumption)
         model, rows = result.model, result.history
+        if result.trail is not None:
+            notes[TRAIL] = json.dumps(asdict(result.trail))
     else:
-        tilt, kl_weight = tilt_of(bench, job.read_if_any("threshold"))
-        random, slot = generator_of(experiment.name, method, job.seed), resumption.slot("solve")
-        if isinstance(tilt, FirstVariation):
-            solution = build_solver(config, updates, watched)(bench.flow, tilt, kl_weight, random, slot)
-        else:
-            settings = adjoint_matching_settings(config, updates)
-            solution = adjoint_matching.solve(bench.flow, tilt, kl_weight, settings, random, watched, slot)
+        solution = _solve_once(bench, config, updates, watched, resumption.slot("solve"))
         model, rows = solution.model, solution.history
     bench.close()
     if processes().leads:
-        columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-        warn(method, training_metrics(columns))
-        write_history(rows, job.outputs["history"])
-        save_weights(model, output)
+        if rows:
+            warn(method, training_metrics({name: np.array([row[name] for row in rows]) for name in rows[0]}))
+        write_history(rows or [NOTHING_DONE], job.outputs["history"])
+        save_weights(model, output, notes)
         resumption.remove()
+
+
+def _solve_once(
+    bench: Workbench, config: SolverConfig, updates: int, watched: Progress | None, slot: Slot
+) -> Solution:
+    """The single solve of a method of kind am or tfft."""
+    experiment, method, flow = bench.experiment, bench.job.method, bench.flow
+    random = generator_of(experiment.name, method, bench.job.seed)
+    tilt, kl_weight = tilt_of(bench, bench.job.read_if_any("threshold"))
+    if not isinstance(tilt, FirstVariation):
+        settings = adjoint_matching_settings(config, updates)
+        return adjoint_matching.solve(flow, tilt, kl_weight, settings, random, watched, slot)
+    if config.kind == "annealed_fitting" and experiment.methods[method].kind == "tfft":
+        # Its threshold is found anew in each stage, from all banks of the chain.
+        problem, annealed = (
+            TailProblem(*experiment.tail_of(method)),
+            annealed_fitting_settings(config, updates),
+        )
+        return solve_tail(flow, bench.reward, problem, annealed, random, watched, slot)
+    return build_solver(config, updates, watched)(flow, tilt, kl_weight, random, slot)
 
 
 Tilt = FirstVariation | Callable[[float], FirstVariation]

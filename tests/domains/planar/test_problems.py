@@ -124,3 +124,22 @@ def test_diverse_modes_must_be_those_of_the_data() -> None:
         change = {"utility": {"modes": wrong}}
         with pytest.raises(ConfigError, match=rf"objective\.utility.*{wrong} modes.*from 0 to 1"):
             check_problems(functional("modes_2d", objective=change))
+
+
+def test_by_exponents_a_first_variation_without_values_is_refused() -> None:
+    """The entropy's takes a density; a sum with it does too, and a reward's alone does not."""
+    searched = {"fdc_alpha_0.5": {"by": "exponents", "step_weight": None}}
+    with pytest.raises(ConfigError) as caught:
+        check_problems(functional("entropy_2d", methods=searched))
+    for words in (
+        "objective.utility: the first variation of Entropy is not known",
+        "take its steps by scores",
+    ):
+        assert words in str(caught.value)
+    kl = {"divergence": {"kind": "kl"}, "alpha": 1.0}
+    methods = {"fdc_dA": {"by": "exponents", "objective": kl}, "fdc_dB": {"objective": kl}}
+    check_problems(functional(methods=methods))
+    parts = [{"name": "expected_reward"}, {"name": "entropy"}]
+    mixed = {**kl, "utility": {"kind": "sum", "parts": parts}}
+    with pytest.raises(ConfigError, match=r"methods\.fdc_dA\.objective\.utility: .* Entropy"):
+        check_problems(functional(methods={**methods, "fdc_dA": {"by": "exponents", "objective": mixed}}))

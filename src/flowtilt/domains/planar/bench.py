@@ -8,15 +8,14 @@ from torch import Tensor
 
 from flowtilt.checkpoints import load_weights
 from flowtilt.devices import generator_of
-from flowtilt.domains.planar.build import build_model, build_reward, reward_of
+from flowtilt.domains.planar.build import build_model, reward_of, tail_utility
 from flowtilt.domains.planar.experiment import FunctionalExperiment, PlanarExperiment, tail_experiment
 from flowtilt.domains.planar.problems import build_objective
-from flowtilt.fdc import MirrorAscent
-from flowtilt.functionals.base import Functional, Objective
+from flowtilt.fdc import ExponentAscent, MirrorAscent
+from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
-from flowtilt.functionals.utilities import SQ, CVaR
 from flowtilt.model import FlowModel
-from flowtilt.pipeline.stages import Climb, Workbench
+from flowtilt.pipeline.stages import Climb, Workbench, trail_of
 from flowtilt.rewards import Reward
 
 
@@ -37,30 +36,44 @@ class PlanarBench(Workbench):
     def climb(self) -> Climb:
         """FDC from the pretrained model, or from an earlier run with fewer iterations."""
         experiment, method = self.experiment, self.job.method
-        done, start = 0, self.flow
-        if earlier := experiment.methods[method].continue_from:
+        config, solver = experiment.methods[method], experiment.solver_of(method)
+        done, start, trail = 0, self.flow, None
+        if earlier := config.continue_from:
             done = experiment.methods[earlier].iterations
             start = load_weights(build_model(experiment), self.job.read("start"))
-        objective, step_weight, step = _ascent(experiment, method, self.flow)
+            trail = trail_of(self.job.read("start"))
+        samples, step = experiment.offline.samples, config.fixed_step
+        weight = _step_weight(experiment, method)
+        settings: MirrorAscent | ExponentAscent
+        if config.by == "exponents":
+            # A step that rests on fewer effective samples than a fit may is none.
+            settings = ExponentAscent(samples, solver.steps, share=solver.share, step_weight=weight)
+        else:
+            settings = MirrorAscent(weight or 1.0, samples, solver.steps)
         return Climb(
-            objective,
-            MirrorAscent(step_weight, experiment.offline.samples, experiment.solver_of(method).steps),
+            _objective(experiment, method, self.flow),
+            settings,
             start,
             # By the step and not by the method: methods that differ in nothing else share their noise.
-            lambda k: generator_of(experiment.name, "fdc", step, self.job.seed, k),
+            lambda k: generator_of(experiment.name, "fdc", step or "search", self.job.seed, k),
             done,
+            trail,
         )
 
 
-def _ascent(experiment: PlanarExperiment, method: str, base: FlowModel) -> tuple[Functional, float, float]:
-    """What an fdc method raises, the KL weight of its steps, and the step as configured."""
+def _step_weight(experiment: PlanarExperiment, method: str) -> float | None:
+    """KL weight of the steps of an fdc method, in units of its objective a nat; None where it is searched."""
+    step = experiment.methods[method].fixed_step
+    if step is None or isinstance(experiment, FunctionalExperiment):
+        return step
+    return tail_experiment(experiment).objective.tail_alpha / step
+
+
+def _objective(experiment: PlanarExperiment, method: str, base: FlowModel) -> Objective:
+    """What an fdc method raises."""
     if isinstance(experiment, FunctionalExperiment):
-        step_weight = experiment.methods[method].step_weight or 1.0
-        return build_objective(experiment, method, base), step_weight, step_weight
+        return build_objective(experiment, method, base)
     tails = tail_experiment(experiment)
-    problem, reward = tails.objective, build_reward(tails)
-    utility = (CVaR if problem.tail == "lower" else SQ)(reward, problem.mass)
     # Scores are compared at the last time where the solver trains the velocity.
     kl = KL(base, score_time=base.time_grid(tails.solver_of(method).steps)[-2])
-    step = tails.methods[method].step or 1.0
-    return Objective(utility, kl, problem.tail_alpha), problem.tail_alpha / step, step
+    return Objective(tail_utility(tails), kl, tails.objective.tail_alpha)

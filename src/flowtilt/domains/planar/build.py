@@ -18,6 +18,7 @@ from flowtilt.domains.planar.experiment import (
 from flowtilt.domains.planar.landscapes import LANDSCAPES, SLOPES, Bowl, Zones
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.domains.planar.sections import PathConfig
+from flowtilt.functionals.utilities import SQ, CVaR
 from flowtilt.interpolants import Interpolant, Linear, VariancePreserving
 from flowtilt.loading import imported, message_of
 from flowtilt.pipeline.configuration import ConfigError
@@ -61,6 +62,12 @@ def build_data(experiment: PlanarExperiment) -> GaussianMixture | ModeMixtures:
 def build_reward(experiment: TailExperiment) -> Zones:
     """The landscape as a reward (minus the height where heights are costs)."""
     return _made(experiment.reward.model_dump(), LANDSCAPES, Zones)  # type: ignore[type-abstract]
+
+
+def tail_utility(experiment: TailExperiment) -> CVaR | SQ:
+    """The tail mean that the methods of an experiment raise."""
+    problem = experiment.objective
+    return (CVaR if problem.tail == "lower" else SQ)(build_reward(experiment), problem.mass)
 
 
 def build_slope(experiment: FunctionalExperiment) -> Reward | None:

@@ -53,3 +53,20 @@ def own_objective(long: pd.DataFrame, runs: Runs) -> list[str]:
             f"G rises over that of the pretrained distribution on every seed under {', '.join(raised)}."
         )
     return said
+
+
+def falling_steps(long: pd.DataFrame, runs: Runs) -> list[str]:
+    """One sentence for each fdc method whose exact steps lower their own objective on some seed.
+
+    Such a step is none of an ascent, whatever a network makes of it. The arguments are those of
+    :func:`own_gains`.
+    """
+    long, said = long[long["experiment"] == runs.name], []
+    for method in runs.methods:
+        count = of_row(long, row_name(method.name, "exact"), "falls")
+        if (count > 0).any():
+            said.append(
+                f"{method.name} is no ascent: {int(count.sum())} of its exact steps lower its own G, on "
+                f"{share(count > 0)}; leave the step out, and by: exponents searches one that does not."
+            )
+    return said

@@ -14,11 +14,12 @@ from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.grid import Grid, finite_distribution, kl_divergence
 from flowtilt.domains.planar.optimum import Optimum, mirror_iterates, optimum_of, tail_optimum, tilt
 from flowtilt.domains.planar.problems import build_objective
-from flowtilt.domains.planar.rows import GriddedDensity, Metrics
+from flowtilt.domains.planar.rows import GriddedDensity, Metrics, falls
 from flowtilt.functionals.base import FiniteDistribution, Objective
 from flowtilt.functionals.critic import CriticSettings, train_critic
 from flowtilt.metrics.entropy import histogram_entropy, likelihood_entropy
 from flowtilt.metrics.transport import ground_distances, kantorovich
+from flowtilt.mirror import ascend_exactly
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,11 @@ def solved_rows(experiment: FunctionalExperiment, method: str, problem: GridProb
     the optimum of a concave objective may still lack. The pretrained model has no optimum.
     """
     before = problem.objective.finite_value(problem.start)
-    solved: dict[str, tuple[np.ndarray, Metrics]] = {
-        "exact": (_exact_distribution(experiment, method, problem), {})
-    }
+    iterates = exact_iterates(experiment, method, problem)
+    of_steps: Metrics = {}
+    if experiment.methods[method].kind == "fdc":
+        of_steps["falls"] = falls([before, *map(problem.objective.finite_value, iterates)])
+    solved: dict[str, tuple[np.ndarray, Metrics]] = {"exact": (iterates[-1].log_p, of_steps)}
     if experiment.methods[method].kind != "pretrained":
         best = grid_optimum(experiment, problem)
         solved["optimum"] = best.log_p, {"slack": best.slack}
@@ -216,17 +219,23 @@ def solved_rows(experiment: FunctionalExperiment, method: str, problem: GridProb
     }
 
 
-def _exact_distribution(experiment: FunctionalExperiment, method: str, problem: GridProblem) -> np.ndarray:
-    config = experiment.methods[method]
+def exact_iterates(
+    experiment: FunctionalExperiment, method: str, problem: GridProblem
+) -> list[FiniteDistribution]:
+    """The distributions after each exact step of a method; the pretrained one for a method without any."""
+    config, objective, start = experiment.methods[method], problem.objective, problem.start
     if config.kind == "pretrained":
-        return problem.start.log_p
+        return [start]
     if config.kind == "tfft":
-        return tail_optimum(problem.objective, problem.start).log_p
+        return [problem.distribution(tail_optimum(objective, start).log_p)]
     if config.kind == "am":  # the configuration admits an expected reward under KL alone
-        weight, steps = problem.objective.alpha, 1
-    else:
-        weight, steps = config.step_weight or 1.0, config.iterations or 1
-    return mirror_iterates(problem.objective, problem.start, weight, steps)[-1].log_p
+        return mirror_iterates(objective, start, objective.alpha, 1)
+    steps = config.iterations or 1
+    if config.step_weight is not None:
+        return mirror_iterates(objective, start, config.step_weight, steps)
+    share = experiment.solver_of(method).share
+    taken = ascend_exactly(objective.utility, objective.alpha, start, steps, share=share)
+    return [step.distribution for step in taken] or [start]
 
 
 TILTS = (0.25, 1.0, 4.0)

@@ -213,6 +213,11 @@ class FunctionalExperiment(PlanarExperiment):
                     f"methods.{name}: am raises the expected reward under a KL weight alpha > 0; give it "
                     "objective: {utility: {kind: expected_reward}, divergence: {kind: kl}, alpha: ...}"
                 )
+            if method.by == "exponents" and problem.divergence.kind != "kl":
+                raise ValueError(
+                    f"methods.{name}: by exponents fdc pays for a KL divergence, got "
+                    f"{problem.divergence.kind}; remove by, and give step_weight"
+                )
             if method.kind == "tfft" and self._tail(name) is None:
                 raise ValueError(f"methods.{name}: {_NO_TAIL}")
         pretrained = [name for name, method in self.methods.items() if method.kind == "pretrained"]

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 
 from flowtilt.functionals.base import FiniteDistribution
+from flowtilt.functionals.utilities import SQ, CVaR
 from flowtilt.metrics.tails import quantile
+from flowtilt.mirror import find_step
+from flowtilt.model import Context
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import threshold
 from flowtilt.words import Tail, read_tail
@@ -164,5 +167,101 @@ def mirror_ascent(
         at = quantile(rewards, level, weights=np.exp(current))
         raised = blur(hinge(rewards, at, mass, tail) / step_weight)
         current = normalise(current + raised - alpha / step_weight * (current - log_p))
+        iterates.append(current)
+    return iterates
+
+
+LEVELS = 2**14
+"""Levels of the reward that a line search tells apart, a bin's width each."""
+
+
+class _Itself(Reward):
+    """The reward of a point that is a reward."""
+
+    def value(self, x: torch.Tensor, context: Context = None) -> torch.Tensor:
+        return x[:, 0]
+
+
+@dataclass(frozen=True)
+class RewardLevels:
+    """Cells with nearly the same reward taken together.
+
+    Tail means and the exponents of FDC's steps on them are functions of the reward, so that a line search
+    need not tell apart cells that have the same. Which step is taken is chosen on the levels; the step
+    itself is then that of every cell.
+
+    Attributes:
+        labels: level of each cell, (cells^2,).
+        values: mean reward of each level, rising, (levels,).
+    """
+
+    labels: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, log_p: np.ndarray, rewards: np.ndarray, count: int = LEVELS) -> RewardLevels:
+        """Levels of the cells of a distribution; those without probability are left out of the means."""
+        r, p = rewards.ravel(), np.exp(log_p).ravel()
+        span = max(float(np.ptp(r)), np.finfo(np.float64).tiny)
+        bins = np.minimum(((r - r.min()) / span * count).astype(np.int64), count - 1)
+        mass = np.bincount(bins, p, minlength=count)
+        means = np.bincount(bins, p * r, minlength=count)
+        held = mass > 0
+        # A level without probability has the reward of its lower edge, which no step asks for.
+        edges = r.min() + span * np.arange(count) / count
+        values = np.divide(means, mass, out=edges, where=held)
+        used = np.flatnonzero(np.bincount(bins, minlength=count))
+        place = np.zeros(count, dtype=np.int64)
+        place[used] = np.arange(len(used))
+        return cls(place[bins], values[used])
+
+    def distribution(self, log_p: np.ndarray) -> FiniteDistribution:
+        """The distribution of the reward under log probabilities of the cells, (cells, cells)."""
+        mass = np.bincount(self.labels, np.exp(log_p).ravel(), minlength=len(self.values))
+        points = torch.from_numpy(self.values[:, None])
+        with np.errstate(divide="ignore"):
+            own = np.log(mass / mass.sum())
+        return FiniteDistribution(points, own, own)
+
+
+def searched_ascent(
+    log_p: np.ndarray,
+    rewards: np.ndarray,
+    alpha: float,
+    mass: float,
+    tail: Tail,
+    iterations: int,
+    share: float = 0.0,
+    blur: Blur = no_blur,
+) -> list[np.ndarray]:
+    """:func:`mirror_ascent` with the KL weight of each step by line search; fewer iterates where none gains.
+
+    Args:
+        log_p: log cell probabilities of the pretrained distribution, (cells, cells).
+        rewards: of the cells, of the same shape.
+        alpha: KL weight of the tail problem.
+        mass: of the tail.
+        tail: the tail.
+        iterations: most steps.
+        share: effective share that a step keeps; see :func:`flowtilt.mirror.find_step`.
+        blur: of the exponents that a step adds. The search does not know of it: on samples of a model it does
+            not know either what the fit will make of the step.
+    """
+    levels = RewardLevels.of(log_p, rewards)
+    utility = (CVaR if read_tail(tail) == "lower" else SQ)(_Itself(), mass)
+    h_levels, h_cells, iterates = np.zeros(len(levels.values)), np.zeros_like(log_p), []
+    current = log_p
+    for _ in range(iterations):
+        step = find_step(utility, alpha, levels.distribution(current), h_levels, share)
+        if not step.gain > 0:
+            break
+        kept = 1 - alpha / step.eta
+        hinges = [(w, part.threshold) for w, part in step.first_variation]
+        h_levels = (
+            kept * h_levels + sum(w * hinge(levels.values, t, mass, tail) for w, t in hinges) / step.eta
+        )
+        raised = sum(w * hinge(rewards, t, mass, tail) for w, t in hinges) / step.eta
+        h_cells = kept * h_cells + blur(raised)
+        current = normalise(log_p + h_cells)
         iterates.append(current)
     return iterates

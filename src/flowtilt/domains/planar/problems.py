@@ -8,6 +8,7 @@ from flowtilt.domains.planar.build import build_cost, build_data, build_model, b
 from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.grid import Grid, finite_distribution
 from flowtilt.domains.planar.sections import TermConfig
+from flowtilt.fdc import check_values
 from flowtilt.functionals.base import Functional, Objective
 from flowtilt.functionals.divergences import ReferenceDraw
 from flowtilt.functionals.registry import DIVERGENCES, UTILITIES, Ingredients, check_needs
@@ -103,6 +104,8 @@ def check_problems(experiment: FunctionalExperiment) -> None:
                 check_needs(objective, model, takes=takes)
             objective.utility.finite_value(distribution)
             objective.utility.finite_variation(distribution)
+            if config.by == "exponents":
+                check_values(objective.utility)
         except Exception as error:
             key, what = _key(experiment, method, "utility"), message_of(error, ValueError)
             raise ConfigError(f"experiment {experiment.name}: key {key}: {what}") from None

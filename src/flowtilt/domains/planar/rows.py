@@ -6,6 +6,7 @@ importing it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,16 @@ class GriddedDensity:
         )
 
         return RectBivariateSpline(self.axis, self.axis, self.log_density)
+
+
+def falls(values: Sequence[float | None]) -> int:
+    """How many of a method's steps lower its objective, by more than rounding.
+
+    Args:
+        values: of the objective before the first step and after each.
+    """
+    found = np.array(values, dtype=np.float64)
+    return int((np.diff(found) < -1e-10 * np.abs(found[:-1])).sum())
 
 
 def sample_divergence(

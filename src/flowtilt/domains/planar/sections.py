@@ -247,6 +247,13 @@ class PlanarMethodConfig(MethodConfig):
     iterations: Count | None = None
     """Linearisations, each with a solve; for ``fdc``, which must have it."""
 
+    by: Literal["scores", "exponents"] | None = None
+    """Where ``fdc`` takes the divergence's first variation from: the models' ``scores``, the default, or the
+    ``exponents`` that its steps have added up. The latter is for KL divergences and for utilities whose first
+    variation has values, and needs values alone. Without a step it searches each step's KL weight: the one
+    that raises the objective most on the batch of the current model, among those that keep
+    ``solver.share`` of it."""
+
     continue_from: str | None = None
     """Name of an ``fdc`` method with fewer iterations and the same other keys, whose model this one starts
     from."""
@@ -259,16 +266,26 @@ class PlanarMethodConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> PlanarMethodConfig:
-        own = ("iterations", self.step_key, "continue_from")
+        own = ("iterations", self.step_key, "by", "continue_from")
         given = {key for key in own if getattr(self, key) is not None}
         if self.kind == "fdc":
-            if missing := {"iterations", self.step_key} - given:
+            if missing := {"iterations"} - given:
                 raise ValueError(f"an fdc method needs {' and '.join(sorted(missing))}")
+            if self.fixed_step is None and self.by != "exponents":
+                raise ValueError(
+                    f"an fdc method needs {self.step_key}, or by: exponents, which searches the steps"
+                )
         elif given:
             raise ValueError(f"{', '.join(sorted(given))} belong to fdc, not to {self.kind}")
         if self.kind == "pretrained" and self.solver:
             raise ValueError("solver belongs to methods that are fine-tuned, not to pretrained; remove it")
         return self
+
+    @property
+    def fixed_step(self) -> float | None:
+        """The step as configured; None where each is searched."""
+        step: float | None = getattr(self, self.step_key)
+        return step
 
     def continues(self, earlier: PlanarMethodConfig) -> bool:
         """Whether this is ``earlier`` with more iterations."""
@@ -282,8 +299,8 @@ class TailMethodConfig(PlanarMethodConfig):
     step_key = "step"
 
     step: Annotated[float, Field(gt=0, le=1)] | None = None
-    """KL weight of the tail problem over that of a step, 1 being the largest step in theory; for ``fdc``,
-    which must have it."""
+    """KL weight of the tail problem over that of each step, 1 being the largest step in theory; for ``fdc``,
+    which must have it where it goes by scores."""
 
 
 class FunctionalMethodConfig(PlanarMethodConfig):
@@ -292,8 +309,8 @@ class FunctionalMethodConfig(PlanarMethodConfig):
     step_key = "step_weight"
 
     step_weight: Positive | None = None
-    """KL weight of a step (the paper's eta), in units of the objective a nat; for ``fdc``, which must have
-    it."""
+    """KL weight of each step (the paper's eta), in units of the objective a nat; for ``fdc``, which must have
+    it where it goes by scores."""
 
     objective: dict[str, Any] = Field(default_factory=dict)
     """Keys of ``objective`` that are changed for this method alone."""

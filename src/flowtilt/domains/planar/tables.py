@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from flowtilt.domains.planar import hierarchy, solver_study
-from flowtilt.domains.planar.claims import own_objective
+from flowtilt.domains.planar.claims import falling_steps, own_objective
 from flowtilt.domains.planar.rows import FLOOR
 from flowtilt.domains.planar.studies import Point, StudyRuns, findings, study_panels, study_points
 from flowtilt.pipeline.health import HEALTH
@@ -63,7 +63,7 @@ def experiment_panels(long: pd.DataFrame, runs: Runs, reported: pd.DataFrame) ->
 def experiment_table(results: str | Path, runs: Runs, reported: pd.DataFrame) -> Table:
     """The table of an ordinary experiment."""
     long = collect_runs(results, [runs])
-    said = listed(own_objective(long, runs))
+    said = listed([*falling_steps(long, runs), *own_objective(long, runs)])
     rows = ROW_NOTE if runs.has_tail else FUNCTIONAL_ROW_NOTE
     note = f"{said}{rows} {verdict_note(comparison(long, reported))}".rstrip()
     return Table(table_frame(long, reported), experiment_panels(long, runs, reported), note)
@@ -79,12 +79,13 @@ def study_table(results: str | Path, study: StudyRuns) -> Table:
 
 
 def _lowered(long: pd.DataFrame, cases: Iterable[Runs]) -> list[str]:
-    """One sentence for each network of a study that lowers its own objective on some seed."""
+    """One sentence for each network of a study that lowers its own objective on some seed, and for exact
+    steps that do."""
     return [
         f"{runs.name.split('/')[-1]}: {sentence}"
         for runs in cases
-        for sentence in own_objective(long, runs)
-        if "lowers" in sentence
+        for sentence in [*falling_steps(long, runs), *own_objective(long, runs)]
+        if "lower" in sentence
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -22,8 +22,9 @@ from flowtilt.domains.planar.grid import (
     mirror_ascent,
     no_blur,
     normalise,
+    searched_ascent,
 )
-from flowtilt.domains.planar.rows import FLOOR, GriddedDensity, Metrics, reward_metrics, zone_masses
+from flowtilt.domains.planar.rows import FLOOR, GriddedDensity, Metrics, falls, reward_metrics, zone_masses
 from flowtilt.domains.planar.sections import TailMethodConfig
 from flowtilt.model import FlowModel
 from flowtilt.sampling import OdeSettings, log_likelihood
@@ -99,6 +100,21 @@ class TailGrid:
         return self.grid.rewards(build_reward(self.experiment))
 
     @cached_property
+    def order(self) -> np.ndarray:
+        """Cells in rising order of their reward, (cells^2,): sorted once, for the tails of all rows."""
+        return np.argsort(self.rewards, axis=None, kind="stable")
+
+    @cached_property
+    def rising(self) -> np.ndarray:
+        """The rewards in that order, (cells^2,)."""
+        return self.rewards.ravel()[self.order]
+
+    def measured(self, log_q: np.ndarray, kind: str) -> Metrics:
+        """Metrics of a distribution for a method of this kind; see :func:`reward_metrics`."""
+        weights, kl = np.exp(log_q).ravel()[self.order], kl_divergence(log_q, self.log_p)
+        return reward_metrics(self.experiment, kind, self.rising, weights, kl)
+
+    @cached_property
     def bumps(self) -> np.ndarray:
         """The bumps' profile at the cell centres, (cells^2,)."""
         return build_reward(self.experiment).bumps(self.grid.flat_points).numpy()
@@ -116,30 +132,55 @@ class TailGrid:
         return threshold(self.rewards.ravel(), problem.tail_alpha, problem.mass, problem.tail, weights)
 
 
-def _distributions(problem: TailGrid, blur: Blur) -> dict[str, np.ndarray]:
-    """The distribution of every method, solved on the grid; log cell probabilities by method name."""
-    objective, methods = problem.experiment.objective, problem.experiment.methods
+@dataclass(frozen=True)
+class _Solved:
+    """A method's distribution, and those that led to it.
+
+    Attributes:
+        log_p: log cell probabilities, (cells, cells).
+        iterates: of fdc, after each of its steps; none of other methods.
+    """
+
+    log_p: np.ndarray
+    iterates: list[np.ndarray] = field(default_factory=list)
+
+
+def _distributions(problem: TailGrid, blur: Blur) -> dict[str, _Solved]:
+    """Every method, solved on the grid, by its name."""
+    experiment = problem.experiment
+    objective, methods = experiment.objective, experiment.methods
     log_p, rewards = problem.log_p, problem.rewards
     alpha, mass, tail = objective.tail_alpha, objective.mass, objective.tail
-    ascents: dict[float, list[np.ndarray]] = {}
+    ascents: dict[tuple[float | None, float], list[np.ndarray]] = {}
 
-    def ascent(step: float) -> list[np.ndarray]:
-        """Iterates of mirror ascent with this step, as many as any method asks for."""
-        if step not in ascents:
-            longest = max(m.iterations or 1 for m in methods.values() if m.step == step)
-            ascents[step] = mirror_ascent(log_p, rewards, alpha, alpha / step, mass, tail, longest, blur)
-        return ascents[step]
+    def steps_of(name: str) -> tuple[float | None, float]:
+        """The fixed step, or none and the effective share that a searched one keeps."""
+        step = methods[name].fixed_step
+        return step, experiment.solver_of(name).share if step is None else 0.0
 
-    def solve(method: TailMethodConfig) -> np.ndarray:
+    def ascent(name: str) -> list[np.ndarray]:
+        """Iterates of mirror ascent by the steps of a method, as many as any method asks for."""
+        step, share = key = steps_of(name)
+        if key not in ascents:
+            same = [m for other, m in methods.items() if m.kind == "fdc" and steps_of(other) == key]
+            longest = max(m.iterations or 1 for m in same)
+            if step is None:
+                ascents[key] = searched_ascent(log_p, rewards, alpha, mass, tail, longest, share, blur)
+            else:
+                ascents[key] = mirror_ascent(log_p, rewards, alpha, alpha / step, mass, tail, longest, blur)
+        return ascents[key]
+
+    def solve(name: str, method: TailMethodConfig) -> _Solved:
         if method.kind == "am":
-            return expected_reward_tilt(log_p, rewards, objective.alpha, blur)
+            return _Solved(expected_reward_tilt(log_p, rewards, objective.alpha, blur))
         if method.kind == "tfft":
-            return hinge_tilt(log_p, rewards, problem.threshold, alpha, mass, tail, blur)
-        if method.step is not None and method.iterations is not None:
-            return ascent(method.step)[method.iterations - 1]
-        return log_p
+            return _Solved(hinge_tilt(log_p, rewards, problem.threshold, alpha, mass, tail, blur))
+        if method.kind == "fdc":
+            iterates = ascent(name)[: method.iterations]
+            return _Solved(iterates[-1] if iterates else log_p, iterates)
+        return _Solved(log_p)
 
-    return {name: solve(method) for name, method in methods.items()}
+    return {name: solve(name, method) for name, method in methods.items()}
 
 
 @dataclass(frozen=True)
@@ -168,12 +209,14 @@ def exact_rows(problem: TailGrid, resolution: float | None = None) -> ExactRows:
     suffix = "exact" if resolution is None else "resolved"
     x = problem.grid.points[..., 0].ravel()
     metrics, distributions = {}, {}
-    for name, log_q in _distributions(problem, blur).items():
-        distribution = np.exp(log_q)
+    for name, solved in _distributions(problem, blur).items():
+        distribution = np.exp(solved.log_p)
         row = f"{name}_{suffix}"
-        kl = kl_divergence(log_q, problem.log_p)
-        kind = experiment.methods[name].kind
-        metrics[row] = reward_metrics(experiment, kind, problem.rewards.ravel(), distribution.ravel(), kl)
+        metrics[row] = problem.measured(solved.log_p, experiment.methods[name].kind)
+        if experiment.methods[name].kind == "fdc" and resolution is None:
+            passed = [problem.log_p, *solved.iterates]
+            values = [problem.measured(log_q, "fdc")["objective"] for log_q in passed[:-1]]
+            metrics[row]["falls"] = falls([*values, metrics[row]["objective"]])
         metrics[row]["floored_mass"] = float(distribution.ravel()[problem.floored].sum())
         metrics[row] |= zone_masses(experiment, x, problem.bumps, distribution.ravel())
         distributions[row] = distribution

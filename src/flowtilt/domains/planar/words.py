@@ -23,6 +23,7 @@ WORDS = {
     "coverage": Description("mass about the small component", "share", "higher"),
     "outside": Description("off the histogram", "share"),
     "grid_mass": Description("mass on the grid", "share"),
+    "falls": Description("exact steps that lower G", "", "lower"),
     "gap": Description("gap to exact", "reward", "lower"),
     "relative_gap": Description("gap to exact", "%", "lower"),
     "mass_left": Description("mass left", "share"),
