@@ -21,7 +21,7 @@ _NETWORK, _EXACT, _OPTIMUM = "#0072B2", "#000000", "#009E73"
 TIER_COLOURS = {"linear": "#6b6b6b", "convex": "#0072B2", "general": "#D55E00"}
 
 _SHOWN = ("mean_reward", "gap_closed", "entropy", "entropy_likelihood", "coverage", "functional")
-_SHOWN_PATTERNS = ("w1_", "horizontal_shift", "vertical_shift")
+_SHOWN_PATTERNS = ("w1_", "sliced_w2", "horizontal_shift", "vertical_shift")
 
 
 def _shown_metrics(long: pd.DataFrame) -> list[str]:

@@ -112,8 +112,8 @@ def experiment_panels(long: pd.DataFrame, runs: Runs, values: pd.DataFrame) -> l
     summary = entries(summarise(with_gaps(long)))
     beside = reported_columns(comparison(long, values))
     known = list(dict.fromkeys(e.metric for e in summary))
-    first = [runs.tail_metric, "gap_closed", *beside, runs.mean_metric, "kl", "floored_mass"]
-    first += ["objective", "gap"]
+    first = [runs.tail_metric, "gap_closed", "sliced_w2", "sliced_w2_own", *beside, runs.mean_metric, "kl"]
+    first += ["floored_mass", "objective", "gap"]
     first = [metric for metric in dict.fromkeys(first) if metric in known]
     rest = [metric for metric in known if metric not in (*first, *HEALTH, "relative_gap")]
     caption = f"{runs.title or runs.name}: {over_seeds(len(runs.seeds))}"

@@ -82,14 +82,21 @@ def solvers(config: TiltStudyConfig) -> dict[str, Solve]:
         fitting, config.annealing.share, config.annealing.stages
     )
 
-    def by_adjoints(*problem: Any) -> tuple[Solution, int]:
-        return adjoint_matching.solve(*problem[:3], adjoint, problem[3]), adjoint.updates * adjoint.batch
+    def by_adjoints(
+        flow: MixtureFlow, tilt: FirstVariation, weight: float, random: torch.Generator
+    ) -> tuple[Solution, int]:
+        samples = adjoint.updates * adjoint.batch
+        return adjoint_matching.solve(flow, tilt, weight, adjoint, random), samples
 
-    def by_weights(*problem: Any) -> tuple[Solution, int]:
-        return weighted_fitting.solve(*problem[:3], fitting, problem[3]), fitting.bank
+    def by_weights(
+        flow: MixtureFlow, tilt: FirstVariation, weight: float, random: torch.Generator
+    ) -> tuple[Solution, int]:
+        return weighted_fitting.solve(flow, tilt, weight, fitting, random), fitting.bank
 
-    def by_annealing(*problem: Any) -> tuple[Solution, int]:
-        solution = annealed_fitting.solve(*problem[:3], annealed, problem[3])
+    def by_annealing(
+        flow: MixtureFlow, tilt: FirstVariation, weight: float, random: torch.Generator
+    ) -> tuple[Solution, int]:
+        solution = annealed_fitting.solve(flow, tilt, weight, annealed, random)
         return solution, fitting.bank * (len(solution.stages) + 1)
 
     return {
