@@ -25,6 +25,7 @@ from flowtilt.devices import seeded
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.energies import XTBReward
 from flowtilt.domains.molecules.sampling import load_base
+from flowtilt.domains.molecules.xtb import XTBSettings
 from flowtilt.pipeline.experiment import load_file
 from flowtilt.sampling import memoryless_steps, sample_sde
 
@@ -59,7 +60,7 @@ def main() -> None:
     coefficients, noise = memoryless_steps(flow, steps), loss_scale(flow, memoryless_steps(flow, steps)).noise
     print(f"adjoints of {count} molecules at {alpha:g} hartree a nat; nats, mean and median")
     every = torch.arange(steps)
-    reward = XTBReward(base.decode, build.build_xtb(experiment.reward))
+    reward = XTBReward(base.decode, XTBSettings(**experiment.reward.calculation))
     print(f"  exact tilt{exact_divergence(reward(trajectories[-1], context), alpha):30.3f}")
     for name, given in (("coordinates", None), ("and types", separated)):
         reward.separated = given

@@ -4,7 +4,8 @@
 # TORCH_INDEX is an index with other builds of torch, such as those for the CPU alone.
 set -eu
 apt-get update
-apt-get install --yes --no-install-recommends git libgomp1
+# Beside git what the packages link to: libgomp torch, the others RDKit, which draws with them.
+apt-get install --yes --no-install-recommends git libexpat1 libgomp1 libx11-6 libxext6 libxrender1
 rm -rf /var/lib/apt/lists/*
 pins="-c $PWD/envs/constraints.txt"
 if [ -n "${TORCH_INDEX:-}" ]; then
@@ -12,7 +13,7 @@ if [ -n "${TORCH_INDEX:-}" ]; then
 fi
 # The package itself has to be there for its extras to be named: an empty one, taken away at once.
 empty=$(mktemp -d)
-sed '/^readme/d; /^license/d' pyproject.toml > "$empty/pyproject.toml"
+sed '/^readme/d; /^license/d' pyproject.toml >"$empty/pyproject.toml"
 mkdir -p "$empty/src/flowtilt"
 cd "$empty"
 python3 -m pip install --no-cache-dir $pins '.[workflow,molecules,parallel,images]'

@@ -121,14 +121,12 @@ def rules() -> dict[str, tuple[str, str]]:
 
     found = {}
     for file in sorted((ROOT / "workflow" / "rules").glob("*.smk")):
-        for text in re.split(r"^(?=rule )", file.read_text(), flags=re.MULTILINE)[1:]:
-            name = re.match(r"rule (\w+):", text)
-            stage = re.search(r"flowtilt ([\w-]+)", text)
-            environment = re.search(r'conda:\s+"\.\./\.\./envs/(\w+)\.yaml"', text)
+        for text in re.split(r"^(?=made\()", file.read_text(), flags=re.MULTILINE)[1:]:
+            name = re.match(r'made\(\s+"(\w+)",', text)
+            stage = re.search(r'lambda w, i, o: \[\s*(?:\*\(\s*)?"([\w-]+)"', text)
             assert name is not None, text
             assert stage is not None, text
-            assert environment is not None, text
-            found[name[1]] = stage[1], environment[1]
+            found[name[1]] = stage[1], "core"
     for domain in map(domain_named, sources()):
         found[f"figures_{domain.name}"] = "figures", domain.environment
         found |= {rule_name(domain, one): (one.name, domain.environment) for one in domain.stages}

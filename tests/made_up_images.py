@@ -14,8 +14,7 @@ import yaml
 from PIL import Image
 
 from flowtilt.domains.images import bridges
-from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
-from flowtilt.domains.images.files import image_name
+from flowtilt.domains.images.experiment import ImageExperiment, image_name, tail_metric
 from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.pipeline.configuration import merge, read_yaml
 from flowtilt.pipeline.experiment import load_file

@@ -180,8 +180,8 @@ def test_flow_density_control_leaves_failed_samples_out(changes):
 
 def test_the_likelihood_ratio_is_zero_where_one_of_a_pair_has_no_value():
     steps, trajectories = memoryless_steps(flow(), 5), sample_sde(flow(), 200, 5, generator(0))
-    found = likelihood_ratio_gradient(flow(), RewardVariation(Failing()), trajectories, steps)
-    whole = likelihood_ratio_gradient(flow(), RewardVariation(Failing(99.0)), trajectories, steps)
+    found, _ = likelihood_ratio_gradient(flow(), RewardVariation(Failing()), trajectories, steps)
+    whole, _ = likelihood_ratio_gradient(flow(), RewardVariation(Failing(99.0)), trajectories, steps)
     zero = ~found.any(1)
     assert bool(zero[trajectories[-1, :, 0] > 0.8].all())
     assert int(zero.sum()) > int((trajectories[-1, :, 0] > 0.8).sum())  # and some by their mirror image

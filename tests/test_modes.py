@@ -101,7 +101,7 @@ USES = {
     "likelihood": lambda flow: log_likelihood(flow, X.to(next(flow.parameters()).dtype), settings=SHORT),
     "ratio": lambda flow: likelihood_ratio_gradient(
         flow, RewardVariation(Rise()), sample_sde(flow, 9, 4, generator(0)), memoryless_steps(flow, 4)
-    ),
+    )[0],
     "am": solved(adjoint_matching, AM),
     "am by ratio": solved(adjoint_matching, RATIO),
     "am by posterior mean": solved(adjoint_matching, POSTERIOR),

@@ -117,7 +117,7 @@ OTHER_JSON = ("[]", "{}", "null", "3", '"text"', '{"rows": []}', '{"width": NaN}
 READERS = {
     "arrays of a stage": Reader(lambda p: files.read_arrays(p, "x"), "samples.npz", npz(x=np.zeros((9, 2)))),
     "history of a stage": Reader(
-        lambda p: files.read_history(p, "loss"), "history.csv", HISTORY.encode(), False
+        lambda p: files.read_columns(p, "loss"), "history.csv", HISTORY.encode(), False
     ),
     "schedule": Reader(
         files.read_schedule, "threshold.json", b'{"schedule": [{"mass": 0.5, "threshold": 1.0}]}'

@@ -76,10 +76,6 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def read_tensors(path: Path, remake: str = REMAKE) -> dict[str, Tensor]:
     """Named tensors of a safetensors file; those of floating point are finite.
 
-    Args:
-        path: of the file.
-        remake: what to do about a bad one, for messages.
-
     Raises:
         CheckpointError: if the file is missing or cut short, or a number in it is not finite.
     """
@@ -113,9 +109,7 @@ def check_loaded(
     are left to buffers that hold integers, as positions and counts of batches.
 
     Args:
-        network: with the weights of the files.
         files: safetensors.
-        remake: what to do about bad ones, for messages.
         taken: names in the files that were taken; all if not given.
 
     Raises:

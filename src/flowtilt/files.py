@@ -60,10 +60,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def read_text(path: str | os.PathLike[str], refusal: type[Exception] = ValueError) -> str:
     """Text of a file in UTF-8; a byte order mark at its start is passed over.
 
-    Args:
-        path: of the file.
-        refusal: what is raised for another encoding.
-
     Raises:
         OSError: if there is no such file, or it cannot be read.
         refusal: naming the file and the line, if it is not UTF-8.

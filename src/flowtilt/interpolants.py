@@ -254,9 +254,7 @@ def convert(
         x: states, (batch, ...).
         t: times in (0, 1), () or (batch,). At an end where a coefficient of the path diverges
             or vanishes the conversion that divides by it is not defined.
-        path: the interpolant.
         source: what ``value`` is.
-        target: what to return.
 
     Raises:
         ValueError: for another word in either.

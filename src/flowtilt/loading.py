@@ -51,7 +51,6 @@ def message_of(error: Exception, *expected: type[Exception]) -> str:
     """The message of an error, which says so if the user's own code has raised it.
 
     Args:
-        error: that was caught.
         expected: kinds whose messages are good where the code is not the user's.
 
     Raises:

@@ -115,7 +115,6 @@ class FlowModel(nn.Module, ABC):
         Args:
             states: (steps, batch, ...).
             times: of the steps, (steps,).
-            context: of the batch.
 
         Returns:
             A function of the step's number, to its velocity (batch, ...), detached, and its pull-back.
@@ -203,9 +202,7 @@ class FlowModel(nn.Module, ABC):
 
         Args:
             x1: data, (batch, ...).
-            x0: noise of the same shape.
             t: times in (0, 1), (batch,).
-            context: of the data.
         """
         at = broadcast_time(t, x1)
         x = self.path.alpha(at) * x1 + self.path.beta(at) * x0

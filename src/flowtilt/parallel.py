@@ -20,7 +20,6 @@ class Processes:
 
     Attributes:
         index: number of this process, from 0.
-        count: how many there are.
     """
 
     index = 0

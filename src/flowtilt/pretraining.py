@@ -115,13 +115,9 @@ def fit(
     training leaves its last state there, and returns at once when it is asked for again.
 
     Args:
-        model: to train.
         loss_of_update: draws the data of an update and gives its loss, ().
-        settings: of the optimiser.
         generator: source of all randomness of ``loss_of_update``.
-        progress: called with each update's row.
         slot: where the training keeps its state, and goes on from if it was stopped.
-        watch: looks at the model now and then.
 
     Raises:
         TrainingDiverged: if the loss stops being finite; the message names the update.

@@ -35,15 +35,10 @@ class Resumption:
         folder: of the files; made for the first one, which a short training never writes.
         of: what is trained, and from what: a state of anything else is not gone on from.
         seconds: wall time between two states; by default what :data:`SECONDS` says.
-        resumed: called when a training has taken over a state.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        of: str,
-        seconds: float | None = None,
-        resumed: Callable[[], None] | None = None,
+        self, folder: Path, of: str, seconds: float | None = None, resumed: Callable[[], None] | None = None
     ) -> None:
         self.folder, self.of, self.resumed = folder, of, resumed
         self.seconds = number(SECONDS, 60.0) if seconds is None else seconds
@@ -69,12 +64,7 @@ class Resumption:
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one training's state.
-
-    Attributes:
-        resumption: of the stage.
-        name: of the training.
-    """
+    """The place of one training's state."""
 
     resumption: Resumption
     name: str
@@ -158,8 +148,6 @@ class TrainingState:
     """Everything that the next update of a training depends on, kept on disk now and then.
 
     Args:
-        model: in training.
-        optimiser: of the model's parameters.
         generator: of all randomness.
         settings: of the training; a file of other settings is not resumed from.
         slot: where the state is kept; None for nowhere.
@@ -167,7 +155,6 @@ class TrainingState:
         started: ``time.perf_counter()`` when what the training takes time for began; by default now.
 
     Attributes:
-        history: a row an update.
         averages: moving averages of the parameters; empty without them.
 
     Raises:
@@ -209,8 +196,6 @@ class TrainingState:
         """Take an update's row into the history, and keep the state if it is time to.
 
         Args:
-            row: of the update.
-            progress: called with it.
             whole: whether the next update depends on nothing but the state.
         """
         self.history.append(row)

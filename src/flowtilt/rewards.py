@@ -74,9 +74,7 @@ def input_gradient(values: Tensor, x: Tensor, of: str) -> Tensor:
     """Gradient of each sample's value (batch,) at ``x``, by the graph that the values carry.
 
     Args:
-        values: of the samples.
         x: the samples, which require a gradient, (batch, ...).
-        of: what they are values of, for the message.
 
     Raises:
         RewardError: if there is no graph from ``x`` to the values: nothing would be trained, silently.

@@ -65,11 +65,7 @@ def sample_sde(
     two ends are treated. The final step carries no noise.
 
     Args:
-        model: the flow.
         count: number of trajectories, at least 1.
-        steps: number of time steps, on the model's grid.
-        generator: source of randomness.
-        context: of the trajectories.
         sharing: processes that simulate a part each, :func:`positions_of`, which is then what is returned.
     """
     check_value("a sampler's count", count, COUNT)

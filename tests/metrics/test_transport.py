@@ -13,6 +13,7 @@ from flowtilt.metrics.transport import (
     check_metric,
     ground_distances,
     kantorovich,
+    sliced_wasserstein,
 )
 
 RANDOM = np.random.default_rng(0)
@@ -109,3 +110,44 @@ def test_it_stays_clear_of_torch():
         "assert 'POT_BACKEND_DISABLE_PYTORCH' not in os.environ; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------- slices
+
+
+def test_the_sliced_distance_is_pot_s_on_the_same_directions():
+    import ot
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(37, 2)), rng.normal(1.0, 2.0, size=(53, 2))
+    p, q = rng.dirichlet(np.ones(37)), rng.dirichlet(np.ones(53))
+    angles = np.pi * (np.arange(24) + 0.5) / 24
+    projections = np.stack([np.cos(angles), np.sin(angles)])
+    for weights in ((None, None), (p, q)):
+        theirs = ot.sliced_wasserstein_distance(x, y, *weights, projections=projections)
+        assert sliced_wasserstein(x, y, *weights, directions=24) == pytest.approx(theirs, rel=1e-9)
+
+
+def test_the_sliced_distance_of_a_shifted_and_scaled_cloud_is_in_closed_form():
+    """Of ``s x + m`` on a circle each slice has ``(theta m)^2 + (s - 1)^2 / 2``."""
+    angles = 2 * np.pi * np.arange(720) / 720
+    x = np.stack([np.cos(angles), np.sin(angles)], axis=1)  # E (theta x)^2 = 1/2
+    for scale, shift in ((1.0, [0.3, -0.4]), (1.7, [0.0, 0.0]), (1.7, [0.3, -0.4])):
+        expected = 0.5 * (np.sum(np.square(shift)) + (scale - 1) ** 2)
+        assert sliced_wasserstein(x, scale * x + shift) ** 2 == pytest.approx(expected, rel=1e-4)
+    assert sliced_wasserstein(x, np.repeat(x, 2, axis=0)) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("points", "weights", "words"),
+    [
+        (np.zeros((0, 2)), None, "at least one"),
+        (np.zeros((3, 3)), None, "finite points"),
+        (np.full((3, 2), np.nan), None, "finite points"),
+        (np.zeros((3, 2)), [0.5, 0.5], "one probability a point"),
+        (np.zeros((2, 2)), [0.5, 0.6], "of sum 1"),
+    ],
+)
+def test_no_sliced_distance_of_what_is_no_distribution(points, weights, words):
+    with pytest.raises(TransportError, match=words):
+        sliced_wasserstein(points, np.zeros((1, 2)), weights)

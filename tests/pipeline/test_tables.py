@@ -304,7 +304,8 @@ def test_experiment_table_puts_reported_values_beside_ours(long: pd.DataFrame) -
     assert rows["am, exact"][1:6] == ["92.50 ± 0.71", "", "", "", ""]
     assert rows["am"][-1] == "197.0 ± 0"
     assert rows["am, exact"][-1] == ""
-    assert "active samples (share)" in details.header
+    assert "G of the tail (reward)" in details.header
+    assert "active samples (share)" not in details.header  # in the panel of all domains
 
 
 def test_two_sources_give_two_columns(long: pd.DataFrame) -> None:

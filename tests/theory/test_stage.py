@@ -18,7 +18,7 @@ from flowtilt.pipeline.theory.config import load_theory
 from small import CONFIG
 
 SMOKE = yaml.safe_load((CONFIG / "smoke.yaml").read_text())["theory_overrides"]
-NAMES = ("mirror_descent", "threshold")
+NAMES = ("mirror_descent", "threshold", "tilts")
 
 
 def file_of(name: str) -> Path:
@@ -56,6 +56,7 @@ def test_the_same_configuration_gives_the_same_bytes(name: str, tmp_path: Path) 
             "descent": {"batch": 20, "updates": 20},
             "shift": {"deltas": [0.1]},
         },
+        "tilts": SMOKE["tilts"],
     }
     files = [tmp_path / "first.json", tmp_path / "second.json"]
     for file in files:
@@ -78,7 +79,7 @@ def test_studies_start_without_torch() -> None:
         ("mirror_descent", {"problems": {"entropy": {"ridge": 1}}}, "entropy has no ridge; remove it"),
         ("mirror_descent", {"problems": {"new": {"utility": "entropy", "alpha": 1}}}, "needs weight; add it"),
         ("mirror_descent", {"problems": {"entropy": {"multiples": [0.5]}}}, "problems.entropy.multiples"),
-        ("mirror_descent", {"kind": "mirrors"}, "key kind: must be one of mirror_descent, threshold"),
+        ("mirror_descent", {"kind": "mirrors"}, "key kind: must be one of mirror_descent, threshold, tilts"),
         ("mirror_descent", {"name": "other"}, "key name: must be the file's own"),
         ("threshold", {"batches": {"sizes": [100, 100, 200]}}, "sizes must rise"),
         ("threshold", {"batches": {"fit_from": 10**6}}, "fit_from (1000000) leaves fewer than three"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
+import venv
 from collections.abc import Callable
 from importlib.metadata import distributions
 from pathlib import Path
@@ -87,3 +89,32 @@ def state_of_sources() -> str:
             if file.is_file() and "__pycache__" not in file.parts and ".egg-info" not in str(file):
                 digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+PLAIN = ("snakemake", "pygments", "snakemake-executor-plugin-slurm")
+"""What is installed where there is nothing else; the second for reports, the third for clusters."""
+
+
+@pytest.fixture(scope="session")
+def plain(pytestconfig: pytest.Config) -> Path:
+    """The folder of commands of an environment with Snakemake and nothing else, kept in pytest's cache."""
+    cache = pytestconfig.cache.mkdir("plain-snakemake")
+    pins = ROOT / "envs" / "constraints.txt"
+    wanted = f"{sys.version}\n{PLAIN}\n{pins.read_text(encoding='utf-8')}"
+    kept = cache / "environment"
+    done = kept / "wanted.txt"
+    with FileLock(cache / "lock"):
+        if not (done.is_file() and done.read_text(encoding="utf-8") == wanted):
+            shutil.rmtree(kept, ignore_errors=True)
+            venv.create(kept, with_pip=True, symlinks=True)
+            pip = [kept / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", pins, *PLAIN]
+            made = subprocess.run(pip, capture_output=True, text=True, timeout=600, check=False)
+            if made.returncode:
+                pytest.skip(f"Snakemake cannot be fetched: {made.stderr.strip().splitlines()[-1:]}")
+            done.write_text(wanted, encoding="utf-8")
+    return kept / "bin"
+
+
+@pytest.fixture
+def conda(tmp_path: Path) -> StandInConda:
+    return StandInConda.in_folder(tmp_path / "conda")

@@ -23,7 +23,7 @@ from workflow_copy import PROFILE, SHORT, SMOKE, Project
 TARGETS = ("risk_averse_2d", "results/smoke/tables/comparison.csv")
 ONE = ("--config", "experiments=[risk_averse_2d]", "--", *TARGETS)
 RUNS = "results/smoke/runs/risk_averse_2d"
-WAIT = 300.0
+WAIT = 1200.0
 
 # Trainings of a second and more each, so that a busy machine still finds them at work.
 LONGER = "overrides: {planar: {pretrain: {updates: 600}, solver: {updates: 80}}}\n"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flowtilt.pipeline.resources import REPORT
 from workflow_copy import PROFILE, ROOT, SHORT, SMOKE, Project, check_metrics
 
 TARGETS = {"all", "tables", "figures", "pretrained_models", "theories"}
@@ -20,15 +21,10 @@ RUN = "runs/risk_averse_2d/tfft/seed0"
 
 
 def rule_texts() -> dict[str, str]:
-    """The text of every rule that runs something: of those in a loop, one; that of stages is ``stage``."""
-    found = {}
-    for file in sorted((ROOT / "workflow" / "rules").glob("*.smk")):
-        for text in re.split(r"^(?=rule |for \w+ in )", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[
-            1:
-        ]:
-            name = re.match(r"rule (\w+):", text) or re.search(r'f"(\w+)_\{(?:name|environment)\}"', text)
-            found[name[1] if name else "stage"] = text
-    return found
+    """The text of every rule that runs something: of stages, and of what is made of results."""
+    files = {name: ROOT / "workflow" / "rules" / f"{name}.smk" for name in ("run", "report")}
+    texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    return {name: text.partition("    rule:\n")[2] for name, text in texts.items()}
 
 
 def rules_of(project: Project) -> set[str]:
@@ -108,13 +104,11 @@ def test_a_checkout_that_cannot_be_written_is_refused_in_a_sentence(project: Pro
 @pytest.mark.parametrize("rule", rule_texts())
 def test_rule_declares_what_a_scheduler_needs(rule: str) -> None:
     text = rule_texts()[rule]
-    own = "provenance" if rule == "versions" else rule
-    needs = "stage.stage.needs" if rule == "stage" else f'REPORT["{own}"]'
+    needs = {"run": "stage.stage.needs", "report": "entry.needs"}[rule]
     resources = (f"mem_mb=memory({needs})", f"runtime=minutes({needs})", "gpu=")
     for declared in ("log:", "benchmark:", "threads:", "conda:", *resources):
         assert declared in text, f"rule {rule} does not declare {declared}"
-    called = "{params.command}" if rule == "stage" else "flowtilt "
-    assert text.count(called) == 1, f"rule {rule} must call one stage of the command line"
+    assert text.count("{params.command}") == 1, f"rule {rule} must call one stage of the command line"
 
 
 # ------------------------------------------------------------------------------- the smoke run
@@ -128,10 +122,7 @@ OTHERWISE = {"images_fetch", "images_pretrain_pipeline", "images_pretrain_alignm
 def test_every_rule_ran(finished: Project) -> None:
     ran = kinds(path.name for path in (finished.smoke / "benchmarks").iterdir())
     assert ran == rules_of(finished) - OTHERWISE
-    assert {"planar_finetune", "molecules_finetune", "images_finetune", *rule_texts()} - {
-        "stage",
-        "versions",
-    } <= ran
+    assert {"planar_finetune", "molecules_finetune", "images_finetune", *REPORT} <= ran
 
 
 @pytest.mark.fast

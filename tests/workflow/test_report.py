@@ -35,7 +35,7 @@ def browse(page: Path, *options: str) -> str:
         [BROWSER, "--headless", *alone, *place, *timed, *options, page.as_uri()],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=900,
         check=True,
     )
     return run.stdout

@@ -15,13 +15,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from environments import StandInConda
 from slurm_commands import write_cluster
+from starting import HERE, MODEL, THEORY, assert_same, module, start
 from workflow_copy import ROOT, SHORT, SMOKE, Project, jobs_planned
 
 SCRIPT = ROOT / "workflow" / "scripts" / "local-slurm.sh"
 # Two cores are what the smallest machine has; looks at the queue that suit jobs of seconds.
 PROFILE = ("--workflow-profile", "workflow/profiles/slurm", "--cores", "2")
 QUICK = ("--slurm-init-seconds-before-status-checks", "2", "--latency-wait", "10")
+HANGS = 1200.0
+"""Seconds after which a run is taken to hang: many times what a busy machine needs."""
 
 
 def local_slurm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +34,7 @@ def local_slurm(*arguments: str) -> subprocess.CompletedProcess[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -53,16 +57,19 @@ def cluster() -> Iterator[bool]:
         )
     if Path("/etc/slurm/slurm.conf").exists():
         pytest.skip("this machine belongs to another cluster, whose nodes may not see the tests' folders")
-    switch("start")
+    said = switch("start")
+    assert re.search(r"^partition local\*, node \S+, \d+ cores, ", said, re.MULTILINE), said
+    assert "PARTITION" not in said
     yield True
     switch("stop")
     assert not Path("/etc/slurm/slurm.conf").exists()
 
 
-def switch(*arguments: str) -> None:
-    """Start or stop the cluster; the script waits until it answers, or is gone."""
+def switch(*arguments: str) -> str:
+    """Start or stop the cluster; the script waits until it answers, or is gone. Gives what it says."""
     run = local_slurm(*arguments)
     assert run.returncode == 0, run.stdout
+    return run.stdout
 
 
 @pytest.fixture
@@ -81,9 +88,7 @@ def found(program: str) -> bool:
     return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is not None
 
 
-def submitted(
-    project: Project, *arguments: str, seconds: float = 300, **environment: str
-) -> tuple[int, str, dict[str, list[str]]]:
+def submitted(project: Project, *arguments: str, **environment: str) -> tuple[int, str, dict[str, list[str]]]:
     """Run Snakemake with the profile, and watch the queue meanwhile.
 
     Returns:
@@ -100,12 +105,12 @@ def submitted(
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
         )
-        until = time.monotonic() + seconds
+        until = time.monotonic() + HANGS
         while process.poll() is None:
             if time.monotonic() > until:
                 process.kill()
                 pytest.fail(
-                    f"Snakemake still waits after {seconds} s:\n{log.read_text()[-4000:]}", pytrace=False
+                    f"Snakemake still waits after {HANGS:g} s:\n{log.read_text()[-4000:]}", pytrace=False
                 )
             time.sleep(0.5)
             watch(log, seen)
@@ -121,7 +126,7 @@ def watch(log: Path, seen: dict[str, list[str]]) -> None:
         f"{name}:|" for name in ("Comment", "State", "MinMemory", "NumCPUs", "TimeLimit", "tres-per-job")
     )
     command = ["squeue", "--noheader", "--name", run[1], f"--Format={columns}"]
-    listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     for line in listed.splitlines():
         comment, rest = line.rstrip("|").split("|", 1)
         if rest not in seen.setdefault(comment, []):
@@ -145,7 +150,7 @@ def test_the_script_needs_root_and_says_so() -> None:
         user="nobody" if os.geteuid() == 0 else None,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert run.returncode == 1
@@ -202,6 +207,32 @@ def test_values_are_those_of_a_local_run(cluster: bool, project: Project, finish
     assert set(rows) <= set(local)
 
 
+def test_snakemake_alone_submits_jobs_in_environments_of_conda(
+    cluster: bool, plain: Path, project: Project, finished: Project, conda: StandInConda
+) -> None:
+    """Made where Snakemake runs, once, on storage that nodes see."""
+    arguments = (*PROFILE, *QUICK, "--use-conda", *SMOKE, "--", THEORY, MODEL)
+    run = start(plain / "snakemake", project.folder, *arguments, conda=conda)
+    assert run.returncode == 0, run.stdout
+    assert run.stdout.count("has been submitted") == 2
+    assert_same(project.folder, finished, [THEORY, MODEL])
+    assert conda.record.read_text(encoding="utf-8").count('["env", "create"') == 1
+
+
+def test_a_module_submits_jobs_by_the_profile_of_its_clone(
+    cluster: bool, project: Project, finished: Project, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    module(folder, project.folder / "workflow" / "Snakefile")
+    profile = ("--workflow-profile", str(project.folder / PROFILE[1]))
+    run = start(HERE, folder, *profile, *QUICK, "--", THEORY, MODEL)
+    assert run.returncode == 0, run.stdout
+    assert run.stdout.count("has been submitted") == 2
+    assert_same(folder, finished, [THEORY, MODEL])
+    assert not (project.folder / "results").exists()
+
+
 def test_a_failing_job_ends_the_run_with_its_message(cluster: bool, project: Project) -> None:
     rate = 1e30
     edit(
@@ -209,7 +240,7 @@ def test_a_failing_job_ends_the_run_with_its_message(cluster: bool, project: Pro
         pretrain={"updates": 60, "batch": 256, "learning_rate": rate},
     )
     target = "results/smoke/runs/risk_averse_2d/pretrained/seed0/offline.npz"
-    status, output, seen = submitted(project, *SHORT, "--retries", "1", "--", target, seconds=180)
+    status, output, seen = submitted(project, *SHORT, "--retries", "1", "--", target)
     assert status != 0
     # Why SLURM ended a submission that jobs share, Snakemake does not print; docs/clusters.md says more.
     assert "Error in group pretrain" in output
@@ -225,7 +256,7 @@ def test_a_failing_job_ends_the_run_with_its_message(cluster: bool, project: Pro
 def test_slurms_own_refusal_is_shown(cluster: bool, project: Project) -> None:
     target = "results/smoke/theory/threshold.json"
     more = ("--set-resources", "theory:mem_mb=100000000", "--retries", "0")
-    status, output, _ = submitted(project, *SMOKE, *more, "--", target, seconds=120)
+    status, output, _ = submitted(project, *SMOKE, *more, "--", target)
     assert status != 0
     assert "sbatch failed" in output
     assert "Memory specification can not be satisfied" in output or "is not available" in output
@@ -246,7 +277,7 @@ def doctor(project: Project, *arguments: str, **environment: str) -> subprocess.
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -281,7 +312,7 @@ def test_what_the_cluster_cannot_run_is_said(
 def test_a_cluster_without_a_default_partition_needs_a_name(cluster: bool, project: Project) -> None:
     target = "results/smoke/runs/risk_averse_2d/pretrained/seed0/model.safetensors"
     change = ["scontrol", "update", "PartitionName=local"]
-    subprocess.run([*change, "Default=NO"], check=True, timeout=60)
+    subprocess.run([*change, "Default=NO"], check=True, timeout=300)
     try:
         said = doctor(project).stdout
         for word in ("no default one", "name one of local", "SBATCH_PARTITION"):
@@ -290,7 +321,7 @@ def test_a_cluster_without_a_default_partition_needs_a_name(cluster: bool, proje
         assert status == 0, output
         assert len(seen) == 1
     finally:
-        subprocess.run([*change, "Default=YES"], check=True, timeout=60)
+        subprocess.run([*change, "Default=YES"], check=True, timeout=300)
 
 
 def test_gpus_are_asked_for_where_the_configuration_has_them(
@@ -330,7 +361,7 @@ def test_a_missing_plugin_is_named(project: Project, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert run.returncode != 0

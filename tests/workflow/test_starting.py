@@ -11,76 +11,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-import venv
-from collections.abc import Iterable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
-from filelock import FileLock
 
 from environments import StandInConda, make_environment
+from starting import HERE, MODEL, THEORY, assert_same, module, start
 from workflow_copy import ROOT, SMOKE, Project
 
-THEORY = "results/smoke/tables/theory_threshold.csv"
-MODEL = "results/smoke/runs/risk_averse_2d/pretrained/seed0/model.safetensors"
 TABLE = "results/smoke/tables/ot_2d.csv"
-
-
-PLAIN = ("snakemake", "pygments", "snakemake-executor-plugin-slurm")
-"""What is installed where there is nothing else; the second for reports, the third for clusters."""
-
-
-@pytest.fixture(scope="session")
-def plain(pytestconfig: pytest.Config) -> Path:
-    """The folder of commands of an environment with Snakemake and nothing else, kept in pytest's cache."""
-    cache = pytestconfig.cache.mkdir("plain-snakemake")
-    pins = ROOT / "envs" / "constraints.txt"
-    wanted = f"{sys.version}\n{PLAIN}\n{pins.read_text(encoding='utf-8')}"
-    kept = cache / "environment"
-    done = kept / "wanted.txt"
-    with FileLock(cache / "lock"):
-        if not (done.is_file() and done.read_text(encoding="utf-8") == wanted):
-            shutil.rmtree(kept, ignore_errors=True)
-            venv.create(kept, with_pip=True, symlinks=True)
-            pip = [kept / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", pins, *PLAIN]
-            made = subprocess.run(pip, capture_output=True, text=True, timeout=600, check=False)
-            if made.returncode:
-                pytest.skip(f"Snakemake cannot be fetched: {made.stderr.strip().splitlines()[-1:]}")
-            done.write_text(wanted, encoding="utf-8")
-    return kept / "bin"
-
-
-@pytest.fixture
-def conda(tmp_path: Path) -> StandInConda:
-    return StandInConda.in_folder(tmp_path / "conda")
-
-
-def start(
-    snakemake: Path, folder: Path, *arguments: str, conda: StandInConda | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run Snakemake by its path in a folder, with nothing on the PATH but the system and a conda."""
-    held = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    places = [snakemake.parent, *([conda.bin] if conda else []), "/usr/local/bin", "/usr/bin", "/bin"]
-    return subprocess.run(
-        [snakemake, "--cores", "2", *arguments],
-        cwd=folder,
-        env={**held, "PATH": os.pathsep.join(map(str, places))},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
-HERE = Path(sys.executable).parent / "snakemake"
-"""Of an environment that holds what jobs need, which is not activated."""
-
-
-def assert_same(folder: Path, finished: Project, files: Iterable[str]) -> None:
-    for file in files:
-        assert (folder / file).read_bytes() == (finished.folder / file).read_bytes(), file
 
 
 # ----------------------------------------------------------------------------- Snakemake alone
@@ -243,52 +186,35 @@ def test_both_definitions_of_the_image_have_the_same_steps() -> None:
         assert "sh envs/install.sh" in text
         for file in ("pyproject.toml", "envs/constraints.txt", "envs/install.sh"):
             assert file in text
-    subprocess.run(["sh", "-n", ROOT / "envs" / "install.sh"], check=True)
+    for shell, script in (("sh", "install.sh"), ("bash", "check-image.sh")):
+        subprocess.run([shell, "-n", ROOT / "envs" / script], check=True)
+    # The steps that check-image.sh takes, and those that it can leave out.
+    steps = {line.split()[0] for line in texts[0].splitlines() if line and not line.startswith("#")}
+    assert steps == {"WORKDIR", "COPY", "ENV", "RUN"} | {"FROM", "ARG", "CMD"}
 
 
 # ----------------------------------------------------------------------------------- any folder
 
 
-DEPLOYED = """\
-configfile: "config/config.yaml"
+ONSTART = '\n\nonstart:\n    print("the onstart of the user")\n\n\n'
 
 
-module flowtilt:
-    snakefile:
-        "{snakefile}"
-    config:
-        config
-    {prefix}
-
-
-use rule * from flowtilt{names}
-"""
-"""The file workflow/Snakefile as snakedeploy writes it, with the path of a clone."""
-
-
-def module(folder: Path, snakefile: Path, prefix: str = "", names: str = "") -> None:
-    """A folder that uses the workflow as a module, with the smoke configuration as its own."""
-    text = DEPLOYED.format(snakefile=snakefile, prefix=f'prefix: "{prefix}"' if prefix else "", names=names)
-    (folder / "workflow").mkdir()
-    (folder / "workflow" / "Snakefile").write_text(text, encoding="utf-8")
-    (folder / "config").mkdir()
-    whole, smoke = (
-        yaml.safe_load((ROOT / "config" / f"{name}.yaml").read_text(encoding="utf-8"))
-        for name in ("config", "smoke")
-    )
-    (folder / "config" / "config.yaml").write_text(yaml.safe_dump({**whole, **smoke}), encoding="utf-8")
-
-
-@pytest.mark.parametrize(("prefix", "names"), [("", ""), ("below", " as tilt_*")])
+@pytest.mark.parametrize(
+    ("prefix", "names", "own"), [("", "", "{ONSTART}{module}"), ("below", " as tilt_*", "{module}{ONSTART}")]
+)
 def test_a_module_runs_from_an_empty_folder(
-    prefix: str, names: str, project: Project, finished: Project, tmp_path: Path
+    prefix: str, names: str, own: str, project: Project, finished: Project, tmp_path: Path
 ) -> None:
+    """And begins as the workflow alone does, beside what the user's own workflow does then."""
     folder = tmp_path / "mine"
     folder.mkdir()
     module(folder, project.folder / "workflow" / "Snakefile", prefix, names)
+    snakefile = folder / "workflow" / "Snakefile"
+    snakefile.write_text(own.format(ONSTART=ONSTART, module=snakefile.read_text()), encoding="utf-8")
     targets = [str(Path(prefix) / file) for file in (THEORY, MODEL)]
     run = start(HERE, folder, "--", *targets)
     assert run.returncode == 0, run.stdout
+    assert run.stdout.count("the onstart of the user") == 1
     assert_same(folder / prefix, finished, [THEORY, MODEL])
     assert not (project.folder / "results").exists()
 
@@ -304,6 +230,95 @@ def test_a_module_can_have_the_workflows_own_configuration(project: Project, tmp
     assert "molecules_pretrain" in run.stdout
 
 
+def test_a_module_can_be_named_by_the_site_that_hosts_it(
+    project: Project, finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The site is a folder here; its commit, and no other one, is what runs."""
+    hosted = tmp_path / "site" / "group" / "flowtilt"
+    shutil.copytree(project.folder, hosted)
+    stage = hosted / "src" / "flowtilt" / "pipeline" / "theory" / "stage.py"
+    sources = stage.read_text(encoding="utf-8")
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", "-C", hosted]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    for tag, text in (("v1", sources), ("v2", "raise RuntimeError('of another tag')\n")):
+        stage.write_text(text, encoding="utf-8")
+        subprocess.run([*git, "add", "--all"], check=True)
+        subprocess.run([*git, "commit", "--quiet", "--message", tag], check=True)
+        subprocess.run([*git, "tag", tag], check=True)
+    settings = tmp_path / "gitconfig"
+    settings.write_text(
+        f'[url "{tmp_path}/site/"]\n    insteadOf = https://code.example/\n', encoding="utf-8"
+    )
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for tag, status in (("v1", 0), ("v2", 1)):
+        folder = tmp_path / tag
+        folder.mkdir()
+        site = 'gitlab("group/flowtilt", path="workflow/Snakefile", tag="{}", host="code.example")'
+        module(folder, site.format(tag))
+        run = start(HERE, folder, "--", THEORY)
+        assert run.returncode == status, run.stdout
+        log = (folder / "results" / "smoke" / "logs" / "theory" / "threshold.log").read_text(encoding="utf-8")
+        assert ("of another tag" in log) == (tag == "v2")
+    assert_same(tmp_path / "v1", finished, [THEORY])
+
+
+def test_a_module_of_single_files_is_refused_without_the_package(
+    plain: Path, project: Project, tmp_path: Path
+) -> None:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(project.folder))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        module(tmp_path, f'"http://127.0.0.1:{server.server_port}/workflow/Snakefile"')
+        run = start(plain / "snakemake", tmp_path, "--dry-run")
+        server.shutdown()
+    assert run.returncode == 1
+    assert "No module named 'flowtilt': the workflow was fetched file by file" in run.stdout
+    assert "Name it by github(...) or gitlab(...)" in run.stdout
+    assert "Traceback" not in run.stdout
+
+
+@pytest.mark.parametrize("way", ["clone", "directory", "module"])
+def test_planning_writes_nothing(way: str, project: Project, tmp_path: Path) -> None:
+    """But Snakemake's own records; and where those cannot be, it says so."""
+    folder = project.folder if way == "clone" else tmp_path / "mine"
+    folder.mkdir(exist_ok=True)
+    given = () if way == "module" else SMOKE
+    if way == "module":
+        module(folder, project.folder / "workflow" / "Snakefile")
+    elif way == "directory":
+        snakefile, smoke = (str(project.folder / file) for file in ("workflow/Snakefile", SMOKE[1]))
+        given = ("-s", snakefile, "--configfile", smoke)
+
+    def held() -> set[Path]:
+        return {file for file in folder.rglob("*") if not {".snakemake", "__pycache__"} & {*file.parts}}
+
+    before = held()
+    for asked in (("--dry-run", "--quiet", "all"), ("--summary",)):
+        run = start(HERE, folder, *given, *asked)
+        assert run.returncode == 0, run.stdout
+        assert held() == before
+    shutil.rmtree(folder / ".snakemake")
+    run = start(HERE, folder, *given, "--dry-run", read_only=folder)
+    assert run.returncode == 1
+    assert f"{folder}/.snakemake: cannot be written" in run.stdout
+    assert "Traceback" not in run.stdout
+
+
+def test_a_module_without_packages_is_refused_as_its_run_begins(
+    plain: Path, project: Project, tmp_path: Path
+) -> None:
+    module(tmp_path, project.folder / "workflow" / "Snakefile")
+    run = start(plain / "snakemake", tmp_path, "--", THEORY)
+    assert run.returncode != 0
+    assert "lacks torch" in run.stdout
+    assert "Finished jobid" not in run.stdout
+    assert not (tmp_path / "results").exists()
+
+
 def test_what_a_module_is_given_is_named(project: Project, tmp_path: Path) -> None:
     module(tmp_path, project.folder / "workflow" / "Snakefile")
     (tmp_path / "config" / "config.yaml").write_text("results: results\n", encoding="utf-8")
@@ -316,21 +331,15 @@ def test_what_a_module_is_given_is_named(project: Project, tmp_path: Path) -> No
 def test_a_workflow_that_cannot_be_written_runs_in_another_folder(
     project: Project, finished: Project, tmp_path: Path
 ) -> None:
-    mount = f"mount --bind {project.folder} {project.folder} && mount -o remount,bind,ro {project.folder}"
-    if subprocess.run(["unshare", "--mount", "sh", "-c", mount], capture_output=True, check=False).returncode:
-        pytest.skip("this user cannot mount a folder for reading only")
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    words = f"{HERE} -s {project.folder}/workflow/Snakefile --cores 2 --directory {folder}"
-    words += f" --configfile {project.folder}/config/smoke.yaml -- {THEORY} {MODEL}"
-    run = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", f"{mount} && cd / && {words}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
+    given = (
+        "-s",
+        f"{project.folder}/workflow/Snakefile",
+        "--configfile",
+        f"{project.folder}/config/smoke.yaml",
     )
+    run = start(HERE, folder, *given, "--", THEORY, MODEL, read_only=project.folder)
     assert run.returncode == 0, run.stdout
     assert_same(folder, finished, [THEORY, MODEL])
 
@@ -383,7 +392,7 @@ def test_apptainer_without_its_image_is_refused(project: Project, tmp_path: Path
 
 
 def test_packages_that_a_job_lacks_are_named_in_its_log(plain: Path, project: Project) -> None:
-    """Of a module, which is not checked as its run begins."""
+    """Where its run was not checked as it began: Snakemake's --no-hooks leaves that out."""
     command = project.folder / "workflow" / "bin" / "flowtilt"
     run = subprocess.run(
         [command, "theory", str(ROOT / "config/theory/threshold.yaml"), "--output", "x.json"],

@@ -7,7 +7,7 @@ from flowtilt.pipeline.checks import check_folder, read_plan, runnable
 from flowtilt.pipeline.configuration import ConfigError, workflow_config
 from flowtilt.pipeline.plan import experiment_file, theory_file
 from flowtilt.pipeline.resources import REPORT
-from flowtilt.pipeline.starting import cure, start, write_configs
+from flowtilt.pipeline.starting import cure, start
 
 FILES = [*SETTINGS.configfiles, CONFIG_FILE]
 WHERE = ", ".join(os.path.relpath(file) for file in (workflow.configfiles if GIVEN else FILES))
@@ -24,9 +24,6 @@ try:
     PLAN, LEFT_OUT = read_plan(FOUND, WHERE), []
     if HERE and not lacking():
         PLAN, LEFT_OUT = runnable(PLAN, WHERE)
-    # A module's onstart is not called. What its jobs read is at its content's address, and changes nothing.
-    if MODULE:
-        write_configs(PLAN)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
@@ -41,6 +38,10 @@ def begin() -> None:
         start(PLAN, HERE)
     except ConfigError as error:
         raise WorkflowError(str(error)) from None
+
+
+if MODULE:
+    when_started(begin)
 
 
 def one_of(names) -> str:

@@ -1,5 +1,8 @@
 """What the plan says, as rules take it: functions of wildcards, outputs and attempts."""
 
+import shlex
+from types import SimpleNamespace
+
 
 def command(stage):
     """The command of a job; no job is run again for it, as for a parameter that takes outputs."""
@@ -24,31 +27,62 @@ def written(stage):
     return {role: directory(file) if role in folders else file for role, file in stage.outputs.items()}
 
 
-def results(up: int):
-    """The folder of the results, so many levels above a job's first output."""
-    return lambda wildcards, output: str(Path(output[0]).parents[up])
+def quoted(words):
+    """The words of a job's command; no job is run again for them, as for a parameter that takes outputs."""
+    return lambda wildcards, input, output: shlex.join(map(str, words(wildcards, input, output)))
 
 
-def prefix(end: str):
-    """The path of a job's first output without its end."""
-    return lambda wildcards, output: output[0].removesuffix(end)
+def beside(output, name: str):
+    """The argument for what the paths of all outputs begin with."""
+    return ["--output-prefix", Path(output[0]).with_name(name)]
 
 
-def figures_prefix(name: str):
-    """The path of a file's figures without their endings."""
-    return lambda wildcards, output: str(Path(output[0]).with_name(name))
+def of_runs(input, output):
+    """The arguments for what is merged into experiments, for the results, a folder of which has the outputs, and for
+    the papers' values."""
+    results = Path(output[0]).parents[1]
+    return ["--override", PLAN.overrides, "--results", results, "--reported", input.reported]
+
+
+def table_files(name: str):
+    """A table in each of its forms."""
+    return [f"<results>/tables/{name}.{extension}" for extension in ("csv", "md", "tex")]
+
+
+def shown(file: str, caption: str, category: str, shows: str, **more):
+    """A file of Snakemake's report."""
+    return report(file, caption=caption, category=category, labels={"shows": shows}, **more)
 
 
 def drawn(name: str):
     """The figures of a file, for the report."""
-    shown = report  # at the front of a line it would be Snakemake's keyword
     return [
         shown(
-            f"{PLAN.config.results}/figures/{name}{ending}.png",
-            caption=PLAN.caption_file(name, shows),
-            category="Experiments",
+            f"<results>/figures/{name}{ending}.png",
+            PLAN.caption_file(name, shows),
+            "Experiments",
+            shows,
             subcategory=name,
-            labels={"shows": shows},
         )
         for ending, shows in PLAN.captions(name).items()
     ]
+
+
+REPORTS = {}
+"""Rules by name: what they need, what they read by role, what they write, and their command."""
+
+
+def made(name: str, inputs, outputs, words, log: str, needs="", environment="core", watched=()):
+    """Enter a rule: `words` are those of its command, from wildcards, inputs and outputs; see report.smk.
+
+    `log` is the path of log and benchmark; a job is run again when what is `watched` changes.
+    """
+    REPORTS[name] = SimpleNamespace(
+        inputs=inputs,
+        outputs=outputs,
+        command=quoted(words),
+        log=log,
+        needs=REPORT[needs or name],
+        environment=environment,
+        watched=list(watched),
+    )

@@ -1,29 +1,64 @@
 """The package that plans and does the jobs: the sources of this clone, which need not be installed."""
 
+import io
 import os
 import shlex
 import sys
+import tarfile
+import tempfile
 from pathlib import Path
 
 from snakemake import __version__ as snakemake_version
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
-# A module that is fetched file by file comes without the sources; then the package has to be installed.
-CLONE = (
-    Path(workflow.current_basedir).parents[1] if isinstance(workflow.current_basedir, os.PathLike) else None
-)
+
+def checked_out(file) -> Path | None:
+    """The commit of a module that github(...) or gitlab(...) names, as a folder in Snakemake's cache.
+
+    Snakemake has a copy of the repository there and takes single files out of it. None of an address of single files.
+    """
+    try:
+        repository = file.hosted_repo.repo
+    except AttributeError:
+        return None
+    commit = repository.commit(file.ref).hexsha
+    folder = workflow.sourcecache.cache_path / "flowtilt" / commit
+    if not folder.exists():
+        packed = io.BytesIO()
+        repository.archive(
+            packed, commit, path=["config", "envs", "pyproject.toml", "resources", "src", "workflow"]
+        )
+        packed.seek(0)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
+            with tarfile.open(fileobj=packed) as archive:
+                # Early releases of Python 3.11 have no filters; what is extracted is run anyway.
+                safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+                archive.extractall(Path(unpacked) / commit, **safe)
+            try:
+                os.rename(Path(unpacked) / commit, folder)
+            except OSError:  # another run was first
+                if not folder.exists():
+                    raise
+    return folder
+
+
+BASE = workflow.current_basedir
+CLONE = Path(BASE).parents[1] if isinstance(BASE, os.PathLike) else checked_out(BASE)
 if CLONE is not None and str(CLONE / "src") not in sys.path:
     sys.path.insert(0, str(CLONE / "src"))
 
 try:
-    from flowtilt.pipeline.places import SOURCES, lacking, located
+    from flowtilt.pipeline.places import OWN, SOURCES, is_clone, lacking, located
 except ModuleNotFoundError as error:
     raise WorkflowError(
-        f"{error}: the workflow was fetched without its sources. Clone the repository and name its file "
-        "workflow/Snakefile instead, or install the package flowtilt beside Snakemake"
+        f"{error}: the workflow was fetched file by file, without its sources. Name it by github(...) or gitlab(...), or "
+        "by the file workflow/Snakefile of a clone; or install the package flowtilt from a clone beside Snakemake"
     ) from None
 
+if CLONE is None and is_clone():
+    CLONE = OWN
 if CLONE is not None and (CLONE / "src").is_dir() and SOURCES != (CLONE / "src").resolve():
     raise WorkflowError(
         f"{SOURCES}: the sources of another clone are imported already, by a profile or a module of that one; name "
@@ -37,6 +72,7 @@ try:
     DEPLOYMENT = workflow.deployment_settings.deployment_method
     # What a module is given as its configuration stands instead of its own file.
     MODULE, GIVEN = not workflow.modifier.is_main_snakefile(), workflow.modifier.skip_configfile
+    REGISTER, STARTED = workflow.onstart, workflow._onstart
 except AttributeError:
     raise WorkflowError(
         f"Snakemake {snakemake_version} does not say what it was asked for, as 9.17 to 9.27 do: install one of those"
@@ -44,6 +80,12 @@ except AttributeError:
 CONDA = DeploymentMethod.CONDA in DEPLOYMENT
 APPTAINER = DeploymentMethod.APPTAINER in DEPLOYMENT
 CONTAINER = ""
+
+if CLONE is None and (CONDA or APPTAINER):
+    raise WorkflowError(
+        f"{SOURCES}: jobs that do not run here cannot have the package that is installed here; install it from a clone, "
+        "pip install -e, or name the file workflow/Snakefile of that clone"
+    )
 
 if APPTAINER:
     CONTAINER = os.path.abspath(located("envs/flowtilt.sif"))
@@ -72,3 +114,22 @@ def on_path(wildcards, output) -> str:
     elif not APPTAINER:
         folders.append(shlex.quote(str(Path(sys.executable).parent)))
     return f'export PATH={":".join([*folders, "$PATH"])};' if folders else ""
+
+
+def when_started(begin) -> None:
+    """Have a module's part done as a run begins, before what the workflow that uses it does then.
+
+    Snakemake calls the onstart of that workflow alone, whether it is defined before the module is used or after.
+    """
+
+    def with_ours(func):
+        def both(log):
+            begin()
+            func(log)
+
+        return both
+
+    workflow._onstart = with_ours(STARTED)
+    workflow.onstart = lambda func: REGISTER(
+        with_ours(func) if workflow.modifier.is_main_snakefile() else func
+    )

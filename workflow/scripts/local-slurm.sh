@@ -168,7 +168,7 @@ start() {
 	fi
 	trap - EXIT
 	echo "wrote $CONF and $STATE, and started slurmctld and slurmd; $0 stop puts everything back"
-	sinfo --format='partition %P, node %N, %c cores, %m MB, generic resources %G'
+	sinfo --noheader --format='partition %P, node %N, %c cores, %m MB, generic resources %G'
 }
 
 ready() {

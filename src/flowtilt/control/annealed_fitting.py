@@ -69,7 +69,8 @@ LEAST_STEP = 1e-4
 """Share of the way at which the first stage is given up: it would take ten thousand like it."""
 
 STAGE_COLUMNS = (
-    *("stage", "step", "strength", "parameter", "effective_share", "least_effective_share"),
+    *("stage", "step", "strength", "parameter", "effective_sample_size"),
+    *("effective_share", "least_effective_share"),
     *("stage_kl", "kl", "mean_before", "mean_promised"),
 )
 """Columns of the history that are the same in all rows of a stage; see :class:`AnnealedSolution`."""
@@ -114,8 +115,9 @@ class AnnealedSolution(Solution):
     Attributes:
         stages: a row each: ``stage``, from 1; ``step``, the share d of what was left that it went;
             ``strength``, how far the chain has come; ``parameter`` of the aim, the KL weight or a tail's
-            threshold; ``effective_share`` of the bank, and the ``least_effective_share`` of a group;
-            ``stage_kl``, what the stage pays, and ``kl``, the tilt's divergence from the base, in nats;
+            threshold; ``effective_sample_size`` and ``effective_share`` of the bank, and the
+            ``least_effective_share`` of a group; ``stage_kl``, what the stage pays, and ``kl``, the tilt's
+            divergence from the base, in nats;
             ``mean_before`` and ``mean_promised`` of the tilt's value on the bank, and ``mean_reached`` on the
             next.
     """
@@ -436,6 +438,7 @@ class _Annealing:
             "step": step,
             "strength": 1 - (1 - chain.strength) * (1 - step),
             "parameter": parameter,
+            "effective_sample_size": under.effective_share * len(values),
             "effective_share": under.effective_share,
             "least_effective_share": float(under.effective_shares.min()),
             "stage_kl": under.kl,

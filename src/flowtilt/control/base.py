@@ -41,8 +41,6 @@ class Solution:
     """A fine-tuned model and what happened on the way.
 
     Attributes:
-        model: the fine-tuned model.
-        history: one dictionary an update.
         diagnostics: what the solver found out about the problem as a whole; empty for a solver
             that has nothing to say beside its history.
     """
@@ -57,7 +55,6 @@ def annealed_rate(update: int, updates: int, learning_rate: float, warmup: float
 
     Args:
         update: number of the update, from 0.
-        updates: how many there are.
         learning_rate: the largest.
         warmup: share of the updates over which it is reached, at least one update.
     """

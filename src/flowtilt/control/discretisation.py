@@ -42,12 +42,7 @@ _DEFAULT = AdjointMatchingSettings()
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight of the second mode, which has half of the base's mass.
-
-    Attributes:
-        exact: of the tilt.
-        reached: of the model at which Adjoint Matching converges.
-    """
+    """The weight of the second mode, which has half of the base's mass."""
 
     exact: float
     reached: float

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
-from flowtilt.model import Context, FlowModel, evaluated, evaluating
+from flowtilt.model import Context, FlowModel, evaluated
 from flowtilt.words import check_word
 
 EndpointGradient = Literal["pathwise", "likelihood_ratio"]
@@ -47,7 +47,7 @@ def likelihood_ratio_gradient(
     trajectories: Tensor,
     steps: list[MemorylessStep],
     context: Context = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Gradient of the tilt at the last noisy states, from its values at the ends of mirrored pairs.
 
     The last noisy state is ``m + nu xi``, and the rest of the way is deterministic: the tilt's value
@@ -58,27 +58,13 @@ def likelihood_ratio_gradient(
     the noisier of the two.
 
     Args:
-        model: that drew the trajectories.
-        tilt: only its values are asked for.
         trajectories: states, (steps + 1, batch, ...), with at least two steps.
         steps: coefficients of the process; the last without noise.
-        context: the trajectories' context.
 
     Returns:
         The estimates, (batch, ...): they stand at the states before the last. Where the tilt has no value at
-        an end, or at its reflection, the estimate is zero.
+        an end, or at its reflection, the estimate is zero; which these are, bool (batch,).
     """
-    return _by_pairs(model, tilt, trajectories, steps, context)[0]
-
-
-def _by_pairs(
-    model: FlowModel,
-    tilt: FirstVariation,
-    trajectories: Tensor,
-    steps: list[MemorylessStep],
-    context: Context,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`likelihood_ratio_gradient`; also which of the pairs lack a value, bool (batch,)."""
     times = model.time_grid(len(steps))
     before, state, end = trajectories[-3:]
     noisy, last = (step.like(end) for step in steps[-2:])
@@ -129,8 +115,7 @@ class Ends:
         by_value, rest = (None, tilt) if estimator == "pathwise" else tilt.split()
         if by_value is None:
             return cls(active, None, rest, failed)
-        with torch.no_grad(), evaluating(model):
-            ratio, lacking = _by_pairs(model, by_value, pool, steps, context)
+        ratio, lacking = likelihood_ratio_gradient(model, by_value, pool, steps, context)
         return cls(ratio.flatten(1).any(1), ratio, rest, failed | lacking)
 
     def terminal(self, end: Tensor, index: Tensor, context: Context, weight: float) -> Terminal:

@@ -63,11 +63,8 @@ class Penalty:
 
     def weight(self, slopes: ArrayLike) -> np.ndarray:
         """``(f*)'(s)``, any shape; infinite from the end of the domain on, for orders below 1."""
-        return np.exp(self._log_weight(slopes))
-
-    def _log_weight(self, slopes: ArrayLike) -> np.ndarray:
         s = np.asarray(slopes, dtype=np.float64) / self.curvature
-        return _log_weights(self.order, 0.0, -s)
+        return np.exp(_log_weights(self.order, 0.0, -s))
 
 
 PENALTIES: dict[str, Penalty] = {
@@ -163,29 +160,12 @@ class BankWeights:
         return float(self.probabilities[held] @ np.log(self.weights[held]))
 
 
-@dataclass(frozen=True)
-class _Bank:
-    """Samples with positive probabilities, and their values as drops from the best in [0, 1].
-
-    ``alpha`` is in units of the range of the values and includes the penalty's curvature.
-    """
-
-    kept: np.ndarray
-    p: np.ndarray
-    drops: np.ndarray
-    best: float
-    spread: float
-    alpha: float
-
-
 def solve_weights_within(values: ArrayLike, alpha: float, penalty: Penalty, groups: Groups) -> BankWeights:
     """Weights of a bank whose groups of samples keep their probabilities: :func:`solve_weights` in each.
 
     Args:
         values: of the samples, (N,).
         alpha: weight of the penalty, positive, in units of the values.
-        penalty: the divergence.
-        groups: of the samples.
 
     Raises:
         ValueError: as :func:`solve_weights`.
@@ -228,46 +208,56 @@ def solve_weights(
     Args:
         values: of the samples, (N,).
         alpha: weight of the penalty, positive, in units of the values.
-        penalty: the divergence.
         probabilities: of the samples, not negative; they are normalised, and equal if not given.
 
     Raises:
         ValueError: for a weight that is not positive and finite, or values or probabilities that
             cannot be used.
     """
-    bank = _prepare(values, alpha, penalty, probabilities)
-    order = penalty.order
-    log_w = np.zeros_like(bank.drops)
-    log_top = 0.0
-    if bank.spread > 0:
-        drops = bank.drops / bank.alpha
-        log_top = _best_log_weight(order, drops, bank.p)
-        log_w = _log_weights(order, log_top, drops)
+    g, every = _checked(values, alpha, probabilities)
+    kept, order = every > 0, penalty.order
+    p, best, least = every[kept] / every[kept].sum(), float(g[kept].max()), float(g[kept].min())
+    with np.errstate(over="ignore"):
+        spread = best - least
+    if not np.isfinite(spread):
+        raise ValueError(f"values from {least} to {best} are too far apart; rescale them")
+    # From here on values are drops from the best in [0, 1], and so is alpha in units of their range.
+    scale = spread if spread > 0 else 1.0
+    falls = (best - g[kept]) / scale
+    # Far beyond these bounds lie no other weights, only overflow: the limits are reached long before.
+    alpha = float(np.clip(alpha * penalty.curvature / scale, 1e-150, 1e150))
+    log_w, log_top = np.zeros_like(falls), 0.0
+    if spread > 0:
+        log_top = _best_log_weight(order, falls / alpha, p)
+        log_w = _log_weights(order, log_top, falls / alpha)
     slope = log_top if order == 1 else float(np.expm1((order - 1) * log_top)) / (order - 1)
-    dual = -bank.alpha * slope + bank.alpha * float(bank.p @ _conjugate(order, log_w))
-    nu = bank.best - bank.spread * (bank.alpha * slope)
+    dual = -alpha * slope + alpha * float(p @ _conjugate(order, log_w))
+    nu = best - spread * (alpha * slope)
 
     # What rounding left of the normalisation is divided out, so that q is a distribution.
-    log_w = log_w - np.log1p(float(bank.p @ np.expm1(log_w)))
-    q = bank.p * np.exp(log_w)
-    primal = -float(q @ bank.drops) - bank.alpha * float(bank.p @ _divergence(order, log_w))
-    weights, distribution = np.zeros(bank.kept.size), np.zeros(bank.kept.size)
-    weights[bank.kept], distribution[bank.kept] = np.exp(log_w), q
+    log_w = log_w - np.log1p(float(p @ np.expm1(log_w)))
+    q = p * np.exp(log_w)
+    primal = -float(q @ falls) - alpha * float(p @ _divergence(order, log_w))
+    weights, distribution = np.zeros(kept.size), np.zeros(kept.size)
+    weights[kept], distribution[kept] = np.exp(log_w), q
     ess = float(q.sum() ** 2 / (q @ q))
     return BankWeights(
         weights=weights,
         probabilities=distribution,
         nu=float(nu),
-        primal=bank.best + bank.spread * primal,
-        dual=bank.best + bank.spread * dual,
-        gap=bank.spread * (dual - primal),
+        primal=best + spread * primal,
+        dual=best + spread * dual,
+        gap=spread * (dual - primal),
         relative_gap=dual - primal,
         effective_sample_size=ess,
         effective_shares=np.array([ess / q.size]),
     )
 
 
-def _prepare(values: ArrayLike, alpha: float, penalty: Penalty, probabilities: ArrayLike | None) -> _Bank:
+def _checked(
+    values: ArrayLike, alpha: float, probabilities: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values and probabilities as they can be used, each (N,)."""
     g = np.asarray(values, dtype=np.float64).ravel()
     if g.size == 0:
         raise ValueError("weights need a bank of at least one sample")
@@ -280,23 +270,13 @@ def _prepare(values: ArrayLike, alpha: float, penalty: Penalty, probabilities: A
         raise ValueError(f"got {g.size} values and {p.size} probabilities")
     if not (p >= 0).all() or not 0 < p.sum() < np.inf:
         raise ValueError("probabilities must not be negative, and their sum must be positive and finite")
-    kept = p > 0
-    best, least = float(g[kept].max()), float(g[kept].min())
-    with np.errstate(over="ignore"):
-        spread = best - least
-    if not np.isfinite(spread):
-        raise ValueError(f"values from {least} to {best} are too far apart; rescale them")
-    scale = spread if spread > 0 else 1.0
-    # Far beyond these bounds lie no other weights, only overflow: the limits are reached long before.
-    relative = float(np.clip(alpha * penalty.curvature / scale, 1e-150, 1e150))
-    return _Bank(kept, p[kept] / p[kept].sum(), (best - g[kept]) / scale, best, spread, relative)
+    return g, p
 
 
 def _best_log_weight(order: float, drops: np.ndarray, p: np.ndarray) -> float:
     """Log weight of the best sample at which the mean weight is 1, by bisection to the last digit.
 
     Args:
-        order: of the power family.
         drops: of the slopes from the best sample's, (N,), not all 0.
         p: positive probabilities, (N,).
     """

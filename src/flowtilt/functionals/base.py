@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -33,9 +33,7 @@ class Distribution:
     """A distribution given by a model and samples from it.
 
     Attributes:
-        model: the flow whose endpoint distribution it is.
         samples: draws from it, (batch, ...).
-        context: the draws' context.
     """
 
     model: FlowModel
@@ -53,7 +51,6 @@ class FiniteDistribution:
         log_reference: those of the pretrained distribution on the same points, (n,).
         modes: the mode that each point belongs to, integers from 0, (n,); for distributions of a sample and
             a mode together, where the same point may occur once in every mode.
-        context: of the points, for rewards that take one.
         evaluated: rewards at the points, see :meth:`values_of`; shared with other distributions on them.
     """
 
@@ -161,7 +158,6 @@ class Functional(ABC):
     """A functional of the generated distribution.
 
     Attributes:
-        tier: where FDC's hierarchy puts the functional.
         needs: what the gradient of its first variation takes.
         by_values: whether weights of samples are enough for its value and its first variation, as for
             functionals of rewards: neither scores nor densities. It then has :meth:`variation_at`.
@@ -210,6 +206,22 @@ class Functional(ABC):
         return tuple(value for value in vars(self).values() if isinstance(value, Reward))
 
 
+class MeanOfVariation(Functional):
+    """A functional whose value is the mean of its first variation."""
+
+    def value(self, distribution: Distribution) -> float:
+        variation = self.linearise(distribution)
+        return float(variation.value(distribution.samples, distribution.context).double().mean())
+
+
+def _total(parts: Iterable[tuple[float, Any]], of: Callable[[Any], Any], zero: Any) -> Any:
+    """``zero`` and what there is ``of`` each part, by its weight; one of weight 0 is not asked."""
+    for weight, part in parts:
+        if weight != 0:
+            zero = zero + weight * of(part)
+    return zero
+
+
 @dataclass(frozen=True)
 class WeightedVariation(FirstVariation):
     """A weighted sum of first variations; active where its first part is.
@@ -221,25 +233,13 @@ class WeightedVariation(FirstVariation):
     parts: tuple[tuple[float, FirstVariation], ...]
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
-        total = x.new_zeros(len(x))
-        for weight, part in self.parts:
-            if weight != 0:
-                total = total + weight * part.value(x, context)
-        return total
+        return _total(self.parts, lambda part: part.value(x, context), x.new_zeros(len(x)))
 
     def on(self, distribution: FiniteDistribution) -> np.ndarray:
-        total = np.zeros(len(distribution.points))
-        for weight, part in self.parts:
-            if weight != 0:
-                total = total + weight * part.on(distribution)
-        return total
+        return _total(self.parts, lambda part: part.on(distribution), np.zeros(len(distribution.points)))
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
-        total = torch.zeros_like(x)
-        for weight, part in self.parts:
-            if weight != 0:
-                total = total + weight * part.gradient(x, context)
-        return total
+        return _total(self.parts, lambda part: part.gradient(x, context), torch.zeros_like(x))
 
     def active(self, x: Tensor, context: Context = None) -> Tensor:
         return self.parts[0][1].active(x, context)
@@ -302,17 +302,14 @@ class _Sum(Functional):
         return tuple(reward for part in self.components for reward in part.rewards)
 
     def value(self, distribution: Distribution) -> float:
-        return sum(weight * part.value(distribution) for weight, part in self.terms if weight != 0)
+        return float(_total(self.terms, lambda part: part.value(distribution), 0.0))
 
     def finite_value(self, distribution: FiniteDistribution) -> float:
-        return sum(weight * part.finite_value(distribution) for weight, part in self.terms if weight != 0)
+        return float(_total(self.terms, lambda part: part.finite_value(distribution), 0.0))
 
     def finite_variation(self, distribution: FiniteDistribution) -> np.ndarray:
-        total = np.zeros(len(distribution.log_p))
-        for weight, part in self.terms:
-            if weight != 0:
-                total = total + weight * part.finite_variation(distribution)
-        return total
+        zero = np.zeros(len(distribution.log_p))
+        return _total(self.terms, lambda part: part.finite_variation(distribution), zero)
 
     def linearise(self, distribution: Distribution) -> WeightedVariation:
         return self._of_terms(lambda part: part.linearise(distribution))
@@ -347,7 +344,6 @@ class Objective(_Sum):
     """``G(p) = utility(p) - alpha divergence(p)``.
 
     Attributes:
-        utility: what to raise.
         divergence: what keeps the distribution near the pretrained one.
         alpha: weight of the divergence, in units of the utility a nat; not negative.
     """

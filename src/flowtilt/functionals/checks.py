@@ -37,7 +37,6 @@ def check_first_variation(
     where values are at most 1e3.
 
     Args:
-        functional: to be checked.
         distribution: where; all its probabilities positive.
         tolerance: of the difference, in units of the functional.
 
@@ -71,7 +70,6 @@ def check_tangents(functional: Functional, distribution: FiniteDistribution) -> 
     on.
 
     Args:
-        functional: to be checked.
         distribution: where it is linearised; the others are 100 random ones on its points.
 
     Returns:
@@ -104,8 +102,6 @@ def check_gradient(
     distribution is of that order away from it: scores and its gradients agree to a few times 1e-5.
 
     Args:
-        functional: to be checked.
-        distribution: where it is linearised.
         at: samples in double precision where the gradient is taken, other ones: a hinge has its kink
             at one of the distribution's own.
         tolerance: of the difference, over the largest slope.
@@ -160,9 +156,7 @@ class Checked:
     """What :func:`check_entry` measured of one example.
 
     Attributes:
-        parameters: of the example.
         first_variation: largest error against finite differences, in units of the functional.
-        curvature: along random chords.
         gradient: largest error of the gradient, over the largest slope.
     """
 

@@ -95,7 +95,6 @@ def train_critic(
     Args:
         samples: of the distribution, (n, ...).
         reference: samples of the other distribution, (m, ...).
-        weights: of the ground metric, one for each coordinate.
         settings: of the training; the result follows from them and the samples alone.
 
     Raises:

@@ -105,7 +105,6 @@ def measured_tier(found: Curvature, kind: str) -> Tier:
     """The tier that a measured curvature puts a functional in.
 
     Args:
-        found: the curvature.
         kind: ``utility``, to be raised, or ``divergence``, to be lowered.
     """
     check_word(kind, ("utility", "divergence"), "the kind of a functional")
@@ -166,7 +165,6 @@ def example_problem(points: int = 15, seed: int = 0) -> tuple[FiniteDistribution
 
     Args:
         points: number of them; each occurs once in either of two modes.
-        seed: of points and probabilities.
     """
     random = np.random.default_rng(seed)
     x = torch.from_numpy(random.normal(size=(points, 2))).repeat(2, 1)
@@ -177,12 +175,7 @@ def example_problem(points: int = 15, seed: int = 0) -> tuple[FiniteDistribution
 
 
 def example_distribution(count: int = 40, seed: int = 0) -> Distribution:
-    """Samples of a model in the plane that has two modes, half of them of either, in double precision.
-
-    Args:
-        count: of samples.
-        seed: of the draw.
-    """
+    """Samples of a model in the plane that has two modes, half of them of either, in double precision."""
     model = _Gaussians([[0.5, -0.3], [-0.8, 0.4]], variance=0.7)
     context = torch.arange(count) % 2
     noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -195,12 +188,6 @@ class TierRow:
 
     Attributes:
         kind: ``utility`` or ``divergence``.
-        name: in its registry.
-        parameters: of the example.
-        needs: what its gradient takes.
-        paper: the paper's tier.
-        curvature: measured along random chords.
-        measured: the tier that the curvature puts it in.
     """
 
     kind: str

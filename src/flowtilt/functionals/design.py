@@ -73,10 +73,7 @@ class RandomFourierFeatures(Features):
     (Rahimi and Recht 2007).
 
     Attributes:
-        count: of the features.
-        dimension: of the samples.
         bandwidth: in units of the samples.
-        seed: of the directions and phases.
     """
 
     count: int = 64
@@ -138,7 +135,6 @@ class OptimalDesign(Functional):
 
     Attributes:
         criterion: ``log_det``, ``trace`` or ``eigenvalue``.
-        features: of a sample.
         ridge: what is added to the diagonal of M, not negative.
     """
 

@@ -19,6 +19,7 @@ from flowtilt.functionals.base import (
     FiniteDistribution,
     FirstVariation,
     Functional,
+    MeanOfVariation,
     gradient_of,
     per_sample,
 )
@@ -78,13 +79,11 @@ def _log_ratios(distribution: FiniteDistribution) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class KL(Functional):
+class KL(MeanOfVariation):
     """``KL(p || reference)``; the value needs likelihoods, the gradient only scores.
 
     Attributes:
-        reference: the pretrained model.
         score_time: time at which scores stand for those of the data, in (0, 1).
-        ode: how the likelihoods are solved.
         pairs: if not zero, the divergence is that of the distributions with noise, see
             :class:`flowtilt.functionals.utilities.Entropy`.
     """
@@ -99,11 +98,6 @@ class KL(Functional):
 
     def __post_init__(self) -> None:
         check(self, "a KL divergence's ", score_time=between(0, 1), pairs=at_least(0))
-
-    def value(self, distribution: Distribution) -> float:
-        return float(
-            self.linearise(distribution).value(distribution.samples, distribution.context).double().mean()
-        )
 
     def linearise(self, distribution: Distribution) -> ScoreDifference:
         return ScoreDifference(distribution.model, self.reference, self.score_time, self.ode, self.pairs)
@@ -122,7 +116,6 @@ class PoweredRatio(FirstVariation):
 
     Attributes:
         log_ratio: ``log p - log q`` and its gradient.
-        order: b.
         log_normaliser: ``log Z = log E_p[(p / q)^(b - 1)]``.
     """
 
@@ -150,10 +143,8 @@ class Renyi(Functional):
     ``(p / reference)^(b - 1)`` of an order above 1 is not bounded, nor is the variance of its mean.
 
     Attributes:
-        reference: the pretrained model.
         order: b, positive and not 1.
         score_time: time at which scores stand for those of the data, in (0, 1).
-        ode: how the likelihoods are solved.
         samples: how many of the distribution's samples the mean is taken over, the first ones.
     """
 
@@ -208,11 +199,6 @@ class ReferenceDraw:
 
     By the memoryless process, as the distribution's own in Flow Density Control: with as many steps, errors
     of the discretisation are the same on both sides.
-
-    Attributes:
-        samples: how many.
-        steps: time steps of the process.
-        seed: of the draw.
     """
 
     samples: int = 2000
@@ -273,10 +259,8 @@ class MMD(Functional):
     distributions agree the discrepancy has a kink; its first variation is taken as 0 there.
 
     Attributes:
-        reference: the pretrained model.
         kernel: ``gaussian``, ``inverse_multiquadric`` or ``energy``.
         bandwidth: unit of distances, in units of the samples; scales the energy distance.
-        draw: of the samples of the pretrained model.
     """
 
     tier = "convex"
@@ -338,10 +322,7 @@ class Wasserstein1(Functional):
     variation is 0.
 
     Attributes:
-        reference: the pretrained model.
         weights: of the metric, one for each coordinate, positive.
-        critic: how the critic is trained.
-        draw: of the samples of the pretrained model.
     """
 
     tier = "general"

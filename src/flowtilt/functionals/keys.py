@@ -14,7 +14,6 @@ class Key(NamedTuple):
     """One parameter.
 
     Attributes:
-        type: and range, in words.
         text: a sentence, with units.
         default: of the functional's class, or None if the parameter must be given.
     """

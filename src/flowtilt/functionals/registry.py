@@ -16,6 +16,7 @@ import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from typing import Any, Literal
 
 from flowtilt.functionals.base import Functional, Need, Tier, WeightedSum
@@ -46,7 +47,6 @@ class Parameter:
     """One parameter of a functional.
 
     Attributes:
-        read: from plain data.
         required: whether it must be given; else the functional's own default holds.
     """
 
@@ -59,12 +59,7 @@ class Ingredients:
     """What an experiment, not a functional's own parameters, provides.
 
     Attributes:
-        reward: to be raised.
-        reference: the pretrained model.
-        cost: of the log barrier.
         score_time: time at which scores stand for those of the data, in (0, 1).
-        ode: how likelihoods are solved.
-        draw: of samples of the pretrained model.
     """
 
     reward: Reward | None = None
@@ -231,24 +226,17 @@ def _to_text(data: Any) -> str:
     return data
 
 
-def number(required: bool = True) -> Parameter:
-    """A finite real number."""
-    return Parameter(_to_number, required)
+number = partial(Parameter, _to_number)
+"""A finite real number."""
 
+whole = partial(Parameter, _to_whole)
+"""A whole number."""
 
-def whole(required: bool = True) -> Parameter:
-    """A whole number."""
-    return Parameter(_to_whole, required)
+numbers = partial(Parameter, _to_numbers)
+"""A list of finite real numbers."""
 
-
-def numbers(required: bool = True) -> Parameter:
-    """A list of finite real numbers."""
-    return Parameter(_to_numbers, required)
-
-
-def text(required: bool = True) -> Parameter:
-    """A name."""
-    return Parameter(_to_text, required)
+text = partial(Parameter, _to_text)
+"""A name."""
 
 
 def section(kind: type, required: bool = False) -> Parameter:
@@ -305,10 +293,7 @@ UTILITIES = Registry(
             examples=tuple({"criterion": name} for name in ("log_det", "trace", "eigenvalue")),
         ),
         "diverse_modes": Entry(
-            DiverseModes,
-            takes=("score_time", "ode"),
-            parameters={"modes": whole()},
-            examples=({"modes": 2},),
+            DiverseModes, takes=("score_time", "ode"), parameters={"modes": whole()}, examples=({"modes": 2},)
         ),
         "log_barrier": Entry(
             LogBarrier,
@@ -360,8 +345,6 @@ def check_needs(
     """Check before any training that a solver can have what it takes of a functional's first variation.
 
     Args:
-        functional: to be raised.
-        model: to be fine-tuned.
         reward: a reward that the solver tilts by beside those inside the functional.
         takes: what the solver evaluates: gradients (Adjoint Matching) or values (weighted fitting).
             The value of a variation whose gradient needs scores needs densities.

@@ -32,10 +32,8 @@ def smoothed(
 
     Args:
         gradient: of ``g`` at states, a time and a context.
-        model: whose path and noise.
         x: data, (batch, ...).
         t: the time, ().
-        context: of the data.
         pairs: of noise a sample, at least 1.
 
     Returns:

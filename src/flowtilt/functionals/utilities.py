@@ -10,12 +10,20 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.functionals.base import Distribution, FiniteDistribution, FirstVariation, Functional, per_sample
+from flowtilt.functionals.base import (
+    Distribution,
+    FiniteDistribution,
+    FirstVariation,
+    Functional,
+    MeanOfVariation,
+    per_sample,
+)
 from flowtilt.functionals.smoothing import NO_SMOOTHED_VALUE, smoothed
 from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
 from flowtilt.model import Context, FlowModel, evaluating
@@ -73,8 +81,16 @@ class _OfRewards(FirstVariation):
     """A function of some rewards: active everywhere, but for samples on which one of them failed."""
 
     @abstractmethod
+    def of(self, *values: Any) -> Any:
+        """The function of the rewards' values, arrays or tensors of one shape."""
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        found: Tensor = self.of(*(reward(x, context) for reward in self._rewards()))
+        return found
+
     def on(self, distribution: FiniteDistribution) -> np.ndarray:
         """By the rewards that the distribution keeps."""
+        return np.asarray(self.of(*map(distribution.values_of, self._rewards())))
 
     def _rewards(self) -> list[Reward]:
         return [value for value in vars(self).values() if isinstance(value, Reward)]
@@ -95,11 +111,8 @@ class RewardVariation(_OfRewards):
 
     reward: Reward
 
-    def value(self, x: Tensor, context: Context = None) -> Tensor:
-        return self.reward(x, context)
-
-    def on(self, distribution: FiniteDistribution) -> np.ndarray:
-        return distribution.values_of(self.reward)
+    def of(self, *values: Any) -> Any:
+        return values[0]
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         return self.reward.gradient(x, context)
@@ -114,7 +127,6 @@ class Hinge(_OfRewards):
     pseudo-reward when it is the dual solution. It is not active on evaluations that failed.
 
     Attributes:
-        reward: the reward.
         threshold: where the hinge bends, in units of the reward.
         mass: probability of the tail, in (0, 1].
         tail: the tail on which the hinge is not flat; ``left`` and ``right`` are taken for ``lower`` and
@@ -130,22 +142,17 @@ class Hinge(_OfRewards):
         object.__setattr__(self, "tail", read_tail(self.tail))
         check(self, "a hinge's ", threshold=FINITE, mass=MASS)
 
+    def of(self, *values: Any) -> Any:
+        excess = values[0] - self.threshold
+        return (excess.clip(max=0.0) if self.tail == "lower" else excess.clip(min=0.0)) / self.mass
+
     def of_rewards(self, rewards: np.ndarray) -> np.ndarray:
         """The hinge as a function of reward values, any shape."""
-        excess = np.asarray(rewards, dtype=np.float64) - self.threshold
-        cut = np.minimum(excess, 0.0) if self.tail == "lower" else np.maximum(excess, 0.0)
-        return cut / self.mass
+        return np.asarray(self.of(np.asarray(rewards, dtype=np.float64)))
 
     @property
     def sparse(self) -> bool:
         return True
-
-    def on(self, distribution: FiniteDistribution) -> np.ndarray:
-        return self.of_rewards(distribution.values_of(self.reward))
-
-    def value(self, x: Tensor, context: Context = None) -> Tensor:
-        excess = self.reward(x, context) - self.threshold
-        return (excess.clamp(max=0.0) if self.tail == "lower" else excess.clamp(min=0.0)) / self.mass
 
     def active(self, x: Tensor, context: Context = None) -> Tensor:
         rewards = self.reward(x, context)
@@ -196,9 +203,10 @@ class _TailMean(_FunctionalOfRewards):
     """A mean of one tail of the reward.
 
     Attributes:
-        reward: the reward.
         mass: share of probability in the tail, in (0, 1).
     """
+
+    tail: ClassVar[Tail]
 
     reward: Reward
     mass: float
@@ -206,6 +214,25 @@ class _TailMean(_FunctionalOfRewards):
     def __post_init__(self) -> None:
         if not 0 < self.mass < 1:
             raise ValueError(f"the mass of a tail must lie in (0, 1), got {self.mass}")
+
+    def _mean(self, values: np.ndarray, p: np.ndarray | None = None) -> float:
+        return (lower_tail_mean if self.tail == "lower" else upper_tail_mean)(values, self.mass, p)
+
+    def _hinge(self, values: np.ndarray, p: np.ndarray | None = None) -> Hinge:
+        level = self.mass if self.tail == "lower" else 1 - self.mass
+        return Hinge(self.reward, quantile(values, level, p), self.mass, self.tail)
+
+    def value(self, distribution: Distribution) -> float:
+        return self._mean(_values(self.reward, distribution))
+
+    def linearise(self, distribution: Distribution) -> Hinge:
+        return self._hinge(_values(self.reward, distribution))
+
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        return self._mean(_finite_values(self.reward, distribution), distribution.p)
+
+    def variation_at(self, distribution: FiniteDistribution) -> Hinge:
+        return self._hinge(_finite_values(self.reward, distribution), distribution.p)
 
 
 @dataclass(frozen=True)
@@ -216,20 +243,7 @@ class CVaR(_TailMean):
     """
 
     tier = "convex"
-
-    def value(self, distribution: Distribution) -> float:
-        return lower_tail_mean(_values(self.reward, distribution), self.mass)
-
-    def linearise(self, distribution: Distribution) -> Hinge:
-        threshold = quantile(_values(self.reward, distribution), self.mass)
-        return Hinge(self.reward, threshold, self.mass, "lower")
-
-    def finite_value(self, distribution: FiniteDistribution) -> float:
-        return lower_tail_mean(_finite_values(self.reward, distribution), self.mass, distribution.p)
-
-    def variation_at(self, distribution: FiniteDistribution) -> Hinge:
-        at = quantile(_finite_values(self.reward, distribution), self.mass, distribution.p)
-        return Hinge(self.reward, at, self.mass, "lower")
+    tail = "lower"
 
 
 @dataclass(frozen=True)
@@ -240,42 +254,19 @@ class SQ(_TailMean):
     """
 
     tier = "general"
-
-    def value(self, distribution: Distribution) -> float:
-        return upper_tail_mean(_values(self.reward, distribution), self.mass)
-
-    def linearise(self, distribution: Distribution) -> Hinge:
-        threshold = quantile(_values(self.reward, distribution), 1 - self.mass)
-        return Hinge(self.reward, threshold, self.mass, "upper")
-
-    def finite_value(self, distribution: FiniteDistribution) -> float:
-        return upper_tail_mean(_finite_values(self.reward, distribution), self.mass, distribution.p)
-
-    def variation_at(self, distribution: FiniteDistribution) -> Hinge:
-        at = quantile(_finite_values(self.reward, distribution), 1 - self.mass, distribution.p)
-        return Hinge(self.reward, at, self.mass, "upper")
+    tail = "upper"
 
 
 @dataclass(frozen=True)
 class CentredRisk(_OfRewards):
-    """``r - risk (r^2 - 2 mean r)``: first variation of mean minus ``risk`` times variance.
-
-    Attributes:
-        reward: the reward r.
-        risk: weight of the variance.
-        mean: expected reward of the distribution.
-    """
+    """``r - risk (r^2 - 2 mean r)``: first variation of mean minus ``risk`` times variance."""
 
     reward: Reward
     risk: float
     mean: float
 
-    def value(self, x: Tensor, context: Context = None) -> Tensor:
-        rewards = self.reward(x, context)
-        return rewards - self.risk * (rewards - 2 * self.mean) * rewards
-
-    def on(self, distribution: FiniteDistribution) -> np.ndarray:
-        rewards = distribution.values_of(self.reward)
+    def of(self, *values: Any) -> Any:
+        (rewards,) = values
         return rewards - self.risk * (rewards - 2 * self.mean) * rewards
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
@@ -292,7 +283,6 @@ class MeanVariance(_FunctionalOfRewards):
     The variance is concave in the distribution, so that this is convex for a positive ``risk``.
 
     Attributes:
-        reward: the reward r.
         risk: weight of the variance, in inverse units of the reward; negative seeks variance.
     """
 
@@ -352,14 +342,13 @@ class NegativeLogDensity(FirstVariation):
 
 
 @dataclass(frozen=True)
-class Entropy(Functional):
+class Entropy(MeanOfVariation):
     """``-E log p``, in nats; the value needs likelihoods, the gradient only scores.
 
     For a model it is the differential entropy, for a finite distribution that of its probabilities.
 
     Attributes:
         score_time: time at which the score stands for that of the data, in (0, 1).
-        ode: how the likelihoods are solved.
         pairs: if not zero, it is the entropy of the distribution with the noise that the path has at
             ``score_time``, whose gradient is a mean over so many pairs of noise. What differs by less than
             the noise then counts for little, and scores are asked for where the model was trained. There is
@@ -375,11 +364,6 @@ class Entropy(Functional):
 
     def __post_init__(self) -> None:
         check(self, "an entropy's ", score_time=between(0, 1), pairs=at_least(0))
-
-    def value(self, distribution: Distribution) -> float:
-        return float(
-            self.linearise(distribution).value(distribution.samples, distribution.context).double().mean()
-        )
 
     def linearise(self, distribution: Distribution) -> NegativeLogDensity:
         return NegativeLogDensity(distribution.model, self.score_time, self.ode, self.pairs)
@@ -397,8 +381,6 @@ class BarrierVariation(_OfRewards):
     """``r - slope c``: a reward, and a cost that weighs the more the nearer its bound is.
 
     Attributes:
-        reward: the reward r.
-        cost: the cost c.
         slope: ``strength / (bound - E c)``.
     """
 
@@ -406,11 +388,9 @@ class BarrierVariation(_OfRewards):
     cost: Reward
     slope: float
 
-    def value(self, x: Tensor, context: Context = None) -> Tensor:
-        return self.reward(x, context) - self.slope * self.cost(x, context)
-
-    def on(self, distribution: FiniteDistribution) -> np.ndarray:
-        return distribution.values_of(self.reward) - self.slope * distribution.values_of(self.cost)
+    def of(self, *values: Any) -> Any:
+        rewards, costs = values
+        return rewards - self.slope * costs
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:
         gradient = self.reward.gradient(x, context) - self.slope * self.cost.gradient(x, context)
@@ -423,8 +403,6 @@ class LogBarrier(_FunctionalOfRewards):
     """``E r + strength log(bound - E c)``: the expected reward with the expected cost kept below a bound.
 
     Attributes:
-        reward: the reward r.
-        cost: the cost c.
         bound: what the expected cost must stay below, in units of the cost.
         strength: of the barrier, positive, in units of the reward.
     """
@@ -486,9 +464,6 @@ class ModeLogRatio(FirstVariation):
 
     Attributes:
         model: whose context is the mode, an integer for each sample.
-        modes: their number M, equally likely.
-        time: at which scores are taken.
-        ode: how the likelihoods are solved.
     """
 
     cheap_values = False
@@ -546,7 +521,7 @@ def _described(context: Context) -> str:
 
 
 @dataclass(frozen=True)
-class DiverseModes(Functional):
+class DiverseModes(MeanOfVariation):
     """``E_z KL(p_z || mean_k p_k)`` over modes z: how well a sample tells its mode, in nats.
 
     It is the mutual information of sample and mode, at most ``log modes``. The modes of a model are
@@ -568,11 +543,6 @@ class DiverseModes(Functional):
 
     def __post_init__(self) -> None:
         check(self, "diverse modes' ", modes=at_least(2), score_time=between(0, 1))
-
-    def value(self, distribution: Distribution) -> float:
-        return float(
-            self.linearise(distribution).value(distribution.samples, distribution.context).double().mean()
-        )
 
     def linearise(self, distribution: Distribution) -> ModeLogRatio:
         variation = ModeLogRatio(distribution.model, self.modes, self.score_time, self.ode)

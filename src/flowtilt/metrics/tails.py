@@ -34,7 +34,6 @@ def quantile(values: ArrayLike, level: float, weights: ArrayLike | None = None) 
     """Smallest value whose cumulative probability reaches ``level`` (the left-continuous inverse).
 
     Args:
-        values: any shape.
         level: in (0, 1].
         weights: not negative, of the shape of ``values``; equal if not given.
 

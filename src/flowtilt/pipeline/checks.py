@@ -24,11 +24,8 @@ TABLES = ("comparison", "by_seed")
 
 
 def read_plan(data: Mapping[str, Any], where: str) -> Plan:
-    """The plan of a configuration, checked: each file alone, and all against each other.
-
-    Raises:
-        ConfigError: naming the file, the key and the fix.
-    """
+    """The plan of a configuration, checked: each file alone, and all against each other. Raises ConfigError,
+    naming the file, the key and the fix."""
     config = validated(WorkflowConfig, dict(data), Path(where))
     plan = Plan(config, load_files(config, where), load_theories(config, where))
     for domain in plan.domains:
@@ -39,10 +36,7 @@ def read_plan(data: Mapping[str, Any], where: str) -> Plan:
 
 def runnable(plan: Plan, where: str) -> tuple[Plan, list[str]]:
     """The plan without experiments whose domain lacks packages in this Python, and a sentence on each domain.
-
-    Raises:
-        ConfigError: if no experiment is left.
-    """
+    Raises ConfigError if no experiment is left."""
     said, left = [], list(plan.config.experiments)
     for domain in plan.domains:
         own = [name for name in left if plan.domain_of_file(name) is domain]
@@ -69,11 +63,8 @@ def is_installed(package: str) -> bool:
 
 
 def check_folder() -> None:
-    """Refuse a folder in which Snakemake could not keep its records, as it must even of a dry run.
-
-    Raises:
-        ConfigError: naming the folder and the fix.
-    """
+    """Refuse a folder in which Snakemake could not keep its records, as it must even of a dry run. Raises
+    ConfigError, naming the folder and the fix."""
     records = Path(".snakemake")
     if not os.access(records if records.exists() else Path(), os.W_OK):
         raise ConfigError(

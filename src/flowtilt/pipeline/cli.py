@@ -31,10 +31,8 @@ log = logging.getLogger("flowtilt")
 
 
 def run() -> int:
-    """The command: :func:`main`, and a short way out.
-
-    The interpreter's last act is to look for garbage among all objects, torch's million among them.
-    """
+    """The command: :func:`main`, and a short way out. The interpreter's last act is to look for garbage among
+    all objects, torch's million among them."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and not stream.isatty():  # a log, which others read as UTF-8
             stream.reconfigure(encoding="utf-8")
@@ -136,9 +134,7 @@ COMMANDS = {
     ),
     "check": Command("Refuse experiments that no job could use.", "flowtilt.pipeline.cli:check", ("config",)),
     "table": Command("Write an experiment's or a study's table.", f"{_REPORT}.tables:write_table", _FILE),
-    "figures": Command(
-        "Draw an experiment's or a study's figures.", f"{_REPORT}.figures:write_figures", _FILE
-    ),
+    "figures": Command("Draw an experiment's or a study's figures.", f"{_REPORT}.style:write_figures", _FILE),
     "compare": Command(
         "Write the comparison with the papers' values.",
         f"{_REPORT}.tables:write_comparison",

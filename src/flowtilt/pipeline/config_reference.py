@@ -17,99 +17,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from flowtilt.files import write_text
+from flowtilt.files import read_text, write_text
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
 from flowtilt.pipeline.config import WorkflowConfig
 from flowtilt.pipeline.configuration import ConfigError, Section
-from flowtilt.pipeline.domain import Chapter, Domain, known_domains
+from flowtilt.pipeline.domain import Chapter, known_domains
 from flowtilt.pipeline.experiment import Study
-from flowtilt.pipeline.theory.config import MirrorDescentConfig, ThresholdStudyConfig
+from flowtilt.pipeline.theory.config import MirrorDescentConfig, ThresholdStudyConfig, TiltStudyConfig
 
 Schema = Mapping[str, Any]
 
-INTRODUCTION = """\
-# Configuration
-
-<!-- Written by `flowtilt config-reference` from the schemas: change the sentences there, see below. -->
-
-| file | what it is |
-|---|---|
-| `config.yaml` | what is run, at the embedded scale; Snakemake reads it |
-| `smoke.yaml`, `paper.yaml` | other scales, as overrides of it |
-| `experiments/{name}.yaml` | one experiment, or a study of several cases |
-| `theory/{name}.yaml` | one study of the papers' guarantees |
-| `reported_results.csv` | the papers' values, which tables stand beside |
-
-All of them are checked before any job starts: a key that is unknown or missing, or a value out of its range,
-is refused with the file, the key and the known ones.
-
-## Overriding
-
-A scale of your own is a file of what differs from `config.yaml`. What is under `overrides` is merged into
-every experiment whose key `domain` is the name that it stands under:
-
-```yaml
-# config/mine.yaml
-results: results/mine
-experiments: [risk_averse_2d]
-overrides:
-  DOMAIN: {seeds: 2, solver: {updates: 400}}
-  skip: {risk_averse_2d: {methods: [fdc]}}
-```
-
-```bash
-snakemake --cores all --configfile config/mine.yaml
-```
-
-Keys of `config.yaml` can be given on the command line as well, `--config gpu=1 'experiments=[ot_2d]'`; but
-those of `overrides` belong in a file, since Snakemake passes numbers inside of a mapping on as text. Mappings
-are merged key by key and all else is replaced; a mapping of another `kind` replaces the old one whole, since
-its other keys are parameters of that kind. An experiment is put together in this order, each step over the
-one before:
-
-1. its own file, or for a case of a study the file that it derives from; then `overrides.files` of that name;
-2. `set` of the study, then `set` of the case;
-3. `overrides.{domain}`; last, what `overrides.skip` names is left out.
-
-A landscape or a functional of your own is named `module:NAME`, in a module that `PYTHONPATH` leads to. With
-`--software-deployment-method conda`, give `--conda-not-block-search-path-envvars` as well: Snakemake
-otherwise hides `PYTHONPATH` from the jobs.
-
-A changed key runs again what depends on it, and nothing else. `flowtilt resolve FILE --override JSON --output
-FILE` writes what comes out.
-
-Settings of Snakemake itself are in `workflow/profiles`. In the tables below a default of *required* means
-that the key must be given, *none* that it may be left out.
-"""
-
-REPORTED = """\
-## Reported values: `reported_results.csv`
-
-| column | meaning |
-|---|---|
-| `source` | The paper: `fdc`, or `ftfc` for an independent reconstruction. |
-| `experiment` | Name of the experiment. |
-| `method` | Name of the method there. |
-| `metric` | Name of the metric, as in `metrics.json`. |
-| `value` | The reported value, in the unit. |
-| `uncertainty` | The reported uncertainty, in the unit; empty without one. |
-| `unit` | Unit of the value. |
-| `note` | What else the source says of it. |
-"""
-
-SOURCES = """\
-## Where these sentences live
-
-The sentence of a key is the string literal under its field, in `sections.py` and `experiment.py` of
-`src/flowtilt/pipeline` and of the domains below `src/flowtilt/domains`, in
-`src/flowtilt/pipeline/theory/config.py`, and for parameters of functionals in
-`src/flowtilt/functionals/keys.py`. Keys of `config.yaml` are described in
-`src/flowtilt/pipeline/config.py`. After a change there:
-
-```bash
-make docs
-```
-"""
+BEGINS, ENDS = (
+    f"<!-- What `flowtilt config-reference` writes {word} here. -->\n" for word in ("begins", "ends")
+)
+"""Lines of the file; what is before the first and after the second is written by hand."""
 
 
 _LOADED = {"starts_from": "its name"}
@@ -149,22 +70,26 @@ _OTHERS = (
         ThresholdStudyConfig,
         "of thresholds",
     ),
+    Chapter(
+        "Theory: tilts",
+        "A `theory/{name}.yaml` with `kind: tilts`: the control solvers on tilts in closed form.",
+        TiltStudyConfig,
+        "of tilts",
+    ),
 )
 
 
 def write_reference(output: Path) -> None:
-    """Write the reference to a Markdown file.
-
-    Raises:
-        ConfigError: if a key has no description; the message names it.
-    """
-    write_text(output, reference())
+    """Write the reference into a Markdown file, between the lines that say where it goes, if there are some.
+    Raises ConfigError if a key has no description; the message names it."""
+    by_hand = read_text(output) if output.is_file() else "# Configuration\n\n"
+    before, after = by_hand.partition(BEGINS)[0], by_hand.partition(ENDS)[2]
+    write_text(output, f"{before}{BEGINS}\n{reference()}\n{ENDS}{after}")
 
 
 def reference() -> str:
-    """The whole document."""
-    light = next(domain.name for domain in known_domains() if not domain.packages)  # runs anywhere
-    parts = [INTRODUCTION.replace("DOMAIN", light)]
+    """All chapters."""
+    parts = []
     headings = _headings()
     for chapter in chapters():
         described = _described(chapter.kind)
@@ -174,7 +99,7 @@ def reference() -> str:
             parts.append(_keys(_described(found.kind), headings))
         if chapter.functionals:
             parts += [_functionals("Utilities", UTILITY_KEYS), _functionals("Divergences", DIVERGENCE_KEYS)]
-    return "\n".join([*parts, REPORTED, SOURCES])
+    return "\n".join(parts)
 
 
 # ----------------------------------------------------------------------------------- chapters
@@ -207,15 +132,10 @@ class Found(NamedTuple):
     @property
     def of(self) -> str:
         """How it is told apart from sections of the same name."""
-        first = domain_of_chapter(self.chapters[0])
-        own = list(first.chapters) if first is not None else []
-        everywhere = len(own) > 1 and all(chapter in self.chapters for chapter in own)
-        return first.words if everywhere and first is not None else self.chapters[0].of
-
-
-def domain_of_chapter(chapter: Chapter) -> Domain | None:
-    """The domain whose experiments a chapter is of; None for studies and the theory."""
-    return next((domain for domain in known_domains() if chapter in domain.chapters), None)
+        own = next((domain for domain in known_domains() if self.chapters[0] in domain.chapters), None)
+        if own and len(own.chapters) > 1 and all(chapter in self.chapters for chapter in own.chapters):
+            return own.words
+        return self.chapters[0].of
 
 
 @functools.cache
@@ -236,10 +156,8 @@ def _all_sections() -> tuple[Found, ...]:
 
 
 def _headings() -> dict[type[Section], str]:
-    """Heading of each section: its key, and where several have the same, what its experiment is on.
-
-    Sections that a key of one experiment can be are told apart by what their key ``utility`` must be.
-    """
+    """Heading of each section: its key, and where several have the same, what its experiment is on. Sections
+    that a key of one experiment can be are told apart by what their key ``utility`` must be."""
     paths = [found.path for found in _all_sections()]
     within = [(found.path, found.of) for found in _all_sections()]
     headings = {}
@@ -331,10 +249,7 @@ def _markdown(text: str) -> str:
 def _keys(schema: Schema, headings: Mapping[type[Section], str]) -> str:
     """The table of a section's keys."""
     required = schema.get("required", ())
-    return _table([_row(key, key in required, own, headings) for key, own in schema["properties"].items()])
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
+    rows = [_row(key, key in required, own, headings) for key, own in schema["properties"].items()]
     lines = ["| key | type and range | default | meaning |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -36,11 +36,8 @@ _NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{MAX_NAME - 1}}}")
 
 
 def check_name(name: str) -> str:
-    """A name that a user chooses, of which files are named and commands made.
-
-    Raises:
-        ValueError: for any that could not be part of a path, of a command, or of a rule's name.
-    """
+    """A name that a user chooses, of which files are named and commands made. Raises ValueError for any that
+    could not be part of a path, of a command, or of a rule's name."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"a name must be 1 to {MAX_NAME} letters (a-z, A-Z), digits and the signs . _ - and must not "
@@ -59,11 +56,7 @@ def check_case_name(name: str) -> str:
 
 
 def no_repeats(entries: Entries) -> Entries:
-    """A list in which nothing occurs twice.
-
-    Raises:
-        ValueError: naming the first that does.
-    """
+    """A list in which nothing occurs twice. Raises ValueError, naming the first that does."""
     repeated = [entry for entry, count in Counter(map(repr, entries)).items() if count > 1]
     if repeated:
         raise ValueError(f"{repeated[0]} occurs twice; keep one of them")
@@ -72,10 +65,7 @@ def no_repeats(entries: Entries) -> Entries:
 
 def tell_apart(names: Named) -> Named:
     """Names of which no two differ by upper and lower case alone, which some file systems take for one.
-
-    Raises:
-        ValueError: naming the first two that do, or one that occurs twice.
-    """
+    Raises ValueError, naming the first two that do, or one that occurs twice."""
     seen: dict[str, str] = {}
     for name in no_repeats(names):
         other = seen.setdefault(name.casefold(), name)
@@ -123,11 +113,7 @@ class Section(BaseModel):
         for key in cls.model_fields.keys() & (data.keys() if isinstance(data, Mapping) else ()):
             if (wrong := _taken_for_another(data[key], getattr(section, key))) is not None:
                 said = f"must be {_kind(wrong[1])}, and {_kind(wrong[0])} was given; {_SPELLING}"
-                detail = InitErrorDetails(
-                    type=PydanticCustomError("kind", said),
-                    loc=(key,),
-                    input=wrong[0],
-                )
+                detail = InitErrorDetails(type=PydanticCustomError("kind", said), loc=(key,), input=wrong[0])
                 raise ValidationError.from_exception_data(cls.__name__, [detail])
         return section
 
@@ -153,11 +139,8 @@ def _taken_for_another(given: Any, found: Any) -> tuple[Any, Any] | None:
 
 
 def validated(kind: type[Model], data: Any, path: Path, case: str | None = None) -> Model:
-    """Some data as a section of a configuration.
-
-    Raises:
-        ConfigError: naming the file, the key and the fix; of the first three errors.
-    """
+    """Some data as a section of a configuration. Raises ConfigError, naming the file, the key and the fix; of
+    the first three errors."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -188,11 +171,8 @@ def unknown_key(key: Any, known: Iterable[str], renamed: Mapping[str, str]) -> s
 
 
 def changed(section: Model, changes: Mapping[str, Any], where: str) -> Model:
-    """A section with some keys changed.
-
-    Raises:
-        ValueError: if that is no valid section; the message begins with ``where`` and names the key.
-    """
+    """A section with some keys changed. Raises ValueError if that is no valid section; the message begins
+    with ``where`` and names the key."""
     kind = type(section)
     try:
         return kind.model_validate(merge(section.model_dump(), changes))
@@ -214,11 +194,8 @@ def _section_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> Any:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` merged in; mappings merge key by key, all else is replaced.
-
-    A mapping of another ``kind`` replaces the old one whole, since its other keys are parameters of
-    that kind.
-    """
+    """``base`` with ``changes`` merged in; mappings merge key by key, all else is replaced. A mapping of
+    another ``kind`` replaces the old one whole, since its other keys are parameters of that kind."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
@@ -234,11 +211,8 @@ def _same_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file; see :mod:`flowtilt.yaml_files` for what is valid.
-
-    Raises:
-        ConfigError: naming the file, and the line and the key where there are some.
-    """
+    """A YAML mapping from a file; see :mod:`flowtilt.yaml_files` for what is valid. Raises ConfigError,
+    naming the file, and the line and the key where there are some."""
     if not path.is_file():
         near = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise ConfigError(f"{path}: no such file; experiments in {path.parent}: {near}")
@@ -267,7 +241,6 @@ def workflow_config(files: Sequence[str | Path], settings: Any, found: Mapping[s
             command line, which are merged in after those of the workflow; ``config_args``, ``key=value``
             each, merged in last; and ``replace_workflow_config``, whether they stand instead of the
             workflow's own files. None where this Snakemake does not tell: then ``found`` is taken as it is.
-        found: the configuration as Snakemake has read it.
 
     Raises:
         ConfigError: naming the file, the key and the fix.

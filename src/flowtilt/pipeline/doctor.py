@@ -53,11 +53,7 @@ def machine() -> list[str]:
 
 
 def cluster(plan: Plan, partition: str) -> list[str]:
-    """The SLURM cluster, in lines, if there is one.
-
-    Raises:
-        ClusterError: if it cannot run what is planned.
-    """
+    """The SLURM cluster, in lines, if there is one. Raises ClusterError if it cannot run what is planned."""
     if shutil.which("sbatch") is None:
         return ["SLURM: not found; jobs run where Snakemake does"]
     found = slurm.ask_cluster()

@@ -86,6 +86,11 @@ class Run:
         tuned = self.experiment.methods[self.method].tuned
         return ({"history": self.file("history.csv")} if tuned else {}) | self.taken()
 
+    def reference(self, name: str) -> dict[str, str]:
+        """A file of the evaluated pretrained model, which a run's predicted tilt is taken from."""
+        compared = self.kind in ("am", "tfft") and "pretrained" in self.experiment.methods
+        return {"reference": self.file_of("pretrained", name)} if compared else {}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -348,7 +353,8 @@ def domain_named(name: str) -> Domain:
             f"{what}: is {domain!r}, not a domain; name an object with the attributes of "
             "flowtilt.pipeline.domain.Domain in the entry point"
         )
-    if lacking := [member for member in _members() if not hasattr(domain, member)]:
+    members = [*Domain.__annotations__, *(own for own in vars(Domain) if not own.startswith("_"))]
+    if lacking := [member for member in members if not hasattr(domain, member)]:
         raise DomainError(
             f"{what}: lacks {', '.join(lacking)}, which flowtilt.pipeline.domain.Domain says a domain has; "
             "add them, or install versions of both packages that fit"
@@ -356,12 +362,6 @@ def domain_named(name: str) -> Domain:
     if domain.name != name:
         raise DomainError(f"{what}: calls itself {domain.name!r}; give both the same name")
     return domain
-
-
-def _members() -> list[str]:
-    """Attributes and methods that a domain must have."""
-    own = [name for name in vars(Domain) if not name.startswith("_")]
-    return [*Domain.__annotations__, *own]
 
 
 def domain_of(experiment: Experiment) -> Domain:

@@ -99,10 +99,8 @@ class Experiment(Section):
         return self
 
     def solver_of(self, method: str) -> SolverConfig:
-        """The control solver of a method: the experiment's with the method's changes.
-
-        How many updates each solve has is what :meth:`updates_of` says.
-        """
+        """The control solver of a method: the experiment's with the method's changes. How many updates each
+        solve has is what :meth:`updates_of` says."""
         return changed(self.solver, method_of(self, method).solver, f"methods.{method}.solver")
 
     def updates_of(self, method: str) -> int:
@@ -115,11 +113,8 @@ class Experiment(Section):
         return self.updates_of(method) * (config.iterations or 1) if config.tuned else 0
 
     def tail_of(self, method: str) -> TailSpec:
-        """Tail, mass and KL weight of a method's tail problem.
-
-        Raises:
-            ConfigError: if what the method maximises is no tail mean under KL.
-        """
+        """Tail, mass and KL weight of a method's tail problem. Raises ConfigError if what the method
+        maximises is no tail mean under KL."""
         raise ConfigError(f"experiment {self.name}: key methods.{method}: {self.domain} has no tail")
 
     def masses_of(self, method: str) -> list[float]:
@@ -157,11 +152,7 @@ class Experiment(Section):
 
 
 def method_of(experiment: Experiment, name: str) -> MethodConfig:
-    """A method of the experiment by name.
-
-    Raises:
-        ConfigError: if there is none of the name.
-    """
+    """A method of the experiment by name. Raises ConfigError if there is none of the name."""
     if name not in experiment.methods:
         known = ", ".join(experiment.methods)
         raise ConfigError(f"experiment {experiment.name}: unknown method {name!r}; it has {known}")
@@ -281,7 +272,10 @@ def load_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     """
     path = Path(path)
     overrides = dict(overrides or {})
-    skip = _skip_of(overrides.pop("skip", {}), path)
+    skipped = overrides.pop("skip", {})
+    if not isinstance(skipped, Mapping):
+        raise ConfigError(f"{path}: key skip: must map names of files to cases and methods")
+    skip = validated(Skip, skipped.get(path.stem, {}), path)
     of_files = overrides.pop("files", {})
     if not isinstance(of_files, Mapping) or not all(isinstance(v, Mapping) for v in of_files.values()):
         raise ConfigError(f"{path}: key files: must map names of experiment files to their keys and values")
@@ -360,12 +354,6 @@ def _methods_of(parent: Mapping[str, Any], case: Case, path: Path) -> dict[str, 
     return {name: parent["methods"][name] for name in case.also}
 
 
-def _skip_of(by_file: Any, path: Path) -> Skip:
-    if not isinstance(by_file, Mapping):
-        raise ConfigError(f"{path}: key skip: must map names of files to cases and methods")
-    return validated(Skip, by_file.get(path.stem, {}), path)
-
-
 def _leave_out(methods: dict[str, Any], skip: Skip, path: Path) -> None:
     for name in skip.methods:
         if name not in methods:
@@ -396,11 +384,7 @@ def load_resolved(path: str | Path) -> Experiment:
 
 
 def domain_in(data: Mapping[str, Any], path: Path) -> Domain:
-    """The domain that an experiment's data name.
-
-    Raises:
-        ConfigError: naming the file, the key and the fix.
-    """
+    """The domain that an experiment's data name. Raises ConfigError, naming the file, the key and the fix."""
     known = " or ".join(sorted(sources()))
     if "domain" not in data:
         raise ConfigError(f"{path}: key domain: missing; add one: {known}")

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from flowtilt.files import atomic_path, read_json, read_npz, read_text, write_text
-
-if TYPE_CHECKING:
-    from flowtilt.pipeline.domain import Job
 
 Metrics = dict[str, float | None]
 
@@ -26,11 +23,8 @@ class StageError(RuntimeError):
 
 @contextmanager
 def reading(path: Path, what: str, stage: str) -> Iterator[None]:
-    """The errors of reading a file that a stage has written, as one sentence.
-
-    Raises:
-        StageError: if the file is missing, or not ``what`` it should be.
-    """
+    """The errors of reading a file that a stage has written, as one sentence. Raises StageError if the file
+    is missing, or not ``what`` it should be."""
     try:
         yield
     except FileNotFoundError:
@@ -64,11 +58,8 @@ def write_history(rows: list[dict[str, float]], path: Path) -> None:
 
 
 def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
-    """Named arrays of numbers from a file of :func:`write_arrays`.
-
-    Raises:
-        StageError: if the file is missing, not whole, or lacks an array.
-    """
+    """Named arrays of numbers from a file of :func:`write_arrays`. Raises StageError if the file is missing,
+    not whole, or lacks an array."""
     try:
         data = read_npz(path)
         found = [data[name] for name in names]
@@ -87,44 +78,19 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
     return found
 
 
-def read_history(path: Path, column: str) -> np.ndarray:
-    """One column of a training's history, (updates,)."""
+def read_columns(path: Path, *needed: str) -> dict[str, np.ndarray]:
+    """All columns of a training's history, each (updates,).
+
+    Raises:
+        StageError: if the file is missing, malformed, or lacks a column that is needed.
+    """
     with reading(path, "not a training's history", "finetune"):
         rows = list(csv.DictReader(StringIO(read_text(path))))
         if not rows:
             raise ValueError("no rows")
-        return np.array([float(row[column]) for row in rows])
-
-
-def columns_of(history: Path) -> list[str]:
-    """Names of the columns of a training's history, none if it is not there."""
-    if not history.is_file():
-        return []
-    try:
-        return next(csv.reader(StringIO(read_text(history))), [])
-    except (ValueError, csv.Error) as error:
-        raise StageError(f"{history}: not a training's history ({error}); delete it and run again") from None
-
-
-def tuned_metrics(job: Job, own: Mapping[str, str] = {}) -> Metrics:
-    """What the history and the threshold of a run say, those among a job's inputs.
-
-    Shares of samples with a gradient, over all updates and over the last fifth; and of ``own``, by the
-    metric's name, columns of the history where it has them, over the last fifth.
-    """
-    row: Metrics = {}
-    if (history := job.read_if_any("history")) is not None:
-        active, present = read_history(history, "active_share"), columns_of(history)
-        last = slice(-max(1, len(active) // 5), None)
-        row |= {"active_share": float(active.mean()), "active_share_final": float(active[last].mean())}
-        row |= {
-            metric: float(read_history(history, column)[last].mean())
-            for metric, column in own.items()
-            if column in present
-        }
-    if (threshold := job.read_if_any("threshold")) is not None:
-        row |= read_threshold(threshold)
-    return row
+        if absent := {*needed} - {*rows[0]}:
+            raise KeyError(*sorted(absent))
+        return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
 
 
 def read_schedule(path: Path) -> list[dict[str, float]]:

@@ -42,16 +42,12 @@ class Plan:
     """What a configuration stands for; :func:`flowtilt.pipeline.checks.read_plan` makes it.
 
     Attributes:
-        config: what is run.
-        files: every experiment file that is needed.
         theory: studies of the theory by name.
     """
 
     config: WorkflowConfig
     files: Files
     theory: Mapping[str, TheoryConfig]
-
-    # ------------------------------------------------------------------------- which experiments
 
     @cached_property
     def experiments(self) -> dict[str, Experiment]:
@@ -92,8 +88,6 @@ class Plan:
         """The environment that the figures of a file are drawn in."""
         return self.domain_of_file(name).environment
 
-    # ------------------------------------------------------------------------ digests and addresses
-
     @cached_property
     def config_files(self) -> dict[str, str]:
         """The resolved configuration that the jobs of each experiment read, at its content's address."""
@@ -125,8 +119,6 @@ class Plan:
         """What is merged into a study of the theory, as the command line takes it."""
         return json.dumps(self.config.theory_overrides.get(theory, {}), sort_keys=True)
 
-    # ----------------------------------------------------------------------------- files of runs
-
     def runs_of(self, experiment: Experiment) -> Iterator[Run]:
         """All runs of an experiment."""
         for seed in experiment.seeds:
@@ -137,7 +129,6 @@ class Plan:
         """Files of all runs that the table and the figures of an experiment file rest on.
 
         Args:
-            name: of the experiment file.
             kinds: names of files, such as ``metrics.json``; all if none is given.
         """
         files = unique(file for experiment in self.files[name].values() for file in self._written(experiment))
@@ -198,8 +189,6 @@ class Plan:
     def for_all(self, files_of: Callable[[str], list[str]]) -> list[str]:
         """The files of all experiment files that are run, each once."""
         return unique(file for name in self.config.experiments for file in files_of(name))
-
-    # ---------------------------------------------------------------------------------- targets
 
     @cached_property
     def runs(self) -> list[str]:

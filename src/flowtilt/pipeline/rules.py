@@ -31,10 +31,6 @@ class StageRule:
     """The jobs of one stage of a domain; of a stage that measures whole files, those of one file.
 
     Attributes:
-        plan: that it belongs to.
-        domain: of its experiments.
-        stage: of its jobs.
-        experiments: that it has jobs of.
         file: that they are of; empty for a stage whose jobs are of one run each.
     """
 
@@ -58,8 +54,6 @@ class StageRule:
     def whole(self) -> bool:
         """Whether a job is of several experiments."""
         return self.stage.scope != "run"
-
-    # ------------------------------------------------------------------------------------ files
 
     @cached_property
     def outputs(self) -> dict[str, str | list[str]]:
@@ -122,8 +116,6 @@ class StageRule:
                 if self.stage.has(experiment, method):
                     yield Run(self.results, experiment, method, seed)
 
-    # ---------------------------------------------------------------------------------- the job
-
     def log(self) -> str:
         """Path of log and benchmark below the rule's folder, without its ending."""
         parts = [self.file] if self.file else []
@@ -142,9 +134,7 @@ class StageRule:
         """The shell command of a job, quoted; its configuration is at its content's address.
 
         Args:
-            threads: that the job has.
             output: its first output, if that may lie in another folder than the plan says.
-            wildcards: of the job.
         """
         results = self.results
         if output:

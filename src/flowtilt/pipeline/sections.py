@@ -73,6 +73,28 @@ class OfflineConfig(Section):
     linearisations, and of both for divergences that compare samples."""
 
 
+class FitConfig(Section):
+    """One training of a network; see :class:`flowtilt.pretraining.PretrainingSettings`."""
+
+    updates: Count
+    """Optimiser steps."""
+
+    batch: Count = 64
+    """Examples an update."""
+
+    learning_rate: Positive = 1e-3
+    """Largest learning rate of Adam; a cosine takes it to zero."""
+
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of the updates over which the learning rate rises linearly."""
+
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the exponential moving average of the weights, which then is the result; 0 for none."""
+
+    gradient_clip: Positive = 1.0
+    """Bound on the norm of the parameters' gradient."""
+
+
 class SolverConfig(Section):
     """The control solver of all methods, of which a method may change keys for itself.
 
@@ -226,11 +248,8 @@ TUNED = ("am", "fdc", "tfft")
 
 
 def check_methods(methods: Mapping[str, MethodConfig], solutions: Sequence[str]) -> None:
-    """Refuse methods whose names stand for something else in the results' files and rows.
-
-    Raises:
-        ValueError: naming the method and the fix.
-    """
+    """Refuse methods whose names stand for something else in the results' files and rows. Raises ValueError,
+    naming the method and the fix."""
     for name, method in methods.items():
         if name in solutions:
             raise ValueError(f"methods.{name}: the name is taken by the rows solved on the grid; rename it")

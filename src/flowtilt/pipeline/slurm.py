@@ -55,11 +55,8 @@ class Cluster:
 
 
 def ask_cluster() -> Cluster:
-    """The cluster that this machine submits jobs to.
-
-    Raises:
-        ClusterError: if SLURM's commands are not here, or its controller does not answer.
-    """
+    """The cluster that this machine submits jobs to. Raises ClusterError if SLURM's commands are not here, or
+    its controller does not answer."""
     if shutil.which("sbatch") is None:
         raise ClusterError(
             "SLURM's command sbatch was not found: run Snakemake on a machine that submits jobs, such as a "
@@ -98,10 +95,8 @@ def _answer(*command: str) -> str:
 
 
 def read_partitions(listed: str) -> dict[str, Partition]:
-    """Partitions by name, from lines ``name|time limit|generic resources`` of ``sinfo``.
-
-    A partition whose nodes differ has several lines; the default one has a star behind its name.
-    """
+    """Partitions by name, from lines ``name|time limit|generic resources`` of ``sinfo``. A partition whose
+    nodes differ has several lines; the default one has a star behind its name."""
     partitions: dict[str, Partition] = {}
     for line in listed.splitlines():
         name, limit, resources = line.split("|", 2)
@@ -138,9 +133,7 @@ def check_submissions(cluster: Cluster, partition: str, submissions: Iterable[Su
     """Refuse submissions that the cluster could not run.
 
     Args:
-        cluster: that they would go to.
         partition: where; several names with commas between them, or the cluster's default one if empty.
-        submissions: of jobs.
 
     Raises:
         ClusterError: if there is no such partition; or for the first submission that asks for GPUs where
@@ -187,7 +180,6 @@ def status_command(cluster: Cluster, first_look: int) -> str:
     of no job.
 
     Args:
-        cluster: that jobs run on.
         first_look: seconds before the plugin first asks.
 
     Raises:

@@ -54,7 +54,7 @@ def build_solver(
         given: Samples | None = None,
     ) -> Solution:
         bank = drawn.samples if given is None and drawn is not None and base is drawn.model else given
-        more = {} if config.kind == "adjoint_matching" else {"given": bank}
+        more: dict[str, Any] = {} if config.kind == "adjoint_matching" else {"given": bank}
         return solver(base, tilt, kl_weight, generator=random, progress=progress, slot=slot, **more)
 
     return solve
@@ -91,6 +91,6 @@ def _weighted_fitting_settings(
 def _weighted_fitting(*problem: Any, **more: Any) -> Solution:
     """Weighted fitting, with what its bank was worth in every row: each solve of a run has its own."""
     solution = weighted_fitting.solve(*problem, **more)
-    kept = {key: solution.diagnostics[key] for key in ("effective_sample_size", "relative_gap")}
+    kept = {key: solution.diagnostics[key] for key in ("effective_sample_size", "kl", "relative_gap")}
     solution.history = [{**row, **kept} for row in solution.history]
     return solution

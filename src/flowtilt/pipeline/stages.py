@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from flowtilt.pipeline.files import (
     write_arrays,
     write_history,
 )
+from flowtilt.pipeline.health import training_metrics, warn
 from flowtilt.pipeline.sections import SolverConfig
 from flowtilt.pipeline.solvers import (
     Given,
@@ -171,9 +173,6 @@ def workbench_of(job: Job) -> Workbench:
     return found
 
 
-# -------------------------------------------------------------------------------- offline batch
-
-
 def offline(job: Job) -> None:
     """Draw the offline batch of the pretrained model by the memoryless process, with rewards and contexts.
 
@@ -201,14 +200,9 @@ def offline(job: Job) -> None:
     write_arrays(job.outputs["offline"], **{name: array.numpy(force=True) for name, array in arrays.items()})
 
 
-# ---------------------------------------------------------------------------------- fine-tuning
-
-
 def finetune(job: Job) -> None:
-    """Fine-tune the pretrained model by one method, with its control solver.
-
-    A long fine-tuning keeps its state beside the output while it runs, and goes on from it if it was stopped.
-    """
+    """Fine-tune the pretrained model by one method, with its control solver. A long fine-tuning keeps its
+    state beside the output while it runs, and goes on from it if it was stopped."""
     experiment, method = job.experiment, job.method
     bench = workbench_of(job)
     watched = bench.watched(job.bar(experiment.own_updates_of(method), f"{experiment.name} {method}"))
@@ -228,6 +222,8 @@ def finetune(job: Job) -> None:
         model, rows = solution.model, solution.history
     bench.close()
     if processes().leads:
+        if rows:
+            warn(method, training_metrics({name: np.array([row[name] for row in rows]) for name in rows[0]}))
         write_history(rows or [NOTHING_DONE], job.outputs["history"])
         save_weights(model, output, notes)
         resumption.remove()

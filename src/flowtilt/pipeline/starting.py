@@ -18,7 +18,6 @@ def start(plan: Plan, here: bool = True) -> None:
     """Write what the jobs read, and refuse what no job could use.
 
     Args:
-        plan: of the run.
         here: whether jobs run in the Python that runs Snakemake, and in no environment of their own.
 
     Raises:

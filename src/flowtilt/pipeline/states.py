@@ -22,13 +22,8 @@ def resumption_of(
     """States in the folder ``state`` beside the stage's output, of its configuration and its inputs.
 
     Args:
-        experiment: of the stage.
         stage: its name, as :func:`flowtilt.pipeline.experiment.stage_digest` has it.
-        seed: of the run.
-        output: what the stage writes in the end.
         inputs: files that it reads; None for one that it has not.
-        method: of the run.
-        resumed: called when a training has taken over a state.
     """
     contents = [sha256_of(path) if path is not None and path.is_file() else None for path in inputs]
     of = f"{stage} {stage_digest(experiment, stage, method)} {method} {seed} {contents}"

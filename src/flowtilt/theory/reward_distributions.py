@@ -159,10 +159,8 @@ class TailDual:
     flat side, minimised on the upper tail and maximised on the lower.
 
     Attributes:
-        distribution: of the rewards.
         alpha: KL weight, positive, in units of the reward a nat.
         mass: of the tail, in (0, 1).
-        tail: the tail.
     """
 
     distribution: RewardDistribution

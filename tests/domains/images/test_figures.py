@@ -27,9 +27,8 @@ from flowtilt.domains.images.figures import (
 )
 from flowtilt.metrics.tails import lower_tail_mean, quantile
 from flowtilt.pipeline.files import write_arrays
-from flowtilt.pipeline.report.figures import write_figures
 from flowtilt.pipeline.report.measurements import ResultsError, collect, of_row, run_folder, runs_of
-from flowtilt.pipeline.report.style import figure_style, save_figure
+from flowtilt.pipeline.report.style import figure_style, save_figure, write_figures
 from made_up_images import DESIGNS, ENTROPY, LEFT_TAIL, loaded, write_config, write_images
 from small import CONFIG
 

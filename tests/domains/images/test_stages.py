@@ -218,7 +218,7 @@ def test_the_order_of_images_is_that_of_their_numbers(tmp_path: Path) -> None:
     from PIL import Image
 
     from flowtilt.domains.images.evaluation import set_of
-    from flowtilt.domains.images.files import image_name
+    from flowtilt.domains.images.experiment import image_name
     from flowtilt.domains.images.sampling import read_images
 
     places = [(999, 0), (1000, 1), (1000, 0), (2, 10_000), (2, 9_999), (10_001, 0), (101, 3)]

@@ -31,7 +31,7 @@ from flowtilt.domains.molecules.chemistry import (
     without_bonds,
 )
 from flowtilt.domains.molecules.data import DataError, Molecules, MoleculeSource, gather
-from flowtilt.domains.molecules.energies import attach, energy, evaluate, molecules_of, single_points
+from flowtilt.domains.molecules.energies import attach, evaluate, molecules_of, single_points
 from flowtilt.domains.molecules.relaxation import RelaxationSettings, relax, relax_one
 from flowtilt.domains.molecules.sdf import SdfError, describe, holds, read_sdf, write_sdf
 from flowtilt.domains.molecules.sections import UnitsConfig
@@ -125,7 +125,7 @@ def test_sulphur_is_counted_in_a_padded_batch(pool):
     assert math.isnan(found.energy[1])
     assert not found.gradient[1].any()
     x = torch.tensor(coordinates, requires_grad=True)
-    values, _ = energy(x, torch.tensor(numbers), pool=pool)
+    values = attach(x, evaluate(x.numpy(force=True), np.array(numbers), pool=pool))
     (gradient,) = torch.autograd.grad(values[0], x)
     assert torch.equal(gradient[0], torch.tensor(found.gradient[0]))
     assert torch.equal(attach(x, found).isnan(), torch.tensor([False, True]))
@@ -169,7 +169,6 @@ REFUSED = [
     ),
     (molecules_of, (np.zeros((2, 3)), ATOMS), "expected atomic numbers"),
     *((f, (np.zeros((1, 2, 3)), np.array([[1, -6]])), "not atomic numbers") for f in (evaluate,)),
-    (energy, (torch.zeros(1, 2, 3), torch.tensor([[1, -6]])), "not atomic numbers"),
     (composition, ([],), "at least one atom"),
     (composition, ([BAD["no atoms"][0]],), "at least one atom"),
     (drift, ([], composition([WATER])), "at least one atom"),

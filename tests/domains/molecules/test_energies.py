@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import xtb_program
-from flowtilt.domains.molecules.energies import XTBReward, energy, evaluate, molecules_of
+from flowtilt.domains.molecules.energies import XTBReward, attach, evaluate, molecules_of
 from flowtilt.domains.molecules.workers import WorkerPool
 from flowtilt.domains.molecules.xtb import Failure, Molecule, XTBSettings, single_point
 from flowtilt.functionals.base import Distribution
@@ -85,7 +85,8 @@ def test_a_time_limit_is_a_failure(pool):
 
 def test_autograd_gives_the_gradient_of_energies_on_coordinates(pool):
     x = torch.from_numpy(STATES).requires_grad_(True)
-    values, computed = energy(x, torch.from_numpy(KINDS), pool=pool)
+    computed = evaluate(x.numpy(force=True), KINDS, pool=pool)
+    values = attach(x, computed)
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0], dtype=torch.float64)
     (gradient,) = torch.autograd.grad((weights * values).nansum(), x)
     expected = weights[:, None, None] * torch.from_numpy(computed.gradient)

@@ -201,13 +201,13 @@ def test_metrics_of_a_run_are_those_of_its_molecules(folder: Folder) -> None:
     # The format keeps coordinates to 1e-4 ångström, on which an energy depends by about a hartree.
     assert -again.energy == pytest.approx(energies["reward"][best], abs=1e-2)
     assert float(records[best].properties["energy_hartree"]) == -energies["reward"][best]
-    assert {"active_share", "path_kl", "training_energies", "inactive_updates"} <= row.keys()
+    assert {"active_share", "kl_paid", "training_energies", "inactive_updates"} <= row.keys()
 
 
 def build_settings(folder: Folder) -> Any:
-    from flowtilt.domains.molecules.build import build_xtb
+    from flowtilt.domains.molecules.xtb import XTBSettings
 
-    return build_xtb(folder.experiment.reward)
+    return XTBSettings(**folder.experiment.reward.calculation)
 
 
 def test_real_molecules_are_valid_and_known(folder: Folder) -> None:

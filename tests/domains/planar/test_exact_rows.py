@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from flowtilt.domains.planar.build import build_data, build_reward
-from flowtilt.domains.planar.claims import falling_steps
 from flowtilt.domains.planar.distributions import GridProblem, exact_iterates, grid_problem, solved_rows
 from flowtilt.domains.planar.experiment import FunctionalExperiment, PlanarExperiment, TailExperiment
 from flowtilt.domains.planar.grid import (
@@ -21,6 +20,7 @@ from flowtilt.domains.planar.grid import (
     tail_tilt,
 )
 from flowtilt.domains.planar.rows import GriddedDensity, falls
+from flowtilt.domains.planar.tables import falling_steps
 from flowtilt.domains.planar.truth import TailGrid, exact_rows
 from flowtilt.metrics.tails import tail_mean
 from flowtilt.pipeline.configuration import read_yaml

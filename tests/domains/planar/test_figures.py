@@ -17,14 +17,13 @@ from flowtilt.domains.planar.measured import load_distributions, load_samples, r
 from flowtilt.domains.planar.studies import StudyRuns
 from flowtilt.pipeline.experiment import load_file
 from flowtilt.pipeline.report.comparison import read_reported
-from flowtilt.pipeline.report.figures import write_figures
 from flowtilt.pipeline.report.measurements import (
     Method,
     ResultsError,
     row_name,
     runs_of,
 )
-from flowtilt.pipeline.report.style import figure_style
+from flowtilt.pipeline.report.style import figure_style, write_figures
 from made_up import (
     METHODS,
     made_up_runs,

@@ -12,8 +12,10 @@ import pytest
 from by_hand import pretrained
 from flowtilt import thresholds
 from flowtilt.domains.planar.files import read_density
-from flowtilt.pipeline.configuration import ConfigError
-from small import tiny
+from flowtilt.metrics.transport import sliced_wasserstein
+from flowtilt.pipeline.configuration import ConfigError, merge
+from flowtilt.pipeline.experiment import load_file
+from small import CONFIG, TINY, in_plane, tiny
 
 SMALL = {"grid": {"cells": 16}}
 
@@ -206,3 +208,50 @@ def test_modes_in_a_row(tmp_path: Path, solver: str) -> None:
     exact, optimum = rows["fdc_exact"], rows["fdc_optimum"]
     assert exact["functional_before"] < exact["functional"] <= optimum["functional"] + 1e-9
     assert optimum["slack"] < 1e-5
+
+
+# ------------------------------------------------------------------------------------- rings
+
+
+def test_samples_on_two_rings_are_held_against_the_optimum_on_the_grid(tmp_path: Path) -> None:
+    """An optimum has no distance from itself; am's own problem is another than the experiment's."""
+    file, skip = CONFIG / "experiments" / "two_rings_2d.yaml", {"two_rings_2d": {"methods": OTHERS}}
+    (experiment,) = load_file(file, {**in_plane(**merge(TINY, SMALL)), "skip": skip}).values()
+    folder = pretrained(tmp_path, experiment)
+    assert folder.run("offline") == folder.run("threshold", "tfft") == folder.finetune("tfft") == 0
+    rows = folder.rows()
+    assert rows["tfft_optimum"]["sliced_w2"] == rows["tfft_exact"]["sliced_w2"] == 0
+    assert rows["am_optimum"]["sliced_w2_own"] == 0 < rows["am_optimum"]["sliced_w2"]
+    assert "sliced_w2_own" not in rows["tfft"]
+    assert rows["pretrained_exact"]["sliced_w2"] > 0
+    x = np.load(folder.file("am", "samples.npz"))["x"]
+    cells = np.load(folder.file("tfft", "distributions.npz"))
+    points = np.stack(np.meshgrid(cells["axis"], cells["axis"], indexing="ij"), -1).reshape(-1, 2)
+    weights = cells["tfft_optimum"].astype(float).ravel()
+    found = sliced_wasserstein(x, points, None, weights / weights.sum(), 60)
+    assert rows["am"]["sliced_w2"] == pytest.approx(found, rel=1e-4)
+
+
+OTHERS = [
+    *("am_weighted", "am_annealed", "tfft_weighted", "tfft_annealed"),
+    *("fdc", "fdc_weighted", "fdc_annealed"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reward": {"height": 1.0}}, "rings has no height; remove it"),
+        ({"reward": {"radius": None}}, "rings needs radius; add it"),
+        ({"reward": {"landscape": "ring"}}, "must be slope, rings or module:Class"),
+    ],
+)
+def test_rings_that_cannot_be_used_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tiny("two_rings_2d", **changes)
+
+
+def test_the_optimum_of_the_experiment_is_that_of_its_pretrained_method() -> None:
+    file, skip = CONFIG / "experiments" / "two_rings_2d.yaml", {"two_rings_2d": {"methods": ["pretrained"]}}
+    with pytest.raises(ConfigError, match=r"add methods\.pretrained"):
+        load_file(file, {"skip": skip})

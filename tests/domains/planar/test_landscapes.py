@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from closed_forms import generator, tensor
-from flowtilt.domains.planar.landscapes import LANDSCAPES, Spikes, Stripes
+from flowtilt.domains.planar.landscapes import LANDSCAPES, Rings, Spikes, Stripes
 
 FIELDS = {
     "left": 80.0,
@@ -98,3 +98,20 @@ def test_single_precision_is_enough_for_rewards_and_gradients(landscape):
 
 def test_the_registry_names_both():
     assert dict(LANDSCAPES) == {"stripes": Stripes, "spikes": Spikes}
+
+
+# ------------------------------------------------------------------------------------- rings
+
+
+def test_rings_are_one_less_the_squared_distance_to_the_nearest_by_brute_force():
+    rings = Rings(centres=((-1.0, 0.0), (1.2, 0.5)), radius=0.7)
+    angles = torch.linspace(0, 2 * math.pi, 20_001, dtype=torch.float64)
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)
+    around = torch.cat([tensor(centre) + 0.7 * circle for centre in rings.centres])
+    points = 2 * torch.randn(200, 2, generator=generator(0), dtype=torch.float64)
+    nearest = torch.cdist(points, around).amin(dim=1)
+    torch.testing.assert_close(rings(points), 1 - nearest**2, rtol=0, atol=1e-6)
+    # At a centre every direction is as good: the gradient is finite there.
+    at_centre = tensor([[-1.0, 0.0]]).requires_grad_()
+    rings.value(at_centre).sum().backward()
+    assert at_centre.grad.isfinite().all()

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowtilt.domains.images.experiment import ImageExperiment, check_models, with_model
-from flowtilt.domains.images.words import describe
+from flowtilt.domains.images.experiment import ImageExperiment, check_models, describe, with_model
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.places import located
@@ -22,10 +21,6 @@ _FLOW = (*_MODEL, "adapter", "guidance", "schedule", "compute", "prompts")
 _PARTS = ("pipeline", "alignment")
 
 
-def _of_model(experiment: Experiment) -> dict[str, str]:
-    return {"model": experiment.model.name}  # type: ignore[attr-defined]
-
-
 def _model_reads(run: Run) -> Files:
     """What the check of a model waits for: its training, its fetching, or the shipped files."""
     case: Any = run.experiment
@@ -34,13 +29,11 @@ def _model_reads(run: Run) -> Files:
     sources = [case.model.pipeline, case.model.alignment, case.reward.weights]
     if any(source is not None and source.hub is not None for source in sources):
         return {"fetched": run.shared("fetched.json")}
-    folders = (located(case.model.pipeline.path), located(case.model.alignment.path))
-    # A folder that is nowhere is asked for itself, so that planning names it.
-    return {"shipped": [str(file) for folder in folders for file in _files_of(folder) or [folder]]}
-
-
-def _files_of(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.rglob("*.*")) if file.is_file()]
+    shipped = []
+    for folder in (located(case.model.pipeline.path), located(case.model.alignment.path)):
+        # A folder that is nowhere is asked for itself, so that planning names it.
+        shipped += [file for file in sorted(folder.rglob("*.*")) if file.is_file()] or [folder]
+    return {"shipped": [str(file) for file in shipped]}
 
 
 def _base(run: Run) -> dict[str, str]:
@@ -60,7 +53,7 @@ def _training(part: str) -> Stage:
         reads=lambda run: {},
         sections=_MODEL,
         needs=Needs((4000, 16000), (300, 1440), gpu=True),
-        fields=_of_model,
+        fields=lambda experiment: {"model": experiment.model.name},  # type: ignore[attr-defined]
         folders=(part,),
         wanted=False,
         priority=30,
@@ -119,7 +112,9 @@ STAGES = (
         "evaluate",
         f"{_HERE}.evaluation:evaluate",
         writes={"metrics": f"{RUN}/metrics.json", "scores": f"{RUN}/scores.npz"},
-        reads=lambda run: _base(run) | {"images": run.file("images")} | run.trained(),
+        reads=lambda run: (
+            _base(run) | {"images": run.file("images")} | run.trained() | run.reference("scores.npz")
+        ),
         sections=("model", "prompts", "reward", "objective", "evaluation", "methods"),
         kinds=("pretrained", *TUNED),
         needs=Needs((2000, 16000), (30, 240), gpu=True),
@@ -136,8 +131,8 @@ class Images(BaseDomain):
     packages = ("torchvision", "diffusers", "transformers", "peft", "open_clip_torch", "vendi-score")
     stages: Sequence[Stage] = STAGES
     workbench = f"{_HERE}.bench:ImagesBench"
-    process = f"{_HERE}.process:process"
-    report = f"{_HERE}.report"
+    process = f"{_HERE}.schedule:process"
+    report = f"{_HERE}.tables"
     captions = str(Path(__file__).with_name("captions"))
 
     def schema(self, data: Mapping[str, Any]) -> type[ImageExperiment]:

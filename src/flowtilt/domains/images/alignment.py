@@ -38,7 +38,6 @@ def fit(images: Tensor, size: int, interpolation: str = "bicubic") -> Tensor:
 
     Args:
         images: (n, 3, height, width).
-        size: pixels a side.
         interpolation: ``bicubic`` or ``bilinear``.
 
     Returns:
@@ -65,8 +64,6 @@ class AlignmentModel(nn.Module):
     module is moved to another one.
 
     Args:
-        network: a model of open_clip.
-        tokenizer: that of open_clip for it.
         preprocessing: what open_clip says of the images that it takes: ``size``, ``mean``, ``std`` of
             colours in [0, 1], and optionally ``interpolation`` and ``resize_mode``.
 
@@ -183,10 +180,8 @@ def finite(images: Tensor) -> Tensor:
 
 
 def similarity(features: Tensor, texts: Tensor) -> Tensor:
-    """Cosine similarities of unit features with those of the texts beside them, (n,).
-
-    NaN for features without a direction, which a network without signal gives: a zero would be a score.
-    """
+    """Cosine similarities of unit features with those of the texts beside them, (n,). NaN for features
+    without a direction, which a network without signal gives: a zero would be a score."""
     return (features * texts).sum(1).masked_fill(~features.any(1) | ~texts.any(1), torch.nan)
 
 
@@ -196,8 +191,6 @@ def classify_features(features: Tensor, model: AlignmentModel, names: Sequence[s
 
     Args:
         features: unit features of images, (n, embedding).
-        model: that they are of.
-        names: of the classes.
         template: a prompt with ``{}`` where the name goes.
 
     Returns:
@@ -236,13 +229,21 @@ def load_alignment(name: str, weights: Path | None = None) -> AlignmentModel:
         CheckpointError: if a file is missing, damaged, or not of this model.
         ConfigError: if open_clip is not installed, does not know the name, or would have to download.
     """
-    open_clip = _open_clip()
+    try:
+        import open_clip
+    except ModuleNotFoundError:
+        raise ConfigError("open_clip is not installed; pip install 'flowtilt[images]'") from None
     if Path(name).is_dir() or "/" in name or os.sep in name:
         if weights is not None:
             raise ConfigError(f"{name}: a folder has its own weights; leave out {weights}")
         source = _check_folder(Path(name))
         network = _network(open_clip, f"local-dir:{name}", None, source)
-        tokenizer = _tokenizer_of_folder(open_clip, name)
+        try:
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{name}")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{name}: no tokenizer that can be read ({error}); make or fetch the folder again"
+            ) from None
     else:
         _check_known(open_clip, name)
         source = _check_weights(name, weights)
@@ -250,14 +251,6 @@ def load_alignment(name: str, weights: Path | None = None) -> AlignmentModel:
         tokenizer = open_clip.get_tokenizer(name)
     model = AlignmentModel(network, tokenizer, open_clip.get_model_preprocess_cfg(network))
     return model.to(torch.get_default_device())
-
-
-def _open_clip() -> ModuleType:
-    try:
-        import open_clip
-    except ModuleNotFoundError:
-        raise ConfigError("open_clip is not installed; pip install 'flowtilt[images]'") from None
-    return open_clip
 
 
 def _network(open_clip: ModuleType, identifier: str, pretrained: str | None, source: Path) -> nn.Module:
@@ -281,11 +274,8 @@ def _network(open_clip: ModuleType, identifier: str, pretrained: str | None, sou
 
 
 def _check_folder(folder: Path) -> Path:
-    """The weights of a folder that can be read without downloading.
-
-    Raises:
-        CheckpointError: if it is not there or not complete.
-    """
+    """The weights of a folder that can be read without downloading. Raises CheckpointError if it is not there
+    or not complete."""
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: no such folder; make or fetch it first, or give a name that open_clip knows"
@@ -312,15 +302,6 @@ def _check_folder(folder: Path) -> Path:
         f"{folder / WEIGHTS_FILES[0]}: no such weights; make or fetch them, and convert those of another "
         "format to safetensors"
     )
-
-
-def _tokenizer_of_folder(open_clip: ModuleType, folder: str) -> Any:
-    try:
-        return open_clip.get_tokenizer(f"local-dir:{folder}")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: no tokenizer that can be read ({error}); make or fetch the folder again"
-        ) from None
 
 
 def _check_known(open_clip: ModuleType, name: str) -> None:

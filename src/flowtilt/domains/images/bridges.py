@@ -448,10 +448,7 @@ def _check_size(size: int) -> None:
 
 def image(bridge: Bridge, rng: np.random.Generator, size: int = 32) -> np.ndarray:
     """The bridge in its scenery, of type uint8, shape (size, size, 3); ``rng`` sets clouds and the like.
-
-    Raises:
-        ValueError: if the size is not a positive multiple of 8.
-    """
+    Raises ValueError if the size is not a positive multiple of 8."""
     _check_size(size)
     side = REDUCTION * size
     image = _sky(bridge, side)
@@ -498,11 +495,8 @@ def caption(bridge: Bridge, rng: np.random.Generator) -> str:
 
 
 def bridge_set(count: int, seed: int, size: int = 32) -> BridgeSet:
-    """A set of captioned images; item i depends on the seed and on i only, not on ``count``.
-
-    Raises:
-        ValueError: if the count is below 1 or the size is not a positive multiple of 8.
-    """
+    """A set of captioned images; item i depends on the seed and on i only, not on ``count``. Raises
+    ValueError if the count is below 1 or the size is not a positive multiple of 8."""
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     _check_size(size)

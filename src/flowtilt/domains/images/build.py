@@ -28,6 +28,8 @@ NAME = "bridges"
 
 NORM_GROUPS = 16
 
+WEIGHTS_OF_CLIP = "open_clip_model.safetensors"
+
 
 @contextmanager
 def seeded_weights(part: str, seed: int) -> Iterator[None]:
@@ -138,9 +140,6 @@ def save_clip(config: EmbeddedConfig, folder: Path, weights: nn.Module | None, s
     write_text(folder / "open_clip_config.json", json.dumps(clip_settings(config), indent=1) + "\n")
     model = build_clip(config, seed) if weights is None else weights
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / WEIGHTS_OF_CLIP)
-
-
-WEIGHTS_OF_CLIP = "open_clip_model.safetensors"
 
 
 def clip_settings(config: EmbeddedConfig) -> dict[str, Any]:

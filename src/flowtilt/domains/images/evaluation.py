@@ -11,7 +11,8 @@ from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
 from flowtilt.metrics.diversity import combinations_covered, designs_covered, effective_classes, vendi
 from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.pipeline.domain import Job
-from flowtilt.pipeline.files import Metrics, StageError, tuned_metrics, write_arrays, write_rows
+from flowtilt.pipeline.files import Metrics, StageError, write_arrays, write_rows
+from flowtilt.pipeline.health import tilt_metrics, tuned_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,14 +52,17 @@ def evaluate(job: Job) -> None:
     for k, factor in enumerate(asked.factors):
         factors[:, k] = classify_features(features, scorer, factor.classes, factor.template).numpy(force=True)
     sets = set_of(prompt, asked.images)
+    own = {experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"}
+    masses = sorted({*MASSES, *own} | ({experiment.mass} if experiment.mass < 1 else set()))
     row: Metrics = {
         "mean_reward": float(rewards.mean()),
-        **{tail_metric(mass): lower_tail_mean(rewards, mass) for mass in _masses(experiment)},
+        **{tail_metric(mass): lower_tail_mean(rewards, mass) for mass in masses},
         "clip": float(clip.double().mean()),
         **_diversity(features.numpy(force=True).astype(np.float64), prompt, sets),
         **_designs(designs, factors, sets, asked.designs),
     }
-    row |= tuned_metrics(job, {"path_kl": "path_kl", "clipped_share": "clipped_share"})
+    row |= tuned_metrics(job)
+    row |= tilt_metrics(job, rewards, job.read_if_any("reference"), "prompt")
     write_rows({job.method: row}, job.outputs["metrics"])
     write_arrays(
         job.outputs["scores"],
@@ -68,11 +72,6 @@ def evaluate(job: Job) -> None:
         design=designs,
         factors=factors,
     )
-
-
-def _masses(experiment: ImageExperiment) -> list[float]:
-    own = {experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"}
-    return sorted({*MASSES, *own} | ({experiment.mass} if experiment.mass < 1 else set()))
 
 
 def _rewards(
@@ -99,7 +98,6 @@ def set_of(prompt: np.ndarray, images: int) -> np.ndarray:
 
     Args:
         prompt: positions of the images' prompts, in any order, (n,).
-        images: of each prompt in a set.
     """
     number = np.empty(len(prompt), dtype=np.int64)
     for one in np.unique(prompt):

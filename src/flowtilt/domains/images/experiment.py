@@ -6,6 +6,7 @@ torch nor the numerics.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ from flowtilt.domains.images.sections import (
 from flowtilt.pipeline.configuration import ConfigError, Name, NoRepeats, ToldApart, check_name, read_yaml
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.places import names_in, preferred
+from flowtilt.pipeline.report.panels import Description
 from flowtilt.pipeline.sections import TailSpec, check_methods
 
 
@@ -134,12 +136,36 @@ def tail_metric(mass: float) -> str:
     return f"left_cvar_{mass:g}"
 
 
-def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The data of an experiment with its model's file in the place of the model's name.
+_LEFT_CVAR = re.compile(r"left_cvar_([0-9.]+)")
+_SHARE_OF = re.compile(r"share_(.+)")
 
-    Raises:
-        ConfigError: if there is no such model.
-    """
+WORDS = {
+    "vendi": Description("Vendi score", "", "higher"),
+    "vendi_of_a_prompt": Description("Vendi score within a prompt", "", "higher"),
+    "clip": Description("CLIP score", "cosine", "higher"),
+    "designs_covered": Description("designs covered", "", "higher"),
+    "combinations_covered": Description("combinations covered", "", "higher"),
+    "effective_designs": Description("effective number of designs", "", "higher"),
+}
+
+
+def describe(metric: str) -> Description | None:
+    """Words and unit of a metric; None for one that is not of this domain alone."""
+    if left := _LEFT_CVAR.fullmatch(metric):
+        return Description(f"worst-{100 * float(left[1]):g} % mean", "reward", "higher")
+    if share := _SHARE_OF.fullmatch(metric):
+        return Description(share[1].replace("_", " "), "share")
+    return WORDS.get(metric)
+
+
+def image_name(prompt: int, number: int) -> str:
+    """File of a run's image: that of its prompt's position, and its number among the prompt's."""
+    return f"prompt{prompt:03d}_{number:04d}.png"
+
+
+def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The data of an experiment with its model's file in the place of the model's name. Raises ConfigError if
+    there is no such model."""
     name = data.get("model")
     if not isinstance(name, str):
         return dict(data)
@@ -155,11 +181,8 @@ def with_model(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def check_models(files: Mapping[str, Mapping[str, Experiment]]) -> None:
-    """Refuse experiments of one model that would have it trained in two ways.
-
-    Raises:
-        ConfigError: naming the file and the key.
-    """
+    """Refuse experiments of one model that would have it trained in two ways. Raises ConfigError, naming the
+    file and the key."""
     first: dict[str, ImageExperiment] = {}
     for name, cases in files.items():
         for case in cases.values():

@@ -43,7 +43,6 @@ class Wanted:
 
     Attributes:
         hub: the repository, its revision, and patterns of the files.
-        folder: on disk.
         key: of the configuration that asks for them, for messages.
         place: where a file is to be placed by hand, for messages.
     """
@@ -63,7 +62,6 @@ def fetch(experiment: ImageExperiment, output: Path) -> None:
     """Fetch those models of an experiment that have a key ``hub`` and are not there, and check them.
 
     Args:
-        experiment: whose models.
         output: JSON file to write: what was fetched, from where, and the SHA-256 of all weights.
 
     Raises:
@@ -152,7 +150,11 @@ def _fill(wanted: Wanted) -> list[str]:
     """
     if not _lacking(wanted):
         return []
-    client, before = _client(), set(_files(wanted.folder))
+    try:
+        import huggingface_hub as client
+    except ImportError:
+        raise ConfigError("huggingface_hub is not installed; pip install 'flowtilt[images]'") from None
+    before = set(_files(wanted.folder))
     reason = None
     if _listing(wanted) is None:
         reason = _ask(wanted, partial(_list, client, wanted))
@@ -226,14 +228,6 @@ def _listing(wanted: Wanted) -> list[str] | None:
 
 
 # ------------------------------------------------------------------------------- the model hub
-
-
-def _client() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ConfigError("huggingface_hub is not installed; pip install 'flowtilt[images]'") from None
-    return huggingface_hub
 
 
 def _list(client: Any, wanted: Wanted) -> None:
@@ -315,11 +309,8 @@ def contents_of(path: Path) -> dict[str, str]:
 
 
 def check_source(source: SourceConfig, where: str) -> None:
-    """Refuse files that are not those that the configuration means.
-
-    Raises:
-        CheckpointError: naming the file and the key.
-    """
+    """Refuse files that are not those that the configuration means. Raises CheckpointError, naming the file
+    and the key."""
     path, hub = located(source.path), source.hub
     fetches = "the rule fetch_checkpoint fetches it"
     if not path.exists():

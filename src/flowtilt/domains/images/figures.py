@@ -17,19 +17,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
-from flowtilt.domains.images.files import image_name
+from flowtilt.domains.images.experiment import ImageExperiment, image_name, tail_metric
 from flowtilt.metrics.tails import lower_tail_mean, quantile
 from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.claims import spread
-from flowtilt.pipeline.report.measurements import (
-    ResultsError,
-    Runs,
-    of_row,
-    read_arrays,
-    run_folder,
-    runs_of,
-)
+from flowtilt.pipeline.report.measurements import ResultsError, Runs, of_row, read_arrays, run_folder, runs_of
 from flowtilt.pipeline.report.panels import describe
 from flowtilt.pipeline.report.style import COLOURS, SHADE, save_figure
 
@@ -49,7 +41,6 @@ class Scores:
 
     Attributes:
         prompt: positions of their prompts, falling nowhere.
-        reward: of each for its prompt.
         design: which class it is told to be of, -1 for none.
     """
 
@@ -63,22 +54,14 @@ class Scores:
 
 
 def load_scores(results: str | Path, runs: Runs, method: str, seed: int) -> Scores:
-    """The scores of one run.
-
-    Raises:
-        ResultsError: if the file is missing or malformed.
-    """
+    """The scores of one run. Raises ResultsError if the file is missing or malformed."""
     path = run_folder(results, runs, method, "network", seed) / "scores.npz"
     arrays = read_arrays(path, "prompt", "reward", "design")
     return Scores(arrays["prompt"], arrays["reward"], arrays["design"])
 
 
 def read_image(folder: Path, prompt: int, number: int) -> np.ndarray:
-    """An image of a run, uint8 (height, width, 3).
-
-    Raises:
-        ResultsError: if it is missing or cannot be read.
-    """
+    """An image of a run, uint8 (height, width, 3). Raises ResultsError if it is missing or cannot be read."""
     path = folder / image_name(prompt, number)
     try:
         with Image.open(path) as image:
@@ -159,11 +142,8 @@ def _class_colour(number: int) -> str:
 
 
 def images_of(results: str | Path, experiment: ImageExperiment) -> Figure:
-    """The drawing of an experiment's images: a line or more a method, the same noise in each column.
-
-    Raises:
-        ResultsError: if a file is missing or malformed.
-    """
+    """The drawing of an experiment's images: a line or more a method, the same noise in each column. Raises
+    ResultsError if a file is missing or malformed."""
     seed = experiment.seeds[0]
     if experiment.objective.utility == "entropy":
         designs = experiment.evaluation.designs
@@ -263,7 +243,6 @@ def tail_figure(experiment: ImageExperiment, rewards: Mapping[str, Sequence[np.n
     """How the rewards are distributed, a panel a method, with the worst share and its mean marked.
 
     Args:
-        experiment: on the left tail.
         rewards: by method, of each seed's images, (images,).
     """
     runs = runs_of(experiment)

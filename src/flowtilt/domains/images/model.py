@@ -36,7 +36,6 @@ class Prompted:
         prompt: positions in the table, long (batch,).
         table: embeddings of the prompts, (prompts, tokens, width).
         empty: embedding of the empty prompt, (tokens, width).
-        guidance: scale for what the context is used for.
     """
 
     prompt: Tensor
@@ -59,10 +58,7 @@ class LatentFlow(FlowModel):
 
     Args:
         denoiser: a ``UNet2DConditionModel`` of diffusers, or what is called like one.
-        schedule: its path.
         shape: of one latent, (channels, height, width).
-        target: what the denoiser predicts.
-        spacing: of the timesteps of samplers and solvers.
         offset: of the timesteps, see :meth:`DiscreteSchedule.grid`.
         guidance: scales by use; without it none is guided.
         precision: of the denoiser's matrix products, by autocast.
@@ -124,10 +120,8 @@ class LatentFlow(FlowModel):
         return {f"unet.{name}": tensor for name, tensor in found.items()}
 
     def header(self) -> dict[str, str]:
-        """An adapter's settings as diffusers writes them: without the scale, its weights say nothing.
-
-        No more than one entry: safetensors writes several in random order.
-        """
+        """An adapter's settings as diffusers writes them: without the scale, its weights say nothing. No more
+        than one entry: safetensors writes several in random order."""
         if self.adapter is None:
             return {}
         return {ADAPTER_HEADER: json.dumps({f"unet.{k}": v for k, v in self.adapter.items()}, sort_keys=True)}
@@ -147,8 +141,6 @@ class LatentFlow(FlowModel):
                     f"its adapter has the {key} {found.get(f'unet.{name}')}, and the configuration's key "
                     f"adapter.{key} is {self.adapter[name]}"
                 )
-
-    # ------------------------------------------------------------------------------ contexts
 
     def use_prompts(self, table: Tensor, empty: Tensor) -> None:
         """Set the prompts that contexts are drawn from.
@@ -188,8 +180,6 @@ class LatentFlow(FlowModel):
     def context_labels(self, context: Context) -> Tensor:
         """Positions of the prompts."""
         return context.prompt
-
-    # ------------------------------------------------------------------------------- the flow
 
     def prior(self, count: int, generator: torch.Generator, context: Context = None) -> Tensor:
         return self.standard_normal(count, *self.shape, generator=generator)
@@ -232,17 +222,11 @@ class LatentFlow(FlowModel):
         return super().score(x, t, self.context_for("control", context))
 
     def matching_residual(self, x1: Tensor, x0: Tensor, t: Tensor, context: Context = None) -> Tensor:
-        """Prediction minus target at the timesteps nearest to ``t``, of the shape of ``x1``.
-
-        A diffusion is trained at its timesteps alone, by the mean square of this (Ho et al. 2020, eq. 14).
-        """
+        """Prediction minus target at the timesteps nearest to ``t``, of the shape of ``x1``. A diffusion is
+        trained at its timesteps alone, by the mean square of this (Ho et al. 2020, eq. 14)."""
         tau = self.path.timestep_of(t).round().clamp(0, self.path.timesteps - 1)
         at = (1 - (tau + 1) / self.path.timesteps).to(x1.dtype)
         wide = broadcast_time(at, x1)
         alpha, beta = self.path.alpha(wide), self.path.beta(wide)
-        target = {
-            "epsilon": x0,
-            "v_prediction": alpha * x0 - beta * x1,
-            "sample": x1,
-        }[self.target]
+        target = {"epsilon": x0, "v_prediction": alpha * x0 - beta * x1, "sample": x1}[self.target]
         return self.predict(alpha * x1 + beta * x0, at, context) - target

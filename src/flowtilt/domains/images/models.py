@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,26 +37,9 @@ SEED = 0
 """Of the embedded models, from which all seeds of fine-tuning start."""
 
 
-class Folders(NamedTuple):
-    """Where the parts of a model are.
-
-    Attributes:
-        pipeline: folder of diffusers' StableDiffusionPipeline.
-        alignment: folder of open_clip, or file of weights.
-    """
-
-    pipeline: Path
-    alignment: Path
-
-
-# ------------------------------------------------------------------------------------ training
-
-
 def train_pipeline(job: Job) -> None:
-    """Train the experiment's embedded text-to-image model, and write its folder.
-
-    The folder's parent keeps the state while the training runs.
-    """
+    """Train the experiment's embedded text-to-image model, and write its folder. The folder's parent keeps
+    the state while the training runs."""
     from flowtilt.domains.images import pretraining
 
     experiment, folder = job.experiment, job.outputs["pipeline"]
@@ -131,9 +114,6 @@ def _curve(history: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------ checking
-
-
 def write_model(job: Job) -> None:
     """Check the experiment's model, and write down where its parts are and what they hold.
 
@@ -151,20 +131,21 @@ def write_model(job: Job) -> None:
         check_source(model.alignment, f"model {model.name}: key alignment")
     if experiment.reward.weights is not None:
         check_source(experiment.reward.weights, "key reward.weights")
-    places = Folders(pipeline or Path(model.pipeline.path), alignment or Path(model.alignment.path))
-    folders = Folders(*map(located, places))
+    places = {
+        "pipeline": pipeline or Path(model.pipeline.path),
+        "alignment": alignment or Path(model.alignment.path),
+    }
     # Loaded once before any training: what is wrong is said now.
-    base = text_to_image_of(experiment, folders.pipeline)
+    base = text_to_image_of(experiment, located(places["pipeline"]))
     try:
         base.flow.time_grid(experiment.solver.steps)
     except ValueError as error:
         raise ConfigError(
             f"experiment {experiment.name}: keys solver.steps and schedule.spacing: {error}"
         ) from None
-    load_alignment(*alignment_of(experiment, folders))
+    load_alignment(*alignment_of(experiment, located(places["alignment"])))
     found = {
-        part: {"path": str(folder), "sha256": contents_of(located(folder))}
-        for part, folder in places._asdict().items()
+        part: {"path": str(folder), "sha256": contents_of(located(folder))} for part, folder in places.items()
     }
     write_json({"model": model.name, **found}, job.outputs["model"])
 
@@ -181,22 +162,19 @@ def text_to_image_of(experiment: ImageExperiment, folder: Path) -> TextToImage:
     return load_text_to_image(folder, experiment.prompts, *sections)
 
 
-def read_model(file: Path) -> Folders:
-    """Where the parts of a model are, from the file of :func:`write_model`.
-
-    Raises:
-        CheckpointError: if the file is missing or malformed.
-    """
+def read_model(file: Path) -> tuple[Path, Path]:
+    """Where the pipeline and the alignment of a model are, from the file of :func:`write_model`. Raises
+    CheckpointError if the file is missing or malformed."""
     try:
         data = read_json(file)
-        return Folders(located(data["pipeline"]["path"]), located(data["alignment"]["path"]))
+        return located(data["pipeline"]["path"]), located(data["alignment"]["path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file}: not a file of the stage model ({type(error).__name__}); delete it and run again"
         ) from None
 
 
-def alignment_of(experiment: ImageExperiment, folders: Folders) -> tuple[str, Path | None]:
+def alignment_of(experiment: ImageExperiment, alignment: Path) -> tuple[str, Path | None]:
     """The arguments of :func:`flowtilt.domains.images.alignment.load_alignment`."""
     architecture = experiment.model.architecture
-    return (str(folders.alignment), None) if architecture is None else (architecture, folders.alignment)
+    return (str(alignment), None) if architecture is None else (architecture, alignment)

@@ -20,12 +20,7 @@ from flowtilt.domains.images.alignment import warn_of_long
 from flowtilt.domains.images.model import LatentFlow, Target
 from flowtilt.domains.images.rewards import Decode
 from flowtilt.domains.images.schedule import DiscreteSchedule
-from flowtilt.domains.images.sections import (
-    AdapterConfig,
-    ComputeConfig,
-    GuidanceConfig,
-    ScheduleConfig,
-)
+from flowtilt.domains.images.sections import AdapterConfig, ComputeConfig, GuidanceConfig, ScheduleConfig
 from flowtilt.files import read_json
 from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.seeding import seed_of
@@ -46,7 +41,6 @@ class TextToImage:
 
     Attributes:
         flow: on latents, with the prompts that contexts are drawn from.
-        decode: from latents to images.
         prompts: in the order of the contexts' positions.
     """
 
@@ -66,11 +60,7 @@ def load_text_to_image(
     """A folder of diffusers' StableDiffusionPipeline, with weights as safetensors, as a flow.
 
     Args:
-        folder: of the pipeline.
-        prompts: what images are asked for.
         guidance: scales by use.
-        schedule: what is changed in the noise schedule.
-        compute: precision and memory.
         adapter: adapters that are fine-tuned instead of the denoiser's weights.
 
     Raises:
@@ -116,15 +106,8 @@ def _decoded(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
     return images.clamp(-1, 1)
 
 
-# ---------------------------------------------------------------------------------- the parts
-
-
 def check_parts(folder: Path) -> None:
-    """Refuse a folder that lacks a part of a pipeline.
-
-    Raises:
-        CheckpointError: naming the part.
-    """
+    """Refuse a folder that lacks a part of a pipeline. Raises CheckpointError, naming the part."""
     whole = "a folder that diffusers' StableDiffusionPipeline.save_pretrained writes has it"
     if not folder.is_dir():
         raise CheckpointError(
@@ -251,10 +234,8 @@ def schedule_of(scheduler: DDIMScheduler) -> DiscreteSchedule:
 
 @torch.no_grad()
 def embeddings(folder: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Embeddings of prompts, (prompts, tokens, width), and of the empty one, (tokens, width).
-
-    A prompt that is longer than the text encoder takes is cut, and a warning says so.
-    """
+    """Embeddings of prompts, (prompts, tokens, width), and of the empty one, (tokens, width). A prompt that
+    is longer than the text encoder takes is cut, and a warning says so."""
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:

@@ -20,8 +20,10 @@ from flowtilt.domains.images import build
 from flowtilt.domains.images.bridges import DESIGNS, BridgeSet, bridge_set, describe
 from flowtilt.domains.images.model import LatentFlow, Prompted
 from flowtilt.domains.images.pipeline import schedule_of
-from flowtilt.domains.images.sections import BridgesConfig, EmbeddedConfig, FitConfig
+from flowtilt.domains.images.sampling import as_images
+from flowtilt.domains.images.sections import BridgesConfig, EmbeddedConfig
 from flowtilt.model import Context, FlowModel
+from flowtilt.pipeline.sections import FitConfig
 from flowtilt.pretraining import PretrainingSettings, fit, fit_flow
 from flowtilt.resuming import Resumption
 
@@ -35,19 +37,9 @@ def settings_of(config: FitConfig) -> PretrainingSettings:
     return PretrainingSettings(**config.model_dump(), margin=0.0)
 
 
-def drawn_set(config: BridgesConfig) -> BridgeSet:
-    """The images that the models are trained on."""
-    return bridge_set(config.count, config.seed, config.size)
-
-
-def held_out_set(config: BridgesConfig, count: int) -> BridgeSet:
-    """Images that no model was trained on."""
-    return bridge_set(count, config.seed + 1, config.size)
-
-
-def scaled(images: np.ndarray) -> Tensor:
-    """Images uint8 (n, size, size, 3) as numbers in [-1, 1], float32 (n, 3, size, size)."""
-    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+def _drawn(config: BridgesConfig, held_out: int = 0) -> BridgeSet:
+    """The images that the models are trained on, or so many that none was."""
+    return bridge_set(held_out or config.count, config.seed + bool(held_out), config.size)
 
 
 def tokens_of(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
@@ -75,11 +67,7 @@ def train_autoencoder(
     """Train it in place by the mean absolute error and a KL divergence.
 
     Args:
-        autoencoder: to train.
         images: in [-1, 1], (n, 3, size, size).
-        config: of the embedded models.
-        resumption: where the training keeps its state.
-        progress: called with each update's row.
     """
     own = config.autoencoder
     generator = generator_of(build.NAME, "autoencoder")
@@ -100,7 +88,6 @@ class Latents:
 
     Attributes:
         mean: (n, channels, side, side).
-        deviation: of the same shape.
     """
 
     mean: Tensor
@@ -136,12 +123,7 @@ def refine_decoder(
     """Train the decoder alone by the mean absolute error, in place: the denoiser's latents stay as they are.
 
     Args:
-        autoencoder: trained.
         images: in [-1, 1], (n, 3, size, size).
-        latents: theirs.
-        config: of the training.
-        resumption: where the training keeps its state.
-        progress: called with each update's row.
     """
     generator = generator_of(build.NAME, "decoder")
     decoder = nn.ModuleList([autoencoder.post_quant_conv, autoencoder.decoder])
@@ -179,29 +161,6 @@ class Captioned(FlowModel):
         return self.flow.matching_residual(x1, x0, t, self._prompted(context))
 
 
-@dataclass(frozen=True)
-class LatentSource:
-    """Draws latents of the images, with their captions' tokens; some captions are left empty.
-
-    Attributes:
-        latents: of the images, in units of the denoiser.
-        tokens: of their captions, (n, length).
-        empty: of the empty caption, (length,).
-        empty_share: of the captions left empty.
-    """
-
-    latents: Latents
-    tokens: Tensor
-    empty: Tensor
-    empty_share: float
-
-    def __call__(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        index = torch.randint(len(self.tokens), (count,), generator=generator)
-        drawn = self.latents.draw(index, generator)
-        left_empty = torch.rand(count, generator=generator) < self.empty_share
-        return drawn, torch.where(left_empty[:, None], self.empty, self.tokens[index])
-
-
 def train_denoiser(
     pipeline: StableDiffusionPipeline,
     latents: Latents,
@@ -212,32 +171,30 @@ def train_denoiser(
 ) -> History:
     """Train the pipeline's denoiser and text encoder in place, on latents of its autoencoder."""
     scale = pipeline.vae.config.scaling_factor
-    source = LatentSource(
-        Latents(scale * latents.mean, scale * latents.deviation),
-        tokens_of(pipeline.tokenizer, captions),
-        tokens_of(pipeline.tokenizer, [""])[0],
-        config.denoiser.empty_prompts,
-    )
+    scaled = Latents(scale * latents.mean, scale * latents.deviation)  # in units of the denoiser
+    tokens, empty = tokens_of(pipeline.tokenizer, captions), tokens_of(pipeline.tokenizer, [""])[0]
+
+    def source(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents of the images with their captions' tokens; some captions are left empty."""
+        index = torch.randint(len(tokens), (count,), generator=generator)
+        drawn = scaled.draw(index, generator)
+        left_empty = torch.rand(count, generator=generator) < config.denoiser.empty_prompts
+        return drawn, torch.where(left_empty[:, None], empty, tokens[index])
+
     channels, height, width = latents.mean.shape[1:]
     shape = (channels, height, width)
     flow = LatentFlow(pipeline.unet, schedule_of(pipeline.scheduler), shape)
     model = Captioned(flow, pipeline.text_encoder)
-    return fit_flow(
-        model,
-        source,
-        settings_of(config.denoiser.fit),
-        generator_of(build.NAME, "denoiser"),
-        progress,
-        resumption.slot("denoiser"),
-    )
+    generator, slot = generator_of(build.NAME, "denoiser"), resumption.slot("denoiser")
+    return fit_flow(model, source, settings_of(config.denoiser.fit), generator, progress, slot)
 
 
 def train_pipeline(
     config: EmbeddedConfig, resumption: Resumption, progress: Progress | None = None
 ) -> tuple[StableDiffusionPipeline, dict[str, History]]:
     """The embedded text-to-image model, trained, and the history of each of its trainings by name."""
-    data = drawn_set(config.bridges)
-    images = scaled(data.images)
+    data = _drawn(config.bridges)
+    images = as_images(data.images)
     pipeline = build.build_pipeline(config)
     histories = {"autoencoder": train_autoencoder(pipeline.vae, images, config, resumption, progress)}
     latents = Latents.of(pipeline.vae, images)
@@ -258,7 +215,6 @@ def contrastive_loss(images: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
     Args:
         images: unit features, (n, embedding).
         captions: unit features of their captions, (n, embedding).
-        scale: inverse temperature.
     """
     logits = scale * images @ captions.T
     own = torch.arange(len(logits))
@@ -270,8 +226,8 @@ def train_alignment(
 ) -> tuple[Any, dict[str, History]]:
     """The embedded CLIP, trained, and the history of its training."""
     own = config.alignment
-    data = drawn_set(config.bridges)
-    images, tokens = scaled(data.images), tokens_of(build.build_tokenizer(config.text), data.captions)
+    data = _drawn(config.bridges)
+    images, tokens = as_images(data.images), tokens_of(build.build_tokenizer(config.text), data.captions)
     model = build.build_clip(config)
     generator = generator_of(build.NAME, "alignment")
 
@@ -292,7 +248,7 @@ def train_alignment(
 @torch.no_grad()
 def check_autoencoder(autoencoder: AutoencoderKL, config: EmbeddedConfig, count: int) -> dict[str, float]:
     """Peak signal-to-noise ratio of images that it was not trained on, in decibels."""
-    images = scaled(held_out_set(config.bridges, count).images)
+    images = as_images(_drawn(config.bridges, count).images)
     parts = [
         (autoencoder(part).sample.clamp(-1, 1) - part).square().mean((1, 2, 3))
         for part in images.split(CHUNK)
@@ -308,13 +264,13 @@ def check_alignment(model: Any, config: EmbeddedConfig, count: int) -> dict[str,
         ``design_accuracy``, the mean over designs of the share of their images that are closest to the
         caption of their own, and ``cosine``, the mean similarity of images with their full captions.
     """
-    data = held_out_set(config.bridges, count)
+    data = _drawn(config.bridges, count)
     tokenizer = build.build_tokenizer(config.text)
     features = torch.cat(
-        [model.encode_image(part, normalize=True) for part in scaled(data.images).split(CHUNK)]
+        [model.encode_image(part, normalize=True) for part in as_images(data.images).split(CHUNK)]
     )
     names = list(DESIGNS)
-    classes = model.encode_text(tokens_of(tokenizer, [TEMPLATE.format(n) for n in names]), normalize=True)
+    classes = model.encode_text(tokens_of(tokenizer, [f"a {name} bridge" for name in names]), normalize=True)
     found = (features @ classes.T).argmax(1)
     own = torch.tensor([names.index(bridge.design) for bridge in data.bridges])
     right = [float((found[own == k] == k).float().mean()) for k in own.unique().tolist()]
@@ -325,11 +281,4 @@ def check_alignment(model: Any, config: EmbeddedConfig, count: int) -> dict[str,
             for i in range(0, count, CHUNK)
         ]
     )
-    return {
-        "design_accuracy": float(np.mean(right)),
-        "cosine": float((features * captions).sum(1).mean()),
-    }
-
-
-TEMPLATE = "a {} bridge"
-"""Caption of a design."""
+    return {"design_accuracy": float(np.mean(right)), "cosine": float((features * captions).sum(1).mean())}

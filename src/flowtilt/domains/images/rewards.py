@@ -35,7 +35,6 @@ class DecodedReward(Reward):
     one whose image is not finite.
 
     Args:
-        decode: latents to images.
         prompts: that positions in the context mean, in the order of the context's table.
     """
 
@@ -47,11 +46,8 @@ class DecodedReward(Reward):
         """Rewards (batch,) of images in [-1, 1] with the prompts at positions, long (batch,)."""
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
-        """Rewards of latents, shape (batch,).
-
-        Raises:
-            ValueError: if the context does not say which of the prompts each sample has.
-        """
+        """Rewards of latents, shape (batch,). Raises ValueError if the context does not say which of the
+        prompts each sample has."""
         prompt = self._positions(len(x), context)
         images = self.decode(x)
         values = self.score(images, prompt)
@@ -77,8 +73,6 @@ class ClipReward(DecodedReward):
     """Cosine similarity of image and prompt in the features of a CLIP, from -1 to 1.
 
     Args:
-        decode: latents to images.
-        model: of the features.
         prompts: see :class:`DecodedReward`; their features are computed once, here.
     """
 
@@ -99,7 +93,6 @@ class ImageReward(DecodedReward):
     reads the tokenizer ``bert-base-uncased`` from the local cache of the model hub, or fetches it from there.
 
     Args:
-        decode: latents to images.
         prompts: see :class:`DecodedReward`; they are tokenised once, here.
         weights: a safetensors file converted from the package's ``ImageReward.pt``. The package's
             ``med_config.json`` lies beside it.

@@ -17,8 +17,7 @@ from torch import Tensor
 from flowtilt.checkpoints import load_weights
 from flowtilt.devices import generator_of
 from flowtilt.domains.images.alignment import AlignmentModel, load_alignment
-from flowtilt.domains.images.experiment import ImageExperiment
-from flowtilt.domains.images.files import image_name
+from flowtilt.domains.images.experiment import ImageExperiment, image_name
 from flowtilt.domains.images.models import alignment_of, read_model, text_to_image_of
 from flowtilt.files import atomic_folder
 from flowtilt.pipeline.domain import Job
@@ -36,12 +35,9 @@ CHUNK = 50
 
 
 def load_base(experiment: ImageExperiment, model: Path, weights: Path | None = None) -> TextToImage:
-    """The experiment's model, or a fine-tuned one.
-
-    Raises:
-        CheckpointError: if something is not there, or of another network.
-    """
-    found = text_to_image_of(experiment, read_model(model).pipeline)
+    """The experiment's model, or a fine-tuned one. Raises CheckpointError if something is not there, or of
+    another network."""
+    found = text_to_image_of(experiment, read_model(model)[0])
     if weights is not None:
         load_weights(found.flow, weights)
     return found
@@ -49,7 +45,7 @@ def load_base(experiment: ImageExperiment, model: Path, weights: Path | None = N
 
 def load_scorer(experiment: ImageExperiment, model: Path) -> AlignmentModel:
     """The model that scores images."""
-    return load_alignment(*alignment_of(experiment, read_model(model)))
+    return load_alignment(*alignment_of(experiment, read_model(model)[1]))
 
 
 def load_reward(experiment: ImageExperiment, model: Path, decode: Decode) -> Reward:
@@ -60,9 +56,6 @@ def load_reward(experiment: ImageExperiment, model: Path, decode: Decode) -> Rew
     if weights is not None:
         return ImageReward(decode, experiment.prompts, located(weights.path))
     return ClipReward(decode, load_scorer(experiment, model), experiment.prompts)
-
-
-# ------------------------------------------------------------------------------------ images
 
 
 def sample(job: Job) -> None:
@@ -112,10 +105,7 @@ def as_bytes(images: Tensor) -> np.ndarray:
 
 def read_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images of a run, uint8 (n, height, width, 3), and the positions of their prompts, (n,), in order.
-
-    Raises:
-        StageError: if there is none, or one cannot be read.
-    """
+    Raises StageError if there is none, or one cannot be read."""
     places = {
         (int(match[1]), int(match[2])): file
         for file in folder.glob("*.png")

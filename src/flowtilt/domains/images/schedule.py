@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowtilt.domains.images.experiment import ImageExperiment
 from flowtilt.interpolants import Interpolant
 
 Spacing = Literal["leading", "trailing"]
@@ -158,3 +159,10 @@ def stable_diffusion(
         roots = torch.tensor(levels, dtype=torch.float64).sqrt()
         levels = tuple(((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square().tolist())
     return DiscreteSchedule(levels)
+
+
+def process(experiment: ImageExperiment, steps: int) -> tuple[Interpolant, tuple[float, ...], float]:
+    """What solvers follow: Stable Diffusion's schedule, which embedded models have too, with its changes."""
+    asked = experiment.schedule
+    path = stable_diffusion(asked.betas, asked.zero_terminal_snr)
+    return path, tuple(path.grid(steps, asked.spacing, offset=1)), 0.0

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NoRepeats, NotNegative, Positive, Section
-from flowtilt.pipeline.sections import MethodConfig
+from flowtilt.pipeline.sections import FitConfig, MethodConfig
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -25,28 +25,6 @@ class BridgesConfig(Section):
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the drawing."""
-
-
-class FitConfig(Section):
-    """One training; see :class:`flowtilt.pretraining.PretrainingSettings`."""
-
-    updates: Count
-    """Optimiser steps."""
-
-    batch: Count = 64
-    """Images an update."""
-
-    learning_rate: Positive = 1e-3
-    """Largest learning rate of Adam; a cosine takes it to zero."""
-
-    warmup: Share = 0.02
-    """Share of the updates over which the learning rate rises linearly."""
-
-    average: Share = 0.0
-    """Decay of the exponential moving average of the weights, which then is the result; 0 for none."""
-
-    gradient_clip: Positive = 1.0
-    """Bound on the norm of the parameters' gradient."""
 
 
 class AutoencoderConfig(Section):

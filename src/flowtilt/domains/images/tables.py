@@ -1,17 +1,20 @@
-"""What the tables of images show: groups of metrics, what holds of what should, and what papers report."""
+"""What is shown of experiments on images: metrics, what holds of what should, and what papers report."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
+from flowtilt.pipeline.report.base import Shown, Table
 from flowtilt.pipeline.report.claims import decided, gains, more_than, no_less_than, spread
 from flowtilt.pipeline.report.measurements import of_row
 from flowtilt.pipeline.report.panels import describe, pretty
+from flowtilt.pipeline.report.tables import experiment_table
 
 _NOTE = (
     "Rows: each method's model; pretrained is not fine-tuned. Models of one seed start from the same noise. "
@@ -27,6 +30,20 @@ _SMALL = (
     "Diffusion, a large CLIP and, for the left tail, ImageReward. Scores are on other scales, and only "
     "directions can be compared."
 )
+
+
+def table(shown: Shown) -> Table:
+    """The table of an experiment, whose text says what holds of what should; there are no studies."""
+    experiment = shown.experiments[0]
+    said = partial(findings, experiment=experiment, values=shown.reported)
+    return experiment_table(shown, partial(groups, experiment), said, note(experiment))
+
+
+def draw(shown: Shown, prefix: str) -> None:
+    """Figures of an experiment."""
+    from flowtilt.domains.images import figures
+
+    figures.draw(shown, prefix)
 
 
 def note(experiment: ImageExperiment) -> str:
@@ -64,14 +81,8 @@ def groups(experiment: ImageExperiment, caption: str) -> dict[str, list[str]]:
     return {
         caption: list(dict.fromkeys([*led_by, *diversity])),
         "Shares of the designs": [f"share_{name}" for name in experiment.evaluation.designs],
-        "Fine-tuning": [
-            *("threshold", "offline_active_share", "active_share", "active_share_final"),
-            *("path_kl", "clipped_share"),
-        ],
     }
 
-
-# ---------------------------------------------------------------------------------- reported
 
 _REPORTED: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "entropy": ("text_to_image_sd14", {}),
@@ -80,25 +91,23 @@ _REPORTED: Mapping[str, tuple[str, Mapping[str, str]]] = {
 """By utility, the experiment of the papers, and what its metrics are called here."""
 
 
-def with_reported(reported: pd.DataFrame, experiment: ImageExperiment) -> pd.DataFrame:
+def reported(values: pd.DataFrame, experiment: ImageExperiment) -> pd.DataFrame:
     """The reported values, and once more those that belong beside an experiment, under its own names.
 
     Returns:
-        The lines of ``reported``, and those of the papers' experiment with the experiment's name and its
+        The lines of ``values``, and those of the papers' experiment with the experiment's name and its
         names of metrics.
     """
     papers, names = _REPORTED[experiment.objective.utility]
-    own = reported[reported["experiment"] == papers]
+    own = values[values["experiment"] == papers]
     own = own.assign(experiment=experiment.name, metric=own["metric"].replace(dict(names)))
-    return pd.concat([reported, own], ignore_index=True)
+    return pd.concat([values, own], ignore_index=True)
 
 
-# -------------------------------------------------------------------------------- what holds
-
-
-def findings(long: pd.DataFrame, experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
+def findings(long: pd.DataFrame, experiment: ImageExperiment, values: pd.DataFrame) -> list[str]:
     """Sentences on what the methods should do, by differences of paired seeds, and on reported costs."""
-    of = {kind: [n for n, c in experiment.methods.items() if c.kind == kind] for kind in _KINDS}
+    kinds = ("pretrained", "am", "fdc", "tfft")
+    of = {kind: [n for n, c in experiment.methods.items() if c.kind == kind] for kind in kinds}
     mean = experiment.mean_metric
     said = [more_than(long, am, base, mean) for am in of["am"] for base in of["pretrained"]]
     for method in of["fdc"]:
@@ -111,10 +120,7 @@ def findings(long: pd.DataFrame, experiment: ImageExperiment, reported: pd.DataF
         said += [more_than(long, method, base, mean) for base in of["pretrained"]]
         said += [_beside(long, method, am, mean) for am in of["am"]]
         said.append(_is_active(long, method))
-    return [*said, *_days(experiment, reported)]
-
-
-_KINDS = ("pretrained", "am", "fdc", "tfft")
+    return [*said, *_days(experiment, values)]
 
 
 def _explores(long: pd.DataFrame, experiment: ImageExperiment, method: str, base: str) -> list[str]:
@@ -179,13 +185,10 @@ def _is_active(long: pd.DataFrame, method: str) -> str:
     )
 
 
-def _days(experiment: ImageExperiment, reported: pd.DataFrame) -> list[str]:
+def _days(experiment: ImageExperiment, values: pd.DataFrame) -> list[str]:
     """What papers report of the training's cost, of the methods that were run."""
-    own = reported[
-        (reported["experiment"] == experiment.name)
-        & (reported["metric"] == "training_days")
-        & reported["method"].isin(list(experiment.methods))
-    ]
+    own = values[(values["experiment"] == experiment.name) & (values["metric"] == "training_days")]
+    own = own[own["method"].isin(list(experiment.methods))]
     return [
         f"{source} reports {unit} of training, "
         f"{', '.join(f'{value:g} for {m}' for m, value in of[['method', 'value']].to_numpy())}; what ours "

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowtilt.domains.molecules.experiment import MoleculeExperiment
-from flowtilt.domains.molecules.words import describe
-from flowtilt.pipeline.configuration import ConfigError as ConfigError
+from flowtilt.domains.molecules.experiment import MoleculeExperiment, check_shared, describe
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.places import located
@@ -26,16 +24,14 @@ def _data(run: Run) -> str:
     return f"{run.results}/{_DATA}"
 
 
-def _checkpoint(experiment: MoleculeExperiment) -> list[str]:
-    """The shipped weights and their record, if the pretrained model is taken from them."""
-    shipped = experiment.checkpoint
-    files = [] if shipped.retrain else [Path(shipped.path), Path(shipped.path).with_suffix(".json")]
-    return [str(located(file)) for file in files]  # one that is nowhere too: planning names it
-
-
 def _pretrain_reads(run: Run) -> Files:
-    shipped = _checkpoint(run.experiment)  # type: ignore[arg-type]
-    return {"molecules": _data(run)} | ({"shipped": shipped} if shipped else {})
+    """The data, and the shipped weights and their record, if the pretrained model is taken from them."""
+    checkpoint: Any = run.experiment.checkpoint  # type: ignore[attr-defined]
+    if checkpoint.retrain:
+        return {"molecules": _data(run)}
+    files = (Path(checkpoint.path), Path(checkpoint.path).with_suffix(".json"))
+    # One that is nowhere too: planning names it.
+    return {"molecules": _data(run), "shipped": [str(located(file)) for file in files]}
 
 
 def _sample_reads(run: Run) -> Files:
@@ -107,7 +103,11 @@ STAGES = (
             "sdf": f"{RUN}/molecules.sdf",
             "energies": f"{RUN}/energies.npz",
         },
-        reads=lambda run: {"samples": run.file("samples.npz"), "molecules": _data(run)} | run.trained(),
+        reads=lambda run: (
+            {"samples": run.file("samples.npz"), "molecules": _data(run)}
+            | run.trained()
+            | run.reference("energies.npz")
+        ),
         sections=("subset", "reward", "objective", "evaluation"),
         kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 8000), (30, 720)),
@@ -124,18 +124,14 @@ class MoleculesDomain(BaseDomain):
     packages = ("qm9pack", "rdkit", "tblite")
     stages: Sequence[Stage] = STAGES
     workbench = f"{_HERE}.bench:MoleculesBench"
-    process = f"{_HERE}.process:process"
-    report = f"{_HERE}.report"
+    process = f"{_HERE}.model:process"
+    report = f"{_HERE}.tables"
     captions = str(Path(__file__).with_name("captions"))
 
     def schema(self, data: Mapping[str, Any]) -> type[MoleculeExperiment]:
         return MoleculeExperiment
 
-    def check(self, files: Mapping[str, Mapping[str, Experiment]]) -> None:
-        """Refuse cases that would change what they share with the experiment that they derive from."""
-        from flowtilt.domains.molecules.sharing import check_shared
-
-        check_shared(files)
+    check = staticmethod(check_shared)
 
     def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
         return {"": "masses"} if table is not None else {"_energies": "energies", "_molecules": "molecules"}

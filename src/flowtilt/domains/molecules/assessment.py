@@ -41,11 +41,7 @@ class Composition:
 
 
 def composition(molecules: Sequence[Molecule]) -> Composition:
-    """The composition of a set of molecules.
-
-    Raises:
-        ValueError: if there is no atom in it.
-    """
+    """The composition of a set of molecules. Raises ValueError if there is no atom in it."""
     numbers = [molecule.numbers for molecule in molecules]
     every = np.concatenate(numbers) if numbers else np.array([], dtype=int)
     if not every.size:
@@ -63,11 +59,8 @@ def _shares(values: Sequence[int]) -> dict[int, float]:
 
 
 def total_variation(first: Mapping[int, float], second: Mapping[int, float]) -> float:
-    """Total variation distance of two distributions, in [0, 1].
-
-    Raises:
-        ValueError: if one is none: empty, negative, or not summing to one.
-    """
+    """Total variation distance of two distributions, in [0, 1]. Raises ValueError if one is none: empty,
+    negative, or not summing to one."""
     for shares in (first, second):
         if not (abs(sum(shares.values()) - 1) < 1e-6 and min(shares.values()) >= 0):
             raise ValueError("a total variation distance needs shares that sum to one")
@@ -87,12 +80,9 @@ def assess(
     Energies are in hartree. A mean over no molecule is NaN, which the counts beside it explain.
 
     Args:
-        molecules: that were generated.
         rewards: minus their energies, (molecules,), NaN where the calculation failed.
         failures: why, or None, for each.
         structures: their structures, valid or not.
-        known: canonical SMILES of the training data.
-        reference: composition of the training data.
 
     Returns:
         ``molecules``; ``reward_*`` over all converged molecules and ``valid_reward_*`` over the valid

@@ -12,13 +12,13 @@ from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.energies import XTBReward
 from flowtilt.domains.molecules.sampling import CHUNK, Base, load_base
+from flowtilt.domains.molecules.xtb import XTBSettings
 from flowtilt.fdc import MirrorAscent
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import SQ
 from flowtilt.model import FlowModel
 from flowtilt.parallel import processes
-from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.stages import Climb, Workbench
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,6 @@ class MoleculesBench(Workbench):
     """See :class:`flowtilt.pipeline.stages.Workbench`; its history counts energies, and those that failed."""
 
     chunk = CHUNK
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self.counted: Counted | None = None
 
     @cached_property
     def base(self) -> Base:
@@ -47,7 +43,9 @@ class MoleculesBench(Workbench):
         separated, workers = None, self.job.workers
         if self.experiment.reward.type_gradient == "separated_atoms":
             separated = build.separated_atoms(self.base.types, workers)
-        return XTBReward(self.base.decode, build.build_xtb(self.experiment.reward), workers, separated)
+        return XTBReward(
+            self.base.decode, XTBSettings(**self.experiment.reward.calculation), workers, separated
+        )
 
     def climb(self) -> Climb:
         """FDC on the mean of the best share, less the KL divergence by scores."""
@@ -64,36 +62,25 @@ class MoleculesBench(Workbench):
         )
 
     def watched(self, progress: Progress | None) -> Progress:
-        self.counted = Counted(self.reward, progress)
-        return self.counted
+        self.taken_up()
+
+        def counted(row: dict[str, float]) -> None:
+            evaluated, failed = self.counts
+            self.taken_up()
+            counts = torch.tensor([self.counts[0] - evaluated, self.counts[1] - failed])
+            evaluated, failed = processes().total(counts).tolist()
+            row |= {"evaluated": evaluated, "failed": failed}
+            if progress is not None:
+                progress(row)
+
+        return counted
 
     def taken_up(self) -> None:
-        if self.counted is not None:
-            self.counted.start_anew()
+        """Count energies, and those that failed, from here: what came before is in the history."""
+        self.counts = self.reward.evaluated, self.reward.failures.total()
 
     def close(self) -> None:
         reward = self.reward
         if reward.failures:
             reasons = ", ".join(f"{failure} ({count})" for failure, count in reward.failures.most_common())
             log.info("%d of %d energies failed: %s", reward.failures.total(), reward.evaluated, reasons)
-
-
-class Counted:
-    """Adds to the row of each update how many energies were computed in it, and how many failed."""
-
-    def __init__(self, reward: XTBReward, progress: Progress | None) -> None:
-        self.reward, self.progress = reward, progress
-        self.start_anew()
-
-    def start_anew(self) -> None:
-        """Count from here: what came before a state that was taken over is in its history."""
-        self.evaluated, self.failed = self.reward.evaluated, self.reward.failures.total()
-
-    def __call__(self, row: dict[str, float]) -> None:
-        evaluated, failed = self.evaluated, self.failed
-        self.start_anew()
-        counts = torch.tensor([self.evaluated - evaluated, self.failed - failed])
-        evaluated, failed = processes().total(counts).tolist()
-        row |= {"evaluated": evaluated, "failed": failed}
-        if self.progress is not None:
-            self.progress(row)

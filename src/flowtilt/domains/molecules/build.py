@@ -14,10 +14,10 @@ from flowtilt.devices import generator_of
 from flowtilt.domains.molecules.data import Molecules, MoleculeSource, load
 from flowtilt.domains.molecules.energies import Decoder, StateEnergy, TypeShares
 from flowtilt.domains.molecules.model import MoleculeFlow
-from flowtilt.domains.molecules.sections import MoleculeConfig, UnitsConfig, XTBConfig
+from flowtilt.domains.molecules.sections import MoleculeConfig, UnitsConfig
 from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, unpack
 from flowtilt.domains.molecules.workers import Lost, WorkerError, shared_pool
-from flowtilt.domains.molecules.xtb import Molecule, XTBSettings, atomic_energy
+from flowtilt.domains.molecules.xtb import Molecule, atomic_energy
 from flowtilt.model import Context, FlowModel
 from flowtilt.pretraining import PretrainingSettings, Watch, fit_flow
 from flowtilt.resuming import Slot
@@ -25,11 +25,6 @@ from flowtilt.seeding import seed_of
 
 ATOM_SECONDS = 60.0
 """Processor time that the energy of one atom may take, in seconds; it takes milliseconds."""
-
-
-def build_xtb(config: XTBConfig) -> XTBSettings:
-    """How energies are computed."""
-    return XTBSettings(**config.calculation)
 
 
 def decoder(units: UnitsConfig) -> Decoder:
@@ -63,7 +58,6 @@ def separated_atoms(shares: TypeShares, workers: int | None = None) -> StateEner
     taken off, since the shares of an atom have a fixed sum and what would change it leads nowhere.
 
     Args:
-        shares: of the states' types.
         workers: processes to use; by default one for each processor.
 
     Raises:
@@ -98,9 +92,7 @@ def build_model(
     """A freshly initialised flow; its weights follow from the name and the seed alone.
 
     Args:
-        config: of it.
         size_weights: of the data, (largest + 1,); without them, to be had from a checkpoint.
-        seed: of the weights.
     """
     if size_weights is None:
         size_weights = torch.ones(config.subset.largest + 1)

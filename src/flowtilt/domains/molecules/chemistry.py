@@ -78,7 +78,6 @@ class Structure(NamedTuple):
     Attributes:
         smiles: canonical, without stereochemistry and explicit hydrogens; None if not valid.
         bonds: pairs of atoms and the order of their bond, of one of the Kekulé structures.
-        charges: formal charges, of every atom of a valid molecule.
         invalid: the reason, or None.
         detail: RDKit's message, if it had one.
     """
@@ -97,15 +96,12 @@ class _Refused(Exception):
 
 
 def perceive(
-    molecules: Sequence[Molecule],
-    settings: PerceptionSettings | None = None,
-    pool: WorkerPool | None = None,
+    molecules: Sequence[Molecule], settings: PerceptionSettings | None = None, pool: WorkerPool | None = None
 ) -> list[Structure]:
     """Structures of molecules; valid are those of one fragment, neutral, and without radicals.
 
     Args:
         molecules: as :func:`flowtilt.domains.molecules.energies.molecules_of` gives them.
-        settings: of the perception.
         pool: of workers; by default one shared by this process, with a worker for each processor.
 
     Raises:
@@ -259,7 +255,6 @@ def novelty(smiles: Iterable[str], known: frozenset[str]) -> float:
     """Share of the distinct canonical SMILES that are not in ``known``; NaN if there are none.
 
     Args:
-        smiles: of valid molecules.
         known: of :func:`canonical_set`.
     """
     distinct = set(smiles)

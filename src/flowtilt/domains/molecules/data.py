@@ -92,11 +92,7 @@ class Molecules:
         return Molecules(**kept, types=self.types[atoms], coordinates=self.coordinates[atoms])
 
     def of_size(self, smallest: int, largest: int) -> Molecules:
-        """The molecules of ``smallest`` to ``largest`` atoms.
-
-        Raises:
-            DataError: if there is none.
-        """
+        """The molecules of ``smallest`` to ``largest`` atoms. Raises DataError if there is none."""
         chosen = (self.counts >= smallest) & (self.counts <= largest)
         if not chosen.any():
             sizes = ", ".join(map(str, np.unique(self.counts)))
@@ -148,11 +144,7 @@ def prepare(output: Path) -> None:
 
 
 def load(path: Path) -> Molecules:
-    """The molecules of a file of :func:`prepare`.
-
-    Raises:
-        DataError: if the file is missing or not whole.
-    """
+    """The molecules of a file of :func:`prepare`. Raises DataError if the file is missing or not whole."""
     try:
         data = read_npz(path)
         return Molecules(*(data[name] for name in FIELDS))
@@ -163,11 +155,8 @@ def load(path: Path) -> Molecules:
 
 
 def source_files() -> list[Path]:
-    """The text files of the installed package, as its own list of checksums has them.
-
-    Raises:
-        DataError: if the package is missing or one of its files is damaged.
-    """
+    """The text files of the installed package, as its own list of checksums has them. Raises DataError if the
+    package is missing or one of its files is damaged."""
     again = f"pip install --force-reinstall {PACKAGE}"
     try:
         files = {str(file): file for file in distribution(PACKAGE).files or ()}
@@ -179,25 +168,17 @@ def source_files() -> list[Path]:
         path = Path(str(file.locate())) if file else Path(name)
         if file is None or not path.is_file():
             raise DataError(f"{path}: missing from package {PACKAGE}; reinstall it: {again}")
-        if file.hash and _digest(path, file.hash.mode) != file.hash.value:
+        with path.open("rb") as stream:  # its checksum in the form in which installed packages are listed
+            digest = hashlib.file_digest(stream, file.hash.mode).digest() if file.hash else b""
+        if file.hash and base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.hash.value:
             raise DataError(f"{path}: damaged, its checksum is not that of package {PACKAGE}; {again}")
         paths.append(path)
     return paths
 
 
-def _digest(path: Path, algorithm: str) -> str:
-    """A file's checksum in the form in which installed packages are listed."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, algorithm).digest()
-    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-
-
 def read_records(path: Path) -> Iterator[Record]:
-    """The molecules of one of the package's text files.
-
-    Raises:
-        DataError: naming the file and the line, if it is not such a file.
-    """
+    """The molecules of one of the package's text files. Raises DataError, naming the file and the line, if it
+    is not such a file."""
     again = f"reinstall it: pip install --force-reinstall {PACKAGE}"
     try:
         text = read_text(path, DataError)
@@ -235,35 +216,26 @@ def _types(symbols: list[str], where: str) -> np.ndarray:
 
 
 def gather(records: list[Record]) -> Molecules:
-    """Records as one set, each with its split.
-
-    Raises:
-        DataError: if there is none.
-    """
+    """Records as one set, each with its split. Raises DataError if there is none."""
     if not records:
         raise DataError(f"no molecules; package {PACKAGE} may be damaged: reinstall it")
+    # A molecule's split is from a uniform number that follows from its number in QM9.
+    uniform = [seed_of("qm9 split", record.index) / 2**63 for record in records]
+    split = np.searchsorted(np.cumsum(SHARES)[:-1], uniform, side="right")
     return Molecules(
         index=np.array([r.index for r in records], dtype=np.int32),
         smiles=np.array([r.smiles for r in records]),
         counts=np.array([len(r.types) for r in records], dtype=np.int32),
-        split=np.array([_split_of(r.index) for r in records], dtype=np.uint8),
+        split=split.astype(np.uint8),
         types=np.concatenate([r.types for r in records]).astype(np.uint8),
         coordinates=np.concatenate([r.coordinates for r in records]).astype(np.float32),
     )
-
-
-def _split_of(index: int) -> int:
-    """The split of a molecule, from a uniform number that follows from its number in QM9."""
-    uniform = seed_of("qm9 split", index) / 2**63
-    return int(np.searchsorted(np.cumsum(SHARES)[:-1], uniform, side="right"))
 
 
 class MoleculeSource:
     """Draws of packed molecules for training, each with its mask.
 
     Args:
-        molecules: to draw from.
-        units: of the states.
         window: share of the molecules, sorted by size, that a batch is drawn from. 1 draws from all;
             a small window gives batches of nearly one size, with little padding, and leaves each
             molecule as likely as any other.

@@ -51,14 +51,6 @@ class Energies(NamedTuple):
         return Counter(failure for failure in self.failures if failure)
 
 
-class Row(NamedTuple):
-    """What :class:`Energies` has of one molecule; the gradient of shape (atoms, 3)."""
-
-    energy: float
-    gradient: np.ndarray
-    failure: Failure | None
-
-
 def molecules_of(coordinates: np.ndarray, numbers: np.ndarray) -> list[Molecule]:
     """The molecules of a padded batch, without their padding.
 
@@ -94,7 +86,6 @@ def evaluate(
     Args:
         coordinates: ångström, (batch, atoms, 3).
         numbers: atomic numbers, (batch, atoms); zero where there is no atom.
-        settings: of the calculation.
         pool: of workers; by default one shared by this process, with a worker for each processor.
 
     Raises:
@@ -143,21 +134,6 @@ class _Energy(torch.autograd.Function):
         return grad_output[:, None, None] * gradient, None, None
 
 
-def energy(
-    coordinates: Tensor,
-    numbers: Tensor,
-    settings: XTBSettings | None = None,
-    pool: WorkerPool | None = None,
-) -> tuple[Tensor, Energies]:
-    """Energies in hartree, (batch,), with a gradient on the coordinates, and the same as arrays.
-
-    The tensor has the type and device of the coordinates. Arguments and errors are those of
-    :func:`evaluate`. There is a first derivative only.
-    """
-    computed = evaluate(coordinates.numpy(force=True), numbers.numpy(force=True), settings, pool)
-    return attach(coordinates, computed), computed
-
-
 def attach(coordinates: Tensor, computed: Energies) -> Tensor:
     """Computed energies as a differentiable function of the coordinates that they belong to, (batch,)."""
     values, gradient = (torch.from_numpy(a).to(coordinates) for a in (computed.energy, computed.gradient))
@@ -168,10 +144,8 @@ class Decoder(Protocol):
     """Turns states into molecules."""
 
     def __call__(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Coordinates in ångström, (batch, atoms, 3), differentiable in ``x``, and atomic numbers.
-
-        The atomic numbers are of shape (batch, atoms), zero where there is no atom.
-        """
+        """Coordinates in ångström, (batch, atoms, 3), differentiable in ``x``, and atomic numbers. The atomic
+        numbers are of shape (batch, atoms), zero where there is no atom."""
 
 
 TypeShares = Callable[[Tensor, Context], Tensor]
@@ -192,14 +166,11 @@ class XTBReward(Reward):
     and returns the type of the states.
 
     Args:
-        decode: states to molecules.
-        settings: of the calculation.
         workers: processes to use; by default one for each processor.
         separated: the energy of a state's separated atoms, whose gradient on the types is added; without it
             there is no gradient on them.
 
     Attributes:
-        evaluated: molecules evaluated since the reward was made.
         failures: how many of them failed, by reason.
     """
 
@@ -218,7 +189,7 @@ class XTBReward(Reward):
         self.evaluated = 0
         self.failures: Counter[Failure] = Counter()
         self._workers = workers
-        self._latest: dict[bytes, Row] = {}
+        self._latest: dict[bytes, tuple[float, np.ndarray, Failure | None]] = {}
 
     def value(self, x: Tensor, context: Context = None) -> Tensor:
         coordinates, numbers = self.decode(x, context)
@@ -229,24 +200,19 @@ class XTBReward(Reward):
         return -energies
 
     def _computed(self, coordinates: Tensor, numbers: Tensor) -> Energies:
-        """Energies of a batch; molecules of the last batch that had new ones are not computed again.
-
-        A solver asks for the values of a pool of molecules, and then for the gradients of some of them.
-        """
+        """Energies of a batch; molecules of the last batch that had new ones are not computed again. A solver
+        asks for the values of a pool of molecules, and then for the gradients of some of them."""
         positions, kinds = (array.numpy(force=True) for array in (coordinates, numbers))
         keys = [x.tobytes() + z.tobytes() for x, z in zip(positions, kinds, strict=True)]
         new = [i for i, key in enumerate(keys) if key not in self._latest]
         if new:
             fresh = evaluate(positions[new], kinds[new], self.settings, shared_pool(self._workers))
             self._count(fresh)
-            rows = dict(zip((keys[i] for i in new), map(Row, *fresh), strict=True))
+            rows = dict(zip((keys[i] for i in new), zip(*fresh, strict=True), strict=True))
             self._latest = {key: rows.get(key) or self._latest[key] for key in keys}
         known = [self._latest[key] for key in keys]
-        return Energies(
-            np.array([row.energy for row in known]),
-            np.array([row.gradient for row in known]).reshape(*kinds.shape, 3),
-            tuple(row.failure for row in known),
-        )
+        energies, gradients, failures = zip(*known, strict=True) if known else ((), (), ())
+        return Energies(np.array(energies), np.array(gradients).reshape(*kinds.shape, 3), failures)
 
     def _count(self, computed: Energies) -> None:
         counts = computed.counts()

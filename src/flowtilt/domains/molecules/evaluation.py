@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
 from flowtilt.metrics.tails import upper_tail_mean
 from flowtilt.pipeline.domain import Job
-from flowtilt.pipeline.files import (
-    Metrics,
-    columns_of,
-    read_arrays,
-    read_history,
-    read_threshold,
-    write_arrays,
-    write_rows,
-)
+from flowtilt.pipeline.files import Metrics, read_arrays, read_columns, write_arrays, write_rows
+from flowtilt.pipeline.health import tilt_metrics, tuned_metrics
 
 MASSES = (0.5, 0.2, 0.1, 0.05, 0.002)
 """Of the tails that every run reports, beside those of its experiment."""
@@ -28,8 +21,8 @@ def evaluate(job: Job) -> None:
     """Metrics of a run from its molecules, the molecules themselves as SDF, and their energies.
 
     No SDF can hold some of the molecules; the others are in it in their order. The energies are ``reward``
-    (molecules,), NaN for failures, ``valid`` (molecules,) and ``relaxed``, what the first molecules gained by
-    relaxation, in hartree.
+    (molecules,), NaN for failures, ``valid`` and the number of ``atoms`` (molecules,), and ``relaxed``, what
+    the first molecules gained by relaxation, in hartree.
     """
     from flowtilt.domains.molecules import sdf as sdfs
     from flowtilt.domains.molecules.assessment import assess, assess_relaxation, composition
@@ -51,23 +44,18 @@ def evaluate(job: Job) -> None:
         known = canonical_set(train.smiles.tolist(), pool)
         relaxed = relax(own[: experiment.evaluation.relaxed], RelaxationSettings(xtb=settings), pool)
     rewards = -np.array([point.energy for point in points])
-    assessed = assess(
-        own,
-        rewards,
-        [point.failure for point in points],
-        structures,
-        known,
-        composition(train.as_molecules()),
-    )
+    failures = [point.failure for point in points]
+    assessed = assess(own, rewards, failures, structures, known, composition(train.as_molecules()))
     row: Metrics = named(assessed | assess_relaxation(relaxed)) | tails(experiment, rewards)
+    row |= tuned_metrics(job)
     if (history := job.read_if_any("history")) is not None:
-        row |= training(history)
-    if (threshold := job.read_if_any("threshold")) is not None:
-        row |= read_threshold(threshold)
+        row |= energies_in_training(read_columns(history, "evaluated", "failed"))
+    row |= tilt_metrics(job, rewards, job.read_if_any("reference"), "atoms")
     write_rows({job.method: row}, job.outputs["metrics"])
     valid = np.array([structure.invalid is None for structure in structures])
     gains = np.array([one.gain if one.converged else math.nan for one in relaxed])
-    write_arrays(job.outputs["energies"], reward=rewards, valid=valid, relaxed=gains)
+    atoms = np.array([len(molecule.numbers) for molecule in own])
+    write_arrays(job.outputs["energies"], reward=rewards, valid=valid, relaxed=gains, atoms=atoms)
     held = [i for i, molecule in enumerate(own) if sdfs.holds(molecule)]
     properties = [sdfs.describe(points[i], structures[i]) | {"sample": str(i)} for i in held]
     sdfs.write_sdf(job.outputs["sdf"], [own[i] for i in held], [structures[i] for i in held], properties)
@@ -109,36 +97,8 @@ def tails(experiment: MoleculeExperiment, rewards: np.ndarray) -> Metrics:
     }
 
 
-OF_SOLVERS = {
-    "path_kl": "path_kl",
-    "clipped_share": "clipped_share",
-    "effective_sample_size": "effective_sample_size",
-}
-"""Metrics of a fine-tuning that one control solver has, and their columns of its history."""
-
-
-def training(history: Path) -> Metrics:
-    """What a fine-tuning's history says: its active samples, its distance and its failures.
-
-    ``path_kl`` is the path-space KL divergence from the base of the last solve, in nats, over the last
-    fifth of the updates; ``clipped_share`` the share of controls that were shortened; and
-    ``effective_sample_size`` that of a weighted bank. ``inactive_updates`` is the share of updates that no
-    sample above the threshold reached.
-    """
-    active = read_history(history, "active_share")
-    evaluated, failed = read_history(history, "evaluated"), read_history(history, "failed")
-    last = slice(-max(1, len(active) // 5), None)
-    present = columns_of(history)
-    own = {
-        name: float(read_history(history, column)[last].mean())
-        for name, column in OF_SOLVERS.items()
-        if column in present
-    }
-    return {
-        "active_share": float(active.mean()),
-        "active_share_final": float(active[last].mean()),
-        "inactive_updates": float((active == 0).mean()),
-        **own,
-        "training_energies": float(evaluated.sum()),
-        "training_failed_share": float(failed.sum() / max(1.0, evaluated.sum())),
-    }
+def energies_in_training(history: Mapping[str, np.ndarray]) -> Metrics:
+    """How many energies a fine-tuning took, and the share of them that failed."""
+    evaluated = float(history["evaluated"].sum())
+    failed = float(history["failed"].sum() / max(1.0, evaluated))
+    return {"training_energies": evaluated, "training_failed_share": failed}

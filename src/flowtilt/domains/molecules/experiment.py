@@ -5,6 +5,7 @@ The files have the key ``domain: molecules``. This module imports neither torch 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -20,8 +21,10 @@ from flowtilt.domains.molecules.sections import (
     MoleculeObjective,
     XTBConfig,
 )
-from flowtilt.pipeline.configuration import Name, ToldApart
+from flowtilt.pipeline.configuration import ConfigError, Name, ToldApart
+from flowtilt.pipeline.domain import domain_of
 from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.report.panels import Description
 from flowtilt.pipeline.sections import OfflineConfig, TailSpec, check_methods
 
 UNIT = "negative_energy"
@@ -155,3 +158,70 @@ def narrowing(mass: float, share: float, updates: int) -> list[float]:
     start = max(WIDEST, mass)
     passed = (min(1.0, update / (share * updates)) if share > 0 else 1.0 for update in range(updates))
     return [start * (mass / start) ** part for part in passed]
+
+
+_TAIL = re.compile(r"(valid_)?(worst|top)_([0-9.]+)pct_negative_energy")
+
+WORDS = {
+    "mean_negative_energy": Description("mean of minus energy", "hartree", "higher"),
+    "valid_mean_negative_energy": Description("mean of the valid", "hartree", "higher"),
+    "validity_pct": Description("valid", "%", "higher"),
+    "uniqueness_pct": Description("unique", "%", "higher"),
+    "uniqueness_of_1000_pct": Description("unique of the first 1,000 valid", "%", "higher"),
+    "novelty_pct": Description("novel", "%"),
+    "converged_pct": Description("with an energy", "%", "higher"),
+    "energy_per_atom": Description("energy an atom", "hartree"),
+    "relaxation_energy_mean": Description("relaxation energy, mean", "hartree", "lower"),
+    "relaxation_energy_median": Description("relaxation energy, median", "hartree", "lower"),
+    "heavy_atoms": Description("heavy atoms", ""),
+    "atomic_number": Description("mean atomic number", ""),
+    "elements_total_variation": Description("elements, total variation", ""),
+    "sizes_total_variation": Description("sizes, total variation", ""),
+    "training_energies": Description("energies in training", ""),
+    "training_failed_share": Description("failed in training", "share"),
+}
+
+
+def describe(metric: str) -> Description | None:
+    """Words and unit of a metric; None for one that is not of this domain alone."""
+    if tail := _TAIL.fullmatch(metric):
+        valid, which, percent = tail.groups()
+        words = f"{which}-{percent} % mean" + (" of the valid" if valid else "")
+        return Description(words, "hartree", "higher")
+    return WORDS.get(metric)
+
+
+def check_shared(files: Mapping[str, Mapping[str, Experiment]]) -> None:
+    """Refuse cases that would change what they share with the experiment that they derive from. Raises
+    ConfigError, naming file, key and fix."""
+    for name, cases in files.items():
+        for case in cases.values():
+            if isinstance(case, MoleculeExperiment):
+                base = files[case.starts_from][case.starts_from]
+                _check_case(f"config/experiments/{name}.yaml: key", case, base)
+
+
+def _check_case(where: str, case: MoleculeExperiment, base: Experiment) -> None:
+    if not isinstance(base, MoleculeExperiment):
+        raise ConfigError(f"{where} starts_from: {case.starts_from} is no experiment on molecules")
+    for stage in (stage for stage in domain_of(base).stages if stage.before):
+        for key in stage.sections:
+            if key != "solver" and getattr(case, key) != getattr(base, key):
+                raise ConfigError(
+                    f"{where} {key}: {case.name} has the pretrained model and the offline batch of "
+                    f"{case.starts_from}, and so must have the same {key}; make it an experiment of its own"
+                )
+    for method in case.also:
+        at = f"{where} study.cases: {case.name}: also: {method}"
+        if method not in base.methods:
+            raise ConfigError(f"{at} is left out of {base.name} (overrides.skip); leave out the case too")
+        if base.solver_of(method).model_copy(update={"updates": base.updates_of(method)}) != case.solver:
+            raise ConfigError(
+                f"{at} is solved by another solver in {base.name}; give both the same, or run it in the "
+                "case under a name of its own"
+            )
+    if case.solver.steps != base.solver.steps:
+        raise ConfigError(
+            f"{where} solver.steps: {case.name} has the offline batch of {case.starts_from}, and so must "
+            "have the same steps"
+        )

@@ -47,11 +47,8 @@ class Generated:
 
 
 def load_generated(results: str | Path, runs: Runs, method: str) -> Generated:
-    """The energies of a method's molecules, pooled over seeds.
-
-    Raises:
-        ResultsError: if a file is missing or malformed.
-    """
+    """The energies of a method's molecules, pooled over seeds. Raises ResultsError if a file is missing or
+    malformed."""
     rewards, valid = [], []
     for seed in runs.seeds:
         path = run_folder(results, runs, method, "network", seed) / "energies.npz"
@@ -59,9 +56,6 @@ def load_generated(results: str | Path, runs: Runs, method: str) -> Generated:
         rewards.append(arrays["reward"])
         valid.append(arrays["valid"])
     return Generated(np.concatenate(rewards), np.concatenate(valid).astype(bool))
-
-
-# ------------------------------------------------------------------------------- histograms
 
 
 def energies_figure(
@@ -112,8 +106,6 @@ def _mark_tail(
             said.append(f"reported ({source}) {values[method]:g}")
     return "; ".join(said)
 
-
-# --------------------------------------------------------------------------------- drawings
 
 SHOWN = 4
 """Best and random molecules of each method in the drawing."""
@@ -184,8 +176,6 @@ def _flat(record: Any, smiles: str | None) -> Mol:
     return rdMolDraw2D.PrepareMolForDrawing(molecule)
 
 
-# ------------------------------------------------------------------------- masses of the tail
-
 _PANELS = (
     ("gain", "tail mean over pretrained (hartree)"),
     ("validity", "valid (%)"),
@@ -225,10 +215,8 @@ def masses_figure(lines: Sequence[MassLine], title: str) -> Figure:
 
 
 def draw(shown: Shown, prefix: str) -> None:
-    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment.
-
-    Of a study ``{prefix}.png``: what each level of the tail reaches.
-    """
+    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment. Of a study
+    ``{prefix}.png``: what each level of the tail reaches."""
     results = shown.results
     if shown.study is not None:
         save_figure(masses_figure(masses(results, shown.experiments), shown.title), f"{prefix}.png")

@@ -40,11 +40,7 @@ class FlowMolError(RuntimeError):
 
 
 def imported(module: str) -> Any:
-    """A module of FlowMol's, or one that it needs.
-
-    Raises:
-        FlowMolError: if it cannot be imported.
-    """
+    """A module of FlowMol's, or one that it needs. Raises FlowMolError if it cannot be imported."""
     try:
         return importlib.import_module(module)
     except Exception as error:  # builds of dgl for another torch raise errors of the system and others
@@ -60,14 +56,10 @@ class Description:
     """What a model of FlowMol's is.
 
     Attributes:
-        name: of the model.
         parameterization: FlowMol's word for its kind: ``endpoint`` for the Gaussian and the simplex ones.
         elements: symbols of the atom types, in the order of their columns.
-        charges: number of formal charges that are told apart.
         bonds: number of bond orders, none included.
         priors: of each feature, the name and the arguments of FlowMol's function.
-        schedules: of each feature, the kind, and nu of a cosine.
-        network: arguments of FlowMol's network.
     """
 
     name: str
@@ -90,11 +82,8 @@ class Description:
         return cls(**fields | {"elements": tuple(fields["elements"])})
 
     def check(self) -> None:
-        """See to it that the model is a flow with Gaussian noise, on elements that have an energy.
-
-        Raises:
-            FlowMolError: if it is not.
-        """
+        """See to it that the model is a flow with Gaussian noise, on elements that have an energy. Raises
+        FlowMolError if it is not."""
         where = f"key model.name: {self.name!r}"
         if self.parameterization != "endpoint":
             raise FlowMolError(
@@ -121,11 +110,8 @@ class Description:
             )
 
     def path_of(self, feature: str) -> Interpolant:
-        """The path of one feature, in the time in which the coordinates' is the straight one.
-
-        Raises:
-            FlowMolError: if its schedule is not supported.
-        """
+        """The path of one feature, in the time in which the coordinates' is the straight one. Raises
+        FlowMolError if its schedule is not supported."""
         (kind, nu), (of_coordinates, slowest) = self.schedules[feature], self.schedules["x"]
         if kind == of_coordinates == "linear" or (kind == of_coordinates == "cosine" and nu == slowest > 0):
             return Linear()
@@ -191,8 +177,6 @@ class FlowMolFlow(FlowModel):
     columns up to the largest.
 
     Args:
-        description: of the model.
-        network: FlowMol's.
         size_weights: how often each number of atoms occurs, from 0 to the largest, (largest + 1,).
         time_power: see :class:`flowtilt.model.FlowModel`.
     """
@@ -252,7 +236,6 @@ class FlowMolFlow(FlowModel):
         Args:
             x: states, (batch, columns).
             t: times, () or (batch,).
-            masks: of the features' rows.
             probabilities: whether categories are given by them.
         """
         features = [part[mask] for part, mask in zip(self.layout.split(x), masks, strict=True)]

@@ -36,7 +36,6 @@ def load_flowmol(name: str, weights: Path, time_power: float = 1.0) -> tuple[Flo
     """A model of FlowMol's Gaussian kind, frozen, and the decoder and the types of its states.
 
     Args:
-        name: of the model.
         weights: converted, or fine-tuned from those.
         time_power: see :class:`flowtilt.model.FlowModel`.
 
@@ -84,10 +83,8 @@ def _described(weights: Path) -> tuple[Tensor, Tensor]:
 
 def _network(description: Description) -> nn.Module:
     """FlowMol's network, with weights that are yet to be loaded."""
-    fields, scheduler = (
-        imported("flowmol.models.vector_field"),
-        imported("flowmol.models.interpolant_scheduler"),
-    )
+    fields = imported("flowmol.models.vector_field")
+    scheduler = imported("flowmol.models.interpolant_scheduler")
     kinds = {feature: kind for feature, (kind, _) in description.schedules.items()}
     rates = {feature: nu for feature, (kind, nu) in description.schedules.items() if kind == "cosine"}
     try:
@@ -109,9 +106,6 @@ def _network(description: Description) -> nn.Module:
             f"({error}); install a version that has this model among its pretrained ones"
         ) from None
     return network
-
-
-# --------------------------------------------------------------------------------- conversion
 
 
 def convert_pretrained(name: str, output: Path) -> None:

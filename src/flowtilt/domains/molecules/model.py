@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowtilt.domains.molecules.experiment import MoleculeExperiment
 from flowtilt.domains.molecules.network import EquivariantNetwork
 from flowtilt.domains.molecules.sections import MoleculeNetworkConfig, UnitsConfig
 from flowtilt.domains.molecules.states import ELEMENTS, WIDTH, centred, pack, unpack
-from flowtilt.interpolants import Linear, broadcast_time, convert
+from flowtilt.interpolants import Interpolant, Linear, broadcast_time, convert, time_grid
 from flowtilt.model import Context, FlowModel
 
 
@@ -24,8 +25,6 @@ class MoleculeFlow(FlowModel):
     The context is the mask of atoms, bools, (batch, atoms).
 
     Args:
-        settings: sizes of the network.
-        units: of the states.
         size_weights: how often each number of atoms occurs, from 0 to the largest, (largest + 1,).
         type_weight: of the types' cross entropy in the loss, beside the coordinates' mean square.
         time_power: see :class:`flowtilt.model.FlowModel`.
@@ -64,11 +63,8 @@ class MoleculeFlow(FlowModel):
         return self.context_of(torch.multinomial(self.size_weights, count, True, generator=generator))
 
     def context_of(self, sizes: Tensor) -> Tensor:
-        """Masks of molecules of given numbers of atoms, long, (count,).
-
-        Raises:
-            ValueError: if the data have no molecule of one of the sizes.
-        """
+        """Masks of molecules of given numbers of atoms, long, (count,). Raises ValueError if the data have no
+        molecule of one of the sizes."""
         known = self.size_weights.nonzero().flatten()
         unknown = sorted(set(sizes.tolist()) - set(known.tolist()))
         if unknown:
@@ -154,3 +150,8 @@ def mask_of(context: Context) -> Tensor:
 def _in_subspace(x: Tensor, mask: Tensor) -> Tensor:
     """States with their centres of mass and their padding at zero."""
     return torch.cat([centred(x[..., :3], mask), x[..., 3:] * mask.unsqueeze(2)], dim=2)
+
+
+def process(experiment: MoleculeExperiment, steps: int) -> tuple[Interpolant, tuple[float, ...], float]:
+    """What solvers follow: the path of the coordinates, the times, and the data variance of the steps."""
+    return Linear(), tuple(time_grid(steps, experiment.time_power)), MoleculeFlow.data_variance

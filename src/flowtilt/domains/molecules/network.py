@@ -119,13 +119,7 @@ def _along_offsets(coefficients: Tensor, positions: Tensor) -> Tensor:
 
 
 class EquivariantNetwork(nn.Module):
-    """From noisy molecules to a vector and scalars for each atom.
-
-    Args:
-        settings: sizes.
-        inputs: scalars that each atom comes with.
-        outputs: scalars that each atom gets.
-    """
+    """From noisy molecules to a vector and scalars for each atom."""
 
     def __init__(self, settings: MoleculeNetworkConfig, inputs: int, outputs: int) -> None:
         super().__init__()

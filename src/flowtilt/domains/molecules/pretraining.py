@@ -94,9 +94,6 @@ def _shipped(experiment: MoleculeExperiment) -> Path:
     return path
 
 
-# --------------------------------------------------------------------------------- its checks
-
-
 def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Watch[FlowModel]:
     """Draws molecules now and then, always from the same noise, and writes down how good they are."""
     check = experiment.pretrain.check
@@ -107,12 +104,8 @@ def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Wat
 
     def look(updates: int, model: FlowModel) -> None:
         generator = generator_of(experiment.starts_from, "check")
-        drawn = molecules_of(
-            *(
-                tensor.numpy(force=True)
-                for tensor in generated(Base(model, *parts), check.samples, ode, generator)
-            )
-        )
+        tensors = generated(Base(model, *parts), check.samples, ode, generator)
+        drawn = molecules_of(*(tensor.numpy(force=True) for tensor in tensors))
         with WorkerPool(1) as pool:
             structures = perceive(drawn, pool=pool)
         smiles = [structure.smiles for structure in structures if structure.smiles is not None]
@@ -131,11 +124,7 @@ def _watch(experiment: MoleculeExperiment, molecules: Path, checks: Path) -> Wat
 
 
 def _read_checks(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of checks, none before the first.
-
-    Raises:
-        StageError: if it is not whole.
-    """
+    """The lines of a file of checks, none before the first. Raises StageError if it is not whole."""
     if not path.is_file():
         return []
     try:

@@ -26,7 +26,6 @@ class RelaxationSettings:
         radius: how far a coordinate may go in one run of the optimiser, in ångström. It starts again
             from there, and with a third of the radius where it met a geometry without an energy.
         seconds: processor time that one molecule may take; it takes about a second.
-        xtb: settings of the energies.
     """
 
     gradient: float = 5e-4
@@ -47,7 +46,6 @@ class Relaxed(NamedTuple):
         gain: initial minus final energy, in hartree; NaN if there is no initial energy.
         coordinates: of the lowest energy found, ångström, (atoms, 3).
         converged: whether these are a minimum to the tolerance of the settings.
-        evaluations: energies that were computed.
         failure: why there is no initial energy, or None.
     """
 
@@ -59,15 +57,12 @@ class Relaxed(NamedTuple):
 
 
 def relax(
-    molecules: Sequence[Molecule],
-    settings: RelaxationSettings | None = None,
-    pool: WorkerPool | None = None,
+    molecules: Sequence[Molecule], settings: RelaxationSettings | None = None, pool: WorkerPool | None = None
 ) -> list[Relaxed]:
     """Relax molecules in worker processes.
 
     Args:
         molecules: as :func:`flowtilt.domains.molecules.energies.molecules_of` gives them.
-        settings: of the relaxation.
         pool: of workers; by default one shared by this process, with a worker for each processor.
 
     Raises:
@@ -76,15 +71,13 @@ def relax(
     settings = settings or RelaxationSettings()
     tasks = [(molecule, settings) for molecule in molecules]
     results = (pool or shared_pool()).map(relax_one, tasks, settings.seconds)
-    return [
-        _lost(molecule, result) if isinstance(result, Lost) else result
-        for molecule, result in zip(molecules, results, strict=True)
-    ]
-
-
-def _lost(molecule: Molecule, lost: Lost) -> Relaxed:
-    reason = Failure.TIME if lost.timed_out else Failure.CRASHED
-    return Relaxed(math.nan, molecule.coordinates, False, 0, reason)
+    found = []
+    for molecule, result in zip(molecules, results, strict=True):
+        if isinstance(result, Lost):
+            reason = Failure.TIME if result.timed_out else Failure.CRASHED
+            result = Relaxed(math.nan, molecule.coordinates, False, 0, reason)
+        found.append(result)
+    return found
 
 
 class _Stopped(Exception):
@@ -122,11 +115,8 @@ class _Energy:
 
 
 def relax_one(task: tuple[Molecule, RelaxationSettings]) -> Relaxed:
-    """Relax one molecule, in this process.
-
-    Each run of the optimiser, L-BFGS-B, stays in a box: a step into atoms that collide has no energy,
-    and its first step from a steep start would be a long one.
-    """
+    """Relax one molecule, in this process. Each run of the optimiser, L-BFGS-B, stays in a box: a step into
+    atoms that collide has no energy, and its first step from a steep start would be a long one."""
     from scipy.optimize import minimize
 
     molecule, settings = task

@@ -79,18 +79,8 @@ def sample(job: Job) -> None:
 def generated(
     base: Base, count: int, settings: OdeSettings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Molecules of a flow, drawn in batches of nearly one size, which saves padding.
-
-    Args:
-        base: the model.
-        count: of molecules.
-        settings: of the probability-flow ODE.
-        generator: of the sizes and of the noise.
-
-    Returns:
-        coordinates in ångström (count, atoms, 3) and atomic numbers (count, atoms), zero where there is
-        no atom.
-    """
+    """Molecules of a flow, drawn in batches of nearly one size, which saves padding. Returns coordinates in
+    ångström (count, atoms, 3) and atomic numbers (count, atoms), zero where there is no atom."""
     context = base.flow.draw_context(count, generator)
     order = torch.argsort(context.sum(1), stable=True)
     coordinates, numbers = torch.zeros(*context.shape, 3), torch.zeros(context.shape, dtype=torch.long)

@@ -31,7 +31,6 @@ class Record(NamedTuple):
     Attributes:
         molecule: with coordinates to 1e-4 ångström.
         bonds: pairs of atoms and orders; none if the molecule has no valid structure.
-        properties: as text.
     """
 
     molecule: Molecule
@@ -57,7 +56,6 @@ def write_sdf(
     """Write molecules to an SDF (V2000), whole or not at all.
 
     Args:
-        path: of the file.
         molecules: of elements at finite coordinates within 9999 ångström; see :func:`holds`.
         structures: of each molecule; one that is not valid is written without bonds.
         properties: of each molecule, for instance of :func:`describe`; numbers are written in full.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Section, Share
-from flowtilt.pipeline.sections import LEVEL, MethodConfig
+from flowtilt.pipeline.sections import LEVEL, FitConfig, MethodConfig
 
 Mass = Annotated[float, Field(gt=0, lt=1)]
 
@@ -82,26 +82,14 @@ class CheckConfig(Section):
     """Molecules drawn at each check."""
 
 
-class MoleculePretrainConfig(Section):
+class MoleculePretrainConfig(FitConfig):
     """Flow-matching pretraining; see :class:`flowtilt.pretraining.PretrainingSettings`."""
-
-    updates: Count
-    """Optimiser steps."""
-
-    batch: Count = 64
-    """Molecules an update."""
-
-    learning_rate: Positive = 1e-3
-    """Largest learning rate of Adam; a cosine takes it to zero."""
 
     warmup: Share = 0.01
     """Share of the updates over which the learning rate rises linearly."""
 
     average: Annotated[float, Field(ge=0, lt=1)] = 0.9995
     """Decay of the exponential moving average of the weights, which is the result; 0 for none."""
-
-    gradient_clip: Positive = 1.0
-    """Bound on the norm of the parameters' gradient."""
 
     times: tuple[float, Positive] = (1.5, 1.2)
     """Mean and standard deviation of the logit of the training times."""

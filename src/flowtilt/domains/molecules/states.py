@@ -38,7 +38,6 @@ def pack(coordinates: Tensor, types: Tensor, mask: Tensor, units: UnitsConfig) -
         coordinates: in ångström, (batch, atoms, 3); any value where there is no atom.
         types: positions in :data:`ELEMENTS`, long, (batch, atoms); any of them where there is no atom.
         mask: which rows are atoms, (batch, atoms).
-        units: of the states.
     """
     one_hot = F.one_hot(types, len(ELEMENTS)).to(coordinates) * mask.unsqueeze(-1)
     return torch.cat([centred(coordinates, mask) / units.length, one_hot * units.type_scale], dim=2)
@@ -46,8 +45,6 @@ def pack(coordinates: Tensor, types: Tensor, mask: Tensor, units: UnitsConfig) -
 
 def unpack(x: Tensor, mask: Tensor, units: UnitsConfig) -> tuple[Tensor, Tensor]:
     """Coordinates in ångström, (batch, atoms, 3), and the likeliest types, long, (batch, atoms), of states.
-
-    Both are zero where there is no atom.
-    """
+    Both are zero where there is no atom."""
     coordinates = x[..., :3] * units.length * mask.unsqueeze(-1)
     return coordinates, x[..., 3:].argmax(-1) * mask

@@ -1,10 +1,11 @@
-"""What the tables of molecules show: groups of metrics, what holds of what should, and masses of the tail."""
+"""What is shown of experiments on molecules: metrics, what holds of what should, and masses of the tail."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ import numpy as np
 import pandas as pd
 
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, tail_metric
+from flowtilt.pipeline.report.base import Shown, Table
+from flowtilt.pipeline.report.base import as_named as reported
 from flowtilt.pipeline.report.claims import more_than
 from flowtilt.pipeline.report.measurements import (
     Method,
@@ -25,6 +28,9 @@ from flowtilt.pipeline.report.measurements import (
     totals_of,
 )
 from flowtilt.pipeline.report.panels import Panel, describe, over_seeds, pretty
+from flowtilt.pipeline.report.tables import experiment_table
+
+__all__ = ["draw", "reported", "table"]
 
 NOTE = (
     "Energies are GFN1-xTB total energies at the generated geometries, in hartree; a molecule without an "
@@ -32,6 +38,24 @@ NOTE = (
     "Models of one seed start from the same noise. Valid: bonds perceived from the geometry, one fragment, "
     "neutral, no radicals, sanitised by RDKit. Relaxation energy: what a geometry loses by optimisation."
 )
+
+
+def table(shown: Shown) -> Table:
+    """The table of an experiment, with what holds of what should, or of a study of the mass of the tail."""
+    if shown.study is not None:
+        lines = masses(shown.results, shown.experiments)
+        frame = pd.DataFrame(lines, columns=list(MassLine._fields))
+        return Table(frame, [masses_panel(lines, shown.title)], MASSES_NOTE)
+    experiment = shown.experiments[0]
+    said = partial(findings, experiment=experiment, values=shown.reported)
+    return experiment_table(shown, partial(groups, experiment), said, NOTE)
+
+
+def draw(shown: Shown, prefix: str) -> None:
+    """Figures of an experiment, or of a study of the mass of the tail."""
+    from flowtilt.domains.molecules import figures
+
+    figures.draw(shown, prefix)
 
 
 def groups(experiment: MoleculeExperiment, caption: str) -> dict[str, list[str]]:
@@ -48,22 +72,13 @@ def groups(experiment: MoleculeExperiment, caption: str) -> dict[str, list[str]]
             *("relaxation_energy_median", "energy_per_atom", "heavy_atoms", "atomic_number"),
             *("elements_total_variation", "sizes_total_variation"),
         ],
-        "Fine-tuning": [
-            *("threshold", "offline_active_share", "active_share", "active_share_final"),
-            *("inactive_updates", "path_kl", "clipped_share", "effective_sample_size"),
-            *("training_energies", "training_failed_share"),
-        ],
+        "Energies in fine-tuning": ["training_energies", "training_failed_share"],
     }
 
 
-# ------------------------------------------------------------------------------- what holds
-
-
-def findings(long: pd.DataFrame, experiment: MoleculeExperiment, reported: pd.DataFrame) -> list[str]:
-    """Sentences on what the methods should do, by differences of paired seeds, and on reported means.
-
-    FDC and TFFT are compared with am by the same solver.
-    """
+def findings(long: pd.DataFrame, experiment: MoleculeExperiment, values: pd.DataFrame) -> list[str]:
+    """Sentences on what the methods should do, by differences of paired seeds, and on reported means. FDC and
+    TFFT are compared with am by the same solver."""
     kinds = {name: config.kind for name, config in experiment.methods.items()}
     pretrained, data = (
         next((n for n, k in kinds.items() if k == kind), None) for kind in ("pretrained", "data")
@@ -79,7 +94,7 @@ def findings(long: pd.DataFrame, experiment: MoleculeExperiment, reported: pd.Da
         asked += [(method, other, own) for other in others if other is not None]
     said = [more_than(long, *comparison) for comparison in asked]
     if data is not None:
-        said += _cannot_be(long, experiment, data, reported)
+        said += _cannot_be(long, experiment, data, values)
     return said
 
 
@@ -99,16 +114,13 @@ FAR = 5.0
 
 
 def _cannot_be(
-    long: pd.DataFrame, experiment: MoleculeExperiment, data: str, reported: pd.DataFrame
+    long: pd.DataFrame, experiment: MoleculeExperiment, data: str, values: pd.DataFrame
 ) -> list[str]:
     """Reported means of the pretrained model that are far from the data's."""
     metric = experiment.mean_metric
     own = float(np.mean([v for (_, row, _), v in by_row(long, metric).items() if row == data]))
-    theirs = reported[
-        (reported["experiment"] == experiment.name)
-        & (reported["metric"] == metric)
-        & (reported["method"] == "pretrained")
-    ]
+    theirs = values[(values["experiment"] == experiment.name) & (values["method"] == "pretrained")]
+    theirs = theirs[theirs["metric"] == metric]
     return [
         f"{source} reports a {describe(metric).words} of {value:g} hartree for the pretrained model, where "
         f"the data have {own:.1f}: a disagreement of definitions that is not resolved, and not tuned towards."
@@ -117,28 +129,14 @@ def _cannot_be(
     ]
 
 
-# ------------------------------------------------------------------------- masses of the tail
-
-
 class MassLine(NamedTuple):
-    """One mass of the tail in one case, means over seeds.
+    """One mass of the tail in one case, means over seeds; the case ``reference`` is beside every mass.
 
-    Attributes:
-        case: label of the case; ``reference`` for what every mass is compared with.
-        method: as in the paths of its runs.
-        mass: of the tail.
-        tail_mean: mean of the best share ``mass``, in hartree.
-        tail_mean_sd: over seeds.
-        gain: of it over the pretrained model, on the same seeds.
-        best: mean of the best share of the objective's own mass.
-        mean: of all molecules with an energy.
-        validity: in percent.
-        active: mean share of active samples in the pool.
-        inactive: share of updates without any.
-        seconds: of the training, by its history.
-        passes: network passes of the training, counted and not timed (see ``flowtilt.control.base``).
-        energies: computed in training.
-        seeds: how many.
+    ``tail_mean`` is of the best share ``mass``, ``gain`` what it has over the pretrained model on the same
+    seeds, ``best`` of the best share of the objective's own mass, and ``mean`` of all molecules with an
+    energy: all in hartree. ``validity`` is in percent, ``active`` the mean share of active samples in the
+    pool, ``inactive`` that of updates without any. Seconds, network passes (counted and not timed, see
+    ``flowtilt.control.base``) and energies are those of the training.
     """
 
     case: str
@@ -169,11 +167,8 @@ def parent_runs(case: MoleculeExperiment, methods: Mapping[str, str]) -> Runs:
 
 
 def masses(results: str | Path, cases: Sequence[MoleculeExperiment]) -> list[MassLine]:
-    """A line for each mass and case, and for the pretrained model and am at every mass.
-
-    Raises:
-        ResultsError: if a run is missing or malformed.
-    """
+    """A line for each mass and case, and for the pretrained model and am at every mass. Raises ResultsError
+    if a run is missing or malformed."""
     parent = parent_runs(cases[0], {name: name for name in REFERENCES})
     frame = collect(results, parent)
     known = sorted({case.mass_of(m) for case in cases for m in (*case.also, *case.methods)})
@@ -211,6 +206,11 @@ def _line(
         found = values(metric)
         return float(found.mean()) if found.size else math.nan
 
+    counted = {"seconds": math.nan, "network_passes": math.nan}  # as of the pretrained model
+    if method != "pretrained":
+        files = (run_folder(results, runs, method, "network", seed) / "history.csv" for seed in runs.seeds)
+        totals = [totals_of(read_history(file, [*counted]), *counted) for file in files]
+        counted = {column: float(np.mean([float(total[column]) for total in totals])) for column in counted}
     tail = values(tail_metric(mass))
     gain = tail - values(tail_metric(mass), reference, "pretrained")
     return MassLine(
@@ -225,22 +225,11 @@ def _line(
         validity=mean("validity_pct"),
         active=mean("active_share"),
         inactive=mean("inactive_updates"),
-        seconds=_counted(results, runs, method, "seconds"),
-        passes=_counted(results, runs, method, "network_passes"),
+        seconds=counted["seconds"],
+        passes=counted["network_passes"],
         energies=mean("training_energies"),
         seeds=len(runs.seeds),
     )
-
-
-def _counted(results: str | Path, runs: Runs, method: str, column: str) -> float:
-    """Mean over seeds of what the trainings' histories count; NaN for the pretrained model."""
-    if method == "pretrained":
-        return math.nan
-    counted = []
-    for seed in runs.seeds:
-        path = run_folder(results, runs, method, "network", seed) / "history.csv"
-        counted.append(float(totals_of(read_history(path, [column]), column)[column]))
-    return float(np.mean(counted))
 
 
 def masses_panel(lines: Sequence[MassLine], title: str) -> Panel:
@@ -255,10 +244,7 @@ def masses_panel(lines: Sequence[MassLine], title: str) -> Panel:
             pretty(line.tail_mean, line.tail_mean_sd),
             _cell(line.gain) if line.method != "pretrained" else "",
             *map(_cell, (line.best, line.mean, line.validity, line.active, line.inactive, line.seconds)),
-            *(
-                f"{value:.0f}" if math.isfinite(value) else ""
-                for value in (line.passes / 1000, line.energies)
-            ),
+            *(f"{v:.0f}" if math.isfinite(v) else "" for v in (line.passes / 1000, line.energies)),
         ]
         for line in lines
     ]

@@ -55,7 +55,6 @@ class Lost:
 
     Attributes:
         timed_out: whether the item exceeded its time; else the worker crashed.
-        detail: what happened, for messages.
     """
 
     timed_out: bool
@@ -115,7 +114,9 @@ class WorkerPool:
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"a pool needs at least one worker, got workers={workers}")
-        self.size = workers or _processors()
+        # How many this process may use, where the system tells; else how many there are.
+        known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.size = workers or known
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> WorkerPool:
@@ -200,11 +201,6 @@ class WorkerPool:
         worker.stop()
         self._workers.remove(worker)
         self._start(len(self._workers) + 1)
-
-
-def _processors() -> int:
-    """How many this process may use, where the system tells; else how many there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _unpacked(reply: bytes) -> Any:

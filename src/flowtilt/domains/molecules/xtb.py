@@ -106,11 +106,7 @@ def failed(atoms: int, failure: Failure, detail: str = "") -> Point:
 
 
 def single_point(task: tuple[Molecule, XTBSettings]) -> Point:
-    """Energy and gradient of one molecule.
-
-    Raises:
-        ImportError: if tblite is not installed.
-    """
+    """Energy and gradient of one molecule. Raises ImportError if tblite is not installed."""
     molecule, settings = task
     if problem := _unfit(molecule, settings):
         return failed(len(molecule.numbers), problem)
@@ -130,10 +126,8 @@ def single_point(task: tuple[Molecule, XTBSettings]) -> Point:
 
 
 def unpaired_electrons(numbers: np.ndarray, settings: XTBSettings) -> int | None:
-    """Unpaired electrons of a molecule, or None if charge and spin do not fit its electrons.
-
-    This and the functions below raise a ValueError for an element that is not supported.
-    """
+    """Unpaired electrons of a molecule, or None if charge and spin do not fit its electrons. This and the
+    functions below raise a ValueError for an element that is not supported."""
     check_elements(numbers)
     electrons = sum(VALENCE_ELECTRONS[int(z)] for z in numbers) - settings.charge
     unpaired = electrons % 2 if settings.unpaired is None else settings.unpaired
@@ -159,11 +153,7 @@ def supported(numbers: np.ndarray) -> bool:
 
 
 def check_elements(numbers: np.ndarray) -> None:
-    """Refuse elements that are not supported.
-
-    Raises:
-        ValueError: naming them.
-    """
+    """Refuse elements that are not supported. Raises ValueError, naming them."""
     if not supported(numbers):
         unknown = sorted({int(z) for z in numbers} - VALENCE_ELECTRONS.keys())
         raise ValueError(f"elements {unknown} are not supported, only {sorted(VALENCE_ELECTRONS)}")

@@ -12,7 +12,6 @@ from flowtilt.domains.planar.terms import check_terms
 from flowtilt.domains.planar.words import describe
 from flowtilt.pipeline.domain import Chapter, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
-from flowtilt.pipeline.report.panels import Description as Description
 from flowtilt.pipeline.resources import Needs
 from flowtilt.pipeline.usual import (
     PRETRAINED,
@@ -188,10 +187,10 @@ class Planar(BaseDomain):
     name = "planar"
     words = "in the plane"
     stages: Sequence[Stage] = STAGES
-    verify = f"{_HERE}.checking:check_experiment"
+    verify = f"{_HERE}.terms:check_experiment"
     workbench = f"{_HERE}.bench:PlanarBench"
     process = f"{_HERE}.process:process"
-    report = f"{_HERE}.report"
+    report = f"{_HERE}.tables"
     captions = str(Path(__file__).with_name("captions"))
     assessment = ("measure",)
 

@@ -15,7 +15,7 @@ from flowtilt.domains.planar.experiment import (
     TailExperiment,
     tail_experiment,
 )
-from flowtilt.domains.planar.landscapes import LANDSCAPES, SLOPES, Bowl, Slope, Zones
+from flowtilt.domains.planar.landscapes import LANDSCAPES, SLOPES, Bowl, Zones
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.domains.planar.sections import PathConfig
 from flowtilt.functionals.utilities import SQ, CVaR
@@ -70,11 +70,11 @@ def tail_utility(experiment: TailExperiment) -> CVaR | SQ:
     return (CVaR if problem.tail == "lower" else SQ)(build_reward(experiment), problem.mass)
 
 
-def build_slope(experiment: FunctionalExperiment) -> Slope | None:
+def build_slope(experiment: FunctionalExperiment) -> Reward | None:
     """The reward of an experiment on a functional, if it has one."""
     if experiment.reward is None:
         return None
-    return _made(experiment.reward.model_dump(), SLOPES, Slope)
+    return _made(experiment.reward.model_dump(exclude_none=True), SLOPES, Reward)  # type: ignore[type-abstract]
 
 
 def reward_of(experiment: PlanarExperiment) -> Reward:

@@ -22,11 +22,8 @@ from flowtilt.pipeline.configuration import ConfigError
 
 
 def calibrated_edge(experiment: TailExperiment) -> float:
-    """The right edge at which the data's tail mean is the calibration target, to 1e-5.
-
-    Raises:
-        ConfigError: if the target is not attained between the two ends of the bracket.
-    """
+    """The right edge at which the data's tail mean is the calibration target, to 1e-5. Raises ConfigError if
+    the target is not attained between the two ends of the bracket."""
     grid, reward = build_grid(experiment), build_reward(experiment)
     probabilities = np.exp(normalise(build_data(experiment).log_density(grid.points)))
     mass, tail = experiment.objective.mass, experiment.objective.tail

@@ -12,7 +12,7 @@ from flowtilt.domains.planar.build import build_data, build_model, build_slope
 from flowtilt.domains.planar.data import GaussianMixture
 from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.grid import Grid, finite_distribution, kl_divergence
-from flowtilt.domains.planar.optimum import mirror_iterates, optimum_of, tail_optimum, tilt
+from flowtilt.domains.planar.optimum import Optimum, mirror_iterates, optimum_of, tail_optimum, tilt
 from flowtilt.domains.planar.problems import build_objective
 from flowtilt.domains.planar.rows import GriddedDensity, Metrics, falls
 from flowtilt.functionals.base import FiniteDistribution, Objective
@@ -80,9 +80,7 @@ def transport_metrics(experiment: FunctionalExperiment, cloud: Cloud, reference:
 
 def coverage(experiment: FunctionalExperiment, cloud: Cloud) -> float | None:
     """Probability of the region around the data's lightest component: nearer to its mean than to any other.
-
-    Undefined for data of a single component, and for those of several modes.
-    """
+    Undefined for data of a single component, and for those of several modes."""
     data = build_data(experiment)
     if not isinstance(data, GaussianMixture) or len(data.weights) == 1:
         return None
@@ -162,10 +160,7 @@ def grid_metrics(experiment: FunctionalExperiment, problem: GridProblem, log_p: 
 
 
 def sample_metrics(
-    experiment: FunctionalExperiment,
-    cloud: Cloud,
-    rewards: np.ndarray | None,
-    reference: Cloud | None,
+    experiment: FunctionalExperiment, cloud: Cloud, rewards: np.ndarray | None, reference: Cloud | None
 ) -> Metrics:
     """Metrics of a run's samples, by the same names as those of the grid."""
     metrics: Metrics = {}
@@ -191,6 +186,11 @@ class SolvedRow(NamedTuple):
     log_p: np.ndarray
 
 
+def grid_optimum(experiment: FunctionalExperiment, problem: GridProblem) -> Optimum:
+    """The best distribution on the grid for a problem."""
+    return optimum_of(problem.objective, _starts(experiment, problem))
+
+
 def solved_rows(experiment: FunctionalExperiment, method: str, problem: GridProblem) -> dict[str, SolvedRow]:
     """A method's own steps solved exactly (``exact``), and the optimum of its problem (``optimum``).
 
@@ -204,7 +204,7 @@ def solved_rows(experiment: FunctionalExperiment, method: str, problem: GridProb
         of_steps["falls"] = falls([before, *map(problem.objective.finite_value, iterates)])
     solved: dict[str, tuple[np.ndarray, Metrics]] = {"exact": (iterates[-1].log_p, of_steps)}
     if experiment.methods[method].kind != "pretrained":
-        best = optimum_of(problem.objective, _starts(experiment, problem))
+        best = grid_optimum(experiment, problem)
         solved["optimum"] = best.log_p, {"slack": best.slack}
     return {
         solution: SolvedRow(

@@ -11,7 +11,8 @@ from flowtilt.domains.planar.files import read_density
 from flowtilt.domains.planar.rows import reward_metrics, sample_divergence, zone_masses
 from flowtilt.metrics.tails import dominance_violation
 from flowtilt.pipeline.domain import Job, Run
-from flowtilt.pipeline.files import read_arrays, tuned_metrics, write_rows
+from flowtilt.pipeline.files import read_arrays, write_rows
+from flowtilt.pipeline.health import tilt_metrics, tuned_metrics
 
 
 def evaluate(job: Job) -> None:
@@ -29,6 +30,8 @@ def evaluate(job: Job) -> None:
     if (reference := reference_of(job.run)) is not None:
         (pretrained_rewards,) = read_arrays(reference, "reward")
         row["dominance_violation"] = dominance_violation(rewards, pretrained_rewards)
+        if kind in ("am", "tfft"):
+            row |= tilt_metrics(job, rewards, reference)
     write_rows({job.method: row}, job.outputs["metrics"])
 
 

@@ -221,6 +221,11 @@ class FunctionalExperiment(PlanarExperiment):
             if method.kind == "tfft" and self._tail(name) is None:
                 raise ValueError(f"methods.{name}: {_NO_TAIL}")
         pretrained = [name for name, method in self.methods.items() if method.kind == "pretrained"]
+        if self.evaluation.sliced is not None and pretrained != ["pretrained"]:
+            raise ValueError(
+                "evaluation.sliced: the experiment's own objective is that of the method 'pretrained'; "
+                "add methods.pretrained: {kind: pretrained}"
+            )
         if self.evaluation.transport is not None and pretrained != ["pretrained"]:
             raise ValueError(
                 "evaluation.transport: distances are from the samples of the method 'pretrained'; "

@@ -24,10 +24,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy.ndimage import gaussian_filter, grey_opening
 
 from flowtilt.domains.planar.experiment import FunctionalExperiment, TailExperiment
-from flowtilt.domains.planar.figures_functionals import hierarchy_figure, metrics_figure, solvers_figure
-from flowtilt.domains.planar.hierarchy import reached
+from flowtilt.domains.planar.figures_functionals import metrics_figure
 from flowtilt.domains.planar.measured import Distributions, load_distributions, load_samples, read_resolution
-from flowtilt.domains.planar.solver_study import solver_runs
 from flowtilt.domains.planar.studies import (
     Point,
     StudyRuns,
@@ -148,9 +146,7 @@ def landscape_figure(
 
     Args:
         height: heights (n,) at points (n, 2).
-        half: half the side of the window.
         unit: ``cost`` or ``reward``, what the height is.
-        title: of the figure.
         pretrained: samples (n, 2) of the pretrained model, for contours.
     """
     drawn = relief(height, half)
@@ -204,8 +200,6 @@ def densities_figure(
 
     Args:
         height: heights (n,) at points (n, 2), or None where there is no landscape.
-        half: half the side of the window.
-        runs: the experiment.
         samples: points (n, 2) of each method's network, pooled over seeds.
         distributions: by solution, averaged over seeds.
     """
@@ -305,7 +299,6 @@ def histograms_figure(
     """How the heights are distributed, a panel a method, with the tail marked.
 
     Args:
-        runs: the experiment.
         rewards: of each method's network samples, (n,).
         distributions: by solution, for the lines of the exact rows.
         tails: tail metric of every row, by row name.
@@ -313,11 +306,20 @@ def histograms_figure(
     """
     figure = Figure(figsize=(7.2, 1.75 * len(runs.methods) + 1.0))
     panels = figure.subplots(len(runs.methods), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    edges = runs.sign * next(iter(distributions.values())).edges
-    edges = _thinned(edges, most=60)
+    every = runs.sign * next(iter(distributions.values())).edges
+    kept = every[:: max(1, math.ceil((len(every) - 1) / 60))]  # at most about so many bins, and the last edge
+    edges = np.sort(np.append(kept, every[-1:] if kept[-1] != every[-1] else []))
     smallest = 0.3 / max(len(values) for values in rewards.values())
     for axes, method in zip(panels, runs.methods, strict=True):
-        _histogram_panel(axes, runs, method, rewards[method.name], distributions, edges)
+        heights = np.clip(runs.sign * rewards[method.name], edges[0], edges[-1])
+        shares = np.histogram(heights, edges)[0] / len(heights)
+        axes.stairs(shares, edges, fill=True, color=COLOURS[method.kind], alpha=0.45)
+        for solution, distribution in distributions.items():
+            row = row_name(method.name, solution)
+            if row in distribution.rewards:
+                centres = runs.sign * 0.5 * (distribution.edges[1:] + distribution.edges[:-1])
+                solved = np.histogram(centres, edges, weights=distribution.rewards[row])[0]
+                axes.stairs(solved, edges, color="black", linestyle=_STYLES[solution], linewidth=1.3)
         _mark_tail(axes, runs, method, rewards[method.name], tails, reported)
         axes.set_yscale("log")
         axes.set(ylim=(smallest, 10.0), ylabel="share of\nsamples")
@@ -331,33 +333,6 @@ def histograms_figure(
         handles=_histogram_legend(runs, distributions, bool(reported)), loc="outside lower center", ncols=4
     )
     return figure
-
-
-def _thinned(edges: np.ndarray, most: int) -> np.ndarray:
-    """Every k-th edge and the last one, so that at most about ``most`` bins remain."""
-    step = max(1, math.ceil((len(edges) - 1) / most))
-    kept = edges[::step]
-    return kept if (len(edges) - 1) % step == 0 else np.append(kept, edges[-1])
-
-
-def _histogram_panel(
-    axes: Axes,
-    runs: Runs,
-    method: Method,
-    rewards: np.ndarray,
-    distributions: Mapping[str, Distributions],
-    edges: np.ndarray,
-) -> None:
-    rising = np.sort(edges)
-    heights = np.clip(runs.sign * rewards, rising[0], rising[-1])
-    shares = np.histogram(heights, rising)[0] / len(heights)
-    axes.stairs(shares, rising, fill=True, color=COLOURS[method.kind], alpha=0.45)
-    for solution, distribution in distributions.items():
-        row = row_name(method.name, solution)
-        if row in distribution.rewards:
-            centres = runs.sign * 0.5 * (distribution.edges[1:] + distribution.edges[:-1])
-            solved = np.histogram(centres, rising, weights=distribution.rewards[row])[0]
-            axes.stairs(solved, rising, color="black", linestyle=_STYLES[solution], linewidth=1.3)
 
 
 def _mark_tail(
@@ -461,12 +436,7 @@ def _place_ticks(axes: Axes, ticks: Sequence[float]) -> None:
 
 
 def _mark_resolution(
-    axes: Axes,
-    points: list[Point],
-    of: str,
-    metric: str,
-    tolerance: float,
-    resolution: float | None,
+    axes: Axes, points: list[Point], of: str, metric: str, tolerance: float, resolution: float | None
 ) -> None:
     """Mark the measured resolution, and shade where every series' network is near its exact row."""
     if resolution:
@@ -558,19 +528,6 @@ def draw_functional(shown: Shown, prefix: str) -> None:
     long = with_gaps(collect_runs(results, [runs]))
     save_figure(densities_figure(height, half, runs, points, distributions), f"{prefix}_densities.png", 125)
     save_figure(metrics_figure(runs, long, shown.reported), f"{prefix}_metrics.png")
-
-
-def draw_hierarchy(shown: Shown, prefix: str) -> None:
-    """Draw ``{prefix}.png``: how much of the gap each functional's network closes."""
-    # Functionals without a case have nothing to draw.
-    found = [line for line in reached(shown.collected, shown.experiments) if line.seeds]
-    save_figure(hierarchy_figure(found, shown.title), f"{prefix}.png")
-
-
-def draw_solvers(shown: Shown, prefix: str) -> None:
-    """Draw ``{prefix}.png``: each solver's gap to the optimum against what it cost."""
-    runs = solver_runs(shown.results, shown.collected, shown.experiments)
-    save_figure(solvers_figure(runs, shown.title), f"{prefix}.png")
 
 
 def draw_study(results: str | Path, study: StudyRuns, prefix: str | Path) -> None:

@@ -21,7 +21,7 @@ _NETWORK, _EXACT, _OPTIMUM = "#0072B2", "#000000", "#009E73"
 TIER_COLOURS = {"linear": "#6b6b6b", "convex": "#0072B2", "general": "#D55E00"}
 
 _SHOWN = ("mean_reward", "gap_closed", "entropy", "entropy_likelihood", "coverage", "functional")
-_SHOWN_PATTERNS = ("w1_", "horizontal_shift", "vertical_shift")
+_SHOWN_PATTERNS = ("w1_", "sliced_w2", "horizontal_shift", "vertical_shift")
 
 
 def _shown_metrics(long: pd.DataFrame) -> list[str]:
@@ -116,7 +116,6 @@ def solvers_figure(runs: Sequence[SolverRun], title: str) -> Figure:
 
     Args:
         runs: every seed's, all larger than 0 in gap; others cannot stand on a logarithmic axis.
-        title: of the figure.
     """
     cases = list(dict.fromkeys(run.case for run in runs))
     figure = Figure(figsize=(3.4 * len(cases) + 0.6, 6.4))

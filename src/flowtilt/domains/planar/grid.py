@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from flowtilt.functionals.base import FiniteDistribution
-from flowtilt.functionals.utilities import SQ, CVaR
+from flowtilt.functionals.utilities import SQ, CVaR, Hinge
 from flowtilt.metrics.tails import quantile
-from flowtilt.mirror import find_step
+from flowtilt.mirror import MirrorStep, find_step
 from flowtilt.model import Context
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import threshold
@@ -75,7 +75,6 @@ def finite_distribution(grid: Grid, log_density: np.ndarray) -> FiniteDistributi
     """The distribution on a grid's cells of a log-density there, which is its own reference.
 
     Args:
-        grid: the grid.
         log_density: in nats at the cell centres, up to a constant, (cells, cells); or of every mode,
             (modes, cells, cells). The distribution is then one of pairs of a cell and a mode, mode by mode,
             with modes equally likely.
@@ -125,10 +124,8 @@ def hinge(rewards: np.ndarray, at: float, mass: float, tail: Tail) -> np.ndarray
 def tail_tilt(
     log_p: np.ndarray, rewards: np.ndarray, alpha: float, mass: float, tail: Tail, blur: Blur = no_blur
 ) -> tuple[np.ndarray, float]:
-    """TFFT on the grid: the exact dual threshold, and the distribution tilted by its hinge.
-
-    Without blur this is the maximiser of ``tail mean - alpha KL`` (the tail problem's optimum).
-    """
+    """TFFT on the grid: the exact dual threshold, and the distribution tilted by its hinge. Without blur this
+    is the maximiser of ``tail mean - alpha KL`` (the tail problem's optimum)."""
     at = threshold(rewards.ravel(), alpha, mass, tail, weights=np.exp(log_p).ravel())
     return hinge_tilt(log_p, rewards, at, alpha, mass, tail, blur), at
 
@@ -256,12 +253,17 @@ def searched_ascent(
         if not step.gain > 0:
             break
         kept = 1 - alpha / step.eta
-        hinges = [(w, part.threshold) for w, part in step.first_variation]
-        h_levels = (
-            kept * h_levels + sum(w * hinge(levels.values, t, mass, tail) for w, t in hinges) / step.eta
-        )
-        raised = sum(w * hinge(rewards, t, mass, tail) for w, t in hinges) / step.eta
-        h_cells = kept * h_cells + blur(raised)
+        h_levels = kept * h_levels + _added(step, levels.values)
+        h_cells = kept * h_cells + blur(_added(step, rewards))
         current = normalise(log_p + h_cells)
         iterates.append(current)
     return iterates
+
+
+def _added(step: MirrorStep, rewards: np.ndarray) -> np.ndarray:
+    """``f / eta`` of a step on a tail mean, a mean of hinges, at rewards of any shape."""
+    total = np.zeros_like(rewards)
+    for weight, part in step.first_variation:
+        if isinstance(part, Hinge):  # as all of them are
+            total += weight / step.eta * part.of_rewards(rewards)
+    return total

@@ -157,16 +157,6 @@ NOTE = (
 )
 
 
-def _numbers(line: Reached) -> list[str]:
-    """The cells of what was run."""
-    return [
-        *(pretty(value) for value in (line.before, line.after, line.optimum)),
-        pretty(line.closed, line.sd),
-        pretty(line.closed_by_exact_steps),
-        f"{line.single}: {pretty(line.closed_by_single, line.single_sd)}" if line.single else "",
-    ]
-
-
 def hierarchy_panel(lines: Sequence[Reached], title: str) -> Panel:
     """The table as text."""
     header = [
@@ -176,9 +166,14 @@ def hierarchy_panel(lines: Sequence[Reached], title: str) -> Panel:
     cells = [
         [
             *(line.label, line.tier, line.curvature, line.needs, line.solvers),
-            *(_numbers(line) if line.seeds else [""] * 6),
+            *(pretty(value) for value in (line.before, line.after, line.optimum)),
+            pretty(line.closed, line.sd),
+            pretty(line.closed_by_exact_steps),
+            f"{line.single}: {pretty(line.closed_by_single, line.single_sd)}" if line.single else "",
             line.verdict,
         ]
+        if line.seeds
+        else [line.label, line.tier, line.curvature, line.needs, line.solvers, *[""] * 6, line.verdict]
         for line in lines
     ]
     seeds = over_seeds(max((line.seeds for line in lines), default=1))

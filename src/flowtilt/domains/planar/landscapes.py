@@ -1,4 +1,4 @@
-"""Reward landscapes of the planar experiments: zones with bumps, and a slope that levels off.
+"""Reward landscapes of the planar experiments: zones with bumps, a slope that levels off, and rings.
 
 The risk-averse and the novelty-seeking experiment have zones. Neither paper prints its landscapes;
 both describe three zones along x: a plateau under the pretrained density, a zone of moderate reward
@@ -132,7 +132,24 @@ class Slope(Reward):
         return self.height * _rise(x.sum(1) / math.sqrt(2), self.middle, self.softness)
 
 
-SLOPES: dict[str, type[Slope]] = {"slope": Slope}
+@dataclass(frozen=True)
+class Rings(Reward):
+    """``1 - d^2`` with d the distance to the nearest of some rings, as in FTFC's figure 1.
+
+    Attributes:
+        centres: of the rings.
+        radius: of each.
+    """
+
+    centres: tuple[tuple[float, float], ...]
+    radius: float
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        offsets = x[:, None] - x.new_tensor(self.centres)
+        return 1 - (offsets.norm(dim=-1) - self.radius).square().amin(dim=1)
+
+
+SLOPES: dict[str, type[Reward]] = {"slope": Slope, "rings": Rings}
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,7 @@ class Distributions:
 
 def load_distributions(results: str | Path, runs: Runs, solution: str) -> Distributions:
     """The distributions of one solved solution (``exact``, ``resolved`` or ``optimum``) of an experiment.
-
-    Raises:
-        ResultsError: if a file is missing, malformed, or on another grid than that of the first seed.
-    """
+    Raises ResultsError if a file is missing, malformed, or on another grid than that of the first seed."""
     methods = [""] if runs.solved_apart else [m.name for m in runs.methods]
     seeds = []
     for seed in runs.seeds:
@@ -84,11 +81,8 @@ def load_samples(results: str | Path, runs: Runs, method: str) -> tuple[np.ndarr
 
 
 def read_resolution(path: Path) -> float | None:
-    """The measured width of the network's resolution, or None if it was not measured.
-
-    Raises:
-        ResultsError: if the file is malformed.
-    """
+    """The measured width of the network's resolution, or None if it was not measured. Raises ResultsError if
+    the file is malformed."""
     if not path.is_file():
         return None
     try:

@@ -33,7 +33,6 @@ class PlanarFlow(FlowModel):
     """A multilayer perceptron on (x, y, t), whose output stands for a velocity or a score.
 
     Args:
-        path: the interpolant.
         widths: sizes of the hidden layers; FDC's official code has 512, 512, 256.
         activation: ``relu`` or ``silu``.
         prediction: what the network puts out. A score is smooth up to the data on the
@@ -81,11 +80,8 @@ class PlanarFlow(FlowModel):
         return context if self.modes else None
 
     def predict(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
-        """The network's own output at states (batch, 2), times () or (batch,) and modes long (batch,).
-
-        Raises:
-            ValueError: if the flow has modes, and the context is not one for each state.
-        """
+        """The network's own output at states (batch, 2), times () or (batch,) and modes long (batch,). Raises
+        ValueError if the flow has modes, and the context is not one for each state."""
         first, *rest = self._linears()
         h = self._through(first, x, t, context)
         in_place = not torch.is_grad_enabled()  # nobody else holds h, unless a backward pass will need it
@@ -116,10 +112,8 @@ class PlanarFlow(FlowModel):
     def linearised(
         self, states: Tensor, times: Tensor, context: Context = None
     ) -> Callable[[int], tuple[Tensor, PullBack]]:
-        """As for any model, with the chain rule through the layers by hand.
-
-        A network this small spends most of a backward pass of autograd on bookkeeping.
-        """
+        """As for any model, with the chain rule through the layers by hand. A network this small spends most
+        of a backward pass of autograd on bookkeeping."""
         if self.prediction not in ("velocity", "score"):
             return super().linearised(states, times, context)
         first, *rest = self._linears()

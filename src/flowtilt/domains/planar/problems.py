@@ -26,8 +26,6 @@ def build_objective(experiment: FunctionalExperiment, method: str, reference: Fl
     """What a method maximises.
 
     Args:
-        experiment: with the problem.
-        method: name of one of its methods.
         reference: the pretrained model. Finite distributions bring their own reference distribution: for them
             an untrained model will do.
 
@@ -63,7 +61,6 @@ def build_term(kind: str, term: TermConfig, ingredients: Ingredients) -> Functio
         kind: ``utility`` or ``divergence``.
         term: a name in the registry, or ``module:NAME``, with parameters; or the kind ``sum``
             with ``parts``: a list of mappings with a ``name``, a ``weight`` and parameters.
-        ingredients: what the experiment provides.
 
     Raises:
         ValueError: naming the key and what is known.

@@ -114,27 +114,48 @@ class ZonesConfig(Section):
 
 
 class SlopeConfig(Section):
-    """A reward that grows along the diagonal and levels off.
+    """A smooth reward; which further keys it has depends on the landscape.
 
-    Its formula is in :class:`flowtilt.domains.planar.landscapes.Slope`.
+    Formulas are in :mod:`flowtilt.domains.planar.landscapes`. One of your own takes those that are given.
     """
 
     landscape: str
-    """``slope``, or ``module:Class`` for a subclass of ``Slope`` of your own in an importable module."""
+    """``slope``, which grows along the diagonal and levels off, ``rings``, 1 less the squared distance to the
+    nearest ring, or ``module:Class`` for a ``Reward`` of your own in an importable module."""
 
-    height: float
-    """Reward where it has levelled off; it starts from 0."""
+    height: float | None = None
+    """Reward where a ``slope`` has levelled off; it starts from 0."""
 
-    middle: float
-    """Where along the diagonal, (x + y) / sqrt(2), half of it is reached."""
+    middle: float | None = None
+    """Where along the diagonal, (x + y) / sqrt(2), half of it is reached; for ``slope``."""
 
-    softness: Positive
-    """Half-width of the step along the diagonal."""
+    softness: Positive | None = None
+    """Half-width of the step along the diagonal; for ``slope``."""
+
+    centres: Annotated[list[Row], Field(min_length=1)] | None = None
+    """Centres of the rings, a pair of coordinates each; for ``rings``."""
+
+    radius: Positive | None = None
+    """Radius of every ring; for ``rings``."""
 
     @field_validator("landscape")
     @classmethod
     def _known_landscape(cls, value: str) -> str:
-        return _landscape(value, ("slope",))
+        return _landscape(value, tuple(_OF_LANDSCAPE))
+
+    @model_validator(mode="after")
+    def _keys_of_landscape(self) -> SlopeConfig:
+        if (wanted := _OF_LANDSCAPE.get(self.landscape)) is None:
+            return self
+        given = {key for key in type(self).model_fields if getattr(self, key) is not None} - {"landscape"}
+        if missing := wanted - given:
+            raise ValueError(f"{self.landscape} needs {' and '.join(sorted(missing))}; add it")
+        if extra := given - wanted:
+            raise ValueError(f"{self.landscape} has no {' or '.join(sorted(extra))}; remove it")
+        return self
+
+
+_OF_LANDSCAPE = {"slope": {"height", "middle", "softness"}, "rings": {"centres", "radius"}}
 
 
 class BowlConfig(Section):
@@ -332,6 +353,13 @@ class EntropyConfig(Section):
     on their number."""
 
 
+class SlicedConfig(Section):
+    """The sliced Wasserstein distance of order 2 from the optimum on the grid."""
+
+    directions: Annotated[int, Field(ge=2)]
+    """Directions of the slices, evenly over the half circle."""
+
+
 class FunctionalEvaluationConfig(EvaluationConfig):
     """How each run is measured, and which families of metrics are computed beside the objective."""
 
@@ -340,6 +368,10 @@ class FunctionalEvaluationConfig(EvaluationConfig):
 
     entropy: EntropyConfig | None = None
     """Metrics of entropy and coverage; none without it."""
+
+    sliced: SlicedConfig | None = None
+    """Distances from the optimum of the experiment's objective, and of a method's own where it has another;
+    none without it."""
 
 
 class GridConfig(Section):

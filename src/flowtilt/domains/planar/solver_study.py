@@ -31,20 +31,10 @@ from flowtilt.pipeline.report.panels import Panel, over_seeds, pretty
 class SolverRun(NamedTuple):
     """One method of one case on one seed.
 
-    Attributes:
-        case: its label.
-        method: its name.
-        kind: ``am``, ``tfft`` or ``fdc``.
-        solver: kind of the control solver.
-        solves: how many the run has.
-        updates: optimiser steps of each.
-        seed: of the run.
-        gap: how far G is below the optimum, in percent of the optimum's size.
-        closed: share of the way from the pretrained distribution to the optimum, in percent.
-        network_passes: of all solves.
-        seconds: of all solves.
-        effective_sample_size: the smallest of the solves' banks; NaN without a bank.
-        relative_gap: the largest primal-dual gap of the solves' weights, without sign; NaN without a bank.
+    ``gap`` is how far G is below the optimum in percent of the optimum's size, ``closed`` the share of the
+    way there from the pretrained distribution in percent. Updates are of each solve, passes and seconds of
+    all. Of the solves' banks there are the smallest effective sample size, and the largest primal-dual gap of
+    their weights without sign; NaN without a bank.
     """
 
     case: str
@@ -83,17 +73,8 @@ class SolverPoint(NamedTuple):
     seeds: int
 
 
-class Costs(NamedTuple):
-    """What the solves of one run took, and what the weights of their banks were worth."""
-
-    network_passes: float
-    seconds: float
-    effective_sample_size: float
-    relative_gap: float
-
-
-def costs_of(history: Path) -> Costs:
-    """Costs of a run from its history: counts within a solve are cumulative, those of solves add up.
+def costs_of(history: Path) -> dict[str, float]:
+    """What the solves of a run took, from its history, and what the weights of their banks were worth.
 
     Solves of a run that this one continues are in that run's history, and not counted here.
 
@@ -102,21 +83,16 @@ def costs_of(history: Path) -> Costs:
     """
     table = read_history(history, ("network_passes", "seconds"))
     totals = totals_of(table, "network_passes", "seconds")
-    return Costs(
-        float(totals["network_passes"]),
-        float(totals["seconds"]),
-        float(table["effective_sample_size"].min()) if "effective_sample_size" in table else math.nan,
-        # Rounding may leave a gap of either sign.
-        float(table["relative_gap"].abs().max()) if "relative_gap" in table else math.nan,
-    )
+    found = {name: float(totals[name]) for name in ("network_passes", "seconds")}
+    # Rounding may leave a gap of either sign.
+    for name, worst in (("effective_sample_size", "min"), ("relative_gap", "max")):
+        found[name] = float(table[name].abs().agg(worst)) if name in table else math.nan
+    return found
 
 
 def solver_runs(results: str | Path, long: pd.DataFrame, cases: Sequence[Experiment]) -> list[SolverRun]:
-    """Every run of the cases, in their order, by method and seed.
-
-    Raises:
-        ResultsError: if a history is missing or malformed.
-    """
+    """Every run of the cases, in their order, by method and seed. Raises ResultsError if a history is missing
+    or malformed."""
     reached, closed = by_row(long, "functional"), by_row(with_gaps(long), "gap_closed")
     runs = []
     for case in cases:
@@ -138,7 +114,7 @@ def solver_runs(results: str | Path, long: pd.DataFrame, cases: Sequence[Experim
                     seed=seed,
                     gap=100 * missed / abs(optimum) if optimum else math.nan,
                     closed=closed[case.name, name, seed],
-                    **costs_of(history)._asdict(),
+                    **costs_of(history),
                 )
                 runs.append(run)
     return runs

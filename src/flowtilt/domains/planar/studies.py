@@ -49,11 +49,8 @@ class StudyRuns:
 
 
 def study_runs_of(study: Study, cases: Iterable[Experiment]) -> StudyRuns:
-    """A configured study and its cases; see :class:`StudyRuns`.
-
-    Only cases can differ in a length of the landscape; where methods are what varies, there is
-    nothing to resolve.
-    """
+    """A configured study and its cases; see :class:`StudyRuns`. Only cases can differ in a length of the
+    landscape; where methods are what varies, there is nothing to resolve."""
     runs = tuple(map(runs_of, cases))
     varied = any(case.value is not None for case in runs)
     return StudyRuns(study.name, study.title, study.study.axis, runs, RESOLVED_WITHIN if varied else None)
@@ -81,11 +78,8 @@ class Point(NamedTuple):
 
 
 def study_points(long: pd.DataFrame, study: StudyRuns) -> list[Point]:
-    """The rows of a study's cases in their places.
-
-    Returns:
-        By parent experiment, series and rising axis value, lines of reference last.
-    """
+    """The rows of a study's cases in their places. In the order of parent experiment, series and rising axis
+    value, lines of reference last."""
     places = {
         (case.name, row_name(method.name, solution)): (case, method, solution)
         for case in study.cases
@@ -157,20 +151,14 @@ def resolves_from(misses: Iterable[tuple[float, float]], tolerance: float) -> fl
 
 
 def misses(points: list[Point], of: str, series: str, metric: str) -> list[tuple[float, float]]:
-    """How far a series' network rows are from its exact rows, by their means over seeds.
-
-    Returns:
-        Pairs of axis value and difference as a share of the exact value's size, by rising axis value.
-    """
+    """How far a series' network rows are from its exact rows, by their means over seeds. Returns pairs of
+    axis value and difference as a share of the exact value's size, by rising axis value."""
     exact = {p.axis: p.value for p in curve(points, of, series, "exact", metric)}
     return [
         (p.axis, (p.value - exact[p.axis]) / abs(exact[p.axis]) if exact[p.axis] else math.nan)
         for p in curve(points, of, series, "network", metric)
         if p.axis is not None and p.axis in exact
     ]
-
-
-# ------------------------------------------------------------------------------- tables
 
 
 def study_panels(points: list[Point], study: StudyRuns) -> list[Panel]:
@@ -217,12 +205,7 @@ def findings(points: list[Point], study: StudyRuns) -> list[str]:
 
 
 def _where_it_resolves(
-    study: StudyRuns,
-    of: str,
-    series: str,
-    metric: str,
-    found: list[tuple[float, float]],
-    tolerance: float,
+    study: StudyRuns, of: str, series: str, metric: str, found: list[tuple[float, float]], tolerance: float
 ) -> str:
     start = resolves_from(found, tolerance)
     within = f"within {100 * tolerance:g} % of the exact row's"

@@ -8,6 +8,7 @@ from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.sections import TermConfig
 from flowtilt.functionals.keys import DIVERGENCE_KEYS, UTILITY_KEYS, FunctionalKeys
 from flowtilt.pipeline.configuration import ConfigError, unknown_key
+from flowtilt.pipeline.experiment import Experiment
 
 
 def check_terms(name: str, case: FunctionalExperiment) -> None:
@@ -32,3 +33,17 @@ def check_terms(name: str, case: FunctionalExperiment) -> None:
                     f"{where}: unknown {key} {term.kind!r}; known: {', '.join(known)}, or module:NAME of "
                     "your own"
                 )
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Refuse functionals that no job of an experiment could use. Raises ConfigError, naming the file, the
+    experiment, the key and the fix."""
+    if not isinstance(experiment, FunctionalExperiment):
+        return
+    from flowtilt.domains.planar.problems import check_problems  # which takes torch
+    from flowtilt.pipeline.plan import experiment_file
+
+    try:
+        check_problems(experiment)
+    except ConfigError as error:
+        raise ConfigError(f"{experiment_file(experiment.name.split('/')[0])}: {error}") from None

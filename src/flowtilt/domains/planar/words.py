@@ -11,6 +11,8 @@ _TRANSPORT = re.compile(r"w1_(\w+?)(_critic)?")
 WORDS = {
     "functional": Description("G", "", "higher"),
     "functional_before": Description("G before", ""),
+    "sliced_w2": Description("sliced W2 to the optimum", "distance", "lower"),
+    "sliced_w2_own": Description("sliced W2 to its own optimum", "distance", "lower"),
     "slack": Description("what the optimum may lack", ""),
     "gap_closed": Description("gap closed", "%", "higher"),
     "horizontal_shift": Description("horizontal shift", "distance"),

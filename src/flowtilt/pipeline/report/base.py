@@ -22,10 +22,8 @@ class Shown:
     """A file of experiments whose runs are there.
 
     Attributes:
-        name: of the file.
         study: that it is; None for an ordinary experiment.
         experiments: of the file, at least one; the cases of a study.
-        results: root of the results to read.
         reported: values that the papers report, under the names of these experiments.
     """
 
@@ -109,8 +107,6 @@ def shown_file(file: Path, overrides: Mapping[str, Any] | None, results: Path, r
     Args:
         file: the experiment's or study's file.
         overrides: merged into every experiment last.
-        results: root of the results to read.
-        reported: table of reported values.
 
     Raises:
         ConfigError: if the file is not a valid experiment or study.

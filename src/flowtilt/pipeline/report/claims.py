@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 
-from flowtilt.pipeline.report.measurements import mean_sd, of_row
+from flowtilt.pipeline.report.measurements import mean_sd, of_row, sign
 from flowtilt.pipeline.report.panels import describe, pretty
 
 
@@ -16,8 +14,6 @@ def more_than(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
 
     Args:
         long: metrics of one experiment; see :func:`flowtilt.pipeline.report.measurements.collect`.
-        method, other: names of their rows.
-        metric: name of the metric.
     """
     found = gains(long, method, other, metric)
     words = describe(metric)
@@ -30,7 +26,7 @@ def more_than(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
 def no_less_than(long: pd.DataFrame, method: str, other: str, metric: str) -> str:
     """Whether a method has no less of a metric than another; the arguments are those of :func:`more_than`.
 
-    It holds if it has no less on any seed, or more by two standard errors.
+    It holds if it has no less on any seed, or what is decided is more.
     """
     found = gains(long, method, other, metric)
     word = "holds" if (found >= 0).all() else decided(found)
@@ -46,11 +42,8 @@ def gains(long: pd.DataFrame, method: str, other: str, metric: str) -> np.ndarra
 
 
 def decided(gains: np.ndarray) -> str:
-    """Whether gains of paired seeds are positive, by two standard errors of their mean."""
-    error = float(gains.std(ddof=1)) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-    if abs(gains.mean()) <= 2 * error:
-        return "not decided by these seeds"
-    return "holds" if gains.mean() > 0 else "does not hold"
+    """Whether gains of paired seeds are positive, by :func:`flowtilt.pipeline.report.measurements.sign`."""
+    return {1: "holds", -1: "does not hold", 0: "not decided by these seeds"}[sign(gains)]
 
 
 def spread(values: np.ndarray) -> str:

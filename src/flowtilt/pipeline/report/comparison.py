@@ -2,8 +2,9 @@
 
 Levels are compared where a source has the data set, the model and the reward of the experiment, which its key
 ``same_as`` says; elsewhere what is compared is the gain over the pretrained model, or over am. A verdict
-rests on Student's t over seeds, paired where two methods are compared, at :data:`CONFIDENCE`; what a test
-leaves open is ``not decided``, so that no rerun within the seeds' spread turns a verdict into its opposite.
+rests on the sign of a mean over seeds (:func:`flowtilt.pipeline.report.measurements.sign`), paired where
+two methods are compared; what that leaves open is ``not decided``, so that no rerun within the seeds'
+spread turns a verdict into its opposite.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from flowtilt.pipeline.report.measurements import (
     SUMMARY_COLUMNS,
+    TEST,
     Entry,
     ResultsError,
     by_row,
     entries,
+    half_width,
     mean_sd,
     read_csv,
+    sign,
     summarise,
 )
 from flowtilt.pipeline.report.panels import describe, pretty
@@ -32,9 +35,6 @@ from flowtilt.pipeline.report.panels import describe, pretty
 REPORTED_COLUMNS = ("source", "experiment", "method", "metric", "value", "unit")
 EFFECT_COLUMNS = ("baseline", "gain", "gain_sd", "reported_gain", "reported_gain_sd")
 COMPARISON_COLUMNS = ("source", *SUMMARY_COLUMNS, "reported", "unit", *EFFECT_COLUMNS, "verdict")
-
-CONFIDENCE = 0.95
-"""Of the interval of a mean over seeds that a verdict has to rest on."""
 
 BASELINES = ("pretrained", "am")
 """Gains are taken over the first of these that a source reports."""
@@ -46,14 +46,13 @@ _WITHIN = 0.10
 _DEVIATIONS = 2.0
 _SLACK = 1 + 1e-12  # a difference of exactly 10 % counts as within, whatever its last bit
 
-_TEST = f"by Student's t over paired seeds, {100 * CONFIDENCE:g} %"
 LEVELS = (
     "Verdicts are by code: match (within 10 % of the reported value or two sd), same ordering (above and "
-    f"below the same methods as reported, each {_TEST}), differs (in both), or not decided by these seeds."
+    f"below the same methods as reported, each {TEST}), differs (in both), or not decided by these seeds."
 )
 EFFECTS = (
     "Where the source has another data set, model or reward, gains are compared and not levels: same "
-    f"direction, opposite direction (ours {_TEST}; a reported gain counts beyond two of its reported "
+    f"direction, opposite direction (ours {TEST}; a reported gain counts beyond two of its reported "
     "deviations), or not decided."
 )
 
@@ -86,24 +85,6 @@ def read_reported(path: str | Path) -> pd.DataFrame:
 # ------------------------------------------------------------------------------ verdicts
 
 
-def sign(values: np.ndarray) -> int:
-    """The sign of a mean, or 0 where its interval holds 0.
-
-    Args:
-        values: one a seed, (seeds,). With one seed, or an undefined value, nothing is decided.
-    """
-    mean = float(values.mean())
-    return int(np.sign(mean)) if abs(mean) > _half_width(values) else 0
-
-
-def _half_width(values: np.ndarray) -> float:
-    """Of the interval of the mean by Student's t."""
-    if len(values) < 2:
-        return math.inf
-    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
-    return quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
-
-
 def level_verdict(
     values: np.ndarray, reported: float, others: Iterable[tuple[np.ndarray, float]] = ()
 ) -> str:
@@ -121,11 +102,12 @@ def level_verdict(
         stands otherwise, or if there is no order to share (a reported tie orders nothing); ``not decided`` if
         the interval of the mean reaches what would match, or a pair of methods is not told apart.
     """
-    sd = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    off, allowed = abs(float(values.mean()) - reported), max(_WITHIN * abs(reported), _DEVIATIONS * sd)
+    mean, sd = mean_sd(values)
+    # Of one seed there is no sd, which fmax leaves out.
+    off, allowed = abs(mean - reported), float(np.fmax(_WITHIN * abs(reported), _DEVIATIONS * sd))
     if off <= allowed * _SLACK:
         return "match"
-    if not off - _half_width(values) > allowed:
+    if not off - half_width(values) > allowed:
         return "not decided"
     apart = [(values - ours, reported - theirs) for ours, theirs in others if theirs != reported]
     orders = [sign(ours) * int(np.sign(theirs)) for ours, theirs in apart]

@@ -40,11 +40,8 @@ class Measured(NamedTuple):
 
 
 def read_benchmark(file: Path) -> list[Measured]:
-    """The lines of one of Snakemake's benchmark files, one a repetition.
-
-    Raises:
-        ResultsError: naming the file and the fix, if it is not such a file.
-    """
+    """The lines of one of Snakemake's benchmark files, one a repetition. Raises ResultsError, naming the file
+    and the fix, if it is not such a file."""
     try:
         table = pd.read_csv(StringIO(read_text(file)), sep="\t", na_values="-", dtype=str)
         columns = [pd.to_numeric(table[column]).astype(float) for column in ("s", "max_rss")]
@@ -68,11 +65,8 @@ def _malformed(file: Path, what: str) -> ResultsError:
 
 
 def stage_costs(benchmarks: Path) -> dict[str, dict[str, float]]:
-    """Jobs, wall time in seconds and peak memory in MB of each stage, from Snakemake's benchmarks.
-
-    Raises:
-        ResultsError: if a benchmark is malformed.
-    """
+    """Jobs, wall time in seconds and peak memory in MB of each stage, from Snakemake's benchmarks. Raises
+    ResultsError if a benchmark is malformed."""
     costs = {}
     for folder in sorted(p for p in benchmarks.iterdir() if p.is_dir()) if benchmarks.is_dir() else []:
         jobs = [line for file in sorted(folder.rglob("*.tsv")) for line in read_benchmark(file)]
@@ -112,25 +106,16 @@ def measured_job(benchmarks: Path, job: str) -> Measured | None:
 class Cost(NamedTuple):
     """What one method of an experiment or case cost; means over seeds in seconds, NaN where not measured.
 
-    Attributes:
-        experiment: or case, as in the paths of its runs.
-        method: of it.
-        kind: of the method.
-        seeds: whose fine-tuning was measured; of a method without one, whose samples were.
-        updates: optimiser steps of the fine-tuning, without those of a run that it continues; of annealed
-            fitting, whose stages are as many as it takes, the mean over its histories once there are any.
-        finetune, finetune_sd: of the fine-tuning.
-        batch: of the offline batch, for a method that takes it; the batch is one for all of them.
-        threshold: of tfft, the solution of the dual on it.
-        alone: threshold and fine-tuning over those of the first method of the file that is fine-tuned.
-        relative: the same with the batch.
-        passes: network passes of the fine-tuning and of tfft's offline batch, counted and not timed; see
-            :mod:`flowtilt.control.base`. NaN in a domain that does not count them.
-        relative_passes: over those of the first method that is fine-tuned.
-        memory: the largest of the fine-tuning over seeds, in MB.
-        assess, assess_sd: of sampling and metrics together: for the run, or for all runs of its file where
-            they are measured in one job.
-        solve, solve_sd: of the rows solved on the grid, on a tail, for all methods of the experiment.
+    ``seeds`` are those whose fine-tuning was measured, or of a method without one whose samples were;
+    ``updates`` the optimiser steps of the fine-tuning, without those of a run that it continues, and of
+    annealed fitting, whose stages are as many as it takes, the mean over its histories once there are any.
+    ``memory`` is its largest in MB. ``batch`` is the offline batch, for a method that takes it (it is one for
+    all of them), and ``threshold`` of a tfft the solution of the dual on it. ``alone`` is threshold and
+    fine-tuning over those of the first method of the file that is fine-tuned, and ``relative`` the same with
+    the batch. ``passes`` are network passes of the fine-tuning and of tfft's offline batch, counted and not
+    timed (see :mod:`flowtilt.control.base`); NaN in a domain that does not count them. ``assess`` is sampling
+    and metrics together: for the run, or for all runs of its file where they are measured in one job; and
+    ``solve`` the rows solved on the grid, on a tail, for all methods of the experiment.
     """
 
     experiment: str
@@ -168,11 +153,13 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
     results = benchmarks.parent
     for experiment in experiments:
         domain = domain_of(experiment)
+        finetune = next(stage for stage in domain.stages if stage.name == "finetune")
         solved = _of_stages(benchmarks, Run("", experiment), "exact")
         for method, config in experiment.methods.items():
             run = Run("", experiment, method)
             updates = _updates(results, run)
-            jobs = [_tuned(benchmarks, replace(run, seed=seed)) for seed in experiment.seeds]
+            each = (benchmark_of(domain, finetune, replace(run, seed=seed)) for seed in experiment.seeds)
+            jobs = [measured_job(benchmarks, job) for job in each]
             tuned = [job.seconds for job in jobs if job is not None]
             assessed = _of_stages(benchmarks, run, *domain.assessment)
             batch = mean_sd(_of_stages(benchmarks, run, "offline"))[0] if takes_batch(run) else math.nan
@@ -207,11 +194,8 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
 
 
 def read_costs(path: str | Path) -> tuple[list[Cost], dict[str, dict[str, float]]]:
-    """The lines and the totals of a ``costs.csv`` that :func:`write_costs` has written.
-
-    Raises:
-        ResultsError: if it is not such a file.
-    """
+    """The lines and the totals of a ``costs.csv`` that :func:`write_costs` has written. Raises ResultsError
+    if it is not such a file."""
     try:
         table = pd.read_csv(StringIO(read_text(path)), dtype=str)  # numbers are then read exactly
         names = ["experiment", "method", "kind"]
@@ -232,13 +216,6 @@ def read_costs(path: str | Path) -> tuple[list[Cost], dict[str, dict[str, float]
         rule: dict(zip(TOTAL_COLUMNS[1:], costs, strict=True)) for rule, *costs in rules.itertuples(False)
     }
     return [Cost(*line) for line in runs.itertuples(index=False)], totals
-
-
-def _tuned(benchmarks: Path, run: Run) -> Measured | None:
-    """What the fine-tuning of a run took."""
-    domain = domain_of(run.experiment)
-    stage = next(stage for stage in domain.stages if stage.name == "finetune")
-    return measured_job(benchmarks, benchmark_of(domain, stage, run))
 
 
 def _of_stages(benchmarks: Path, run: Run, *names: str) -> list[float]:
@@ -316,10 +293,8 @@ KEPT_NOTE = (
 
 
 def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
-    """The costs of one file as text: a line a method, or a case where every case has one method.
-
-    What several lines share is shown in the first of them.
-    """
+    """The costs of one file as text: a line a method, or a case where every case has one method. What several
+    lines share is shown in the first of them."""
     per_case = [line.experiment for line in lines]
     single = len(set(per_case)) == len(per_case)
     counted = any(math.isfinite(line.passes) for line in lines)
@@ -384,10 +359,8 @@ def write_costs(
     The data are the lines of :class:`Cost` (part ``runs``), then the totals (part ``rules``).
 
     Args:
-        files: of experiments and studies.
         overrides: merged into every experiment last.
         benchmarks: folder of Snakemake's benchmark files, which lies in that of the results.
-        prefix: of the files to write.
         earlier: ``costs.csv`` of an earlier run: of files without a run in the results its lines are kept,
             and its totals are added, with what was run again.
 

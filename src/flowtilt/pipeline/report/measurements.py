@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 if TYPE_CHECKING:
     from flowtilt.pipeline.experiment import Experiment
@@ -35,7 +36,6 @@ class Method:
     """A method of an experiment.
 
     Attributes:
-        name: as in the paths of its runs.
         kind: ``pretrained``, ``am``, ``fdc`` or ``tfft``.
         value: where it stands on a study's axis, if the methods of one case differ in that.
     """
@@ -50,14 +50,11 @@ class Runs:
     """What the tables and figures need to know of one experiment, or of one case of a study.
 
     Attributes:
-        name: as in the paths of its runs.
         methods: in the order of the tables.
         seeds: every one of them must have been run.
         unit: ``cost`` or ``reward``, what the landscape's height is.
         mass: probability of the tail that the methods look at; 1 if they look at all of the distribution.
         tail_metric: name of the mean over that tail, or of another metric that the tables lead with.
-        title: one line for people.
-        of: the experiment that a case derives from.
         value: where a case stands on its study's axis, if the cases differ in that.
         solutions: of each method, the network's first.
         solved_apart: whether the other solutions have folders of their own, for all methods together.
@@ -96,10 +93,8 @@ class Runs:
 
 
 def runs_of(experiment: Experiment) -> Runs:
-    """The part of a configured experiment or case that tables and figures need.
-
-    In a case without an axis value of its own, FDC methods stand at their number of iterations.
-    """
+    """The part of a configured experiment or case that tables and figures need. In a case without an axis
+    value of its own, FDC methods stand at their number of iterations."""
     by_iterations = experiment.axis_value is None
     return Runs(
         name=experiment.name,
@@ -151,7 +146,6 @@ def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
     """All metrics of an experiment or case in long form.
 
     Args:
-        results: root of the results.
         runs: of which every one must have been run; ``pretrained`` alone may have no solved row.
 
     Returns:
@@ -182,10 +176,7 @@ def collect_runs(results: str | Path, runs: Iterable[Runs]) -> pd.DataFrame:
 
 def read_by_seed(path: str | Path) -> pd.DataFrame:
     """Every metric of every row and seed, as :func:`collect_runs` has them, from a file of an earlier run.
-
-    Raises:
-        ResultsError: if it is not such a file.
-    """
+    Raises ResultsError if it is not such a file."""
     try:
         frame = pd.read_csv(StringIO(read_text(path)), dtype=str)  # numbers are then read exactly
         return frame[list(LONG_COLUMNS)].astype({"value": float, "seed": int})
@@ -200,11 +191,8 @@ def _long(records: Sequence[tuple[str, str, str, int, float]]) -> pd.DataFrame:
 
 
 def read_metrics(path: Path) -> dict[str, dict[str, float]]:
-    """The rows of one metrics file; null becomes NaN.
-
-    Raises:
-        ResultsError: if the file is missing or malformed.
-    """
+    """The rows of one metrics file; null becomes NaN. Raises ResultsError if the file is missing or
+    malformed."""
     if not path.is_file():
         raise ResultsError(missing(path))
     try:
@@ -235,11 +223,8 @@ def _number(metric: str, value: Any) -> float:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV table as text, checked for columns that it must have.
-
-    Raises:
-        ResultsError: if it is missing, no table, or lacks a column.
-    """
+    """A CSV table as text, checked for columns that it must have. Raises ResultsError if it is missing, no
+    table, or lacks a column."""
     if not path.is_file():
         raise ResultsError(f"{path}: no such file; restore it, or make it again")
     try:
@@ -257,11 +242,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def read_history(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A run's history, a line an update, as numbers.
-
-    Raises:
-        ResultsError: if it is missing or malformed.
-    """
+    """A run's history, a line an update, as numbers. Raises ResultsError if it is missing or malformed."""
     if not path.is_file():
         raise ResultsError(missing(path))
     table = read_csv(path, columns)
@@ -281,11 +262,8 @@ def totals_of(history: pd.DataFrame, *columns: str) -> pd.Series:
 
 
 def read_arrays(path: Path, *needed: str) -> dict[str, np.ndarray]:
-    """All arrays of an npz file by name.
-
-    Raises:
-        ResultsError: if it is missing, not whole, or lacks an array that is needed.
-    """
+    """All arrays of an npz file by name. Raises ResultsError if it is missing, not whole, or lacks an array
+    that is needed."""
     if not path.is_file():
         raise ResultsError(missing(path))
     try:
@@ -304,6 +282,35 @@ def mean_sd(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and sample standard deviation; NaN where there are too few values."""
     mean = float(np.mean(values)) if len(values) else math.nan
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+CONFIDENCE = 0.95
+"""Of the interval of a mean over seeds that whatever is decided has to rest on."""
+
+TEST = f"by Student's t over paired seeds, {100 * CONFIDENCE:g} %"
+"""How a difference is decided, in words: the test of every verdict and every sentence."""
+
+
+def half_width(values: np.ndarray) -> float:
+    """Of the interval of the mean over seeds by Student's t; infinite for less than two.
+
+    Args:
+        values: one a seed, (seeds,).
+    """
+    if len(values) < 2:
+        return math.inf
+    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
+    return quantile * mean_sd(values)[1] / math.sqrt(len(values))
+
+
+def sign(values: np.ndarray) -> int:
+    """The sign of a mean over seeds, or 0 where its interval holds 0.
+
+    Args:
+        values: one a seed, (seeds,). With one seed, or an undefined value, nothing is decided.
+    """
+    mean = float(values.mean())
+    return int(np.sign(mean)) if abs(mean) > half_width(values) else 0
 
 
 class Entry(NamedTuple):
@@ -351,9 +358,7 @@ def summarise(long: pd.DataFrame) -> pd.DataFrame:
     """
     groups = long.groupby(["experiment", "method", "metric"], sort=False)["value"]
     summary = groups.agg(
-        value=lambda v: mean_sd(v.to_numpy())[0],
-        sd=lambda v: mean_sd(v.to_numpy())[1],
-        seeds="size",
+        value=lambda v: mean_sd(v.to_numpy())[0], sd=lambda v: mean_sd(v.to_numpy())[1], seeds="size"
     )
     return summary.reset_index()[list(SUMMARY_COLUMNS)]
 

@@ -54,11 +54,6 @@ def page(title: str, text: str) -> str:
     )
 
 
-def table_page(source: Path, title: str) -> str:
-    """The page of a table of text (``.md``)."""
-    return page(title, _read(source))
-
-
 def comparison_page(source: Path) -> str:
     """The page of the comparison (``.csv``): what was reported beside ours, and how many agree."""
     text = headline(source)
@@ -108,12 +103,9 @@ def _read(source: Path) -> str:
 
 def write_page(source: Path, title: str, output: Path) -> None:
     """Write the page of a file: of a table's text, of the comparison, or of the provenance, by its ending.
-
-    Raises:
-        ResultsError: if the file is missing or not what its ending says.
-    """
+    Raises ResultsError if the file is missing or not what its ending says."""
     made = {
-        ".md": lambda: table_page(source, title or source.stem),
+        ".md": lambda: page(title or source.stem, _read(source)),
         ".csv": lambda: comparison_page(source),
         ".json": lambda: provenance_page(source),
     }

@@ -33,9 +33,11 @@ _DESCRIPTIONS = {
     "offline_active_share": Description("active offline", "share"),
     "threshold": Description("threshold", "reward"),
     "inactive_updates": Description("updates without an active sample", "share", "lower"),
-    "path_kl": Description("path-space KL", "nats"),
+    "kl_paid": Description("KL paid", "nats"),
     "clipped_share": Description("controls shortened", "share"),
-    "effective_sample_size": Description("effective samples of the bank", ""),
+    "effective_sample_size": Description("fewest effective samples", ""),
+    "tilt_predicted": Description("tilt's mean up by, predicted", ""),
+    "tilt_realised": Description("tilt's mean up by, realised", "", "higher"),
 }
 _TAIL = re.compile(r"(worst|top)_([0-9.]+)pct_(\w+)")
 

@@ -49,7 +49,6 @@ def write_provenance(
     """Write the provenance of a finished run.
 
     Args:
-        config_hash: of the workflow's configuration.
         benchmarks: folder of Snakemake's benchmark files, one folder a stage.
         output: JSON file to write.
         earlier: provenance of an earlier run whose results are kept beside those of this one; its commit,

@@ -1,8 +1,8 @@
-"""How all figures look, and how they are saved."""
+"""How all figures look, how they are saved, and the stage that has domains draw theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from flowtilt.files import atomic_path
+from flowtilt.pipeline.report.base import report_of, shown_file
 from flowtilt.pipeline.report.measurements import Runs
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -56,3 +57,13 @@ def reported_tails(reported: pd.DataFrame, runs: Runs) -> dict[str, dict[str, fl
     for source, method, value in chosen[["source", "method", "value"]].itertuples(index=False):
         found.setdefault(str(source), {})[str(method)] = float(value)
     return found
+
+
+def write_figures(
+    file: Path, overrides: Mapping[str, Any] | None, results: Path, reported: Path, prefix: str | Path
+) -> None:
+    """Draw the figures of an experiment (files ``{prefix}_*.png``) or a study (``{prefix}.png``). The other
+    arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`."""
+    shown = shown_file(file, overrides, results, reported)
+    with figure_style():
+        report_of(shown.experiments[0]).draw(shown, str(prefix))

@@ -14,6 +14,7 @@ import pandas as pd
 
 from flowtilt.files import atomic_path, write_text
 from flowtilt.pipeline.experiment import Experiment, load_file
+from flowtilt.pipeline.health import NOTE as HEALTH_NOTE
 from flowtilt.pipeline.report.base import Shown, Table, beside, report_of, shown_file
 from flowtilt.pipeline.report.comparison import (
     COMPARISON_COLUMNS,
@@ -41,6 +42,7 @@ from flowtilt.pipeline.report.measurements import (
     with_gaps,
 )
 from flowtilt.pipeline.report.panels import Panel, describe, latex, markdown, over_seeds, pretty
+from flowtilt.pipeline.report.trainings import training_panel
 
 
 def panels_of(
@@ -92,10 +94,8 @@ def experiment_table(
     """The table of an ordinary experiment.
 
     Args:
-        shown: its file.
         groups: metrics of each part by its caption, from the table's own; by default all under that.
         findings: sentences on what holds of what should, from all metrics; they are above the note.
-        note: what the rows and metrics are.
 
     Raises:
         ResultsError: if a file of results is missing or malformed.
@@ -108,9 +108,6 @@ def experiment_table(
     return Table(table_frame(long, shown.reported), panels, text)
 
 
-# ------------------------------------------------------------------------------- writing
-
-
 def listed(sentences: Sequence[str]) -> str:
     """Sentences as a list above a note; nothing if there are none."""
     return "".join(f"- {sentence}\n" for sentence in sentences) + ("\n" if sentences else "")
@@ -119,13 +116,15 @@ def listed(sentences: Sequence[str]) -> str:
 def write_table(
     file: Path, overrides: Mapping[str, Any] | None, results: Path, reported: Path, prefix: str | Path
 ) -> None:
-    """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex`` of an experiment or a study.
-
-    The other arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`.
-    """
+    """Write ``{prefix}.csv``, ``{prefix}.md`` and ``{prefix}.tex`` of an experiment or a study. The other
+    arguments, and the errors, are those of :func:`flowtilt.pipeline.report.base.shown_file`."""
     shown = shown_file(file, overrides, results, reported)
     frame, panels, note = report_of(shown.experiments[0]).table(shown)
-    write_panels(prefix, frame, panels, f"{note} {discretisation_note(shown.experiments)}".rstrip())
+    notes = [note, discretisation_note(shown.experiments)]
+    if (training := training_panel(shown.collected)) is not None:
+        panels = [*panels, training]
+        notes.append(HEALTH_NOTE)
+    write_panels(prefix, frame, panels, " ".join(filter(None, notes)))
 
 
 def write_comparison(
@@ -172,9 +171,6 @@ def _write_frame(path: str | Path, frame: pd.DataFrame) -> None:
     """CSV in which numbers read back the same, and undefined ones are empty."""
     with atomic_path(path) as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n")
-
-
-# ------------------------------------------------------------------------------ headline
 
 
 def headline(comparison_csv: str | Path) -> str:

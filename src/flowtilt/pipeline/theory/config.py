@@ -24,6 +24,7 @@ from flowtilt.pipeline.configuration import (
 from flowtilt.pipeline.sections import DataConfig, TailKey
 
 Mass = Annotated[float, Field(gt=0, lt=1)]
+Matrix = Annotated[list[Row], Field(min_length=2, max_length=2)]
 
 _FIELDS: dict[str, set[str]] = {
     "expected_reward": {"direction"},
@@ -244,19 +245,139 @@ class ThresholdStudyConfig(Section):
     """Batches from a model that has moved."""
 
 
-TheoryConfig = MirrorDescentConfig | ThresholdStudyConfig
-_KINDS: dict[str, type[MirrorDescentConfig] | type[ThresholdStudyConfig]] = {
+def _is_positive(matrix: list[list[float]], strictly: bool) -> bool:
+    """Whether two rows of two numbers are a symmetric matrix with no negative eigenvalue, or none of 0."""
+    (a, b), (c, d) = matrix
+    determinant = a * d - b * c
+    return b == c and (determinant > 0 < a if strictly else determinant >= 0 <= min(a, d))
+
+
+class MixtureConfig(Section):
+    """A mixture of Gaussians in the plane."""
+
+    weights: Annotated[list[Positive], Field(min_length=1)]
+    """Weights of the components; they need not sum to 1."""
+
+    means: Annotated[list[Row], Field(min_length=1)]
+    """Means of the components, a pair of coordinates each."""
+
+    covariances: Annotated[list[Matrix], Field(min_length=1)]
+    """Covariances of the components, two rows of two numbers each."""
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> MixtureConfig:
+        if not len(self.weights) == len(self.means) == len(self.covariances):
+            raise ValueError("weights, means and covariances must have one entry per component")
+        if not all(_is_positive(each, strictly=True) for each in self.covariances):
+            raise ValueError("covariances must be symmetric and positive definite")
+        return self
+
+
+class TiltConfig(Section):
+    """A quadratic reward, and the mixtures that it tilts."""
+
+    linear: Row
+    """The reward's linear part c, a pair, in reward units a unit of the plane."""
+
+    curvature: Matrix
+    """The reward's curvature A, symmetric, two rows of two numbers; the reward is `c^T x - x^T A x / 2`."""
+
+    contexts: Annotated[list[MixtureConfig], Field(min_length=1)]
+    """The distribution of each of equally probable contexts, with as many components each; one stands for no
+    contexts."""
+
+    @model_validator(mode="after")
+    def _has_closed_forms(self) -> TiltConfig:
+        if len({len(each.weights) for each in self.contexts}) > 1:
+            raise ValueError("contexts must have as many components each")
+        if not _is_positive(self.curvature, strictly=False):
+            raise ValueError("curvature must be symmetric without negative eigenvalues: no normaliser")
+        return self
+
+
+class AdjointConfig(Section):
+    """Adjoint Matching in a study of tilts."""
+
+    updates: Count
+    """Optimiser steps."""
+
+    batch: Annotated[int, Field(ge=2)]
+    """Trajectories of an update."""
+
+    steps: Annotated[int, Field(ge=2)]
+    """Time steps of a trajectory."""
+
+    learning_rate: Positive
+    """Of Adam."""
+
+
+class FittingConfig(Section):
+    """Banks and fits in a study of tilts."""
+
+    bank: Annotated[int, Field(ge=100)]
+    """Samples of a bank."""
+
+    steps: Count
+    """Time steps of the ODE that draws it."""
+
+    updates: Count
+    """Optimiser steps of a fit."""
+
+    batch: Count
+    """Samples of an update."""
+
+    learning_rate: Positive
+    """Of Adam."""
+
+
+class AnnealingConfig(Section):
+    """Stages of annealed fitting in a study of tilts."""
+
+    share: Mass
+    """Effective samples that a stage keeps, as a share of its bank."""
+
+    stages: Count
+    """Most stages."""
+
+
+class TiltStudyConfig(Section):
+    """Control solvers on tilts in closed form; see :mod:`flowtilt.pipeline.theory.tilts`."""
+
+    kind: Literal["tilts"]
+    """Which study this is."""
+
+    name: Name
+    """Name of the study: that of its file."""
+
+    title: str
+    """Title of its table."""
+
+    nats: Annotated[list[Positive], Field(min_length=1), NoRepeats]
+    """What the tilts pay, each of every problem."""
+
+    problems: Annotated[dict[Name, TiltConfig], Field(min_length=1), ToldApart]
+    """Tilts by name."""
+
+    adjoint: AdjointConfig
+    """Adjoint Matching."""
+
+    fitting: FittingConfig
+    """The bank of weighted fitting and of each stage of annealed fitting, and the fit to it."""
+
+    annealing: AnnealingConfig
+    """Stages of annealed fitting."""
+
+
+TheoryConfig = MirrorDescentConfig | ThresholdStudyConfig | TiltStudyConfig
+_KINDS: dict[str, type[MirrorDescentConfig] | type[ThresholdStudyConfig] | type[TiltStudyConfig]] = {
     "mirror_descent": MirrorDescentConfig,
     "threshold": ThresholdStudyConfig,
+    "tilts": TiltStudyConfig,
 }
 
 
 def load_theory(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TheoryConfig:
-    """The study in a file.
-
-    Raises:
-        ConfigError: naming the file, the key and the fix.
-    """
+    """The study in a file. Raises ConfigError, naming the file, the key and the fix."""
     path = Path(path)
     data = merge(read_yaml(path), overrides or {})
     if data.get("name") != path.stem:

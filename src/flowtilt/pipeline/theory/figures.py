@@ -21,7 +21,7 @@ _SMALLEST = 1e-16
 
 def draw_theory(result: Mapping[str, Any], path: str | Path) -> None:
     """Draw a study's result into one PNG file."""
-    draw = {"mirror_descent": _mirror_descent, "threshold": _threshold}[result["kind"]]
+    draw = {"mirror_descent": _mirror_descent, "threshold": _threshold, "tilts": _tilts}[result["kind"]]
     with figure_style():
         save_figure(draw(result["tables"]), path)
 
@@ -144,3 +144,32 @@ def _shifts(axes: Axes, rows: Rows) -> None:
         ]
         axes.plot([row["kl"] for row in up], values, style, color=colour)
     axes.set(xscale="log", yscale="log", xlabel="KL divergence (nats)", ylabel="|shift|")
+
+
+_SOLVERS = {"adjoint_matching": "o", "weighted_fitting": "s", "annealed_fitting": "^"}
+
+
+def _tilts(tables: Mapping[str, Rows]) -> Figure:
+    """Errors against nats, a line a solver, a panel a distribution and error."""
+    rows = tables["tilts"]
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    shown = (("mean_error", "error of the mean"), ("covariance_error", "error of the covariance"))
+    figure = Figure(figsize=(3.6 * len(problems), 6.4))
+    grid = figure.subplots(2, len(problems), squeeze=False, sharex=True, sharey="row")
+    for column, problem in enumerate(problems):
+        for axes, (key, _) in zip(grid[:, column], shown, strict=True):
+            for (solver, marker), colour in zip(_SOLVERS.items(), _CYCLE, strict=False):
+                own = [row for row in rows if (row["problem"], row["solver"]) == (problem, solver)]
+                known = [(row["nats"], row[key]) for row in own if row[key] is not None]
+                axes.plot(*zip(*known, strict=True), marker=marker, color=colour) if known else None
+            axes.set(xscale="log", yscale="log")
+        grid[0, column].set_title(problem.replace("_", " "))
+        grid[1, column].set_xlabel("nats")
+    for axes, (_, words) in zip(grid[:, 0], shown, strict=True):
+        axes.set_ylabel(words)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, label=solver.replace("_", " "))
+        for (solver, marker), colour in zip(_SOLVERS.items(), _CYCLE, strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure

@@ -59,7 +59,6 @@ class Problem:
     """``max_p F(p) - alpha KL(p || base)`` on n cells.
 
     Attributes:
-        utility: F, concave.
         alpha: KL weight, positive.
         log_base: log probabilities of the pretrained distribution, (n,).
     """
@@ -218,7 +217,6 @@ def build_problem(config: UtilityConfig, points: np.ndarray, log_base: np.ndarra
     """A configured problem on a grid in the plane.
 
     Args:
-        config: the problem.
         points: cell centres, (n, 2).
         log_base: log probabilities of the pretrained distribution, (n,).
     """
@@ -268,11 +266,8 @@ def _proven_run(problem: Problem, multiple: float, iterations: int) -> Run:
 
 
 def _measured_run(problem: Problem, optimum: np.ndarray, earlier: Run, name: str) -> Run:
-    """A run with L as large as the curvature between start and optimum asks for, and no larger.
-
-    Raises:
-        ArithmeticError: if some step of the run needs a larger L after all.
-    """
+    """A run with L as large as the curvature between start and optimum asks for, and no larger. Raises
+    ArithmeticError if some step of the run needs a larger L after all."""
     some = [earlier.iterates[k] for k in sorted({0, 1, 2, len(earlier.iterates) // 2})] + [optimum]
     between = mixtures(some, 3, np.random.default_rng(seed_of("mirror descent", name, "curvature")))
     L = max(relative_curvature(problem, distribution)[1] for distribution in [*some, *between])

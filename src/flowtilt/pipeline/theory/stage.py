@@ -10,23 +10,24 @@ from typing import Any
 from flowtilt.files import read_json
 from flowtilt.pipeline.files import StageError, write_json
 from flowtilt.pipeline.theory import mirror_descent, thresholds
-from flowtilt.pipeline.theory.config import MirrorDescentConfig, load_theory
+from flowtilt.pipeline.theory.config import MirrorDescentConfig, ThresholdStudyConfig, load_theory
 
 log = logging.getLogger(__name__)
 
 
 def run(file: Path, overrides: Mapping[str, Any], output: Path) -> list[str]:
-    """Run the study of a configuration file and write its numbers.
-
-    Returns:
-        What violates a bound, in words; the log has it too.
-    """
+    """Run the study of a configuration file and write its numbers. Returns what violates a bound, in words;
+    the log has it too."""
     config = load_theory(file, overrides)
     try:
         if isinstance(config, MirrorDescentConfig):
             tables = mirror_descent.study(config)
-        else:
+        elif isinstance(config, ThresholdStudyConfig):
             tables = thresholds.study(config)
+        else:
+            from flowtilt.pipeline.theory import tilts  # imports torch, which the others do without
+
+            tables = tilts.study(config)
     except (ValueError, ArithmeticError) as error:
         raise type(error)(f"{file}: {error}") from None
     write_json({"kind": config.kind, "title": config.title, "tables": tables}, output)

@@ -35,16 +35,25 @@ _THRESHOLD_NOTE = (
     "of the rewards."
 )
 
+_TILTS_NOTE = (
+    "The model is the exact flow of a mixture of Gaussians with its weights, means and covariances as "
+    "parameters: a solver's result is compared with the closed form without drawing a sample. Errors: "
+    "of the mean as a share of the way that the tilt moves it, of the covariance relative to its Frobenius "
+    "norm, and the largest of a component's weight; of contexts the worst. Effective samples: the fewest of "
+    "a bank's weights. Samples are those of banks, or trajectories; the last bank of annealed fitting only "
+    "looks at what was reached. A backward pass counts once more to the input, and twice to the parameters. "
+    "What the study takes in seconds is in the table of costs."
+)
+
 
 def write_theory_table(result: Mapping[str, Any], prefix: str | Path) -> None:
-    """Write ``{prefix}.csv``, ``.md`` and ``.tex`` of a study's result.
-
-    The data of every panel are in the CSV file, one after the other, told apart by the column ``part``.
-    """
+    """Write ``{prefix}.csv``, ``.md`` and ``.tex`` of a study's result. The data of every panel are in the
+    CSV file, one after the other, told apart by the column ``part``."""
     tables: dict[str, Rows] = result["tables"]
     kinds = {
         "mirror_descent": (mirror_panels, _MIRROR_NOTE),
         "threshold": (threshold_panels, _THRESHOLD_NOTE),
+        "tilts": (tilt_panels, _TILTS_NOTE),
     }
     panels_of, note = kinds[result["kind"]]
     panels = panels_of(result["title"], tables)
@@ -98,85 +107,73 @@ def _with_error(value: float | None, error: float | None) -> str:
     return f"{value:.4f} ± {error:.2g}"
 
 
+_HEADERS = {
+    "problem": "distribution",
+    "threshold": "exact threshold",
+    "kind": "optimum",
+    "slope_error": "its standard error",
+    "over_limit": "error over its limit",
+    "size": "batch",
+    "replicates": "batches",
+    "error_10pct": "10 % quantile",
+    "error_median": "median",
+    "error_90pct": "90 % quantile",
+    "limit_median": "limit of the median",
+    "rate": "fitted rate",
+    "expected_rate": "1 - step x curvature",
+    "where": "dual of the",
+    "convex_share": "share convex",
+    "concave_share": "share concave",
+    "kl": "KL (nats)",
+    "pinsker_bound": "Pinsker's bound",
+    "strong_convexity_bound": "by strong convexity",
+    "verdict": "bounds",
+    "kl_weight": "KL weight",
+    "mean_error": "error of the mean (%)",
+    "covariance_error": "of the covariance (%)",
+    "weight_error": "of a weight",
+    "samples": "samples drawn",
+    "network_passes": "network passes (millions)",
+}
+"""Headers of the columns that are not called by the words of their keys."""
+
+
 def threshold_panels(title: str, tables: Mapping[str, Rows]) -> list[Panel]:
     """Errors of batches, descents, convexity and shifts."""
+    fits = ("problem", "tail", "alpha", "mass", "threshold", "kind", "effective_samples", "slope")
+    errors = ("size", "replicates", "error_10pct", "error_median", "error_90pct", "limit_median")
+    rates = ("problem", "descent", "minimum", "updates", "final_error", "rate", "expected_rate")
+    signs = ("where", "points", "smallest", "largest", "rounding", "convex_share", "concave_share")
+    bounds = ("shift", "sharp_bound", "pinsker_bound", "strong_convexity_bound", "verdict")
+    shift = "Shift of the threshold under a batch from another model"
     return [
-        _panel(
-            f"{title}: error against batch size",
-            tables["fits"],
-            {
-                "problem": "distribution",
-                "tail": "tail",
-                "alpha": "alpha",
-                "mass": "mass",
-                "threshold": "exact threshold",
-                "kind": "optimum",
-                "effective_samples": "effective samples",
-                "slope": "slope",
-                "slope_error": "its standard error",
-                "over_limit": "error over its limit",
-            },
-        ),
-        _panel(
-            "Errors by batch size",
-            tables["errors"],
-            {
-                "problem": "distribution",
-                "tail": "tail",
-                "size": "batch",
-                "replicates": "batches",
-                "error_10pct": "10 % quantile",
-                "error_median": "median",
-                "error_90pct": "90 % quantile",
-                "limit_median": "limit of the median",
-            },
-        ),
-        _panel(
-            "Gradient descent on the right tail's dual",
-            tables["rates"],
-            {
-                "problem": "distribution",
-                "descent": "descent",
-                "minimum": "minimum",
-                "updates": "updates",
-                "final_error": "final error",
-                "rate": "fitted rate",
-                "expected_rate": "1 - step x curvature",
-            },
-        ),
-        _panel(
-            "Second differences of the duals",
-            tables["convexity"],
-            {
-                "problem": "distribution",
-                "tail": "tail",
-                "where": "dual of the",
-                "points": "points",
-                "smallest": "smallest",
-                "largest": "largest",
-                "rounding": "rounding",
-                "convex_share": "share convex",
-                "concave_share": "share concave",
-            },
-        ),
-        _panel(
-            "Shift of the threshold under a batch from another model",
-            tables["shift"],
-            {
-                "tail": "tail",
-                "batch": "batch",
-                "delta": "delta",
-                "kl": "KL (nats)",
-                "shift": "shift",
-                "sharp_bound": "sharp bound",
-                "pinsker_bound": "Pinsker's bound",
-                "strong_convexity_bound": "by strong convexity",
-                "verdict": "bounds",
-            },
-        ),
+        _panel(f"{title}: error against batch size", tables["fits"], *fits, "slope_error", "over_limit"),
+        _panel("Errors by batch size", tables["errors"], "problem", "tail", *errors),
+        _panel("Gradient descent on the right tail's dual", tables["rates"], *rates),
+        _panel("Second differences of the duals", tables["convexity"], "problem", "tail", *signs),
+        _panel(shift, tables["shift"], "tail", "batch", "delta", "kl", *bounds),
     ]
 
 
-def _panel(caption: str, rows: Rows, columns: Mapping[str, str]) -> Panel:
-    lines = [[number(row[key]) for key in columns] for row in rows]
-    return Panel(caption, list(columns.values()), lines)
+def tilt_panels(title: str, tables: Mapping[str, Rows]) -> list[Panel]:
+    """Errors and costs of every solve."""
+
+    def shown(row: Mapping[str, Any]) -> dict[str, Any]:
+        percent = {key: _percent(row[key]) for key in ("mean_error", "covariance_error")}
+        passes = None if row["network_passes"] is None else row["network_passes"] / 1e6
+        return {**row, **percent, "solver": row["solver"].replace("_", " "), "network_passes": passes}
+
+    errors = ("mean_error", "covariance_error", "weight_error", "effective_samples")
+    costs = ("stages", "samples", "updates", "network_passes", "ended")
+    of_problem = ("problem", "contexts", "nats", "kl_weight", "solver")
+    rows = [shown(row) for row in tables["tilts"]]
+    return [_panel(title, rows, *of_problem, *errors, *costs).without_empty_columns()]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _panel(caption: str, rows: Rows, *keys: str) -> Panel:
+    header = [_HEADERS.get(key, key.replace("_", " ")) for key in keys]
+    return Panel(caption, header, [[number(row[key]) for key in keys] for row in rows])

@@ -31,7 +31,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import logsumexp
 
-from flowtilt.pipeline.theory.config import BatchConfig, ShiftConfig, TailConfig, ThresholdStudyConfig
+from flowtilt.pipeline.theory.config import BatchConfig, ShiftConfig, ThresholdStudyConfig
 from flowtilt.seeding import seed_of
 from flowtilt.theory.reward_distributions import RewardDistribution, TailDual
 from flowtilt.thresholds import descend_threshold, dual_objective, threshold
@@ -45,20 +45,13 @@ OFFSETS = 120  # points of the search for the furthest threshold, on either side
 WIDEST_GAPS = 200  # between neighbouring rewards, where second differences are clear of rounding
 
 
-def build_distribution(config: TailConfig) -> RewardDistribution:
-    """The configured distribution of rewards."""
-    distribution = config.distribution
-    return RewardDistribution(
-        tuple(distribution.weights), tuple(distribution.means), tuple(distribution.deviations)
-    )
-
-
 def study(config: ThresholdStudyConfig) -> dict[str, list[Row]]:
     """All four parts of the study, as rows by the name of the table that they go to."""
-    duals = {
-        name: {tail: TailDual(build_distribution(of), of.alpha, of.mass, tail) for tail in of.tails}
-        for name, of in config.problems.items()
-    }
+    duals = {}
+    for name, of in config.problems.items():
+        own = of.distribution
+        distribution = RewardDistribution(tuple(own.weights), tuple(own.means), tuple(own.deviations))
+        duals[name] = {tail: TailDual(distribution, of.alpha, of.mass, tail) for tail in of.tails}
     tables: dict[str, list[Row]] = {"errors": [], "fits": [], "descent": [], "rates": [], "convexity": []}
     for name, pair in duals.items():
         errors = batch_errors(name, pair, config.batches)
@@ -367,11 +360,8 @@ class ShiftBounds:
         return self._interval(lambda t: rate_function(self.dual, t)[0] <= self.kl)
 
     def strong_convexity(self) -> float | None:
-        """``max e / min |curvature|`` over :meth:`pinsker`'s interval.
-
-        None where that says nothing: if the curvature changes its sign there, or if the bound exceeds
-        the range of the rewards.
-        """
+        """``max e / min |curvature|`` over :meth:`pinsker`'s interval. None where that says nothing: if the
+        curvature changes its sign there, or if the bound exceeds the range of the rewards."""
         points = np.linspace(*self.pinsker(), 101)[1:-1]
         sign = 1 if self.dual.tail == "upper" else -1
         curvature = min(sign * self.dual.curvature(float(t)) for t in points)
@@ -391,10 +381,8 @@ class ShiftBounds:
 
 
 def _furthest(possible: Callable[[float], bool], start: float, reach: float) -> float:
-    """The largest distance from ``start``, towards ``reach``, at which a threshold is possible.
-
-    Searched on a geometric grid of distances and bisected.
-    """
+    """The largest distance from ``start``, towards ``reach``, at which a threshold is possible. Searched on a
+    geometric grid of distances and bisected."""
     distances = np.geomspace(1e-7 * abs(reach), abs(reach) * (1 - 1e-9), OFFSETS)
     inside = [j for j, d in enumerate(distances) if possible(start + np.sign(reach) * d)]
     if not inside:
