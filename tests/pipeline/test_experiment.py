@@ -134,7 +134,7 @@ def test_errors_name_the_file_the_key_and_the_fix(
         ),
         ({"methods": {"am": {"objective": {"alfa": 1.0}}}}, "(whole file)", "known keys here: utility"),
         ({"methods": {"optimum": {"kind": "pretrained"}}}, "(whole file)", "the name is taken"),
-        ({"reward": {"landscape": "stripes"}}, "reward.landscape", "slope or module:Class"),
+        ({"reward": {"landscape": "stripes"}}, "reward.landscape", "slope, rings or module:Class"),
         ({"solver": {"kind": "newton"}}, "solver.kind", "'weighted_fitting' or 'annealed_fitting'"),
         (
             {"evaluation": {"transport": {"metrics": {"dA": [1.0]}}}},
@@ -245,10 +245,11 @@ SKIPPED = EXPERIMENTS / "iterations_2d.yaml"
 
 def test_cases_and_methods_can_be_left_out() -> None:
     methods = ["fdc_k20", "tfft"]
-    skip = {"iterations_2d": {"methods": methods}, "resolution_2d": {"cases": ["spikes-0.6"]}}
+    one = {"cases": ["novelty"]}
+    skip = {"iterations_2d": {**one, "methods": methods}, "resolution_2d": {"cases": ["spikes-0.6"]}}
     overrides = {"skip": skip, **in_plane(seeds=1)}
     (experiment,) = load_file(SKIPPED, overrides).values()
-    (before,) = load_file(SKIPPED, in_plane(seeds=1)).values()
+    (before,) = load_file(SKIPPED, {"skip": {"iterations_2d": one}, **in_plane(seeds=1)}).values()
     assert list(experiment.methods) == [m for m in before.methods if m not in methods]
     cases = load_file(EXPERIMENTS / "resolution_2d.yaml", overrides)
     assert len(cases) == 5
