@@ -74,6 +74,13 @@ def test_finite_resolution_predicts_both_orderings(by_seed: pd.DataFrame) -> Non
         assert (sign * (mean["am"] - mean["fdc"]) > 0).all()
 
 
+def test_exact_steps_lower_what_they_raise_in_no_row(by_seed: pd.DataFrame) -> None:
+    """Of every fdc method in the plane, at its own grid."""
+    counted = by_seed[by_seed["metric"] == "falls"]
+    assert set(MAIN) <= set(counted["experiment"])
+    assert (counted["value"] == 0).all()
+
+
 def test_tfft_beats_am_in_the_tail(by_seed: pd.DataFrame) -> None:
     for experiment in MAIN:
         tfft = metric(by_seed, experiment, "tfft", "tail_objective")

@@ -67,9 +67,44 @@ def test_means_over_seeds(benchmarks: Path) -> None:
     assert am.finetune_sd == pytest.approx(math.sqrt(0.5))
     assert fdc.relative == pytest.approx(40.5 / 20.5)
     assert (am.assess, fdc.assess, am.solve, fdc.solve) == (4.5, 4.5, 7.5, 7.5)
+    # No batch was measured: of those that take it the two ratios are the same.
+    assert fdc.alone == fdc.relative
     pretrained = lines["risk_averse_2d", "pretrained"]
     assert math.isnan(pretrained.finetune)
     assert (pretrained.assess, pretrained.seeds, pretrained.updates) == (4.5, 2, 0)
+
+
+def test_the_offline_batch_stands_once_and_in_the_ratio_of_those_that_take_it(benchmarks: Path) -> None:
+    """Of fdc by exponents, of tfft and of all annealed rows; am draws its own trajectories."""
+    for seed in (0, 1):
+        write(benchmarks, f"planar_offline/risk_averse_2d/seed{seed}", 3.0 + seed)
+        write(benchmarks, f"planar_threshold/risk_averse_2d/tfft/seed{seed}", 0.5)
+    lines = costs_of(benchmarks, load_file(RISK, in_plane(seeds=2)).values())
+    found = by_name(lines)
+    am, fdc, tfft = (found["risk_averse_2d", method] for method in ("am", "fdc", "tfft"))
+    assert math.isnan(am.batch)
+    assert (am.alone, am.relative) == (1.0, 1.0)
+    assert (fdc.batch, tfft.batch, tfft.threshold) == (3.5, 3.5, 0.5)
+    assert fdc.alone == pytest.approx(40.5 / 20.5)
+    assert fdc.relative == pytest.approx(44.0 / 20.5)
+    assert tfft.alone == pytest.approx(21.0 / 20.5)
+    assert tfft.relative == pytest.approx(24.5 / 20.5)
+    panel = cost_panel(lines, "Risk")
+    at = panel.header.index("offline batch (s)")
+    assert {line[0]: line[at] for line in panel.lines if line[at]} == {"fdc": "3.500"}
+    takers = {method for (_, method), line in found.items() if not math.isnan(line.batch)}
+    assert takers == {"fdc", "tfft", "am_annealed", "tfft_annealed", "fdc_annealed"}
+
+
+def test_updates_of_annealed_fitting_are_those_that_its_stages_took(tmp_path: Path) -> None:
+    for seed, rows in ((0, 6), (1, 8)):
+        file = tmp_path / f"runs/risk_averse_2d/am_annealed/seed{seed}/history.csv"
+        file.parent.mkdir(parents=True)
+        file.write_text("active_share\n" + "1.0\n" * rows)
+    lines = by_name(costs_of(tmp_path / "benchmarks", load_file(RISK, in_plane(seeds=2)).values()))
+    assert lines["risk_averse_2d", "am_annealed"].updates == 7
+    assert lines["risk_averse_2d", "tfft_annealed"].updates == 150  # nothing is there yet
+    assert lines["risk_averse_2d", "am"].updates == 200
 
 
 def test_what_was_not_measured_is_empty(benchmarks: Path, tmp_path: Path) -> None:
@@ -84,7 +119,7 @@ def test_what_was_not_measured_is_empty(benchmarks: Path, tmp_path: Path) -> Non
     table = pd.read_csv(prefix.with_suffix(".csv"))
     assert (table["part"] == "runs").all()
     assert table[["finetune", "relative", "memory", "assess", "solve"]].isna().all(axis=None)
-    assert "| am | 200 |  |  |  |  |  |  | 0 |" in prefix.with_suffix(".md").read_text()
+    assert "| am | 200 |  |  |  |  |  |  |  |  | 0 |" in prefix.with_suffix(".md").read_text()
 
 
 def test_experiments_that_were_not_run_again_are_kept(benchmarks: Path, tmp_path: Path) -> None:

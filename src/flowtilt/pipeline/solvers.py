@@ -54,7 +54,7 @@ def build_solver(
         given: Samples | None = None,
     ) -> Solution:
         bank = drawn.samples if given is None and drawn is not None and base is drawn.model else given
-        more = {} if config.kind == "adjoint_matching" else {"given": bank}
+        more: dict[str, Any] = {} if config.kind == "adjoint_matching" else {"given": bank}
         return solver(base, tilt, kl_weight, generator=random, progress=progress, slot=slot, **more)
 
     return solve

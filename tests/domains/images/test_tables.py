@@ -350,7 +350,7 @@ def test_passes_of_tfft_include_its_offline_batch(tmp_path: Path, scale: float, 
     lines = {line.method: line for line in costs_of(tmp_path / "benchmarks", [experiment])}
     am, tfft = lines["am"], lines["tfft"]
     assert (am.finetune, am.passes, am.relative_passes, am.assess) == (101.0, 2000.0, 1.0, 35.0)
-    assert tfft.threshold == 21.0
+    assert (tfft.batch, tfft.threshold) == (20.0, 1.0)
     assert tfft.relative == pytest.approx((91 + 21) / 101)
     assert tfft.passes == 1200 + 100 * 10 * of_a_state
     assert tfft.relative_passes == tfft.passes / 2000

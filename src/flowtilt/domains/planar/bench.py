@@ -53,7 +53,9 @@ class PlanarBench(Workbench):
             done = experiment.methods[earlier].iterations
             start = load_weights(build_model(experiment), self.job.read("start"))
             trail = trail_of(self.job.read("start"))
-        first = self.offline and Distribution(self.flow, self.offline.points, self.offline.context)
+        first = None
+        if (batch := self.offline) is not None:
+            first = Distribution(self.flow, batch.points, batch.context)
         samples, step = experiment.offline.samples, config.fixed_step
         if config.by == "exponents" and solver.kind != "adjoint_matching":
             samples = solver.bank  # that of the solve, for which a step is searched on the same samples

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from flowtilt.functionals.base import FiniteDistribution
-from flowtilt.functionals.utilities import SQ, CVaR
+from flowtilt.functionals.utilities import SQ, CVaR, Hinge
 from flowtilt.metrics.tails import quantile
-from flowtilt.mirror import find_step
+from flowtilt.mirror import MirrorStep, find_step
 from flowtilt.model import Context
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import threshold
@@ -253,12 +253,17 @@ def searched_ascent(
         if not step.gain > 0:
             break
         kept = 1 - alpha / step.eta
-        hinges = [(w, part.threshold) for w, part in step.first_variation]
-        h_levels = (
-            kept * h_levels + sum(w * hinge(levels.values, t, mass, tail) for w, t in hinges) / step.eta
-        )
-        raised = sum(w * hinge(rewards, t, mass, tail) for w, t in hinges) / step.eta
-        h_cells = kept * h_cells + blur(raised)
+        h_levels = kept * h_levels + _added(step, levels.values)
+        h_cells = kept * h_cells + blur(_added(step, rewards))
         current = normalise(log_p + h_cells)
         iterates.append(current)
     return iterates
+
+
+def _added(step: MirrorStep, rewards: np.ndarray) -> np.ndarray:
+    """``f / eta`` of a step on a tail mean, a mean of hinges, at rewards of any shape."""
+    total = np.zeros_like(rewards)
+    for weight, part in step.first_variation:
+        if isinstance(part, Hinge):  # as all of them are
+            total += weight / step.eta * part.of_rewards(rewards)
+    return total

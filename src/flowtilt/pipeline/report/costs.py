@@ -107,10 +107,12 @@ class Cost(NamedTuple):
     """What one method of an experiment or case cost; means over seeds in seconds, NaN where not measured.
 
     ``seeds`` are those whose fine-tuning was measured, or of a method without one whose samples were;
-    ``updates`` the optimiser steps of the fine-tuning, without those of a run that it continues, and
-    ``memory`` its largest in MB. ``threshold`` is what comes before a tfft: the offline batch and the
-    threshold. ``relative`` is threshold and fine-tuning over those of the first method of the file that is
-    fine-tuned. ``passes`` are network passes of the fine-tuning and of tfft's offline batch, counted and not
+    ``updates`` the optimiser steps of the fine-tuning, without those of a run that it continues, and of
+    annealed fitting, whose stages are as many as it takes, the mean over its histories once there are any.
+    ``memory`` is its largest in MB. ``batch`` is the offline batch, for a method that takes it (it is one for
+    all of them), and ``threshold`` of a tfft the solution of the dual on it. ``alone`` is threshold and
+    fine-tuning over those of the first method of the file that is fine-tuned, and ``relative`` the same with
+    the batch. ``passes`` are network passes of the fine-tuning and of tfft's offline batch, counted and not
     timed (see :mod:`flowtilt.control.base`); NaN in a domain that does not count them. ``assess`` is sampling
     and metrics together: for the run, or for all runs of its file where they are measured in one job; and
     ``solve`` the rows solved on the grid, on a tail, for all methods of the experiment.
@@ -123,7 +125,9 @@ class Cost(NamedTuple):
     updates: int
     finetune: float
     finetune_sd: float
+    batch: float
     threshold: float
+    alone: float
     relative: float
     passes: float
     relative_passes: float
@@ -152,16 +156,21 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
         finetune = next(stage for stage in domain.stages if stage.name == "finetune")
         solved = _of_stages(benchmarks, Run("", experiment), "exact")
         for method, config in experiment.methods.items():
-            run, updates = Run("", experiment, method), experiment.own_updates_of(method)
+            run = Run("", experiment, method)
+            updates = _updates(results, run)
             each = (benchmark_of(domain, finetune, replace(run, seed=seed)) for seed in experiment.seeds)
             jobs = [measured_job(benchmarks, job) for job in each]
             tuned = [job.seconds for job in jobs if job is not None]
             assessed = _of_stages(benchmarks, run, *domain.assessment)
-            threshold = _threshold(benchmarks, run) if config.kind == "tfft" else math.nan
+            batch = mean_sd(_of_stages(benchmarks, run, "offline"))[0] if takes_batch(run) else math.nan
+            threshold = math.nan
+            if config.kind == "tfft":
+                threshold = mean_sd(_of_stages(benchmarks, run, "threshold"))[0]
             cost = mean_sd(tuned)[0] + (threshold if math.isfinite(threshold) else 0.0)
+            whole = cost + (batch if math.isfinite(batch) else 0.0)
             passes = _passes(results, run)
             if updates and not any(line.updates for line in lines):
-                unit, unit_passes = cost, passes
+                unit, unit_passes = whole, passes
             lines.append(
                 Cost(
                     experiment.name,
@@ -170,8 +179,10 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
                     len(tuned if updates else assessed),
                     updates,
                     *mean_sd(tuned),
+                    batch,
                     threshold,
                     cost / unit if unit > 0 else math.nan,
+                    whole / unit if unit > 0 else math.nan,
                     passes,
                     passes / unit_passes if unit_passes > 0 else math.nan,
                     max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
@@ -192,6 +203,8 @@ def read_costs(path: str | Path) -> tuple[list[Cost], dict[str, dict[str, float]
             "seeds": int,
             "updates": int,
         }
+        # Tables from before the batch had a column of its own have it in the threshold's.
+        table = table.assign(**{name: math.nan for name in ("batch", "alone") if name not in table})
         runs = table[table["part"] == "runs"][list(Cost._fields)].astype(numbers)
         rules = table[table["part"] == "rules"][TOTAL_COLUMNS].astype(
             {"jobs": int, "wall_seconds": float, "peak_memory_mb": float}
@@ -219,9 +232,29 @@ def _of_stages(benchmarks: Path, run: Run, *names: str) -> list[float]:
     return found
 
 
-def _threshold(benchmarks: Path, run: Run) -> float:
-    """Mean seconds of the offline batch and the threshold of a run."""
-    return sum(mean_sd(_of_stages(benchmarks, run, stage))[0] for stage in ("offline", "threshold"))
+def takes_batch(run: Run) -> bool:
+    """Whether a method needs the offline batch: for its threshold, or as a bank."""
+    method = run.experiment.methods[run.method]
+    if not method.tuned:
+        return False
+    stages = domain_of(run.experiment).stages
+    finetune = next(stage for stage in stages if stage.name == "finetune" and stage.of(run.experiment))
+    return method.kind == "tfft" or "offline" in finetune.reads(run)
+
+
+def _histories(results: Path, run: Run) -> list[Path]:
+    """The histories of a method's fine-tunings that are there."""
+    runs = (replace(run, results=str(results), seed=seed) for seed in run.experiment.seeds)
+    return [file for one in runs if (file := Path(one.file("history.csv"))).is_file()]
+
+
+def _updates(results: Path, run: Run) -> int:
+    """Optimiser steps of a method; see :class:`Cost`."""
+    experiment, files = run.experiment, _histories(results, run)
+    tuned = experiment.methods[run.method].tuned
+    if tuned and files and experiment.solver_of(run.method).kind == "annealed_fitting":
+        return round(sum(len(read_history(file, ["active_share"])) for file in files) / len(files))
+    return experiment.own_updates_of(run.method)
 
 
 def _passes(results: Path, run: Run) -> float:
@@ -230,8 +263,7 @@ def _passes(results: Path, run: Run) -> float:
     if not experiment.counts_passes or not experiment.methods[run.method].tuned:
         return math.nan
     column = "network_passes"
-    runs = (replace(run, results=str(results), seed=seed) for seed in experiment.seeds)
-    histories = [file for one in runs if (file := Path(one.file("history.csv"))).is_file()]
+    histories = _histories(results, run)
     counted = mean_sd([float(totals_of(read_history(file, [column]), column)[column]) for file in histories])[
         0
     ]
@@ -241,8 +273,10 @@ def _passes(results: Path, run: Run) -> float:
 NOTE = (
     "From Snakemake's benchmarks, on the machine of the run: wall time in seconds, mean ± sd over seeds, and "
     "the largest resident memory in MB. An empty cell was not measured. Updates are optimiser steps; a "
-    "method that continues another counts its own alone. Relative: fine-tuning over that of the first "
-    "fine-tuned line of the table, with what tfft needs before it, the offline batch and the threshold. "
+    "method that continues another counts its own alone. The offline batch is drawn once for all methods "
+    "that need samples of the pretrained model, and stands in the first line of an experiment that does. "
+    "Relative: fine-tuning, and tfft's threshold, over those of the first fine-tuned line of the table, with "
+    "the batch where a method takes it, and without. "
     "Samples and metrics: where one job measures all runs of a seed it is shown in the first line, else "
     "they are two jobs of each run. Solved rows: one job for all methods of an experiment on a tail; on "
     "functionals they are solved with the metrics. Network passes, where they are counted: states through "
@@ -265,6 +299,7 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
     single = len(set(per_case)) == len(per_case)
     counted = any(math.isfinite(line.passes) for line in lines)
     cells: list[list[str]] = []
+    shown: set[tuple[str, float]] = set()
     for before, line in zip([None, *lines], lines, strict=False):
         case = line.experiment.partition("/")[2]
         name = ", ".join(part for part in (case, "" if single and case else line.method) if part)
@@ -273,8 +308,10 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
                 name,
                 str(line.updates) if line.updates else "",
                 _cell(line.finetune, line.finetune_sd),
+                "" if (line.experiment, line.batch) in shown else _cell(line.batch),
                 _cell(line.threshold),
                 _ratio(line.relative),
+                _ratio(line.alone),
                 *([_cell(line.passes / 1000), _ratio(line.relative_passes)] if counted else []),
                 _cell(line.memory),
                 "" if before and before.assess == line.assess else _cell(line.assess, line.assess_sd),
@@ -282,7 +319,9 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
                 str(line.seeds),
             ]
         )
-    header = ["method", "updates", "fine-tuning (s)", "threshold (s)", "relative"]
+        shown.add((line.experiment, line.batch))
+    header = ["method", "updates", "fine-tuning (s)", "offline batch (s)", "threshold (s)"]
+    header += ["relative", "relative, without the batch"]
     header += ["thousand network passes", "relative, in passes"] if counted else []
     header += ["its memory (MB)", "samples and metrics (s)", "solved rows of all methods (s)"]
     seeds = over_seeds(max((line.seeds for line in lines), default=1))
