@@ -234,7 +234,10 @@ class ColumnwiseFlow(FlowModel):
         covariance = alpha[..., None] * self.distribution.covariance * alpha[..., None, :] + torch.diag_embed(
             beta**2
         )
-        return -torch.linalg.solve(covariance.expand(len(x), -1, -1), x - alpha * self.distribution.mean)
+        centred = x - alpha * self.distribution.mean
+        if covariance.ndim == 2:  # one time for all states: one factorisation
+            return -torch.linalg.solve(covariance, centred.T).T
+        return -torch.linalg.solve(covariance, centred)
 
     def velocity(self, x, t, context=None):
         at = broadcast_time(t, x).double()
