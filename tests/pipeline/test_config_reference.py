@@ -147,7 +147,7 @@ def test_the_example_of_a_scale_of_ones_own_works() -> None:
     (experiment,) = load_file(CONFIG / "experiments" / "risk_averse_2d.yaml", overrides).values()
     assert experiment.seeds == [0, 1]
     assert experiment.solver.updates == 400
-    left = ["pretrained", "am", "tfft", "am_annealed", "tfft_annealed", "fdc_annealed"]
+    left = ["pretrained", "am", "tfft", "am_annealed", "tfft_annealed"]
     assert list(experiment.methods) == left
 
 

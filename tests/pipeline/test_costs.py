@@ -93,7 +93,7 @@ def test_the_offline_batch_stands_once_and_in_the_ratio_of_those_that_take_it(be
     at = panel.header.index("offline batch (s)")
     assert {line[0]: line[at] for line in panel.lines if line[at]} == {"fdc": "3.500"}
     takers = {method for (_, method), line in found.items() if not math.isnan(line.batch)}
-    assert takers == {"fdc", "tfft", "am_annealed", "tfft_annealed", "fdc_annealed"}
+    assert takers == {"fdc", "tfft", "am_annealed", "tfft_annealed"}
 
 
 def test_updates_of_annealed_fitting_are_those_that_its_stages_took(tmp_path: Path) -> None:

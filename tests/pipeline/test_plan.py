@@ -240,7 +240,7 @@ def test_what_tables_are_made_from(whole: Plan) -> None:
 
 RISK, QM9 = "results/runs/risk_averse_2d", "results/runs/molecules_qm9"
 IMAGE, MODEL = f"results/runs/{TAIL}", f"results/runs/{TAIL}/pretrained/model.json"
-OF_RISK = ("am", "fdc", "tfft", "am_annealed", "tfft_annealed", "fdc_annealed")
+OF_RISK = ("am", "fdc", "tfft", "am_annealed", "tfft_annealed")
 """Fine-tuned methods of the risk-averse experiment."""
 
 RISING = "results/runs/molecules_tail_sweep/rising/tfft_0.95/seed1"
