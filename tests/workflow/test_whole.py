@@ -72,7 +72,12 @@ def test_the_values_are_those_of_the_short_run(whole: Project, finished: Project
     made += [file for name in tables for file in finished.smoke.glob(f"tables/{name}.*")]
     assert len(made) > 20
     for file in made:
-        assert file.read_bytes() == (whole.smoke / file.relative_to(finished.smoke)).read_bytes(), file
+        same = whole.smoke / file.relative_to(finished.smoke)
+        if file.name == "metrics.json":  # of which one has rows of all methods, and some are left out
+            rows, more = (json.loads(one.read_text(encoding="utf-8"))["rows"] for one in (file, same))
+            assert rows == {row: more[row] for row in rows}, file
+        else:
+            assert file.read_bytes() == same.read_bytes(), file
 
 
 # -------------------------------------------------------------------------------- the environments
