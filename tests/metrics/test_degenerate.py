@@ -22,7 +22,7 @@ from flowtilt.metrics.tails import (
     tail_mean,
     upper_tail_mean,
 )
-from flowtilt.metrics.transport import check_metric, ground_distances, kantorovich
+from flowtilt.metrics.transport import check_metric, ground_distances, kantorovich, sliced_wasserstein
 
 NAN, INF = np.nan, np.inf
 COST, HALF = np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([0.5, 0.5])
@@ -119,6 +119,18 @@ REFUSED = [
         (kantorovich, (np.array([[0, bad], [1, 0]]), HALF, HALF), "1 that are not finite")
         for bad in (NAN, INF)
     ),
+    *(
+        (sliced_wasserstein, pair, "finite points .n, 2., at least one")
+        for bad in ([], [1.0, 2.0], np.zeros((2, 3)), np.zeros((0, 2)), [[NAN, 0]], [[0, INF]])
+        for pair in ((bad, [[0, 0]]), ([[0, 0]], bad))
+    ),
+    *(
+        (sliced_wasserstein, (COST, COST, p), "one probability a point, of sum 1")
+        for p in (np.zeros(2), np.array([2.0, -1.0]), np.array([NAN, 1]), np.ones(1), np.ones(2))
+    ),
+    (sliced_wasserstein, ([[1e308, 0]], [[-1e308, 0]]), "too far apart"),
+    (sliced_wasserstein, ([[1e300, 0]], [[0, 0]]), "too far apart"),
+    (sliced_wasserstein, (COST, COST, None, None, 0), "at least one direction"),
     (kantorovich, (np.zeros((2, 3)), HALF, HALF), "finite costs of each pair, .2, 2.; got .2, 3."),
     (kantorovich, (np.zeros((0, 0)), np.zeros(0), np.zeros(0)), "probabilities"),
 ]
@@ -145,6 +157,9 @@ RIGHT = [
     (wasserstein1, ([0], [2]), 2),
     (wasserstein1, ([[1, 2]] * 3, [[1, 2]] * 5), 0),
     (wasserstein1, (np.array(1.0), np.array(3.0)), 2),
+    (sliced_wasserstein, ([[1, 2]] * 3, [[1, 2]] * 5), 0),
+    (sliced_wasserstein, ([[0, 0], [9, 9]], [[0, 0]], [1, 0]), 0),
+    (sliced_wasserstein, ([[2, 0]], [[0, 0]]), np.sqrt(2)),
     (lambda *a: kantorovich(*a).value, (COST, np.array([1.0, 0.0]), np.array([0.0, 1.0])), 1),
     (lambda *a: kantorovich(*a).value, (np.array([[3.0]]), np.ones(1), np.ones(1)), 3),
     (lambda *a: kantorovich(*a).value, (np.zeros((2, 2)), HALF, HALF), 0),

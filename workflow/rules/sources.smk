@@ -32,7 +32,7 @@ def checked_out(file) -> Path | None:
         packed.seek(0)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
-            with tarfile.open(fileobj=packed) as archive:
+            with tarfile.TarFile(fileobj=packed) as archive:
                 # Early releases of Python 3.11 have no filters; what is extracted is run anyway.
                 safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
                 archive.extractall(Path(unpacked) / commit, **safe)

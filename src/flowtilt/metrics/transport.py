@@ -126,12 +126,14 @@ def sliced_wasserstein(
         y: of the other, (m, 2).
         p: probabilities of ``x``, (n,); equal if not given.
         q: of ``y``, (m,).
-        directions: how many.
+        directions: how many, at least one.
 
     Raises:
-        TransportError: for points that are none, not finite or not in the plane, or for weights that are no
-            probabilities of them.
+        TransportError: for points that are none, not finite, too far apart or not in the plane, for weights
+            that are no probabilities of them, or without directions.
     """
+    if directions < 1:
+        raise TransportError(f"a sliced distance needs at least one direction, got {directions}")
     sides = []
     for points, weights in ((x, p), (y, q)):
         a = np.asarray(points, dtype=np.float64)
@@ -144,8 +146,11 @@ def sliced_wasserstein(
     squares = []
     for angle in np.pi * (np.arange(directions) + 0.5) / directions:
         direction = np.array([np.cos(angle), np.sin(angle)])
-        squares.append(_squared_on_a_line(*((a @ direction, w) for a, w in sides)))
-    return math.sqrt(float(np.mean(squares)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares.append(_squared_on_a_line(*((a @ direction, w) for a, w in sides)))
+    if not np.isfinite(mean := float(np.mean(squares))):
+        raise TransportError("the points are too far apart for a sliced distance; rescale them")
+    return math.sqrt(mean)
 
 
 def _squared_on_a_line(*sides: tuple[np.ndarray, np.ndarray]) -> float:
