@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -264,6 +265,5 @@ def _added(step: MirrorStep, rewards: np.ndarray) -> np.ndarray:
     """``f / eta`` of a step on a tail mean, a mean of hinges, at rewards of any shape."""
     total = np.zeros_like(rewards)
     for weight, part in step.first_variation:
-        if isinstance(part, Hinge):  # as all of them are
-            total += weight / step.eta * part.of_rewards(rewards)
+        total += weight / step.eta * cast(Hinge, part).of_rewards(rewards)
     return total
