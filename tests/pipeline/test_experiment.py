@@ -245,10 +245,11 @@ SKIPPED = EXPERIMENTS / "iterations_2d.yaml"
 
 def test_cases_and_methods_can_be_left_out() -> None:
     methods = ["fdc_k20", "tfft"]
-    skip = {"iterations_2d": {"methods": methods}, "resolution_2d": {"cases": ["spikes-0.6"]}}
+    one = {"cases": ["novelty"]}
+    skip = {"iterations_2d": {**one, "methods": methods}, "resolution_2d": {"cases": ["spikes-0.6"]}}
     overrides = {"skip": skip, **in_plane(seeds=1)}
     (experiment,) = load_file(SKIPPED, overrides).values()
-    (before,) = load_file(SKIPPED, in_plane(seeds=1)).values()
+    (before,) = load_file(SKIPPED, {"skip": {"iterations_2d": one}, **in_plane(seeds=1)}).values()
     assert list(experiment.methods) == [m for m in before.methods if m not in methods]
     cases = load_file(EXPERIMENTS / "resolution_2d.yaml", overrides)
     assert len(cases) == 5
