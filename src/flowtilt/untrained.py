@@ -1,0 +1,325 @@
+"""Baselines that train nothing: best of N, resampling of a bank, and sequential Monte Carlo.
+
+All three tilt the samples of a pretrained flow and leave its weights alone. They pay for every sample that is
+kept, where a fine-tuning pays once: what they cost, in network passes and reward calls a kept sample, is part of
+what they return. As in :mod:`flowtilt.tilts`, contexts have a distribution of their own, which stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowtilt.interpolants import add_scaled, broadcast_time, convert
+from flowtilt.model import Context, FlowModel, evaluated
+from flowtilt.ranges import COUNT, MASS, POSITIVE, check, check_value
+from flowtilt.rewards import Reward
+from flowtilt.sampling import memoryless_steps
+from flowtilt.tilts import Groups, tilted
+
+Draw = Callable[[FlowModel, int, torch.Generator, Context], Tensor]
+"""A sampler: from a model, a number of samples, a generator and their context to samples (count, ...)."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Samples that a baseline has kept.
+
+    Attributes:
+        samples: (count, ...).
+        context: of each sample.
+        rewards: of each sample, NaN where an evaluation failed, (count,).
+        drawn: samples that were drawn, or particles, for each one that is kept.
+        network_passes: of the pretrained network, for each one that is kept.
+        reward_calls: of the reward, for each one that is kept.
+        effective_share: effective samples over those that were drawn, where they are weighted; else 1. Of
+            sequential Monte Carlo the smallest that a step had.
+        distinct_share: samples or prior states that at least one kept sample goes back to, over those kept.
+        log_normalisers: ``log E[exp(tilt) | group]`` as estimated, where one is, by group.
+    """
+
+    samples: Tensor
+    context: Context
+    rewards: Tensor
+    drawn: float
+    network_passes: float
+    reward_calls: float
+    effective_share: float = 1.0
+    distinct_share: float = 1.0
+    log_normalisers: np.ndarray | None = None
+
+
+# -------------------------------------------------------------------------------- best of N
+
+
+def best_of(
+    model: FlowModel,
+    reward: Reward,
+    n: int,
+    count: int,
+    draw: Draw,
+    passes: int,
+    generator: torch.Generator,
+    context: Context = None,
+) -> Kept:
+    """Of every ``n`` samples of one context, the one of the largest reward.
+
+    Where the pretrained reward has the distribution function ``F`` in a context, that of what is kept is
+    ``F^n``, which is ``log n - (n - 1) / n`` nats from the pretrained distribution if ``F`` is continuous
+    (Beirami et al. 2024). A sample whose evaluation failed counts as worse than any other.
+
+    Args:
+        n: samples that each kept one is chosen from, at least 1.
+        count: samples to keep.
+        draw: the sampler.
+        passes: network passes of one of its samples.
+        context: of the samples to keep; drawn if not given.
+    """
+    check_value("n, of the best of n,", n, COUNT)
+    check_value("samples to keep", count, COUNT)
+    context = model.draw_context(count, generator) if context is None else context
+    best, rewards = None, torch.full((count,), float("nan"))
+    for _ in range(n):
+        samples = draw(model, count, generator, context)
+        found = reward(samples, context)
+        if best is None:
+            best, rewards = samples.clone(), found.clone()
+            continue
+        better = (found > rewards) | (rewards.isnan() & ~found.isnan())
+        best[better], rewards[better] = samples[better], found[better]
+    assert best is not None
+    return Kept(best, context, rewards, n, n * passes, n)
+
+
+# -------------------------------------------------------------------------------- resampling
+
+
+def systematic(probabilities: np.ndarray, count: int, offset: float) -> np.ndarray:
+    """Indices of ``count`` samples by systematic resampling, sorted, (count,).
+
+    Each sample is there ``count p_i`` times, rounded down or up (Kitagawa 1996).
+
+    Args:
+        probabilities: of sum 1, (N,).
+        offset: the one random number that it takes, in [0, 1).
+    """
+    edges = np.cumsum(probabilities)
+    edges /= edges[-1]
+    return np.searchsorted(edges, (np.arange(count) + offset) / count, side="right").clip(max=len(edges) - 1)
+
+
+def _shared_out(shares: np.ndarray, count: int, offset: float) -> np.ndarray:
+    """Whole numbers of sum ``count`` in proportion to ``shares``, each rounded down or up."""
+    return np.bincount(systematic(shares, count, offset), minlength=len(shares))
+
+
+def resample(
+    exponents: np.ndarray, groups: Groups, count: int, generator: torch.Generator
+) -> tuple[np.ndarray, float, float]:
+    """Importance resampling of a bank under the tilt by ``exponents``, within each group.
+
+    Args:
+        exponents: of the samples, in nats, (N,).
+        groups: of the samples; each is kept in proportion to its own probability.
+        count: samples to keep.
+
+    Returns:
+        Indices into the bank (count,), the bank's effective share, and the share of those kept that are
+        distinct.
+
+    Raises:
+        ValueError: for exponents that are not finite.
+    """
+    check_value("samples to keep", count, COUNT)
+    under = tilted(exponents, groups)
+    offsets = torch.rand(len(groups) + 1, generator=generator, dtype=torch.float64).numpy()
+    numbers = _shared_out(groups.shares, count, offsets[-1])
+    chosen = []
+    for group, number in enumerate(numbers):
+        own = np.flatnonzero(groups.labels == group)
+        p = under.probabilities[own]
+        chosen.append(own[systematic(p / p.sum(), number, offsets[group])] if number else own[:0])
+    index = np.concatenate(chosen)
+    return index, under.effective_share, len(np.unique(index)) / count
+
+
+# -------------------------------------------------------------------------------- sequential Monte Carlo
+
+
+@dataclass(frozen=True)
+class SteeringSettings:
+    """How particles are steered.
+
+    Attributes:
+        particles: simulated for each sample that is kept.
+        steps: of the memoryless process.
+        every: steps from one weighting to the next; the last one is at the end in any case.
+        share: effective share of a group's particles below which they are resampled.
+    """
+
+    particles: int = 4
+    steps: int = 20
+    every: int = 1
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        check(self, "steering's ", particles=COUNT, steps=COUNT, every=COUNT, share=MASS)
+
+
+@evaluated
+@torch.no_grad()
+def steer(
+    model: FlowModel,
+    reward: Reward,
+    kl_weight: float,
+    count: int,
+    settings: SteeringSettings,
+    generator: torch.Generator,
+    context: Context = None,
+) -> Kept:
+    """Samples of ``p(x | c) exp(reward / kl_weight)`` by sequential Monte Carlo along the memoryless process.
+
+    Feynman-Kac steering (Singhal et al. 2025) with the reward at the posterior mean ``E[x_1 | x_t]``: at time
+    t a trajectory has the potential ``s(t) reward(E[x_1 | x_t]) / kl_weight``, with ``s = alpha^2 / (alpha^2 +
+    beta^2)``, the share of its variance that is data, for data of variance 1. At the end it is that of the
+    sample itself, at full strength: so weights are right for any ``s``, and the normaliser is without bias.
+    What the posterior mean says wrongly shows as particles that are lost.
+
+    The network pass of a step gives the posterior mean as well: steering costs reward calls beside a plain
+    sample, and no passes. Particles of one context compete with each other alone. The reward of an evaluation
+    that failed is the worst of its batch.
+
+    Args:
+        kl_weight: alpha, positive, in units of the reward.
+        count: samples to keep.
+        context: of the samples to keep; drawn if not given.
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+    check_value("kl_weight", kl_weight, POSITIVE)
+    check_value("samples to keep", count, COUNT)
+    context = model.draw_context(count, generator) if context is None else context
+    of = torch.arange(count).repeat_interleave(settings.particles)
+    context = model.select_context(context, of)
+    labels = model.context_labels(context)
+    groups = Groups.of(None if labels is None else labels.numpy(force=True), np.arange(len(of)))
+    cloud = _Cloud(groups, settings.share, generator)
+    x, times = model.prior(len(of), generator, context), model.time_grid(settings.steps)
+    evaluations = 0
+    for k, step in enumerate(memoryless_steps(model, settings.steps)):
+        t = x.new_tensor(times[k])
+        v = model.velocity(x, t, context)
+        if k and k % settings.every == 0:
+            strength = float(_data_share(model, t, x))
+            potentials = strength / kl_weight * _settled(reward(_posterior_mean(model, x, v, t), context))
+            evaluations += 1
+            if (index := cloud.weighted(potentials)) is not None:
+                x, v = x[index], v[index]
+        step = step.like(x)
+        x = add_scaled(step.state * x, v, step.velocity)
+        if step.noisy:
+            x = add_scaled(x, model.noise_like(x, generator, context), step.noise)
+    rewards = reward(x, context)
+    cloud.weighted(_settled(rewards) / kl_weight, last=True)
+    index = cloud.kept(count, settings.particles)
+    return Kept(
+        x[index],
+        model.select_context(context, index),
+        rewards[index],
+        settings.particles,
+        settings.particles * settings.steps * model.evaluations("sampling"),
+        settings.particles * (evaluations + 1),
+        cloud.least,
+        len(cloud.ancestors[index].unique()) / count,
+        cloud.log_normalisers,
+    )
+
+
+def _posterior_mean(model: FlowModel, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    return convert(v, x, t, model.path, "velocity", "endpoint")
+
+
+def _data_share(model: FlowModel, t: Tensor, x: Tensor) -> Tensor:
+    """``alpha^2 / (alpha^2 + beta^2)`` at a time; the mean over columns that have paths of their own."""
+    at = broadcast_time(t, x)
+    alpha, beta = model.path.alpha(at).square(), model.path.beta(at).square()
+    return (alpha / (alpha + beta)).mean()
+
+
+def _settled(rewards: Tensor) -> Tensor:
+    """Rewards with the worst one in the place of those that failed, in float64."""
+    values = rewards.double()
+    failed = values.isnan()
+    if bool(failed.all()):
+        return torch.zeros_like(values)
+    return values.masked_fill(failed, float(values[~failed].min()))
+
+
+class _Cloud:
+    """Weights of particles, group by group, and where they come from.
+
+    Attributes:
+        log_normalisers: as estimated so far, (groups,).
+        least: smallest effective share of any group so far.
+        ancestors: prior state of each particle, (N,).
+    """
+
+    def __init__(self, groups: Groups, share: float, generator: torch.Generator) -> None:
+        self.groups, self.share, self.generator = groups, share, generator
+        self.members = [np.flatnonzero(groups.labels == group) for group in range(len(groups))]
+        size = len(groups.labels)
+        self.log_weights, self.potentials = np.zeros(size), np.zeros(size)
+        self.log_normalisers, self.least = np.zeros(len(groups)), 1.0
+        self.ancestors = torch.arange(size)
+
+    def weighted(self, potentials: Tensor, last: bool = False) -> Tensor | None:
+        """Weigh all particles by the rise of their potentials (N,), and resample groups that need it.
+
+        Returns:
+            The particles' indices among those before, (N,), if some were resampled; at the ``last`` weighting
+            none are.
+        """
+        new = potentials.numpy(force=True)
+        self.log_weights += new - self.potentials
+        self.potentials = new.copy()
+        index, moved = np.arange(len(new)), False
+        for group, own in enumerate(self.members):
+            p, share = self._normalised(own)
+            self.least = min(self.least, share)
+            if last or share >= self.share:
+                continue
+            self.log_normalisers[group] += _log_mean_exp(self.log_weights[own])
+            index[own] = own[systematic(p, len(own), self._uniform())]
+            self.log_weights[own], moved = 0.0, True
+        if not moved:
+            return None
+        self.potentials, chosen = self.potentials[index], torch.from_numpy(index)
+        self.ancestors = self.ancestors[chosen]
+        return chosen.to(potentials.device)
+
+    def kept(self, count: int, particles: int) -> Tensor:
+        """One particle in ``particles`` of each group, by its weight, (count,)."""
+        chosen = []
+        for group, own in enumerate(self.members):
+            p, _ = self._normalised(own)
+            self.log_normalisers[group] += _log_mean_exp(self.log_weights[own])
+            chosen.append(own[systematic(p, len(own) // particles, self._uniform())])
+        return torch.from_numpy(np.concatenate(chosen))
+
+    def _normalised(self, own: np.ndarray) -> tuple[np.ndarray, float]:
+        w = np.exp(self.log_weights[own] - self.log_weights[own].max())
+        p = w / w.sum()
+        return p, float(1 / (p @ p) / len(own))
+
+    def _uniform(self) -> float:
+        return float(torch.rand((), generator=self.generator, dtype=torch.float64))
+
+
+def _log_mean_exp(values: np.ndarray) -> float:
+    top = values.max()
+    return float(top + np.log(np.exp(values - top).mean()))
