@@ -1,8 +1,8 @@
 """Baselines that train nothing: best of N, resampling of a bank, and sequential Monte Carlo.
 
-All three tilt the samples of a pretrained flow and leave its weights alone. They pay for every sample that is
-kept, where a fine-tuning pays once: what they cost, in network passes and reward calls a kept sample, is part of
-what they return. As in :mod:`flowtilt.tilts`, contexts have a distribution of their own, which stays.
+All three tilt the samples of a pretrained flow and leave its weights alone. A fine-tuning pays once; they pay
+for every sample that is kept, and return what it has cost in network passes and reward calls. As in
+:mod:`flowtilt.tilts`, contexts have a distribution of their own, which stays.
 """
 
 from __future__ import annotations
@@ -184,10 +184,10 @@ def steer(
     """Samples of ``p(x | c) exp(reward / kl_weight)`` by sequential Monte Carlo along the memoryless process.
 
     Feynman-Kac steering (Singhal et al. 2025) with the reward at the posterior mean ``E[x_1 | x_t]``: at time
-    t a trajectory has the potential ``s(t) reward(E[x_1 | x_t]) / kl_weight``, with ``s = alpha^2 / (alpha^2 +
-    beta^2)``, the share of its variance that is data, for data of variance 1. At the end it is that of the
-    sample itself, at full strength: so weights are right for any ``s``, and the normaliser is without bias.
-    What the posterior mean says wrongly shows as particles that are lost.
+    t a trajectory has the potential ``s(t) reward(E[x_1 | x_t]) / kl_weight``. Here ``s`` is
+    ``alpha^2 / (alpha^2 + beta^2)``, the share of the state's variance that is data, for data of variance 1.
+    At the end the potential is that of the sample itself, at full strength: so weights are right for any
+    ``s``, and the normaliser is without bias. Where the posterior mean misleads, particles are lost.
 
     The network pass of a step gives the posterior mean as well: steering costs reward calls beside a plain
     sample, and no passes. Particles of one context compete with each other alone. The reward of an evaluation
