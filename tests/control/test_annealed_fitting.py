@@ -221,6 +221,21 @@ def test_what_a_hinge_adds_rests_on_as_many_samples_as_were_asked_for():
     assert strongest(exponents, groups, 0.3, gaining=50 / 2000) < 1e-10
 
 
+def test_a_threshold_that_the_first_bank_knows_stays_whatever_the_fits_miss():
+    """The optimum is far from Gaussian, and each fit is one: thresholds of later banks would run away."""
+    problem, flow = TailProblem("lower", mass=0.2, alpha=0.5), GaussianFlow(PATH, GAUSSIAN)
+    choice = annealed(0.7, bank=4000, updates=100, learning_rate=0.03)
+    solution = solve_tail(flow, Height(), problem, choice, generator(0))
+    assert 1 < len(solution.stages) < 8
+    bank = GAUSSIAN.sample(100_000, generator(3))[:, 0].numpy()
+    assert {row["parameter"] for row in solution.stages} == {solution.stages[0]["parameter"]}
+    assert solution.stages[0]["parameter"] == pytest.approx(problem.threshold(bank), abs=0.2)
+    assert solution.stages[-1]["strength"] == pytest.approx(1)
+    paid = [row["kl"] for row in solution.stages]
+    assert paid == sorted(paid)
+    assert paid[0] > 0
+
+
 @pytest.mark.parametrize("tail", ["lower", "upper"])
 def test_a_tail_within_reach_is_that_of_the_offline_threshold(tail):
     problem = TailProblem(tail, mass=0.3, alpha=4.0)

@@ -68,6 +68,10 @@ Row = dict[str, float]
 LEAST_STEP = 1e-4
 """Share of the way at which the first stage is given up: it would take ten thousand like it."""
 
+REACHED = 100
+"""Effective samples, of those that a tail's optimum adds mass to, from which its threshold stays: they know
+the mean of the exponential to a tenth, and so the threshold to a tenth of a nat."""
+
 STAGE_COLUMNS = (
     *("stage", "step", "strength", "parameter", "effective_sample_size"),
     *("effective_share", "least_effective_share"),
@@ -144,6 +148,7 @@ class _Chain:
         steps: d of each stage, (stages,).
         parameters: of each stage's target, (stages,).
         log_z: mean over contexts of the logarithm of the last model's normaliser, (1,).
+        fixed: 1 once the target's parameter is known well enough to stay, and that parameter; else 0, (2,).
     """
 
     exponents: Exponents
@@ -153,6 +158,7 @@ class _Chain:
     steps: Tensor
     parameters: Tensor
     log_z: Tensor
+    fixed: Tensor
 
     @classmethod
     def empty(cls, exponents: Exponents, stages: int, size: int) -> _Chain:
@@ -161,7 +167,7 @@ class _Chain:
 
         banks = stages + 1
         values, labels, counts = zeros(banks, size), zeros(banks, size, of=torch.int64), zeros(banks)
-        return cls(exponents, values, labels, counts.long(), zeros(stages), zeros(stages), zeros(1))
+        return cls(exponents, values, labels, counts.long(), zeros(stages), zeros(stages), zeros(1), zeros(2))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a chain is continued from, by name: the tensors themselves."""
@@ -192,15 +198,15 @@ class _Chain:
             h = h + d * (self.exponents(parameter, values) - h)
         return h
 
-    def as_base(self, stages: int, least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Values, weights under the base, and labels of the groups of all samples of the first banks."""
+    def as_base(self, stages: int, least: int) -> tuple[np.ndarray, np.ndarray, Groups]:
+        """Values, weights under the base, and groups of all samples of the first banks."""
         counts = self.counts[:stages].tolist()
         values = np.concatenate([self.values[k, :n].numpy() for k, n in enumerate(counts)])
         labels = np.concatenate([self.labels[k, :n].numpy() for k, n in enumerate(counts)])
         groups = Groups.of(labels, np.arange(len(labels)), least)
         of_bank = np.repeat(np.arange(stages), counts)
         every = np.stack([self.of(k, values) for k in range(stages)])
-        return values, base_weights(every, of_bank, groups), groups.labels
+        return values, base_weights(every, of_bank, groups), groups
 
 
 def base_weights(
@@ -334,8 +340,14 @@ def solve_tail(
     chain = _Chain.empty(hinge, settings.stages, _largest(settings, given))
 
     def threshold(stage: int) -> float:
-        values, weights, labels = chain.as_base(stage + 1, settings.fitting.group)
-        at = problem.threshold(values, weights, labels)
+        known, at = chain.fixed.tolist()
+        if not known:
+            values, weights, groups = chain.as_base(stage + 1, settings.fitting.group)
+            at = problem.threshold(values, weights, groups.labels)
+            # Later banks are of the fits and not of their exponents: a threshold from them follows what each
+            # fit has missed, the next fit misses more, and so on. So it stays as soon as it is known.
+            if _carrying(hinge(at, values), groups, weights) >= REACHED:
+                chain.fixed[:] = torch.tensor([1.0, at], dtype=torch.float64)
         if problem.tail == "lower":
             return at
         # At the optimum an upper tail holds just its mass. A bank that holds less than half of it past the
@@ -349,6 +361,13 @@ def solve_tail(
     tilt, identity = RewardVariation(reward), (settings, problem)
     anneal = _Annealing(base, tilt, chain, threshold, settings, identity, given, active)
     return anneal.run(generator, progress, slot)
+
+
+def _carrying(exponents: np.ndarray, groups: Groups, weights: np.ndarray) -> float:
+    """Effective samples among those that a tilt adds mass to, from samples with weights of sum 1, (N,)."""
+    with np.errstate(divide="ignore"):
+        added = np.maximum(tilted(exponents, groups, np.log(weights)).probabilities - weights, 0)
+    return float(added.sum()) ** 2 / max(float(added @ added), 1e-300)
 
 
 @dataclass(frozen=True)
