@@ -461,7 +461,9 @@ class _Annealing:
         diagnostics = {key: last[key] for key in ("strength", "kl", "parameter", "mean_reached")}
         diagnostics["stages"] = float(len(stages))
         diagnostics["effective_share"] = min(row["effective_share"] for row in stages)
-        diagnostics["network_passes"] = history[-1]["network_passes"] + self.settings.fitting.passes
+        diagnostics["network_passes"] = history[-1]["network_passes"] + (
+            self.settings.fitting.passes * self.base.evaluations("sampling")
+        )
         return AnnealedSolution(model, history, diagnostics, stages)
 
 
@@ -484,5 +486,9 @@ class _Rows:
         return {**row, **sums, **self.columns}
 
     def report(self, row: Row) -> None:
+        """Show a row as one of the chain; what is added to it there, as counts of energies are, it keeps."""
         if self.progress is not None:
-            self.progress(self.of(row))
+            shown = self.of(row)
+            known = [*shown]
+            self.progress(shown)
+            row |= {key: value for key, value in shown.items() if key not in known}
