@@ -204,34 +204,63 @@ class _Chain:
 
 
 def base_weights(
-    exponents: np.ndarray, banks: np.ndarray, groups: Groups, tolerance: float = 1e-6, most: int = 1000
+    exponents: np.ndarray, banks: np.ndarray, groups: Groups, tolerance: float = 1e-9, most: int = 100
 ) -> np.ndarray:
     """Weights that make samples of several tilts of a base into samples of the base, of sum 1, (N,).
 
     With ``n_k`` samples of the tilt by ``h_k`` in a group, these are proportional to
-    ``1 / sum_k n_k exp(h_k(x)) / Z_k``, where ``Z_k`` is the mean of ``exp(h_k)`` under these very weights:
-    solved by repeating just that (Shirts and Chodera 2008, equation 11), for each group by itself.
+    ``1 / sum_k n_k exp(h_k(x)) / Z_k``, where ``Z_k`` is the mean of ``exp(h_k)`` under these very weights
+    (Shirts and Chodera 2008, equation 11), for each group by itself. The ``log Z_k`` minimise a convex
+    function; Newton's method takes some ten steps, where repeating the equation may take thousands.
 
     Args:
         exponents: ``h_k`` at every sample, in nats, (banks, N); of the base itself they are 0.
         banks: the bank that each sample is of, whole numbers, (N,).
         groups: of the samples; each keeps its probability.
-        tolerance: change of ``log Z`` at which the repetition ends.
-        most: repetitions.
+        tolerance: change of ``log Z`` at which the method ends.
+        most: steps of it.
     """
-    count = np.stack([groups.sums((banks == k).astype(float)) for k in range(len(exponents))])
-    with np.errstate(divide="ignore"):
-        log_count = np.log(count)
-    log_z = np.zeros_like(log_count)
+    weights = np.empty(exponents.shape[1])
+    for group, share in enumerate(groups.shares):
+        own = np.flatnonzero(groups.labels == group)
+        count = np.bincount(banks[own], minlength=len(exponents)).astype(float)
+        held = count > 0
+        h, bank = exponents[np.ix_(held, own)], np.cumsum(held)[banks[own]] - 1
+        log_w = _log_base_weights(h, bank, tolerance, most)
+        weights[own] = share * np.exp(log_w)
+    return weights
+
+
+def _log_base_weights(h: np.ndarray, banks: np.ndarray, tolerance: float, most: int) -> np.ndarray:
+    """Log weights of sum 1 in one group, (n,), from ``h`` (banks, n) and the bank of each sample, (n,)."""
+    count = np.bincount(banks).astype(float)
+
+    def at(log_z: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """The convex function, the log of the sum, and each bank's part of it, (banks, n)."""
+        terms = h + (np.log(count) - log_z)[:, None]
+        top = terms.max(axis=0)
+        parts = np.exp(terms - top)
+        total = parts.sum(axis=0)
+        log_sum = top + np.log(total)
+        return float(log_sum.sum() + count @ log_z), log_sum, parts / total
+
+    # Each bank from the one before, which it is near: Newton's method needs a start where banks overlap.
+    log_z = np.zeros(len(count))
+    for k in range(1, len(count)):
+        rise = (h[k] - h[k - 1])[banks == k - 1]
+        log_z[k] = log_z[k - 1] + np.logaddexp.reduce(rise) - np.log(len(rise))
+    value, log_sum, parts = at(log_z)
     for _ in range(most):
-        terms = exponents + (log_count - log_z)[:, groups.labels]
-        log_w = -np.logaddexp.reduce(terms, axis=0)
-        log_w = log_w - groups.log_sums(log_w)[groups.labels]  # the base itself has Z = 1
-        found = np.stack([groups.log_sums(log_w + h) for h in exponents])
-        change, log_z = float(np.abs(found - log_z).max()), found
-        if change < tolerance:
+        of_bank = parts.sum(axis=1)
+        # Singular along equal shifts of all log Z, which change no weight: the least squares leave them out.
+        step = np.linalg.lstsq(np.diag(of_bank) - parts @ parts.T, of_bank - count, rcond=1e-12)[0]
+        size = 1.0
+        while (new := at(log_z + size * step))[0] > value + 1e-9 * abs(value) and size > 1e-6:
+            size /= 2
+        log_z, (value, log_sum, parts) = log_z + size * step, new
+        if float(np.abs(size * step).max()) < tolerance:
             break
-    return groups.shares[groups.labels] * np.exp(log_w)
+    return -log_sum - np.logaddexp.reduce(-log_sum)
 
 
 def solve(
