@@ -175,8 +175,5 @@ def test_tails_are_compared_only_where_they_have_been_checked() -> None:
         *((file, "self.tail") for file in ("functionals/utilities.py", "theory/reward_distributions.py")),
         *((f"{THEORY}/thresholds.py", of) for of in ("dual.tail", "self.dual.tail")),
         (f"{PLANE}/experiment.py", "self.objective.tail"),  # checked as they were read
-        *(
-            (file, "problem.tail")
-            for file in (f"{PLANE}/build.py", "control/annealed_fitting.py", "pipeline/health.py")
-        ),
+        *((file, "problem.tail") for file in (f"{PLANE}/build.py", "control/annealed_fitting.py")),
     }

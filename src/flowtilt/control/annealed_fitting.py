@@ -139,8 +139,9 @@ class _Chain:
         exponents: of a target with a parameter, at values (n,).
         size: samples of a bank; what failed is not in it.
         values: of each bank's samples, zero beyond ``counts``, (stages + 1, size).
-        labels: of their contexts, (stages + 1, size).
+        labels: of their contexts, and then of those of samples that failed, (stages + 1, size).
         counts: samples of each bank, whole numbers, (stages + 1,).
+        drawn: the same with those that failed: their contexts are no rarer for it, (stages + 1,).
         steps: d of each stage, (stages,).
         parameters: of each stage's target, (stages,).
         log_z: mean over contexts of the logarithm of the last model's normaliser, (1,).
@@ -150,6 +151,7 @@ class _Chain:
     values: Tensor
     labels: Tensor
     counts: Tensor
+    drawn: Tensor
     steps: Tensor
     parameters: Tensor
     log_z: Tensor
@@ -159,9 +161,10 @@ class _Chain:
         def zeros(*shape: int, of: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(*shape, dtype=of, device="cpu")
 
-        banks = stages + 1
-        values, labels, counts = zeros(banks, size), zeros(banks, size, of=torch.int64), zeros(banks)
-        return cls(exponents, values, labels, counts.long(), zeros(stages), zeros(stages), zeros(1))
+        banks, whole = stages + 1, torch.int64
+        counts, drawn = zeros(banks, of=whole), zeros(banks, of=whole)
+        values, labels = zeros(banks, size), zeros(banks, size, of=whole)
+        return cls(exponents, values, labels, counts, drawn, zeros(stages), zeros(stages), zeros(1))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a chain is continued from, by name: the tensors themselves."""
@@ -172,8 +175,11 @@ class _Chain:
         count = len(draw.values)
         self.values[stage, :count] = torch.from_numpy(draw.values)
         if labels is not None:
-            self.labels[stage, :count] = labels[draw.order].to(self.labels)
-        self.counts[stage] = count
+            failed = torch.ones_like(labels, dtype=torch.bool)
+            failed[draw.order] = False
+            every = torch.cat([labels[draw.order], labels[failed]])
+            self.labels[stage, : len(every)] = every.to(self.labels)
+        self.counts[stage], self.drawn[stage] = count, draw.drawn
 
     def went(self, stage: int, what: _Stage) -> None:
         """Take in what a stage has done."""
@@ -194,10 +200,12 @@ class _Chain:
 
     def as_base(self, stages: int, least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Values, weights under the base, and labels of the groups of all samples of the first banks."""
-        counts = self.counts[:stages].tolist()
+        counts, drawn = self.counts[:stages].tolist(), self.drawn[:stages].tolist()
         values = np.concatenate([self.values[k, :n].numpy() for k, n in enumerate(counts)])
-        labels = np.concatenate([self.labels[k, :n].numpy() for k, n in enumerate(counts)])
-        groups = Groups.of(labels, np.arange(len(labels)), least)
+        labels = np.concatenate([self.labels[k, :n].numpy() for k, n in enumerate(drawn)])
+        starts = np.cumsum([0, *drawn[:-1]])
+        kept = np.concatenate([start + np.arange(n) for start, n in zip(starts, counts, strict=True)])
+        groups = Groups.of(labels, kept, least)
         of_bank = np.repeat(np.arange(stages), counts)
         every = np.stack([self.of(k, values) for k in range(stages)])
         return values, base_weights(every, of_bank, groups), groups.labels

@@ -189,7 +189,7 @@ def test_annealed_fitting_says_what_each_stage_asked_and_reached(bank: Bank, met
         own = thresholds.threshold(
             bank.rewards, ALPHA, MASS, "upper", bank.groups.probabilities, bank.groups.labels
         )
-        # No further than half of the tail's own quantile, where the optimum lies beyond what a bank holds.
+        # Failures make no number of atoms rarer; and no aim is past what half of the tail's mass is above.
         first = min(own, quantile(bank.rewards, 1 - MASS / 2))
         assert stages["parameter"].iloc[0] == pytest.approx(first, rel=1e-6)
 
