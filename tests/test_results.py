@@ -32,6 +32,7 @@ def metric(by_seed: pd.DataFrame, experiment: str, method: str, name: str) -> pd
 AWAITED = {
     *(("risk_averse_2d", method) for method in ("am_annealed", "tfft_annealed")),
     *(("novelty_2d", method) for method in ("am_annealed", "tfft_annealed", "fdc_annealed")),
+    *(("ot_script_2d", method) for method in ("pretrained", "am", "fdc")),
     *(("two_rings_2d", method) for method in ("pretrained", "am", "tfft", "fdc")),
     *(
         ("two_rings_2d", f"{kind}_{solver}")

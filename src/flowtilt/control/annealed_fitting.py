@@ -143,8 +143,9 @@ class _Chain:
         exponents: of a target with a parameter, at values (n,).
         size: samples of a bank; what failed is not in it.
         values: of each bank's samples, zero beyond ``counts``, (stages + 1, size).
-        labels: of their contexts, (stages + 1, size).
+        labels: of their contexts, and then of those of samples that failed, (stages + 1, size).
         counts: samples of each bank, whole numbers, (stages + 1,).
+        drawn: the same with those that failed: their contexts are no rarer for it, (stages + 1,).
         steps: d of each stage, (stages,).
         parameters: of each stage's target, (stages,).
         log_z: mean over contexts of the logarithm of the last model's normaliser, (1,).
@@ -155,6 +156,7 @@ class _Chain:
     values: Tensor
     labels: Tensor
     counts: Tensor
+    drawn: Tensor
     steps: Tensor
     parameters: Tensor
     log_z: Tensor
@@ -165,9 +167,11 @@ class _Chain:
         def zeros(*shape: int, of: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(*shape, dtype=of, device="cpu")
 
-        banks = stages + 1
-        values, labels, counts = zeros(banks, size), zeros(banks, size, of=torch.int64), zeros(banks)
-        return cls(exponents, values, labels, counts.long(), zeros(stages), zeros(stages), zeros(1), zeros(2))
+        banks, whole = stages + 1, torch.int64
+        counts, drawn = zeros(banks, of=whole), zeros(banks, of=whole)
+        values, labels = zeros(banks, size), zeros(banks, size, of=whole)
+        more = zeros(stages), zeros(stages), zeros(1), zeros(2)
+        return cls(exponents, values, labels, counts, drawn, *more)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a chain is continued from, by name: the tensors themselves."""
@@ -178,8 +182,11 @@ class _Chain:
         count = len(draw.values)
         self.values[stage, :count] = torch.from_numpy(draw.values)
         if labels is not None:
-            self.labels[stage, :count] = labels[draw.order].to(self.labels)
-        self.counts[stage] = count
+            failed = torch.ones_like(labels, dtype=torch.bool)
+            failed[draw.order] = False
+            every = torch.cat([labels[draw.order], labels[failed]])
+            self.labels[stage, : len(every)] = every.to(self.labels)
+        self.counts[stage], self.drawn[stage] = count, draw.drawn
 
     def went(self, stage: int, what: _Stage) -> None:
         """Take in what a stage has done."""
@@ -200,10 +207,12 @@ class _Chain:
 
     def as_base(self, stages: int, least: int) -> tuple[np.ndarray, np.ndarray, Groups]:
         """Values, weights under the base, and groups of all samples of the first banks."""
-        counts = self.counts[:stages].tolist()
+        counts, drawn = self.counts[:stages].tolist(), self.drawn[:stages].tolist()
         values = np.concatenate([self.values[k, :n].numpy() for k, n in enumerate(counts)])
-        labels = np.concatenate([self.labels[k, :n].numpy() for k, n in enumerate(counts)])
-        groups = Groups.of(labels, np.arange(len(labels)), least)
+        labels = np.concatenate([self.labels[k, :n].numpy() for k, n in enumerate(drawn)])
+        starts = np.cumsum([0, *drawn[:-1]])
+        kept = np.concatenate([start + np.arange(n) for start, n in zip(starts, counts, strict=True)])
+        groups = Groups.of(labels, kept, least)
         of_bank = np.repeat(np.arange(stages), counts)
         every = np.stack([self.of(k, values) for k in range(stages)])
         return values, base_weights(every, of_bank, groups), groups
@@ -509,7 +518,9 @@ class _Annealing:
         diagnostics = {key: last[key] for key in ("strength", "kl", "parameter", "mean_reached")}
         diagnostics["stages"] = float(len(stages))
         diagnostics["effective_share"] = min(row["effective_share"] for row in stages)
-        diagnostics["network_passes"] = history[-1]["network_passes"] + self.settings.fitting.passes
+        diagnostics["network_passes"] = history[-1]["network_passes"] + (
+            self.settings.fitting.passes * self.base.evaluations("sampling")
+        )
         return AnnealedSolution(model, history, diagnostics, stages)
 
 
@@ -532,5 +543,9 @@ class _Rows:
         return {**row, **sums, **self.columns}
 
     def report(self, row: Row) -> None:
+        """Show a row as one of the chain; what is added to it there, as counts of energies are, it keeps."""
         if self.progress is not None:
-            self.progress(self.of(row))
+            shown = self.of(row)
+            known = [*shown]
+            self.progress(shown)
+            row |= {key: value for key, value in shown.items() if key not in known}
