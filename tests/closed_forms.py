@@ -172,11 +172,13 @@ class MixtureFlow(FlowModel):
 
     def _coefficients(self, times: list[float]) -> _AtTimes:
         path, s, t = self.path, self.distribution.covariances[:, None], tensor(times)[:, None, None]
-        eye = torch.eye(s.shape[-1], dtype=torch.float64)
         a, a_rate, b, b_rate = path.alpha(t), path.alpha_rate(t), path.beta(t), path.beta_rate(t)
-        precisions = torch.linalg.inv(a**2 * s + b**2 * eye)
-        slopes = (a_rate * a * s + b_rate * b * eye) @ precisions
-        return _AtTimes(a, a_rate, slopes, precisions, -torch.logdet(precisions)[..., None])
+        # Along each axis of a covariance all of them are numbers.
+        variances, axes = torch.linalg.eigh(s)  # (k, 1, d), (k, 1, d, d)
+        at_time = a**2 * variances[..., None, :] + b**2
+        precisions = (axes / at_time) @ axes.mT
+        slopes = (axes * (a_rate * a * variances[..., None, :] + b_rate * b) / at_time) @ axes.mT
+        return _AtTimes(a, a_rate, slopes, precisions, at_time.log().sum(-1))
 
     def _at(self, times: list[float]) -> _AtTimes:
         if len(times) > 1:
@@ -543,7 +545,7 @@ class Values(FirstVariation):
 
 
 class GaussianFlow(FlowModel):
-    """The exact flow of ``N(mean, factor factor^T)``, both of them parameters: a family of all Gaussians."""
+    """The exact flow of ``N(mean, factor factor^T)`` in the plane, of both as parameters: of any Gaussian."""
 
     data_variance = 1.0
 
@@ -566,7 +568,9 @@ class GaussianFlow(FlowModel):
         a, b, a_rate, b_rate = (
             c(at) for c in (self.path.alpha, self.path.beta, self.path.alpha_rate, self.path.beta_rate)
         )
-        s, eye = self.covariance, torch.eye(len(self.mean), dtype=torch.float64)
-        covariance = (a**2)[..., None] * s + (b**2)[..., None] * eye
-        r = torch.linalg.solve(covariance, x - a * self.mean)
+        s = self.covariance
+        first, second, between = a**2 * s[0, 0] + b**2, a**2 * s[1, 1] + b**2, a**2 * s[0, 1]
+        x0, x1 = (x - a * self.mean).split(1, dim=1)
+        r = torch.cat([second * x0 - between * x1, first * x1 - between * x0], dim=1)
+        r = r / (first * second - between**2)
         return a_rate * (self.mean + a * (r @ s)) + b_rate * b * r
