@@ -1,6 +1,6 @@
 """What processes that torchrun starts together do in the tests; alone it is what one process does.
 
-python shared_work.py SOLVE FOLDER: writes weights and history of the solve, from the leading process.
+python shared_work.py FOLDER: writes weights and history of each solve, from the leading process.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Rising(Reward):
         return torch.tanh(x[:, 0])
 
 
+SOLVES = ("reward", "hinge", "scarce", "ascent", "fitting")
+
 # A pool of odd size, shared unequally; most of the hinge's batch is often on one side of the pool.
 SETTINGS = AdjointMatchingSettings(updates=6, batch=7, pool=15, steps=6, learning_rate=0.01, control_clip=0.5)
 # A batch that leaves one of the processes without any trajectory in some updates.
@@ -71,10 +73,12 @@ def run(name: str, folder: Path) -> Solution | Ascent:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     join_processes()
-    name, folder = sys.argv[1], Path(sys.argv[2])
-    found = run(name, folder)
-    if processes().leads:
-        save_weights(found.model, folder / "weights.safetensors")
-        text = json.dumps({"processes": processes().count, "history": found.history})
-        (folder / "history.json").write_text(text)
+    for name in SOLVES:
+        folder = Path(sys.argv[1], name)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = run(name, folder)
+        if processes().leads:
+            save_weights(found.model, folder / "weights.safetensors")
+            text = json.dumps({"processes": processes().count, "history": found.history})
+            (folder / "history.json").write_text(text)
     leave_processes()

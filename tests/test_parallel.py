@@ -22,30 +22,37 @@ pytest.importorskip("accelerate", reason="the extra 'parallel' is not installed"
 WORK = Path(shared_work.__file__)
 
 
-def run(name: str, folder: Path, count: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    folder.mkdir()
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-    )
-    done = subprocess.run(
-        [sys.executable, *launch, str(WORK), name, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """What all solves have left, by the number of processes, which take seconds to begin."""
+    made = {}
+    for count in (1, 2):
+        made[count] = tmp_path_factory.mktemp("processes")
+        many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        done = subprocess.run(
+            [sys.executable, *(many if count > 1 else []), str(WORK), str(made[count])],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=1200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+    return made
+
+
+def left(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and history of a solve."""
     return load_file(folder / "weights.safetensors"), json.loads((folder / "history.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["reward", "hinge", "scarce", "ascent", "fitting"])
+@pytest.mark.parametrize("name", shared_work.SOLVES)
 @pytest.mark.slow
-def test_two_processes_give_the_result_of_one(name: str, tmp_path: Path) -> None:
+def test_two_processes_give_the_result_of_one(name: str, folders: dict[int, Path]) -> None:
     """Up to the order of sums, in float64."""
-    alone, history = run(name, tmp_path / "one", 1)
-    shared, together = run(name, tmp_path / "two", 2)
+    alone, history = left(folders[1] / name)
+    shared, together = left(folders[2] / name)
     assert (history["processes"], together["processes"]) == (1, 2)
     for key, tensor in alone.items():
         torch.testing.assert_close(shared[key], tensor, rtol=1e-9, atol=1e-9)

@@ -18,7 +18,7 @@ from flowtilt.control.endpoints import Ends
 from flowtilt.control.weighted_fitting import WeightedFittingSettings
 from flowtilt.domains.images.model import LatentFlow
 from flowtilt.domains.images.schedule import DiscreteSchedule
-from flowtilt.domains.planar.grid import hinge, hinge_tilt, mirror_ascent, tail_tilt
+from flowtilt.domains.planar.grid import hinge_tilt, mirror_ascent, tail_tilt
 from flowtilt.domains.planar.model import PlanarFlow
 from flowtilt.domains.planar.problems import build_term
 from flowtilt.domains.planar.sections import TermConfig
@@ -28,7 +28,7 @@ from flowtilt.functionals.divergences import MMD
 from flowtilt.functionals.registry import Ingredients, check_needs
 from flowtilt.functionals.utilities import Entropy, Hinge
 from flowtilt.interpolants import Linear, convert
-from flowtilt.metrics.tails import lower_tail_mean, tail_mean, upper_tail_mean
+from flowtilt.metrics.tails import hinge, lower_tail_mean, tail_mean, upper_tail_mean
 from flowtilt.tfft import TailProblem
 from flowtilt.theory.reward_distributions import RewardDistribution, TailDual
 from flowtilt.thresholds import active_share, dual_objective, threshold
@@ -53,7 +53,7 @@ BY_TAIL: dict[str, Callable[[Any], Any]] = {
     "Hinge.of_rewards": lambda tail: Hinge(REWARD, 0.1, 0.2, tail).of_rewards(REWARDS),
     "Hinge.value": lambda tail: Hinge(REWARD, -1.0, 0.2, tail).value(X),
     "Hinge.active": lambda tail: Hinge(REWARD, -1.0, 0.2, tail).active(X),
-    "grid.hinge": lambda tail: hinge(REWARDS, 0.1, 0.2, tail),
+    "tails.hinge": lambda tail: hinge(REWARDS, 0.1, 0.2, tail),
     "grid.tail_tilt": lambda tail: tail_tilt(LOG_P, REWARDS, 0.5, 0.2, tail)[0],
     "grid.hinge_tilt": lambda tail: hinge_tilt(LOG_P, REWARDS, 0.1, 0.5, 0.2, tail),
     "grid.mirror_ascent": lambda tail: mirror_ascent(LOG_P, REWARDS, 0.5, 1.0, 0.2, tail, 2)[-1],
@@ -175,8 +175,5 @@ def test_tails_are_compared_only_where_they_have_been_checked() -> None:
         *((file, "self.tail") for file in ("functionals/utilities.py", "theory/reward_distributions.py")),
         *((f"{THEORY}/thresholds.py", of) for of in ("dual.tail", "self.dual.tail")),
         (f"{PLANE}/experiment.py", "self.objective.tail"),  # checked as they were read
-        *(
-            (file, "problem.tail")
-            for file in (f"{PLANE}/build.py", "control/annealed_fitting.py", "pipeline/health.py")
-        ),
+        *((file, "problem.tail") for file in (f"{PLANE}/build.py", "control/annealed_fitting.py")),
     }

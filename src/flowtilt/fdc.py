@@ -303,7 +303,7 @@ def ascend_by_exponents(
     generator: Callable[[int], torch.Generator],
     resumption: Resumption | None = None,
     trail: Trail | None = None,
-    first: Distribution | None = None,
+    first: Samples | None = None,
 ) -> Ascent:
     """Raise ``utility - alpha KL`` from the pretrained model ``start``, step by step.
 
@@ -321,7 +321,7 @@ def ascend_by_exponents(
         generator: source of randomness of each iteration, by its number from 0.
         resumption: where the ascent and its solves keep their states.
         trail: of the earlier ascent whose model is ``start``; the two together are the same as one.
-        first: distribution of the pretrained model that the first step is searched on; else it is drawn.
+        first: samples of ``start`` that the first step is searched on; else they are drawn.
 
     Returns:
         The model, its trail, and a history with a row an update: of its step ``iteration``, ``step_weight``,
@@ -389,12 +389,15 @@ class _Accumulated:
     alpha: float
     iterations: int
     settings: ExponentAscent
-    pretrained: Distribution | None = None
+    drawn: Samples | None = None
     exponents: Exponents = field(default_factory=lambda: Exponents(()))
     log_z: float = 0.0
     first: Level | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     earlier: int = 0
+
+    def __post_init__(self) -> None:
+        self.start = self.model
 
     @property
     def done(self) -> int:
@@ -406,12 +409,11 @@ class _Accumulated:
 
         They are in rising order of the first reward: of what is sorted, tails are quickly found.
         """
-        drawn = self.pretrained
-        if drawn is None or drawn.model is not self.model:
-            drawn = _distribution(self.model, self.settings, random)
-        x, context = drawn.samples, drawn.context
-        blank = np.zeros(len(x))
-        whole = FiniteDistribution(x, blank, blank, context=context)
+        drawn = self.drawn
+        if drawn is None or self.model is not self.start:
+            fresh = _distribution(self.model, self.settings, random)
+            drawn = Samples(fresh.samples, fresh.context)
+        x, context, whole = drawn.points, drawn.context, drawn.at(drawn.points)
         failed = np.zeros(len(x), dtype=bool)
         for reward in self.utility.rewards:
             failed |= np.isnan(whole.values_of(reward))
@@ -427,7 +429,8 @@ class _Accumulated:
         own = FiniteDistribution(x[index], log_p, log_p, context=self.model.select_context(context, index))
         for reward in self.utility.rewards:
             own.evaluated[id(reward)] = (reward, own.points, whole.values_of(reward)[kept])
-        return own, groups, Samples(x, context)
+        known = tuple((reward, whole.values_of(reward)) for reward in self.utility.rewards)
+        return own, groups, Samples(x, context, known)
 
     def step(self, k: int, random: torch.Generator) -> _Step | None:
         """The next step on fresh samples; None if none gains."""

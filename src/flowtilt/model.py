@@ -153,6 +153,10 @@ class FlowModel(nn.Module, ABC):
         """
         return None
 
+    def context_of(self, labels: Tensor) -> Context:
+        """The context of samples by its numbers, long (batch,): the inverse of :meth:`context_labels`."""
+        return None
+
     def context_for(self, use: Use, context: Context) -> Context:
         """The context of the same samples for what a solver uses the velocity for.
 

@@ -9,6 +9,7 @@ from scipy.stats import norm
 
 from closed_forms import (
     PATHS,
+    AffineFlow,
     AffineTable,
     ColumnwiseFlow,
     CorrectedFlow,
@@ -304,6 +305,33 @@ def test_the_scales_of_the_loss_tend_to_those_of_the_continuous_problem(path):
     assert min(halving_orders(errors)) > 0.8
 
 
+@paths
+def test_an_affine_flow_is_the_corrected_flow_with_its_derivative(path):
+    """Trainings below are of the one; all that has a network is of the other."""
+    flows = [kind(MixtureFlow(path, GAUSSIAN), AffineTable(path, 6)) for kind in (CorrectedFlow, AffineFlow)]
+    apart = Columnwise(((path, 1), (path, 1)))
+    flows.append(AffineFlow(ColumnwiseFlow(apart, GAUSSIAN), AffineTable(apart, 6)))
+    for flow in flows:
+        with torch.no_grad():
+            for parameter in flow.correction.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator(0), dtype=torch.float64))
+    times = tensor(time_grid(6))[1:-1]
+    states, a = torch.randn(2, len(times), 5, 2, generator=generator(1), dtype=torch.float64)
+    gradients = []
+    every = [flow.velocity(states.flatten(0, 1), times.repeat_interleave(5)) for flow in flows]
+    for flow, velocity in zip(flows, every, strict=True):
+        torch.testing.assert_close(velocity, every[0])
+        loss = (velocity * a.flatten(0, 1)).sum()
+        gradients.append(torch.autograd.grad(loss, list(flow.correction.parameters())))
+        torch.testing.assert_close(gradients[-1], gradients[0])
+        for k, time in enumerate(times):
+            torch.testing.assert_close(flow.velocity(states[k], time), velocity.view_as(states)[k])
+            expected, pull = flows[0].linearised(states, times)(k)
+            found, own_pull = flow.linearised(states, times)(k)
+            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(own_pull(a[k]), pull(a[k]))
+
+
 # --- Discretisation of the whole method, without sampling --------------------------------------
 
 
@@ -490,7 +518,7 @@ def test_with_columns_apart_what_adjoint_matching_converges_to_is_the_tilted_dis
 @pytest.mark.slow
 def test_a_gaussian_with_columns_apart_is_tilted_to_the_closed_form(schedule, reward, steps, batch):
     """``N(m + S c / alpha, S)`` for a linear reward; most of the 4 % is the discretisation."""
-    flow = CorrectedFlow(ColumnwiseFlow(schedule, GAUSSIAN), AffineTable(schedule, steps))
+    flow = AffineFlow(ColumnwiseFlow(schedule, GAUSSIAN), AffineTable(schedule, steps))
     choice = settings(steps=steps, batch=batch, pool=batch)
     solution = solve(flow, RewardVariation(reward), KL_WEIGHT, choice, generator(0))
     mean, covariance = chain_distribution(solution.model, steps)
@@ -505,7 +533,7 @@ def test_a_gaussian_with_columns_apart_is_tilted_to_the_closed_form(schedule, re
 @schedules
 @pytest.mark.slow
 def test_with_columns_apart_the_control_energy_is_the_divergence_from_the_base(schedule):
-    flow = CorrectedFlow(ColumnwiseFlow(schedule, GAUSSIAN), AffineTable(schedule, 40))
+    flow = AffineFlow(ColumnwiseFlow(schedule, GAUSSIAN), AffineTable(schedule, 40))
     choice = settings(rest_share=1.0, updates=100)
     solution = solve(flow, RewardVariation(LINEAR), KL_WEIGHT, choice, generator(0))
     c = LINEAR.linear / KL_WEIGHT
@@ -560,7 +588,7 @@ estimators = pytest.mark.parametrize("estimator", ["pathwise", "likelihood_ratio
 @pytest.mark.slow_after(1)
 def test_a_gaussian_is_tilted_to_the_closed_form(path, reward, steps, batch, estimator, adjoint):
     """Mean and covariance within 3 %. The trained one is propagated exactly, without sampling error."""
-    flow = CorrectedFlow(MixtureFlow(path, GAUSSIAN), AffineTable(path, steps))
+    flow = AffineFlow(MixtureFlow(path, GAUSSIAN), AffineTable(path, steps))
     choice = settings(steps=steps, batch=batch, pool=batch, endpoint_gradient=estimator, adjoint=adjoint)
     solution = solve(flow, RewardVariation(reward), KL_WEIGHT, choice, generator(0))
     mean, covariance = chain_distribution(solution.model, steps)
@@ -579,7 +607,7 @@ def test_a_gaussian_is_tilted_to_the_closed_form(path, reward, steps, batch, est
 @paths
 def test_the_control_energy_is_the_divergence_from_the_base(path):
     """For a linear reward ``KL(p* || p) = c^T S c / (2 kl_weight^2)``."""
-    flow = CorrectedFlow(MixtureFlow(path, GAUSSIAN), AffineTable(path, 40))
+    flow = AffineFlow(MixtureFlow(path, GAUSSIAN), AffineTable(path, 40))
     choice = settings(rest_share=1.0, updates=100)
     solution = solve(flow, RewardVariation(LINEAR), KL_WEIGHT, choice, generator(0))
     c = LINEAR.linear / KL_WEIGHT

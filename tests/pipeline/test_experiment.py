@@ -134,7 +134,7 @@ def test_errors_name_the_file_the_key_and_the_fix(
         ),
         ({"methods": {"am": {"objective": {"alfa": 1.0}}}}, "(whole file)", "known keys here: utility"),
         ({"methods": {"optimum": {"kind": "pretrained"}}}, "(whole file)", "the name is taken"),
-        ({"reward": {"landscape": "stripes"}}, "reward.landscape", "slope, rings or module:Class"),
+        ({"reward": {"landscape": "stripes"}}, "reward.landscape", "slope, rings, cone or module:Class"),
         ({"solver": {"kind": "newton"}}, "solver.kind", "'weighted_fitting' or 'annealed_fitting'"),
         (
             {"evaluation": {"transport": {"metrics": {"dA": [1.0]}}}},

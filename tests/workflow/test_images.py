@@ -17,6 +17,7 @@ pytest.importorskip("open_clip", reason="the extra 'images' is not installed")
 from small_images import EMBEDDED, write_models
 
 LEFT_TAIL, ENTROPY = "text_to_image_left_tail", "text_to_image_entropy"
+METRICS = f"runs/{ENTROPY}/pretrained/seed0/metrics.json"
 
 # Of CompVis/stable-diffusion-v1-4: a scheduler that is not DDIM, with its noise levels.
 SCHEDULER = {
@@ -49,18 +50,20 @@ def test_all_files_of_a_run_are_there(finished: Project) -> None:
     assert "Vendi score" in (finished.smoke / "tables" / f"{LEFT_TAIL}.md").read_text()
 
 
-def small(project: Project, model: dict[str, Any], *experiments: str, **images: Any) -> tuple[str, ...]:
-    """Arguments of Snakemake for experiments on one model at smoke size, in a folder of their own."""
+def small(
+    project: Project, model: dict[str, Any], experiment: str, target: str, **images: Any
+) -> tuple[str, ...]:
+    """Arguments of Snakemake for a file of an experiment on a model at smoke size, in a folder of its own."""
     file = project.folder / "config" / "small.yaml"
     (project.folder / "config" / "models" / "small.yaml").write_text(yaml.safe_dump(model))
-    overrides = {"files": {name: {"model": "small"} for name in experiments}, "images": images}
+    overrides = {"files": {experiment: {"model": "small"}}, "images": images}
     overrides["files"].setdefault(LEFT_TAIL, {})["prompts"] = [
         "a bridge",
         "a red steel truss bridge at night",
     ]
     file.write_text(yaml.safe_dump({"results": "results/small", "overrides": overrides}))
-    chosen = f"experiments=[{','.join(experiments)}]"
-    return (*SMOKE, "config/small.yaml", "--config", chosen, "--", *experiments)
+    chosen = f"experiments=[{experiment}]"
+    return (*SMOKE, "config/small.yaml", "--config", chosen, "--", f"results/small/{target}")
 
 
 def test_a_folder_like_stable_diffusion_goes_through_every_rule(project: Project) -> None:
@@ -73,7 +76,14 @@ def test_a_folder_like_stable_diffusion_goes_through_every_rule(project: Project
         "alignment": {"path": "models/alignment"},
     }
     run = project.snakemake(
-        *small(project, model, LEFT_TAIL, schedule={"spacing": "leading"}, adapter={"rank": 2, "alpha": 2.0})
+        *small(
+            project,
+            model,
+            LEFT_TAIL,
+            f"tables/{LEFT_TAIL}.md",
+            schedule={"spacing": "leading"},
+            adapter={"rank": 2, "alpha": 2.0},
+        )
     )
     assert run.returncode == 0, run.stdout
     for rule in ("images_fetch", "images_model", "images_offline", "images_threshold", "images_finetune"):
@@ -90,7 +100,7 @@ def test_what_is_not_there_is_named_with_where_to_place_it(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub = {"revision": "0" * 40, "repository": "nobody/nothing", "files": ["unet/*.safetensors"]}
     model = {"pipeline": {"path": "models/none", "hub": hub}, "alignment": {"path": "models/none"}}
-    run = project.snakemake(*small(project, model, ENTROPY))
+    run = project.snakemake(*small(project, model, ENTROPY, METRICS))
     assert run.returncode != 0
     log = project.folder / "results" / "small" / "logs" / "images_fetch" / f"{ENTROPY}.log"
     said = log.read_text()
@@ -101,7 +111,8 @@ def test_what_is_not_there_is_named_with_where_to_place_it(
 
 def test_retrain_trains_both_models_and_uses_them(project: Project) -> None:
     model = {"pipeline": {"path": "none"}, "alignment": {"path": "none"}, "embedded": EMBEDDED}
-    run = project.snakemake(*small(project, model, ENTROPY, retrain=True))
+    # What samples takes one of the models, and what judges them the other.
+    run = project.snakemake(*small(project, model, ENTROPY, METRICS, retrain=True))
     assert run.returncode == 0, run.stdout
     trained = project.folder / "results" / "small" / "models" / "small"
     for part in ("pipeline", "alignment"):

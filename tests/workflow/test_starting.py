@@ -23,7 +23,7 @@ from environments import StandInConda, make_environment
 from starting import HERE, MODEL, THEORY, assert_same, module, start
 from workflow_copy import ROOT, SMOKE, Project
 
-TABLE = "results/smoke/tables/ot_2d.csv"
+TABLE = "results/smoke/tables/entropy_2d.csv"
 
 
 # ----------------------------------------------------------------------------- Snakemake alone
@@ -46,7 +46,8 @@ def test_the_profile_is_found_without_an_option(plain: Path, project: Project, t
         ("-s", f"{project.folder}/Snakefile"),
     ):
         folder = tmp_path if project.folder.name in str(arguments) else project.folder
-        run = start(plain / "snakemake", folder, *arguments, "--dry-run", "--config", "theory=[]")
+        little = ("--config", "theory=[]", "experiments=[risk_averse_2d]")
+        run = start(plain / "snakemake", folder, *arguments, "--dry-run", *little)
         assert run.returncode == 0, run.stdout
         assert "Using workflow specific profile" in run.stdout
 
@@ -66,7 +67,8 @@ def test_snakemake_alone_with_conda_gives_the_same_tables(
     run = start(plain / "snakemake", project.folder, "--use-conda", *SMOKE, "--", TABLE, THEORY, conda=conda)
     assert run.returncode == 0, run.stdout
     made = [
-        str(file.relative_to(project.folder)) for file in project.smoke.glob("runs/ot_2d/*/*/metrics.json")
+        str(file.relative_to(project.folder))
+        for file in project.smoke.glob("runs/entropy_2d/*/*/metrics.json")
     ]
     assert len(made) == 3
     assert_same(project.folder, whole, [TABLE, THEORY, *made])

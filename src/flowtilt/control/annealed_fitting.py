@@ -68,6 +68,10 @@ Row = dict[str, float]
 LEAST_STEP = 1e-4
 """Share of the way at which the first stage is given up: it would take ten thousand like it."""
 
+REACHED = 100
+"""Effective samples, of those that a tail's optimum adds mass to, from which its threshold stays: they know
+the mean of the exponential to a tenth, and so the threshold to a tenth of a nat."""
+
 STAGE_COLUMNS = (
     *("stage", "step", "strength", "parameter", "effective_sample_size"),
     *("effective_share", "least_effective_share"),
@@ -139,29 +143,35 @@ class _Chain:
         exponents: of a target with a parameter, at values (n,).
         size: samples of a bank; what failed is not in it.
         values: of each bank's samples, zero beyond ``counts``, (stages + 1, size).
-        labels: of their contexts, (stages + 1, size).
+        labels: of their contexts, and then of those of samples that failed, (stages + 1, size).
         counts: samples of each bank, whole numbers, (stages + 1,).
+        drawn: the same with those that failed: their contexts are no rarer for it, (stages + 1,).
         steps: d of each stage, (stages,).
         parameters: of each stage's target, (stages,).
         log_z: mean over contexts of the logarithm of the last model's normaliser, (1,).
+        fixed: 1 once the target's parameter is known well enough to stay, and that parameter; else 0, (2,).
     """
 
     exponents: Exponents
     values: Tensor
     labels: Tensor
     counts: Tensor
+    drawn: Tensor
     steps: Tensor
     parameters: Tensor
     log_z: Tensor
+    fixed: Tensor
 
     @classmethod
     def empty(cls, exponents: Exponents, stages: int, size: int) -> _Chain:
         def zeros(*shape: int, of: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(*shape, dtype=of, device="cpu")
 
-        banks = stages + 1
-        values, labels, counts = zeros(banks, size), zeros(banks, size, of=torch.int64), zeros(banks)
-        return cls(exponents, values, labels, counts.long(), zeros(stages), zeros(stages), zeros(1))
+        banks, whole = stages + 1, torch.int64
+        counts, drawn = zeros(banks, of=whole), zeros(banks, of=whole)
+        values, labels = zeros(banks, size), zeros(banks, size, of=whole)
+        more = zeros(stages), zeros(stages), zeros(1), zeros(2)
+        return cls(exponents, values, labels, counts, drawn, *more)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a chain is continued from, by name: the tensors themselves."""
@@ -172,8 +182,11 @@ class _Chain:
         count = len(draw.values)
         self.values[stage, :count] = torch.from_numpy(draw.values)
         if labels is not None:
-            self.labels[stage, :count] = labels[draw.order].to(self.labels)
-        self.counts[stage] = count
+            failed = torch.ones_like(labels, dtype=torch.bool)
+            failed[draw.order] = False
+            every = torch.cat([labels[draw.order], labels[failed]])
+            self.labels[stage, : len(every)] = every.to(self.labels)
+        self.counts[stage], self.drawn[stage] = count, draw.drawn
 
     def went(self, stage: int, what: _Stage) -> None:
         """Take in what a stage has done."""
@@ -192,46 +205,77 @@ class _Chain:
             h = h + d * (self.exponents(parameter, values) - h)
         return h
 
-    def as_base(self, stages: int, least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Values, weights under the base, and labels of the groups of all samples of the first banks."""
-        counts = self.counts[:stages].tolist()
+    def as_base(self, stages: int, least: int) -> tuple[np.ndarray, np.ndarray, Groups]:
+        """Values, weights under the base, and groups of all samples of the first banks."""
+        counts, drawn = self.counts[:stages].tolist(), self.drawn[:stages].tolist()
         values = np.concatenate([self.values[k, :n].numpy() for k, n in enumerate(counts)])
-        labels = np.concatenate([self.labels[k, :n].numpy() for k, n in enumerate(counts)])
-        groups = Groups.of(labels, np.arange(len(labels)), least)
+        labels = np.concatenate([self.labels[k, :n].numpy() for k, n in enumerate(drawn)])
+        starts = np.cumsum([0, *drawn[:-1]])
+        kept = np.concatenate([start + np.arange(n) for start, n in zip(starts, counts, strict=True)])
+        groups = Groups.of(labels, kept, least)
         of_bank = np.repeat(np.arange(stages), counts)
         every = np.stack([self.of(k, values) for k in range(stages)])
-        return values, base_weights(every, of_bank, groups), groups.labels
+        return values, base_weights(every, of_bank, groups), groups
 
 
 def base_weights(
-    exponents: np.ndarray, banks: np.ndarray, groups: Groups, tolerance: float = 1e-6, most: int = 1000
+    exponents: np.ndarray, banks: np.ndarray, groups: Groups, tolerance: float = 1e-9, most: int = 100
 ) -> np.ndarray:
     """Weights that make samples of several tilts of a base into samples of the base, of sum 1, (N,).
 
     With ``n_k`` samples of the tilt by ``h_k`` in a group, these are proportional to
-    ``1 / sum_k n_k exp(h_k(x)) / Z_k``, where ``Z_k`` is the mean of ``exp(h_k)`` under these very weights:
-    solved by repeating just that (Shirts and Chodera 2008, equation 11), for each group by itself.
+    ``1 / sum_k n_k exp(h_k(x)) / Z_k``, where ``Z_k`` is the mean of ``exp(h_k)`` under these very weights
+    (Shirts and Chodera 2008, equation 11), for each group by itself. The ``log Z_k`` minimise a convex
+    function; Newton's method takes some ten steps, where repeating the equation may take thousands.
 
     Args:
         exponents: ``h_k`` at every sample, in nats, (banks, N); of the base itself they are 0.
         banks: the bank that each sample is of, whole numbers, (N,).
         groups: of the samples; each keeps its probability.
-        tolerance: change of ``log Z`` at which the repetition ends.
-        most: repetitions.
+        tolerance: change of ``log Z`` at which the method ends.
+        most: steps of it.
     """
-    count = np.stack([groups.sums((banks == k).astype(float)) for k in range(len(exponents))])
-    with np.errstate(divide="ignore"):
-        log_count = np.log(count)
-    log_z = np.zeros_like(log_count)
+    weights = np.empty(exponents.shape[1])
+    for group, share in enumerate(groups.shares):
+        own = np.flatnonzero(groups.labels == group)
+        count = np.bincount(banks[own], minlength=len(exponents)).astype(float)
+        held = count > 0
+        h, bank = exponents[np.ix_(held, own)], np.cumsum(held)[banks[own]] - 1
+        log_w = _log_base_weights(h, bank, tolerance, most)
+        weights[own] = share * np.exp(log_w)
+    return weights
+
+
+def _log_base_weights(h: np.ndarray, banks: np.ndarray, tolerance: float, most: int) -> np.ndarray:
+    """Log weights of sum 1 in one group, (n,), from ``h`` (banks, n) and the bank of each sample, (n,)."""
+    count = np.bincount(banks).astype(float)
+
+    def at(log_z: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """The convex function, the log of the sum, and each bank's part of it, (banks, n)."""
+        terms = h + (np.log(count) - log_z)[:, None]
+        top = terms.max(axis=0)
+        parts = np.exp(terms - top)
+        total = parts.sum(axis=0)
+        log_sum = top + np.log(total)
+        return float(log_sum.sum() + count @ log_z), log_sum, parts / total
+
+    # Each bank from the one before, which it is near: Newton's method needs a start where banks overlap.
+    log_z = np.zeros(len(count))
+    for k in range(1, len(count)):
+        rise = (h[k] - h[k - 1])[banks == k - 1]
+        log_z[k] = log_z[k - 1] + np.logaddexp.reduce(rise) - np.log(len(rise))
+    value, log_sum, parts = at(log_z)
     for _ in range(most):
-        terms = exponents + (log_count - log_z)[:, groups.labels]
-        log_w = -np.logaddexp.reduce(terms, axis=0)
-        log_w = log_w - groups.log_sums(log_w)[groups.labels]  # the base itself has Z = 1
-        found = np.stack([groups.log_sums(log_w + h) for h in exponents])
-        change, log_z = float(np.abs(found - log_z).max()), found
-        if change < tolerance:
+        of_bank = parts.sum(axis=1)
+        # Singular along equal shifts of all log Z, which change no weight: the least squares leave them out.
+        step = np.linalg.lstsq(np.diag(of_bank) - parts @ parts.T, of_bank - count, rcond=1e-12)[0]
+        size = 1.0
+        while (new := at(log_z + size * step))[0] > value + 1e-9 * abs(value) and size > 1e-6:
+            size /= 2
+        log_z, (value, log_sum, parts) = log_z + size * step, new
+        if float(np.abs(size * step).max()) < tolerance:
             break
-    return groups.shares[groups.labels] * np.exp(log_w)
+    return -log_sum - np.logaddexp.reduce(-log_sum)
 
 
 def solve(
@@ -305,8 +349,14 @@ def solve_tail(
     chain = _Chain.empty(hinge, settings.stages, _largest(settings, given))
 
     def threshold(stage: int) -> float:
-        values, weights, labels = chain.as_base(stage + 1, settings.fitting.group)
-        at = problem.threshold(values, weights, labels)
+        known, at = chain.fixed.tolist()
+        if not known:
+            values, weights, groups = chain.as_base(stage + 1, settings.fitting.group)
+            at = problem.threshold(values, weights, groups.labels)
+            # Later banks are of the fits and not of their exponents: a threshold from them follows what each
+            # fit has missed, the next fit misses more, and so on. So it stays as soon as it is known.
+            if _carrying(hinge(at, values), groups, weights) >= REACHED:
+                chain.fixed[:] = torch.tensor([1.0, at], dtype=torch.float64)
         if problem.tail == "lower":
             return at
         # At the optimum an upper tail holds just its mass. A bank that holds less than half of it past the
@@ -320,6 +370,13 @@ def solve_tail(
     tilt, identity = RewardVariation(reward), (settings, problem)
     anneal = _Annealing(base, tilt, chain, threshold, settings, identity, given, active)
     return anneal.run(generator, progress, slot)
+
+
+def _carrying(exponents: np.ndarray, groups: Groups, weights: np.ndarray) -> float:
+    """Effective samples among those that a tilt adds mass to, from samples with weights of sum 1, (N,)."""
+    with np.errstate(divide="ignore"):
+        added = np.maximum(tilted(exponents, groups, np.log(weights)).probabilities - weights, 0)
+    return float(added.sum()) ** 2 / max(float(added @ added), 1e-300)
 
 
 @dataclass(frozen=True)
@@ -461,7 +518,9 @@ class _Annealing:
         diagnostics = {key: last[key] for key in ("strength", "kl", "parameter", "mean_reached")}
         diagnostics["stages"] = float(len(stages))
         diagnostics["effective_share"] = min(row["effective_share"] for row in stages)
-        diagnostics["network_passes"] = history[-1]["network_passes"] + self.settings.fitting.passes
+        diagnostics["network_passes"] = history[-1]["network_passes"] + (
+            self.settings.fitting.passes * self.base.evaluations("sampling")
+        )
         return AnnealedSolution(model, history, diagnostics, stages)
 
 
@@ -484,5 +543,9 @@ class _Rows:
         return {**row, **sums, **self.columns}
 
     def report(self, row: Row) -> None:
+        """Show a row as one of the chain; what is added to it there, as counts of energies are, it keeps."""
         if self.progress is not None:
-            self.progress(self.of(row))
+            shown = self.of(row)
+            known = [*shown]
+            self.progress(shown)
+            row |= {key: value for key, value in shown.items() if key not in known}

@@ -36,11 +36,12 @@ from torch import Tensor
 
 from flowtilt.control.base import FORWARD, TRAINING, Progress, Solution, TrainingDiverged, annealed_rate
 from flowtilt.control.penalties import BankWeights, penalty_named, solve_weights_within
-from flowtilt.functionals.base import FirstVariation
+from flowtilt.functionals.base import FiniteDistribution, FirstVariation
 from flowtilt.model import Context, FlowModel, evaluating
 from flowtilt.optimiser import Adam
 from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, between, check, check_value
 from flowtilt.resuming import Slot, TrainingState
+from flowtilt.rewards import Reward
 from flowtilt.sampling import CHUNK, OdeSettings, sample_ode, sample_sde
 from flowtilt.tilts import LEAST, Groups
 
@@ -118,10 +119,18 @@ class Samples:
     Attributes:
         points: (N, ...).
         context: of them, in the same order.
+        known: rewards at the points, float64 (N,), NaN where they failed: these are not evaluated again.
     """
 
     points: Tensor
     context: Context = None
+    known: tuple[tuple[Reward, np.ndarray], ...] = ()
+
+    def at(self, points: Tensor) -> FiniteDistribution:
+        """A finite distribution without weights on ``points``, which stand for the same data: for values."""
+        blank = np.zeros(len(points))
+        evaluated = {id(reward): (reward, points, values) for reward, values in self.known}
+        return FiniteDistribution(points, blank, blank, context=self.context, evaluated=evaluated)
 
 
 @dataclass(frozen=True)
@@ -199,13 +208,8 @@ def draw_samples(
     else:
         samples = sample_sde(base, settings.bank, settings.steps, generator, context)[-1]
     samples = base.data_of(samples, context)
-    values, active = [], []
-    for index in torch.arange(len(samples)).split(CHUNK):
-        part, its = samples[index], base.select_context(context, index)
-        values.append(tilt.value(part, its).detach().double())
-        active.append(tilt.active(part, its))
+    value, active = _values(base, tilt, samples, context, given)
     # Neighbours in value are then neighbours in the bank, which is what stratified draws make use of.
-    value = torch.cat(values)
     order = torch.argsort(value, stable=True)  # NaN comes last
     failed = int(value.isnan().sum())
     order = order[: len(order) - failed]
@@ -221,9 +225,23 @@ def draw_samples(
         )
     tilted = value[order[0]] < value[order[-1]]  # equal values have no gradient anywhere
     kept = value[order].numpy(force=True)
-    passes = settings.passes if given is None else 0
-    active_too = torch.cat(active)[order] & tilted
-    return Draw(samples[order], context, order, kept, groups, active_too, failed, passes)
+    passes = settings.passes * base.evaluations("sampling") if given is None else 0
+    return Draw(samples[order], context, order, kept, groups, active[order] & tilted, failed, passes)
+
+
+def _values(
+    base: FlowModel, tilt: FirstVariation, samples: Tensor, context: Context, given: Samples | None
+) -> tuple[Tensor, Tensor]:
+    """Values of a tilt at samples, float64 (N,), and which of them are active, bool (N,)."""
+    if given is not None and given.known:
+        known = given.at(samples)
+        return torch.as_tensor(tilt.on(known)).to(samples).double(), torch.as_tensor(tilt.active_on(known))
+    values, active = [], []
+    for index in torch.arange(len(samples)).split(CHUNK):
+        part, its = samples[index], base.select_context(context, index)
+        values.append(tilt.value(part, its).detach().double())
+        active.append(tilt.active(part, its))
+    return torch.cat(values), torch.cat(active)
 
 
 def draw_bank(
@@ -405,9 +423,9 @@ def _losses(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> tup
 
 def _subtract_gradient_at_base(model: FlowModel, base: FlowModel, batch: _Batch, plan: Plan) -> None:
     """The control variate of any loss: its gradient at the base, whose mean is zero under the base."""
-    own = list(base.parameters())
+    own = base.tunable()
     at_base = torch.autograd.grad(_native(base, batch, plan.base), own, allow_unused=True)
-    for parameter, gradient in zip(model.parameters(), at_base, strict=True):
+    for parameter, gradient in zip(model.tunable(), at_base, strict=True):
         if parameter.grad is not None and gradient is not None:
             parameter.grad.sub_(gradient)
 
@@ -511,12 +529,14 @@ def fit(
         started: ``time.perf_counter()`` before the bank was drawn.
     """
     choice = settings[0]
-    base = copy.deepcopy(base).requires_grad_(not base.quadratic_loss)  # else for the control variate
-    model = copy.deepcopy(base).requires_grad_(True)
+    base, model = (copy.deepcopy(base).requires_grad_(False) for _ in range(2))
+    for parameter in (*model.tunable(), *(() if base.quadratic_loss else base.tunable())):
+        parameter.requires_grad_(True)  # the base's, for the control variate
     price = FORWARD if base.quadratic_loss else TRAINING
     plan = plan_draws(bank.solution.probabilities, bank.groups.probabilities, price)
     passes_of_update = choice.batch * (TRAINING + (price if plan.coefficient else 0))
-    optimiser = Adam(model.parameters())
+    passes_of_update *= base.evaluations("sampling")
+    optimiser = Adam(model.tunable())
     state = TrainingState(model, optimiser, generator, settings, slot, started=started)
     passes = bank.passes + len(state.history) * passes_of_update
     with evaluating(base, model):
@@ -562,7 +582,7 @@ def _fit(
         loss.backward()
         if plan.coefficient and not base.quadratic_loss:
             _subtract_gradient_at_base(model, base, batch, plan)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.tunable(), settings.gradient_clip)
         optimiser.step(annealed_rate(update, settings.updates, settings.learning_rate, settings.warmup))
         passes += passes_of_update
         row = {

@@ -137,6 +137,10 @@ class FirstVariation(ABC):
         """Samples that carry a gradient, bool (batch,). A hinge is active on one side only."""
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
 
+    def active_on(self, distribution: FiniteDistribution) -> np.ndarray:
+        """Which points of a finite distribution carry a gradient, bool, (n,); it keeps their rewards."""
+        return self.active(distribution.points, distribution.context).numpy(force=True)
+
     def failed(self, x: Tensor, context: Context = None) -> Tensor:
         """Samples without a value, of a reward that may fail, bool (batch,): NaN by :meth:`value`.
 
@@ -243,6 +247,9 @@ class WeightedVariation(FirstVariation):
 
     def active(self, x: Tensor, context: Context = None) -> Tensor:
         return self.parts[0][1].active(x, context)
+
+    def active_on(self, distribution: FiniteDistribution) -> np.ndarray:
+        return self.parts[0][1].active_on(distribution)
 
     def failed(self, x: Tensor, context: Context = None) -> Tensor:
         failed = super().failed(x, context)

@@ -25,7 +25,7 @@ from flowtilt.functionals.base import (
     per_sample,
 )
 from flowtilt.functionals.smoothing import NO_SMOOTHED_VALUE, smoothed
-from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
+from flowtilt.metrics.tails import hinge, lower_tail_mean, quantile, upper_tail_mean
 from flowtilt.model import Context, FlowModel, evaluating
 from flowtilt.ranges import FINITE, MASS, at_least, between, check
 from flowtilt.rewards import Reward, RewardError
@@ -104,6 +104,9 @@ class _OfRewards(FirstVariation):
     def active(self, x: Tensor, context: Context = None) -> Tensor:
         return ~self.failed(x, context)
 
+    def active_on(self, distribution: FiniteDistribution) -> np.ndarray:
+        return ~np.isnan(self.on(distribution))
+
 
 @dataclass(frozen=True)
 class RewardVariation(_OfRewards):
@@ -143,8 +146,7 @@ class Hinge(_OfRewards):
         check(self, "a hinge's ", threshold=FINITE, mass=MASS)
 
     def of(self, *values: Any) -> Any:
-        excess = values[0] - self.threshold
-        return (excess.clip(max=0.0) if self.tail == "lower" else excess.clip(min=0.0)) / self.mass
+        return hinge(values[0], self.threshold, self.mass, self.tail)
 
     def of_rewards(self, rewards: np.ndarray) -> np.ndarray:
         """The hinge as a function of reward values, any shape."""
@@ -156,6 +158,10 @@ class Hinge(_OfRewards):
 
     def active(self, x: Tensor, context: Context = None) -> Tensor:
         rewards = self.reward(x, context)
+        return rewards < self.threshold if self.tail == "lower" else rewards > self.threshold
+
+    def active_on(self, distribution: FiniteDistribution) -> np.ndarray:
+        rewards = distribution.values_of(self.reward)
         return rewards < self.threshold if self.tail == "lower" else rewards > self.threshold
 
     def gradient(self, x: Tensor, context: Context = None) -> Tensor:

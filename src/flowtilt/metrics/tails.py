@@ -7,10 +7,23 @@ the fraction of its weight that still fits. So the mean over the lower tail is
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from flowtilt.words import Tail, read_tail
+
+
+def hinge(rewards: Any, at: float, mass: float, tail: Tail) -> Any:
+    """``(r - at)_+ / mass`` for the upper tail, ``-(at - r)_+ / mass`` for the lower: the first variation of
+    a tail mean, and TFFT's pseudo-reward.
+
+    Args:
+        rewards: an array or a tensor, of any shape; NaN stays NaN.
+    """
+    excess = rewards - at
+    return (excess.clip(max=0.0) if read_tail(tail) == "lower" else excess.clip(min=0.0)) / mass
 
 
 def _sorted_with_weights(values: ArrayLike, weights: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flowtilt.metrics.tails import hinge
 from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import Metrics, read_arrays, read_columns, read_threshold
 from flowtilt.tilts import LEAST, Groups, tilted
@@ -165,6 +166,5 @@ def _tilt_of(job: Job, rewards: np.ndarray) -> tuple[np.ndarray, float]:
     if job.run.kind == "am":
         return r, experiment.reward_weight_of(method)
     problem = experiment.tail_of(method)
-    excess = r - read_threshold(job.read("threshold"))["threshold"]
-    cut = np.minimum(excess, 0) if problem.tail == "lower" else np.maximum(excess, 0)
-    return cut / problem.mass, problem.alpha
+    at = read_threshold(job.read("threshold"))["threshold"]
+    return hinge(r, at, problem.mass, problem.tail), problem.alpha

@@ -237,10 +237,24 @@ class MethodConfig(Section):
             if getattr(self, key) is not None and self.kind not in kinds:
                 raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}; remove it")
         missing = [key for key in ("iterations", "step") if getattr(self, key) is None]
-        if self.kind == "fdc" and missing:
+        if self.kind == "fdc" and missing == ["step"] and "by" in belongs:
+            if self.by != "exponents":  # type: ignore[attr-defined]
+                raise ValueError("an fdc method needs step, or by: exponents, which searches the steps")
+        elif self.kind == "fdc" and missing:
             raise ValueError(f"an fdc method needs {' and '.join(missing)}")
         if not self.tuned and (self.solver or self.updates is not None):
             raise ValueError(f"solver and updates belong to methods that are fine-tuned, not to {self.kind}")
+
+
+class SearchedMethodConfig(MethodConfig):
+    """A method of a domain whose fdc can go by values alone."""
+
+    by: Literal["scores", "exponents"] | None = None
+    """Where ``fdc`` takes the divergence's first variation from: the models' ``scores``, the default, or the
+    ``exponents`` that its steps have added up. The latter is for KL divergences and for utilities whose first
+    variation has values, and needs values alone. Without a step it searches each step's KL weight: the one
+    that raises the objective most on the batch of the current model, among those that keep
+    ``solver.share`` of it."""
 
 
 TUNED = ("am", "fdc", "tfft")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -18,6 +18,9 @@ from flowtilt.model import FlowModel
 from flowtilt.pipeline.sections import SolverConfig
 from flowtilt.resuming import Slot
 
+Sampler = Literal["ode", "sde"]
+"""How banks are drawn."""
+
 
 class Given(NamedTuple):
     """Samples that were drawn of a model, which are the bank of what starts from it."""
@@ -27,7 +30,11 @@ class Given(NamedTuple):
 
 
 def build_solver(
-    config: SolverConfig, updates: int, progress: Progress | None = None, drawn: Given | None = None
+    config: SolverConfig,
+    updates: int,
+    progress: Progress | None = None,
+    drawn: Given | None = None,
+    sampler: Sampler = "ode",
 ) -> Solver:
     """A solver with its settings.
 
@@ -36,12 +43,14 @@ def build_solver(
         updates: of each solve.
         progress: called with each update's row.
         drawn: a model, and samples of it that are the bank of a solve from there.
+        sampler: of other banks, see :func:`fitting_settings`.
     """
     solver: Callable[..., Solution]
     if config.kind == "weighted_fitting":
-        solver = partial(_weighted_fitting, settings=_weighted_fitting_settings(config, updates))
+        solver = partial(_weighted_fitting, settings=fitting_settings(config, updates, sampler))
     elif config.kind == "annealed_fitting":
-        solver = partial(annealed_fitting.solve, settings=annealed_fitting_settings(config, updates))
+        settings = annealed_fitting_settings(config, updates, sampler)
+        solver = partial(annealed_fitting.solve, settings=settings)
     else:
         solver = partial(adjoint_matching.solve, settings=adjoint_matching_settings(config, updates))
 
@@ -66,18 +75,27 @@ def adjoint_matching_settings(config: SolverConfig, updates: int) -> adjoint_mat
     return adjoint_matching.AdjointMatchingSettings(updates=updates, **config.model_dump(include=own))
 
 
-def annealed_fitting_settings(config: SolverConfig, updates: int) -> annealed_fitting.AnnealedFittingSettings:
+def annealed_fitting_settings(
+    config: SolverConfig, updates: int, sampler: Sampler = "ode"
+) -> annealed_fitting.AnnealedFittingSettings:
     """The settings of annealed fitting that a configuration has, with a number of updates a stage."""
-    fitting = _weighted_fitting_settings(config, updates)
+    fitting = fitting_settings(config, updates, sampler)
     return annealed_fitting.AnnealedFittingSettings(fitting, config.share, config.stages)
 
 
-def _weighted_fitting_settings(
-    config: SolverConfig, updates: int
+def fitting_settings(
+    config: SolverConfig, updates: int, sampler: Sampler = "ode"
 ) -> weighted_fitting.WeightedFittingSettings:
+    """The settings of a bank and its fit that a configuration has, with a number of updates.
+
+    Args:
+        sampler: of banks that are drawn: the ``ode`` in ``bank_steps``, or the memoryless process, the
+            ``sde``, in ``steps``, where that is what runs are measured by.
+    """
     return weighted_fitting.WeightedFittingSettings(
         bank=config.bank,
-        steps=config.bank_steps,
+        sampler=sampler,
+        steps=config.bank_steps if sampler == "ode" else config.steps,
         penalty=config.penalty,
         minimum_ess=config.minimum_ess,
         updates=updates,

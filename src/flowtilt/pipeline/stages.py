@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flowtilt.checkpoints import notes_of, save_weights
 from flowtilt.control import adjoint_matching
@@ -25,7 +24,7 @@ from flowtilt.control.base import Progress, Solution
 from flowtilt.control.weighted_fitting import Samples
 from flowtilt.devices import generator_of
 from flowtilt.fdc import Ascent, ExponentAscent, MirrorAscent, Solver, Trail, ascend, ascend_by_exponents
-from flowtilt.functionals.base import Distribution, FirstVariation, Objective
+from flowtilt.functionals.base import FirstVariation, Objective
 from flowtilt.functionals.utilities import Hinge, RewardVariation
 from flowtilt.model import FlowModel
 from flowtilt.parallel import processes
@@ -33,6 +32,7 @@ from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.pipeline.domain import Job, domain_of, imported
 from flowtilt.pipeline.files import (
     StageError,
+    read_arrays,
     read_schedule,
     read_threshold,
     reading,
@@ -43,6 +43,7 @@ from flowtilt.pipeline.health import training_metrics, warn
 from flowtilt.pipeline.sections import SolverConfig
 from flowtilt.pipeline.solvers import (
     Given,
+    Sampler,
     adjoint_matching_settings,
     annealed_fitting_settings,
     build_solver,
@@ -65,7 +66,7 @@ class Climb:
         done: iterations that came before.
         generator: source of randomness of each iteration, by its number.
         trail: of an earlier ascent by exponents that this one goes on from.
-        first: distribution of the pretrained model, for an ascent by exponents; else it is drawn.
+        first: samples of ``start``, for an ascent by exponents; else they are drawn.
     """
 
     objective: Objective
@@ -74,7 +75,7 @@ class Climb:
     generator: Callable[[int], torch.Generator]
     done: int = 0
     trail: Trail | None = None
-    first: Distribution | None = None
+    first: Samples | None = None
 
     def run(self, iterations: int, solver: Solver, resumption: Resumption) -> Ascent:
         """All iterations up to a number that are still to be done."""
@@ -121,6 +122,12 @@ class Workbench(ABC):
     chunk: int | None = None
     """Samples of the offline batch that are drawn together; None for all."""
 
+    sampler: Sampler = "ode"
+    """How banks are drawn: as runs are measured."""
+
+    dear_rewards: bool = False
+    """Whether a bank that is the offline batch takes the batch's rewards, and evaluates none."""
+
     def __init__(self, job: Job) -> None:
         self.job = job
 
@@ -142,19 +149,27 @@ class Workbench(ABC):
     def climb(self) -> Climb:
         """What the job's method raises, if it is of kind fdc."""
 
-    def offline_arrays(self, x: Tensor, rewards: Tensor) -> dict[str, Tensor]:
-        """What is kept of the offline batch."""
-        return {"reward": rewards}
-
     @cached_property
     def offline(self) -> Samples | None:
-        """Samples of the offline batch, if the job reads it and its arrays have them."""
-        return None
+        """Samples of the offline batch, if the job reads it."""
+        if (batch := self.job.read_if_any("offline")) is None:
+            return None
+        x, rewards, labels = read_arrays(batch, "x", "reward", "context")
+        context = self.flow.context_of(torch.as_tensor(labels))
+        known = ((self.reward, rewards.astype(np.float64)),) if self.dear_rewards else ()
+        return Samples(torch.as_tensor(x), context, known)
 
     @property
     def given(self) -> Given | None:
         """The pretrained flow with these samples, for solvers that need a bank of it."""
         return None if self.offline is None else Given(self.flow, self.offline)
+
+    def exponents(self, step_weight: float | None) -> ExponentAscent:
+        """The settings of an ascent by exponents; without the KL weight of a step each is searched."""
+        experiment, solver = self.experiment, self.experiment.solver_of(self.job.method)
+        # Those of the solve's bank, which then is the one that a step is searched on.
+        samples = experiment.offline.samples if solver.kind == "adjoint_matching" else solver.bank
+        return ExponentAscent(samples, solver.steps, solver.share, solver.minimum_ess, step_weight)
 
     def watched(self, progress: Progress | None) -> Progress | None:
         """What is called with each update's row, and may add to it."""
@@ -193,7 +208,7 @@ def offline(job: Job) -> None:
         part = flow.select_context(context, index)
         states.append(sample_sde(flow, len(index), experiment.solver.steps, generator, part)[-1])
         rewards.append(bench.reward(states[-1], part))
-    arrays = bench.offline_arrays(torch.cat(states), torch.cat(rewards))
+    arrays = {"x": torch.cat(states), "reward": torch.cat(rewards)}
     labels = flow.context_labels(context)
     arrays["context"] = torch.zeros(count, dtype=torch.int64) if labels is None else labels
     bench.close()
@@ -212,7 +227,7 @@ def finetune(job: Job) -> None:
     resumption = resumption_of(experiment, "finetune", job.seed, output, read, method, bench.taken_up)
     notes: dict[str, str] = {}
     if experiment.methods[method].kind == "fdc":
-        solver = build_solver(config, updates, watched, bench.given)
+        solver = build_solver(config, updates, watched, bench.given, bench.sampler)
         result = bench.climb().run(experiment.methods[method].iterations, solver, resumption)
         model, rows = result.model, result.history
         if result.trail is not None:
@@ -241,9 +256,13 @@ def _solve_once(
         return adjoint_matching.solve(flow, tilt, kl_weight, settings, random, watched, slot)
     if config.kind == "annealed_fitting" and experiment.methods[method].kind == "tfft":
         # Its threshold is found anew in each stage, from all banks of the chain.
-        problem, stages = TailProblem(*experiment.tail_of(method)), annealed_fitting_settings(config, updates)
+        problem, stages = (
+            TailProblem(*experiment.tail_of(method)),
+            annealed_fitting_settings(config, updates, bench.sampler),
+        )
         return solve_tail(flow, bench.reward, problem, stages, random, watched, slot, bench.offline)
-    return build_solver(config, updates, watched, bench.given)(flow, tilt, kl_weight, random, slot)
+    solver = build_solver(config, updates, watched, bench.given, bench.sampler)
+    return solver(flow, tilt, kl_weight, random, slot)
 
 
 Tilt = FirstVariation | Callable[[float], FirstVariation]

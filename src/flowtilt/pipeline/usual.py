@@ -57,6 +57,18 @@ class BaseDomain:
         return None
 
 
+def takes_bank(run: Run) -> bool:
+    """Whether a fine-tuning takes the offline batch for the bank that it starts from, as every method does
+    that weighs samples of the pretrained model, if the batch has as many as its banks."""
+    experiment, method = run.experiment, run.experiment.methods[run.method]
+    if experiment.offline is None or not method.tuned:
+        return False
+    solver = experiment.solver_of(run.method)
+    if solver.kind == "adjoint_matching":
+        return getattr(method, "by", None) == "exponents"
+    return experiment.offline.samples >= solver.bank
+
+
 def offline_stage(reads: Reads, sections: tuple[str, ...], needs: Needs, **other: Any) -> Stage:
     """The offline batch of a seed's pretrained model, by :func:`flowtilt.pipeline.stages.offline`."""
     writes = {"offline": f"{PRETRAINED}/offline.npz"}

@@ -15,6 +15,7 @@ from flowtilt.pipeline.experiment import dump, load_file, load_resolved, stage_d
 from small import CONFIG
 
 LEFT_TAIL, ENTROPY = "text_to_image_left_tail", "text_to_image_entropy"
+FDC = {"kind": "fdc", "by": "exponents", "iterations": 1, "mass": None}
 STAGES = [stage.name for stage in DOMAIN.stages]
 
 
@@ -43,17 +44,36 @@ def test_a_resolved_experiment_holds_its_model(name: str, tmp_path: Path) -> Non
     ("name", "changes", "said"),
     [
         (ENTROPY, {"methods": {"fdc": {"iterations": None}}}, "an fdc method needs iterations"),
-        (ENTROPY, {"methods": {"am": {"mass": 0.1}}}, "mass belongs to tfft, not to am"),
+        (ENTROPY, {"methods": {"am": {"mass": 0.1}}}, "mass belongs to fdc and tfft, not to am"),
+        (ENTROPY, {"methods": {"fdc": {"mass": 0.1}}}, "tfft and mass are of the left tail, not of entropy"),
+        (
+            ENTROPY,
+            {"methods": {"fdc": {"by": "exponents"}}},
+            "the entropy of latents has scores and no values",
+        ),
+        (
+            ENTROPY,
+            {"methods": {"fdc": {"solver": {"kind": "annealed_fitting"}}}},
+            "methods.fdc.solver.kind: the entropy of latents has scores and no values, which fits take",
+        ),
         (ENTROPY, {"methods": {"pretrained": {"updates": 3}}}, "belong to methods that are fine-tuned"),
-        (ENTROPY, {"methods": {"other": {"kind": "tfft"}}}, "entropy is for fdc, not for tfft"),
+        (
+            ENTROPY,
+            {"methods": {"other": {"kind": "tfft"}}},
+            "tfft and mass are of the left tail, not of entropy",
+        ),
         (
             LEFT_TAIL,
             {"methods": {"other": {"kind": "fdc", "iterations": 2, "step": 1.0}}},
-            "left_tail is for tfft, not for fdc",
+            "methods.other.by: on the left tail fdc goes by the reward's values; set it to exponents",
         ),
-        (LEFT_TAIL, {"solver": {"kind": "weighted_fitting"}}, "fine-tuned by adjoint_matching"),
+        (
+            LEFT_TAIL,
+            {"methods": {"tfft": FDC, "tfft_0.1": FDC, "tfft_0.5": FDC}, "offline": None},
+            "offline: method 'tfft' finds its first step on an offline batch; add samples",
+        ),
         (LEFT_TAIL, {"solver": {"endpoint_gradient": "likelihood_ratio"}}, "pathwise"),
-        (LEFT_TAIL, {"offline": None}, "offline: method 'tfft' takes its threshold"),
+        (LEFT_TAIL, {"offline": None}, "offline: method 'tfft' finds its threshold from"),
         (LEFT_TAIL, {"solver": {"passes": 0}}, "passes"),
         (LEFT_TAIL, {"objective": {"mass": 1.0}}, "mass"),
         (LEFT_TAIL, {"objective": {"utility": "mean"}}, "utility"),

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from by_hand import pretrained
 from flowtilt import thresholds
+from flowtilt.domains.planar import distributions
+from flowtilt.domains.planar.build import build_data, build_model, build_slope
+from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.files import read_density
+from flowtilt.domains.planar.grid import Grid, finite_distribution
+from flowtilt.domains.planar.optimum import mirror_iterates
+from flowtilt.domains.planar.problems import build_objective
+from flowtilt.functionals.critic import CriticSettings
 from flowtilt.metrics.transport import sliced_wasserstein
 from flowtilt.pipeline.configuration import ConfigError, merge
 from flowtilt.pipeline.experiment import load_file
@@ -22,8 +31,10 @@ SMALL = {"grid": {"cells": 16}}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", ["adjoint_matching", "weighted_fitting"])
-def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
+def test_transport_in_a_row(tmp_path: Path, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     critic = {"updates": 20}
+    # However short its training, a critic is a lower estimate.
+    monkeypatch.setattr(distributions, "CriticSettings", partial(CriticSettings, updates=50))
     fdc = {"iterations": 2, "objective": {"divergence": {"kind": "wasserstein1", "critic": critic}}}
     experiment = tiny(
         "ot_2d",
@@ -210,6 +221,40 @@ def test_modes_in_a_row(tmp_path: Path, solver: str) -> None:
     assert optimum["slack"] < 1e-5
 
 
+# ------------------------------------------------------------------------- the released script
+
+
+def test_the_script_s_problem_is_in_its_own_units_and_on_the_models_of_ot_2d() -> None:
+    ((script,), (other,)) = (
+        load_file(CONFIG / "experiments" / f"{name}.yaml").values() for name in ("ot_script_2d", "ot_2d")
+    )
+    assert isinstance(script, FunctionalExperiment)
+    assert script.starts_from == other.name
+    for key in ("path", "network", "data", "pretrain"):
+        assert getattr(script, key) == getattr(other, key)
+    reward, y = build_slope(script), 4 * torch.randn(50, 2, dtype=torch.float64)
+    assert reward is not None
+    torch.testing.assert_close(reward(y), (17.5 + 3.125 * y).norm(dim=1), rtol=1e-12, atol=1e-12)
+    unit = np.diff([5.0, 30.0]) / (2 * script.grid.extent)
+    np.testing.assert_allclose(script.objective.divergence.parameters["weights"], unit**2 * np.array([1, 7]))
+
+
+def test_exact_steps_of_the_script_s_weight_are_finite_and_bend_along_x() -> None:
+    """The first does not feel the kink of W1: variance times slope over the weight, along both axes."""
+    (script,) = load_file(CONFIG / "experiments" / "ot_script_2d.yaml").values()
+    assert isinstance(script, FunctionalExperiment)
+    grid = Grid(script.grid.extent, 16)
+    start = finite_distribution(grid, build_data(script).log_density(grid.points))
+    objective = build_objective(script, "fdc", build_model(script))
+    steps = mirror_iterates(objective, start, 40.0, 4)
+    values = [objective.finite_value(p) for p in (start, *steps)]
+    assert values == sorted(values)
+    shifts = [p.p @ grid.flat_points.numpy() for p in steps]
+    np.testing.assert_allclose(shifts[0], 3.125 / np.sqrt(2) / 40, rtol=0.02)
+    assert shifts[-1][0] > 3 * abs(shifts[-1][1])
+    assert 0.1 < shifts[-1][0] < 4 * shifts[0][0]
+
+
 # ------------------------------------------------------------------------------------- rings
 
 
@@ -243,7 +288,7 @@ OTHERS = [
     [
         ({"reward": {"height": 1.0}}, "rings has no height; remove it"),
         ({"reward": {"radius": None}}, "rings needs radius; add it"),
-        ({"reward": {"landscape": "ring"}}, "must be slope, rings or module:Class"),
+        ({"reward": {"landscape": "ring"}}, "must be slope, rings, cone or module:Class"),
     ],
 )
 def test_rings_that_cannot_be_used_are_refused(changes: dict[str, Any], words: str) -> None:

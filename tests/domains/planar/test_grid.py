@@ -7,7 +7,6 @@ from flowtilt.domains.planar.grid import (
     expected_reward_tilt,
     finite_distribution,
     gaussian_blur,
-    hinge,
     kl_divergence,
     mirror_ascent,
     normalise,
@@ -15,7 +14,7 @@ from flowtilt.domains.planar.grid import (
 )
 from flowtilt.domains.planar.landscapes import Spikes, Stripes
 from flowtilt.domains.planar.rows import GriddedDensity
-from flowtilt.metrics.tails import lower_tail_mean, quantile, upper_tail_mean
+from flowtilt.metrics.tails import hinge, lower_tail_mean, quantile, upper_tail_mean
 from flowtilt.rewards import Reward
 from flowtilt.thresholds import dual_objective
 from primal import best, objective

@@ -12,7 +12,14 @@ from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.places import located
 from flowtilt.pipeline.resources import Needs
 from flowtilt.pipeline.sections import TUNED
-from flowtilt.pipeline.usual import RUN, BaseDomain, finetune_stage, offline_stage, threshold_stage
+from flowtilt.pipeline.usual import (
+    RUN,
+    BaseDomain,
+    finetune_stage,
+    offline_stage,
+    takes_bank,
+    threshold_stage,
+)
 
 _HERE = "flowtilt.domains.images"
 _PRETRAINED = "runs/{experiment}/pretrained"
@@ -93,8 +100,12 @@ STAGES = (
         needs=Needs((1000, 1000), (5, 5), group="images", always=True),
     ),
     finetune_stage(
-        reads=lambda run: _base(run) | run.taken(),
-        sections=("name", *_FLOW, "reward", "objective", "solver"),
+        reads=lambda run: (
+            _base(run)
+            | run.taken()
+            | ({"offline": run.file_of("pretrained", "offline.npz")} if takes_bank(run) else {})
+        ),
+        sections=("name", *_FLOW, "reward", "objective", "offline", "solver"),
         needs=Needs((2000, 48000), (60, 5760), gpu=True, shared=True),
     ),
     Stage(

@@ -9,10 +9,11 @@ import torch
 from flowtilt.devices import generator_of
 from flowtilt.domains.images.pipeline import TextToImage
 from flowtilt.domains.images.sampling import CHUNK, load_base, load_reward
+from flowtilt.domains.images.sections import LeftTailObjective
 from flowtilt.fdc import MirrorAscent
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
-from flowtilt.functionals.utilities import Entropy
+from flowtilt.functionals.utilities import CVaR, Entropy
 from flowtilt.model import FlowModel
 from flowtilt.pipeline.stages import Climb, Workbench
 from flowtilt.rewards import Reward
@@ -22,6 +23,8 @@ class ImagesBench(Workbench):
     """See :class:`flowtilt.pipeline.stages.Workbench`."""
 
     chunk = CHUNK
+    sampler = "sde"
+    dear_rewards = True
 
     @cached_property
     def base(self) -> TextToImage:
@@ -37,6 +40,24 @@ class ImagesBench(Workbench):
         return load_reward(self.experiment, self.job.read("pretrained"), self.base.decode)
 
     def climb(self) -> Climb:
+        """FDC on the left tail by exponents, or on the entropy by scores."""
+        if isinstance(self.experiment.objective, LeftTailObjective):
+            return self._climb_tail()
+        return self._climb_entropy()
+
+    def _climb_tail(self) -> Climb:
+        """FDC on the mean of the worst share, less the KL divergence, by values of the reward alone."""
+        experiment, method = self.experiment, self.job.method
+        step, problem = experiment.methods[method].step, experiment.tail_of(method)
+        return Climb(
+            Objective(CVaR(self.reward, problem.mass), KL(self.flow), problem.alpha),
+            self.exponents(problem.alpha / step if step else None),
+            self.flow,
+            lambda k: generator_of(experiment.name, method, self.job.seed, k),
+            first=self.offline,
+        )
+
+    def _climb_entropy(self) -> Climb:
         """FDC on the entropy of the latents, less the KL divergence, both by scores.
 
         The entropy is 1-smooth relative to itself, and the divergence alpha times: steps of the KL weight

@@ -52,8 +52,8 @@ def evaluate(job: Job) -> None:
     for k, factor in enumerate(asked.factors):
         factors[:, k] = classify_features(features, scorer, factor.classes, factor.template).numpy(force=True)
     sets = set_of(prompt, asked.images)
-    own = {experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"}
-    masses = sorted({*MASSES, *own} | ({experiment.mass} if experiment.mass < 1 else set()))
+    own = {experiment.mass} if experiment.mass < 1 else set()
+    masses = sorted({*MASSES} | experiment.tail_masses | own)
     row: Metrics = {
         "mean_reward": float(rewards.mean()),
         **{tail_metric(mass): lower_tail_mean(rewards, mass) for mass in masses},

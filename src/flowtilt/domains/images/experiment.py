@@ -74,21 +74,15 @@ class ImageExperiment(Experiment):
     @model_validator(mode="after")
     def _methods_fit(self) -> ImageExperiment:
         check_methods(self.methods, self.solutions)
-        own = {"left_tail": "tfft", "entropy": "fdc"}[self.objective.utility]
         for name, method in self.methods.items():
-            if method.kind in ("tfft", "fdc") and method.kind != own:
+            if isinstance(self.objective, LeftTailObjective):
+                self._check_on_tail(name, method)
+            else:
+                self._check_on_entropy(name, method)
+            if self.solver_of(name).endpoint_gradient != "pathwise":
                 raise ValueError(
-                    f"methods.{name}.kind: {self.objective.utility} is for {own}, not for {method.kind}"
-                )
-            if method.kind == "tfft" and self.offline is None:
-                raise ValueError(
-                    f"offline: method {name!r} takes its threshold from an offline batch; add samples"
-                )
-            solver = self.solver_of(name)
-            if solver.kind != "adjoint_matching" or solver.endpoint_gradient != "pathwise":
-                raise ValueError(
-                    f"methods.{name}.solver: images are fine-tuned by adjoint_matching with pathwise "
-                    "gradients; a reward of images has them"
+                    f"methods.{name}.solver.endpoint_gradient: must be pathwise; a reward of images has such "
+                    "gradients"
                 )
         if self.retrain and self.model.embedded is None:
             raise ValueError(
@@ -96,6 +90,29 @@ class ImageExperiment(Experiment):
                 "set it to false"
             )
         return self
+
+    def _check_on_tail(self, name: str, method: ImageMethodConfig) -> None:
+        if method.kind == "fdc" and method.by != "exponents":
+            raise ValueError(
+                f"methods.{name}.by: on the left tail fdc goes by the reward's values; set it to exponents"
+            )
+        if method.kind in ("tfft", "fdc") and self.offline is None:
+            what = "its threshold from" if method.kind == "tfft" else "its first step on"
+            raise ValueError(f"offline: method {name!r} finds {what} an offline batch; add samples")
+
+    def _check_on_entropy(self, name: str, method: ImageMethodConfig) -> None:
+        if method.kind == "tfft" or method.mass is not None:
+            raise ValueError(f"methods.{name}: tfft and mass are of the left tail, not of entropy")
+        if method.by == "exponents":
+            raise ValueError(
+                f"methods.{name}.by: the entropy of latents has scores and no values, which exponents are "
+                "made of; set it to scores, and give the method a step"
+            )
+        if method.kind == "fdc" and self.solver_of(name).kind != "adjoint_matching":
+            raise ValueError(
+                f"methods.{name}.solver.kind: the entropy of latents has scores and no values, which fits "
+                "take; set it to adjoint_matching"
+            )
 
     @property
     def mass(self) -> float:
@@ -106,9 +123,16 @@ class ImageExperiment(Experiment):
         """Share of a method's own tail."""
         return self.methods[method].mass or self.mass
 
+    @property
+    def tail_masses(self) -> set[float]:
+        """Masses of the tails that methods raise; none on the entropy."""
+        if not isinstance(self.objective, LeftTailObjective):
+            return set()
+        return {self.mass_of(name) for name, one in self.methods.items() if one.kind in ("tfft", "fdc")}
+
     def tail_of(self, method: str) -> TailSpec:
         """Tail, mass and KL weight of a method's tail problem."""
-        return TailSpec("lower", self.mass_of(method), self.objective.alpha)
+        return TailSpec("lower", self.mass_of(method), self.methods[method].alpha or self.objective.alpha)
 
     @property
     def offline_passes(self) -> int:

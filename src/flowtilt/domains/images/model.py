@@ -158,9 +158,9 @@ class LatentFlow(FlowModel):
         order = torch.cat([torch.randperm(number, generator=generator) for _ in range(rounds)])
         return self.context_of(order[:count])
 
-    def context_of(self, prompt: Tensor) -> Prompted:
+    def context_of(self, labels: Tensor) -> Prompted:
         """The context of samples with given prompts, long (batch,), for sampling."""
-        return replace(self._known(), prompt=prompt, guidance=self.guidance.sampling)
+        return replace(self._known(), prompt=labels, guidance=self.guidance.sampling)
 
     def _known(self) -> Prompted:
         if self.prompts is None:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NoRepeats, NotNegative, Positive, Section
-from flowtilt.pipeline.sections import FitConfig, MethodConfig
+from flowtilt.pipeline.sections import FitConfig, SearchedMethodConfig
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -299,27 +299,30 @@ class EntropyObjective(Section):
     """KL weight of am, which raises the expected reward, in units of the reward a nat."""
 
 
-class ImageMethodConfig(MethodConfig):
+class ImageMethodConfig(SearchedMethodConfig):
     """One method of an experiment on images."""
 
     kind: Literal["pretrained", "am", "fdc", "tfft"]
     """``pretrained`` is not fine-tuned; ``am`` is Adjoint Matching on the mean reward; ``fdc`` is Flow
-    Density Control on the entropy; ``tfft`` is Tail-aware Flow Fine-Tuning of the left tail."""
+    Density Control on the entropy, or by exponents on the left tail; ``tfft`` is Tail-aware Flow Fine-Tuning
+    of the left tail."""
 
     mass: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the method's own tail, by default that of ``objective``; for ``tfft``."""
+    """Share of the method's own tail, by default that of ``objective``; for ``tfft`` and for ``fdc`` on the
+    left tail."""
 
     alpha: Positive | None = None
     """The method's own KL weight, by default that of ``objective``; for ``fdc``."""
 
     step: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Size of a step, 1 being the largest in theory: 1 + alpha, by which the objective is smooth relative to
-    the entropy, over the step's KL weight; for ``fdc``, which must have it."""
+    """Size of a step, 1 being the largest in theory: for ``fdc``, which must have it where it goes by scores.
+    Over the step's KL weight it is 1 + alpha on the entropy, by which the objective is smooth relative to the
+    entropy, and alpha on the left tail."""
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> ImageMethodConfig:
-        belongs = {"mass": ("tfft",), "alpha": ("fdc",), "iterations": ("fdc",), "step": ("fdc",)}
-        self.check_keys(belongs)
+        of_fdc = dict.fromkeys(("alpha", "iterations", "step", "by"), ("fdc",))
+        self.check_keys({"mass": ("fdc", "tfft"), **of_fdc})
         return self
 
 

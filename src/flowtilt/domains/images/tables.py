@@ -75,8 +75,8 @@ def groups(experiment: ImageExperiment, caption: str) -> dict[str, list[str]]:
     if experiment.objective.utility == "entropy":
         led_by = ["vendi", "clip", *([] if doubled else [experiment.mean_metric])]
     else:
-        masses = sorted({experiment.mass_of(m) for m, c in experiment.methods.items() if c.kind == "tfft"})
-        led_by = [experiment.main_metric, experiment.mean_metric, *map(tail_metric, masses)]
+        led_by = [experiment.main_metric, experiment.mean_metric]
+        led_by += map(tail_metric, sorted(experiment.tail_masses))
         led_by += [] if doubled else ["clip"]
     return {
         caption: list(dict.fromkeys([*led_by, *diversity])),
@@ -110,16 +110,19 @@ def findings(long: pd.DataFrame, experiment: ImageExperiment, values: pd.DataFra
     of = {kind: [n for n, c in experiment.methods.items() if c.kind == kind] for kind in kinds}
     mean = experiment.mean_metric
     said = [more_than(long, am, base, mean) for am in of["am"] for base in of["pretrained"]]
-    for method in of["fdc"]:
-        for base in of["pretrained"]:
-            said += _explores(long, experiment, method, base)
-    said += _rises_with_falling_alpha(long, experiment, of["fdc"])
-    for method in of["tfft"]:
+    explores = experiment.objective.utility == "entropy"
+    if explores:
+        for method in of["fdc"]:
+            for base in of["pretrained"]:
+                said += _explores(long, experiment, method, base)
+        said += _rises_with_falling_alpha(long, experiment, of["fdc"])
+    for method in [] if explores else [*of["tfft"], *of["fdc"]]:
         others = [*of["pretrained"], *of["am"]]
         said += [more_than(long, method, other, tail_metric(experiment.mass_of(method))) for other in others]
         said += [more_than(long, method, base, mean) for base in of["pretrained"]]
         said += [_beside(long, method, am, mean) for am in of["am"]]
-        said.append(_is_active(long, method))
+        if method in of["tfft"]:
+            said.append(_is_active(long, method))
     return [*said, *_days(experiment, values)]
 
 

@@ -12,7 +12,14 @@ from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.places import located
 from flowtilt.pipeline.resources import Needs
 from flowtilt.pipeline.sections import TUNED
-from flowtilt.pipeline.usual import RUN, BaseDomain, finetune_stage, offline_stage, threshold_stage
+from flowtilt.pipeline.usual import (
+    RUN,
+    BaseDomain,
+    finetune_stage,
+    offline_stage,
+    takes_bank,
+    threshold_stage,
+)
 
 _HERE = "flowtilt.domains.molecules"
 _FLOW = ("subset", "units", "network")
@@ -81,7 +88,11 @@ STAGES = (
         needs=Needs((1000, 1000), (5, 5), group="molecules", always=True),
     ),
     finetune_stage(
-        reads=lambda run: {"pretrained": run.shared("model.safetensors")} | run.taken(),
+        reads=lambda run: (
+            {"pretrained": run.shared("model.safetensors")}
+            | run.taken()
+            | ({"offline": run.pretrained("offline.npz")} if takes_bank(run) else {})
+        ),
         sections=("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
         needs=Needs((2000, 16000), (60, 1440), gpu=True, shared=True),
     ),

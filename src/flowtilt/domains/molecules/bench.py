@@ -13,7 +13,7 @@ from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.energies import XTBReward
 from flowtilt.domains.molecules.sampling import CHUNK, Base, load_base
 from flowtilt.domains.molecules.xtb import XTBSettings
-from flowtilt.fdc import MirrorAscent
+from flowtilt.fdc import ExponentAscent, MirrorAscent
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import SQ
@@ -28,6 +28,7 @@ class MoleculesBench(Workbench):
     """See :class:`flowtilt.pipeline.stages.Workbench`; its history counts energies, and those that failed."""
 
     chunk = CHUNK
+    dear_rewards = True
 
     @cached_property
     def base(self) -> Base:
@@ -48,17 +49,24 @@ class MoleculesBench(Workbench):
         )
 
     def climb(self) -> Climb:
-        """FDC on the mean of the best share, less the KL divergence by scores."""
+        """FDC on the mean of the best share, less the KL divergence."""
         experiment, method = self.experiment, self.job.method
         config, solver = experiment.methods[method], experiment.solver_of(method)
         problem = experiment.tail_of(method)
         # Scores are compared at the last time where the solver trains the velocity.
         kl = KL(self.flow, score_time=self.flow.time_grid(solver.steps)[-2])
+        settings: MirrorAscent | ExponentAscent
+        if config.by == "exponents":
+            settings = self.exponents(problem.alpha / config.step if config.step else None)
+        else:
+            weight = problem.alpha / (config.step or 1.0)
+            settings = MirrorAscent(weight, experiment.offline.samples, solver.steps)
         return Climb(
             Objective(SQ(self.reward, problem.mass), kl, problem.alpha),
-            MirrorAscent(problem.alpha / (config.step or 1.0), experiment.offline.samples, solver.steps),
+            settings,
             self.flow,
             lambda k: generator_of(experiment.name, method, self.job.seed, k),
+            first=self.offline,
         )
 
     def watched(self, progress: Progress | None) -> Progress:

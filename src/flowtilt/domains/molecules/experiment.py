@@ -72,11 +72,13 @@ class MoleculeExperiment(FlowSections, Experiment):
         check_methods(self.methods, self.solutions)
         for name, method in self.methods.items():
             solver = self.solver_of(name)
-            if solver.kind != "adjoint_matching" and (method.kind == "fdc" or method.narrowing is not None):
+            if solver.kind != "adjoint_matching" and (
+                (method.kind == "fdc" and method.by != "exponents") or method.narrowing is not None
+            ):
                 raise ValueError(
-                    f"methods.{name}.solver.kind: {solver.kind} solves one problem by values; fdc has "
-                    "scores and no values of its divergence on molecules, and narrowing a problem for "
-                    "every update; use adjoint_matching"
+                    f"methods.{name}.solver.kind: {solver.kind} solves one problem by values; fdc by scores "
+                    "has no values of its divergence on molecules, and narrowing a problem for every "
+                    "update; use adjoint_matching, or by: exponents for fdc"
                 )
             if solver.endpoint_gradient != "pathwise" and method.tuned:
                 raise ValueError(

@@ -203,8 +203,11 @@ class FlowMolFlow(FlowModel):
 
     def draw_context(self, count: int, generator: torch.Generator) -> Tensor:
         """Masks of ``count`` molecules, their sizes drawn as FlowMol draws them, (count, largest)."""
-        sizes = torch.multinomial(self.size_weights, count, True, generator=generator)
-        return torch.arange(self.layout.atoms, device=sizes.device) < sizes[:, None]
+        return self.context_of(torch.multinomial(self.size_weights, count, True, generator=generator))
+
+    def context_of(self, labels: Tensor) -> Tensor:
+        """Masks of molecules of given numbers of atoms, long, (count,)."""
+        return torch.arange(self.layout.atoms, device=labels.device) < labels[:, None]
 
     def select_context(self, context: Context, index: Tensor) -> Tensor:
         return mask_of(context)[index]

@@ -62,17 +62,17 @@ class MoleculeFlow(FlowModel):
         """Masks of ``count`` molecules, their sizes drawn as they occur in the data, (count, atoms)."""
         return self.context_of(torch.multinomial(self.size_weights, count, True, generator=generator))
 
-    def context_of(self, sizes: Tensor) -> Tensor:
+    def context_of(self, labels: Tensor) -> Tensor:
         """Masks of molecules of given numbers of atoms, long, (count,). Raises ValueError if the data have no
         molecule of one of the sizes."""
         known = self.size_weights.nonzero().flatten()
-        unknown = sorted(set(sizes.tolist()) - set(known.tolist()))
+        unknown = sorted(set(labels.tolist()) - set(known.tolist()))
         if unknown:
             raise ValueError(
                 f"no training example has {', '.join(map(str, unknown))} atoms; "
                 f"ask for sizes among {', '.join(map(str, known.tolist()))}"
             )
-        return torch.arange(self.atoms, device=sizes.device) < sizes[:, None]
+        return torch.arange(self.atoms, device=labels.device) < labels[:, None]
 
     def select_context(self, context: Context, index: Tensor) -> Tensor:
         return mask_of(context)[index]

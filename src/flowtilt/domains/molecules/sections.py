@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Section, Share
-from flowtilt.pipeline.sections import LEVEL, FitConfig, MethodConfig
+from flowtilt.pipeline.sections import LEVEL, FitConfig, SearchedMethodConfig
 
 Mass = Annotated[float, Field(gt=0, lt=1)]
 
@@ -219,7 +219,7 @@ class MoleculeObjective(Section):
     """KL weight of every method's objective, in hartree a nat."""
 
 
-class MoleculeMethodConfig(MethodConfig):
+class MoleculeMethodConfig(SearchedMethodConfig):
     """One method of an experiment on molecules."""
 
     renamed: ClassVar[Mapping[str, str]] = {"level": LEVEL, "rise": "narrowing"}
@@ -238,12 +238,12 @@ class MoleculeMethodConfig(MethodConfig):
 
     step: Annotated[float, Field(gt=0, le=1)] | None = None
     """KL weight of the objective over that of a step, 1 being the largest step in theory; for ``fdc``,
-    which must have it."""
+    which must have it where it goes by scores."""
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MoleculeMethodConfig:
-        belongs = {"mass": ("fdc", "tfft"), "narrowing": ("tfft",), "iterations": ("fdc",), "step": ("fdc",)}
-        self.check_keys(belongs)
+        of_fdc = dict.fromkeys(("iterations", "step", "by"), ("fdc",))
+        self.check_keys({"mass": ("fdc", "tfft"), "narrowing": ("tfft",), **of_fdc})
         return self
 
 

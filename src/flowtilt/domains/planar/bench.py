@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import torch
-from torch import Tensor
-
 from flowtilt.checkpoints import load_weights
-from flowtilt.control.weighted_fitting import Samples
 from flowtilt.devices import generator_of
 from flowtilt.domains.planar.build import build_model, reward_of, tail_utility
 from flowtilt.domains.planar.experiment import FunctionalExperiment, PlanarExperiment, tail_experiment
 from flowtilt.domains.planar.problems import build_objective
 from flowtilt.fdc import ExponentAscent, MirrorAscent
-from flowtilt.functionals.base import Distribution, Objective
+from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.model import FlowModel
-from flowtilt.pipeline.files import read_arrays
 from flowtilt.pipeline.stages import Climb, Workbench, trail_of
 from flowtilt.rewards import Reward
 
 
 class PlanarBench(Workbench):
-    """See :class:`flowtilt.pipeline.stages.Workbench`; its offline batch has the points as well."""
+    """See :class:`flowtilt.pipeline.stages.Workbench`."""
 
     @cached_property
     def flow(self) -> FlowModel:
@@ -32,17 +27,6 @@ class PlanarBench(Workbench):
     @cached_property
     def reward(self) -> Reward:
         return reward_of(self.experiment)
-
-    def offline_arrays(self, x: Tensor, rewards: Tensor) -> dict[str, Tensor]:
-        return {"x": x, "reward": rewards}
-
-    @cached_property
-    def offline(self) -> Samples | None:
-        if (batch := self.job.read_if_any("offline")) is None:
-            return None
-        x, labels = read_arrays(batch, "x", "context")
-        context = torch.from_numpy(labels) if self.experiment.data.modes else None
-        return Samples(torch.from_numpy(x), context)
 
     def climb(self) -> Climb:
         """FDC from the pretrained model, or from an earlier run with fewer iterations."""
@@ -53,18 +37,12 @@ class PlanarBench(Workbench):
             done = experiment.methods[earlier].iterations
             start = load_weights(build_model(experiment), self.job.read("start"))
             trail = trail_of(self.job.read("start"))
-        first = None
-        if (batch := self.offline) is not None:
-            first = Distribution(self.flow, batch.points, batch.context)
-        samples, step = experiment.offline.samples, config.fixed_step
-        if config.by == "exponents" and solver.kind != "adjoint_matching":
-            samples = solver.bank  # that of the solve, for which a step is searched on the same samples
-        weight = _step_weight(experiment, method)
+        step, weight = config.fixed_step, _step_weight(experiment, method)
         settings: MirrorAscent | ExponentAscent
         if config.by == "exponents":
-            settings = ExponentAscent(samples, solver.steps, solver.share, solver.minimum_ess, weight)
+            settings = self.exponents(weight)
         else:
-            settings = MirrorAscent(weight or 1.0, samples, solver.steps)
+            settings = MirrorAscent(weight or 1.0, experiment.offline.samples, solver.steps)
         return Climb(
             _objective(experiment, method, self.flow),
             settings,
@@ -73,7 +51,7 @@ class PlanarBench(Workbench):
             lambda k: generator_of(experiment.name, "fdc", step or "search", self.job.seed, k),
             done,
             trail,
-            first,
+            self.offline if start is self.flow else None,
         )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from flowtilt.functionals.base import FiniteDistribution
 from flowtilt.functionals.utilities import SQ, CVaR, Hinge
-from flowtilt.metrics.tails import quantile
+from flowtilt.metrics.tails import hinge, quantile
 from flowtilt.mirror import MirrorStep, find_step
 from flowtilt.model import Context
 from flowtilt.rewards import Reward
@@ -114,12 +114,6 @@ def expected_reward_tilt(
 ) -> np.ndarray:
     """The distribution that Adjoint Matching aims at: ``p exp(r / kl_weight)``; log cell probabilities."""
     return normalise(log_p + blur(rewards / kl_weight))
-
-
-def hinge(rewards: np.ndarray, at: float, mass: float, tail: Tail) -> np.ndarray:
-    """``(r - at)_+ / mass`` for the upper tail, ``-(at - r)_+ / mass`` for the lower."""
-    excess = rewards - at
-    return (np.maximum(excess, 0.0) if read_tail(tail) == "upper" else np.minimum(excess, 0.0)) / mass
 
 
 def tail_tilt(

@@ -1,4 +1,4 @@
-"""Reward landscapes of the planar experiments: zones with bumps, a slope that levels off, and rings.
+"""Reward landscapes of the planar experiments: zones with bumps, a slope that levels off, rings, and a cone.
 
 The risk-averse and the novelty-seeking experiment have zones. Neither paper prints its landscapes;
 both describe three zones along x: a plateau under the pretrained density, a zone of moderate reward
@@ -149,7 +149,26 @@ class Rings(Reward):
         return 1 - (offsets.norm(dim=-1) - self.radius).square().amin(dim=1)
 
 
-SLOPES: dict[str, type[Reward]] = {"slope": Slope, "rings": Rings}
+@dataclass(frozen=True)
+class Cone(Reward):
+    """``height`` times the distance to a centre: it grows in all directions and without end.
+
+    Less a multiple of a transport distance it has no maximum in the plane, unless no move pays at all; steps
+    of a KL weight from a given distribution are finite all the same.
+
+    Attributes:
+        height: at the distance 1 from the centre, which is its slope.
+        centre: where the reward is 0.
+    """
+
+    height: float
+    centre: tuple[float, float]
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        return self.height * (x - x.new_tensor(self.centre)).norm(dim=1)
+
+
+SLOPES: dict[str, type[Reward]] = {"slope": Slope, "rings": Rings, "cone": Cone}
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,9 @@ class PlanarFlow(FlowModel):
         """The modes."""
         return context if self.modes else None
 
+    def context_of(self, labels: Tensor) -> Context:
+        return labels if self.modes else None
+
     def predict(self, x: Tensor, t: Tensor, context: Context = None) -> Tensor:
         """The network's own output at states (batch, 2), times () or (batch,) and modes long (batch,). Raises
         ValueError if the flow has modes, and the context is not one for each state."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Row, Section, ToldApart
-from flowtilt.pipeline.sections import LEVEL, MethodConfig, TailKey
+from flowtilt.pipeline.sections import LEVEL, SearchedMethodConfig, TailKey
 
 Weights = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
@@ -121,16 +121,21 @@ class SlopeConfig(Section):
 
     landscape: str
     """``slope``, which grows along the diagonal and levels off, ``rings``, 1 less the squared distance to the
-    nearest ring, or ``module:Class`` for a ``Reward`` of your own in an importable module."""
+    nearest ring, ``cone``, which grows with the distance to a centre without end, or ``module:Class`` for a
+    ``Reward`` of your own in an importable module."""
 
     height: float | None = None
-    """Reward where a ``slope`` has levelled off; it starts from 0."""
+    """Reward where a ``slope`` has levelled off, or at the distance 1 from the centre of a ``cone``; both
+    start from 0."""
 
     middle: float | None = None
     """Where along the diagonal, (x + y) / sqrt(2), half of it is reached; for ``slope``."""
 
     softness: Positive | None = None
     """Half-width of the step along the diagonal; for ``slope``."""
+
+    centre: Row | None = None
+    """Where the reward is 0, a pair of coordinates; for ``cone``."""
 
     centres: Annotated[list[Row], Field(min_length=1)] | None = None
     """Centres of the rings, a pair of coordinates each; for ``rings``."""
@@ -155,7 +160,11 @@ class SlopeConfig(Section):
         return self
 
 
-_OF_LANDSCAPE = {"slope": {"height", "middle", "softness"}, "rings": {"centres", "radius"}}
+_OF_LANDSCAPE = {
+    "slope": {"height", "middle", "softness"},
+    "rings": {"centres", "radius"},
+    "cone": {"height", "centre"},
+}
 
 
 class BowlConfig(Section):
@@ -235,7 +244,7 @@ class FunctionalObjective(Section):
     """Weight of the divergence, in units of the utility a unit of the divergence."""
 
 
-class PlanarMethodConfig(MethodConfig):
+class PlanarMethodConfig(SearchedMethodConfig):
     """One method of an experiment in the plane."""
 
     step_key: ClassVar[str]
@@ -246,13 +255,6 @@ class PlanarMethodConfig(MethodConfig):
 
     iterations: Count | None = None
     """Linearisations, each with a solve; for ``fdc``, which must have it."""
-
-    by: Literal["scores", "exponents"] | None = None
-    """Where ``fdc`` takes the divergence's first variation from: the models' ``scores``, the default, or the
-    ``exponents`` that its steps have added up. The latter is for KL divergences and for utilities whose first
-    variation has values, and needs values alone. Without a step it searches each step's KL weight: the one
-    that raises the objective most on the batch of the current model, among those that keep
-    ``solver.share`` of it."""
 
     continue_from: str | None = None
     """Name of an ``fdc`` method with fewer iterations and the same other keys, whose model this one starts

@@ -112,7 +112,7 @@ class Cost(NamedTuple):
     ``memory`` is its largest in MB. ``batch`` is the offline batch, for a method that takes it (it is one for
     all of them), and ``threshold`` of a tfft the solution of the dual on it. ``alone`` is threshold and
     fine-tuning over those of the first method of the file that is fine-tuned, and ``relative`` the same with
-    the batch. ``passes`` are network passes of the fine-tuning and of tfft's offline batch, counted and not
+    the batch. ``passes`` are network passes of the fine-tuning and of the batch it takes, counted and not
     timed (see :mod:`flowtilt.control.base`); NaN in a domain that does not count them. ``assess`` is sampling
     and metrics together: for the run, or for all runs of its file where they are measured in one job; and
     ``solve`` the rows solved on the grid, on a tail, for all methods of the experiment.
@@ -258,7 +258,7 @@ def _updates(results: Path, run: Run) -> int:
 
 
 def _passes(results: Path, run: Run) -> float:
-    """Mean network passes of a method's fine-tunings, and of tfft's offline batch, where they are counted."""
+    """Mean network passes of a method's fine-tunings, and of the batch if it takes that, where counted."""
     experiment = run.experiment
     if not experiment.counts_passes or not experiment.methods[run.method].tuned:
         return math.nan
@@ -267,7 +267,7 @@ def _passes(results: Path, run: Run) -> float:
     counted = mean_sd([float(totals_of(read_history(file, [column]), column)[column]) for file in histories])[
         0
     ]
-    return counted + (experiment.offline_passes if run.kind == "tfft" else 0)
+    return counted + (experiment.offline_passes if takes_batch(run) else 0)
 
 
 NOTE = (
@@ -281,7 +281,7 @@ NOTE = (
     "they are two jobs of each run. Solved rows: one job for all methods of an experiment on a tail; on "
     "functionals they are solved with the metrics. Network passes, where they are counted: states through "
     "the network, a backward pass to the input counted as one and to the parameters as two, and all twice "
-    "where there is guidance, with tfft's offline batch; they are "
+    "where there is guidance, with the offline batch where a method takes it; they are "
     "counted and not timed, and what the gradients of reward and entropy take is not in them. The last table "
     "is of all jobs measured when this was written, tables and figures among them if they were made before."
 )
