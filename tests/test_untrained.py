@@ -49,6 +49,10 @@ class Height(Reward):
 def test_the_best_of_n_has_the_distribution_function_to_the_nth(n):
     kept = best_of(GaussianFlow(PATHS["linear"], GAUSSIAN), Height(), n, 3000, draw, 64, generator(0))
     assert (kept.drawn, kept.network_passes, kept.reward_calls) == (n, 64 * n, n)
+    # The density of the rank u is n u^(n-1): its divergence from the uniform one, by quadrature.
+    u = (np.arange(100_000) + 0.5) / 100_000
+    density = n * u ** (n - 1)
+    assert kept.kl == pytest.approx(np.mean(density * np.log(density)), abs=1e-6)
     assert kstest(kept.rewards.numpy(), lambda r: norm.cdf(r, 0.5) ** n).pvalue > 0.01
     torch.testing.assert_close(kept.rewards, kept.samples[:, 0])
     # What the reward does not see follows it by the covariance alone: y given x is as before.
@@ -63,6 +67,39 @@ def test_the_best_of_n_keeps_the_contexts_and_chooses_within_each():
     for mode, mean in enumerate(MEANS):
         own = kept.rewards[contexts == mode].numpy()
         assert kstest(own, lambda r, at=mean[0]: norm.cdf(r, at) ** 4).pvalue > 0.01
+
+
+class Counted(Reward):
+    """Counts samples, and the largest batch."""
+
+    def __init__(self):
+        self.calls, self.largest = 0, 0
+
+    def value(self, x, context=None):
+        self.calls, self.largest = self.calls + len(x), max(self.largest, len(x))
+        return x[:, 0]
+
+
+class CountedFlow(GaussianFlow):
+    passes = 0
+    largest = 0
+
+    def velocity(self, x, t, context=None):
+        self.passes, self.largest = self.passes + len(x), max(self.largest, len(x))
+        return super().velocity(x, t, context)
+
+
+@pytest.mark.parametrize("kind", ["best_of", "steered"])
+def test_costs_are_what_is_counted_and_batches_no_larger_than_asked(kind):
+    flow, reward = CountedFlow(PATHS["linear"], GAUSSIAN), Counted()
+    if kind == "best_of":
+        kept = best_of(flow, reward, 4, 50, draw, 64, generator(9), chunk=20)
+    else:
+        kept = steer(flow, reward, 0.5, 50, SteeringSettings(4, 10, every=3), generator(9), chunk=20)
+    assert flow.passes == 50 * kept.network_passes
+    assert reward.calls == 50 * kept.reward_calls
+    assert flow.largest == reward.largest == 20
+    assert len(kept.samples) == len(kept.rewards) == 50
 
 
 def test_what_fails_is_kept_only_where_all_of_the_n_fail():
@@ -96,15 +133,36 @@ def test_a_resampled_bank_has_the_tilted_moments_within_each_context():
     contexts = np.repeat([0, 1, 2], [20_000, 10_000, 10_000])
     x = random.normal(np.array([-1.0, 0.0, 2.0])[contexts])
     groups = Groups.of(contexts, np.arange(len(x)))
-    index, share, distinct = resample(x / 1.25, groups, 8000, generator(3))
+    index, kl, share, distinct = resample(x / 1.25, groups, 8000, generator(3))
     assert len(index) == 8000
+    assert kl == pytest.approx(0.8**2 / 2, rel=0.05)
     assert share == pytest.approx(math.exp(-(0.8**2)), rel=0.05)
-    assert 0.5 < distinct < 1
+    assert distinct == len(np.unique(index)) / 8000 < 1
     np.testing.assert_array_equal(np.bincount(contexts[index]), [4000, 2000, 2000])
     for context, mean in enumerate([-1.0, 0.0, 2.0]):
         own = x[index][contexts[index] == context]
         assert own.mean() == pytest.approx(mean + 0.8, abs=0.06)
         assert own.std() == pytest.approx(1, abs=0.06)
+
+
+def test_numbers_that_are_whole_are_kept_in_each_context_whatever_the_offset():
+    """Of twenty contexts that are equally likely, ten each, in random order."""
+    contexts = np.tile(np.arange(20), 3)
+    for seed in range(50):
+        groups = Groups.of(contexts, np.arange(60))
+        index = resample(np.sin(np.arange(60.0)), groups, 200, generator(seed)).index
+        np.testing.assert_array_equal(np.bincount(contexts[index]), np.full(20, 10))
+        assert not (np.diff(contexts[index]) >= 0).all()
+
+
+def test_other_numbers_are_rounded_and_right_on_the_mean():
+    groups = Groups.of(np.repeat([0, 1, 2], [70, 23, 7]), np.arange(100))
+    found = [
+        np.bincount(groups.labels[resample(np.zeros(100), groups, 15, generator(seed)).index], minlength=3)
+        for seed in range(400)
+    ]
+    assert (np.abs(np.array(found) - [10.5, 3.45, 1.05]) < 1).all()
+    np.testing.assert_allclose(np.mean(found, axis=0), [10.5, 3.45, 1.05], atol=0.1)
 
 
 # --- Sequential Monte Carlo ----------------------------------------------------------------------
@@ -128,6 +186,12 @@ def test_steering_reaches_the_tilt_of_a_gaussian_and_its_normaliser(path, curvat
     at = torch.zeros(1, 2, dtype=torch.float64)
     log_z = float(GAUSSIAN.log_density(at) - exact.log_density(at) + reward(at) / weight)
     assert kept.log_normalisers[0] == pytest.approx(log_z, abs=0.05)
+    # The divergence of one Gaussian from another.
+    precision = torch.linalg.inv(GAUSSIAN.covariance)
+    shift = exact.mean - GAUSSIAN.mean
+    within = precision @ exact.covariance
+    nats = 0.5 * (within.trace() - 2 - within.logdet() + shift @ precision @ shift)
+    assert kept.kl == pytest.approx(float(nats), rel=0.06)
 
 
 def test_steering_moves_a_mixture_where_plain_weights_lose_their_samples():
@@ -144,10 +208,10 @@ def test_steering_moves_a_mixture_where_plain_weights_lose_their_samples():
 
 
 def test_steering_tilts_each_context_by_itself():
-    reward, weight, contexts = Quadratic([1.0, 0.5]), 0.8, torch.arange(3).repeat_interleave(1500)
+    reward, weight, contexts = Quadratic([1.0, 0.5]), 0.8, torch.arange(3).repeat(1500)
     flow = mode_flow()
     kept = steer(flow, reward, weight, 4500, SteeringSettings(4, 60), generator(6), contexts)
-    assert torch.equal(kept.context.sort().values, contexts)
+    assert torch.equal(kept.context, contexts)
     for mode, before in enumerate(flow.flows):
         exact, own = before.distribution.tilted(reward, weight), kept.samples[kept.context == mode]
         move = float((exact.mean - before.distribution.mean).norm())

@@ -7,8 +7,10 @@ for every sample that is kept, and return what it has cost in network passes and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from flowtilt.interpolants import add_scaled, broadcast_time, convert
 from flowtilt.model import Context, FlowModel, evaluated
 from flowtilt.ranges import COUNT, MASS, POSITIVE, check, check_value
 from flowtilt.rewards import Reward
-from flowtilt.sampling import memoryless_steps
+from flowtilt.sampling import CHUNK, memoryless_steps
 from flowtilt.tilts import Groups, tilted
 
 Draw = Callable[[FlowModel, int, torch.Generator, Context], Tensor]
@@ -36,9 +38,11 @@ class Kept:
         drawn: samples that were drawn, or particles, for each one that is kept.
         network_passes: of the pretrained network, for each one that is kept.
         reward_calls: of the reward, for each one that is kept.
+        kl: from the pretrained distribution, in nats: see each function.
         effective_share: effective samples over those that were drawn, where they are weighted; else 1. Of
-            sequential Monte Carlo the smallest that a step had.
-        distinct_share: samples or prior states that at least one kept sample goes back to, over those kept.
+            sequential Monte Carlo the smallest that a weighting had. Over contexts it is the harmonic mean,
+            as in :class:`flowtilt.tilts.Tilted`.
+        distinct_share: distinct samples over those kept.
         log_normalisers: ``log E[exp(tilt) | group]`` as estimated, where one is, by group.
     """
 
@@ -48,6 +52,7 @@ class Kept:
     drawn: float
     network_passes: float
     reward_calls: float
+    kl: float
     effective_share: float = 1.0
     distinct_share: float = 1.0
     log_normalisers: np.ndarray | None = None
@@ -65,12 +70,14 @@ def best_of(
     passes: int,
     generator: torch.Generator,
     context: Context = None,
+    chunk: int = CHUNK,
 ) -> Kept:
-    """Of every ``n`` samples of one context, the one of the largest reward.
+    """Of every ``n`` fresh samples of one context, the one of the largest reward.
 
     Where the pretrained reward has the distribution function ``F`` in a context, that of what is kept is
-    ``F^n``, which is ``log n - (n - 1) / n`` nats from the pretrained distribution if ``F`` is continuous
-    (Beirami et al. 2024). A sample whose evaluation failed counts as worse than any other.
+    ``F^n``, which is ``log n - (n - 1) / n`` nats from the pretrained distribution if ``F`` is continuous,
+    and no more in any case (Beirami et al. 2024). A sample whose evaluation failed counts as worse than any
+    other.
 
     Args:
         n: samples that each kept one is chosen from, at least 1.
@@ -78,21 +85,24 @@ def best_of(
         draw: the sampler.
         passes: network passes of one of its samples.
         context: of the samples to keep; drawn if not given.
+        chunk: samples that are drawn together.
     """
     check_value("n, of the best of n,", n, COUNT)
     check_value("samples to keep", count, COUNT)
     context = model.draw_context(count, generator) if context is None else context
-    best, rewards = None, torch.full((count,), float("nan"))
-    for _ in range(n):
-        samples = draw(model, count, generator, context)
-        found = reward(samples, context)
-        if best is None:
-            best, rewards = samples.clone(), found.clone()
-            continue
-        better = (found > rewards) | (rewards.isnan() & ~found.isnan())
-        best[better], rewards[better] = samples[better], found[better]
-    assert best is not None
-    return Kept(best, context, rewards, n, n * passes, n)
+    parts = []
+    for index in torch.arange(count).split(chunk):
+        part = model.select_context(context, index)
+        best = draw(model, len(index), generator, part).clone()
+        rewards = reward(best, part).clone()
+        for _ in range(n - 1):
+            samples = draw(model, len(index), generator, part)
+            found = reward(samples, part)
+            better = (found > rewards) | (rewards.isnan() & ~found.isnan())
+            best[better], rewards[better] = samples[better], found[better]
+        parts.append((best, rewards))
+    samples, rewards = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Kept(samples, context, rewards, n, n * passes, n, math.log(n) - (n - 1) / n)
 
 
 # -------------------------------------------------------------------------------- resampling
@@ -113,13 +123,33 @@ def systematic(probabilities: np.ndarray, count: int, offset: float) -> np.ndarr
 
 
 def _shared_out(shares: np.ndarray, count: int, offset: float) -> np.ndarray:
-    """Whole numbers of sum ``count`` in proportion to ``shares``, each rounded down or up."""
-    return np.bincount(systematic(shares, count, offset), minlength=len(shares))
+    """Whole numbers of sum ``count`` in proportion to ``shares``, each rounded down or up; of mean
+    ``count shares`` over the offset."""
+    exact = count * shares
+    whole = np.floor(exact + 1e-9)  # what is whole but for rounding errors stays
+    left = np.maximum(exact - whole, 0)
+    if rest := count - int(whole.sum()):
+        whole += np.bincount(systematic(left / left.sum(), rest, offset), minlength=len(shares))
+    return whole.astype(np.int64)
 
 
-def resample(
-    exponents: np.ndarray, groups: Groups, count: int, generator: torch.Generator
-) -> tuple[np.ndarray, float, float]:
+class Resampled(NamedTuple):
+    """A bank that was resampled.
+
+    Attributes:
+        index: into the bank, in random order, (count,).
+        kl: of the bank's weights from equal ones, in nats; see :class:`flowtilt.tilts.Tilted`.
+        effective_share: effective samples of the bank, over all.
+        distinct_share: distinct samples over those kept.
+    """
+
+    index: np.ndarray
+    kl: float
+    effective_share: float
+    distinct_share: float
+
+
+def resample(exponents: np.ndarray, groups: Groups, count: int, generator: torch.Generator) -> Resampled:
     """Importance resampling of a bank under the tilt by ``exponents``, within each group.
 
     Args:
@@ -127,24 +157,19 @@ def resample(
         groups: of the samples; each is kept in proportion to its own probability.
         count: samples to keep.
 
-    Returns:
-        Indices into the bank (count,), the bank's effective share, and the share of those kept that are
-        distinct.
-
     Raises:
         ValueError: for exponents that are not finite.
     """
     check_value("samples to keep", count, COUNT)
     under = tilted(exponents, groups)
-    offsets = torch.rand(len(groups) + 1, generator=generator, dtype=torch.float64).numpy()
-    numbers = _shared_out(groups.shares, count, offsets[-1])
+    offsets = torch.rand(len(groups) + 1, generator=generator, dtype=torch.float64).numpy(force=True)
     chosen = []
-    for group, number in enumerate(numbers):
+    for group, number in enumerate(_shared_out(groups.shares, count, offsets[-1])):
         own = np.flatnonzero(groups.labels == group)
         p = under.probabilities[own]
         chosen.append(own[systematic(p / p.sum(), number, offsets[group])] if number else own[:0])
-    index = np.concatenate(chosen)
-    return index, under.effective_share, len(np.unique(index)) / count
+    index = np.concatenate(chosen)[torch.randperm(count, generator=generator).numpy(force=True)]
+    return Resampled(index, under.kl, under.effective_share, len(np.unique(index)) / count)
 
 
 # -------------------------------------------------------------------------------- sequential Monte Carlo
@@ -180,6 +205,7 @@ def steer(
     settings: SteeringSettings,
     generator: torch.Generator,
     context: Context = None,
+    chunk: int = CHUNK,
 ) -> Kept:
     """Samples of ``p(x | c) exp(reward / kl_weight)`` by sequential Monte Carlo along the memoryless process.
 
@@ -191,12 +217,16 @@ def steer(
 
     The network pass of a step gives the posterior mean as well: steering costs reward calls beside a plain
     sample, and no passes. Particles of one context compete with each other alone. The reward of an evaluation
-    that failed is the worst of its batch.
+    that failed is the worst of all particles'.
+
+    The divergence of what is kept is ``E[reward] / kl_weight - log Z``, the mean over contexts, by the final
+    weights of all particles.
 
     Args:
         kl_weight: alpha, positive, in units of the reward.
         count: samples to keep.
         context: of the samples to keep; drawn if not given.
+        chunk: particles that go through the network, and the reward, together.
 
     Raises:
         ValueError: for settings out of range.
@@ -210,38 +240,41 @@ def steer(
     groups = Groups.of(None if labels is None else labels.numpy(force=True), np.arange(len(of)))
     cloud = _Cloud(groups, settings.share, generator)
     x, times = model.prior(len(of), generator, context), model.time_grid(settings.steps)
-    evaluations = 0
+    weightings = 1
+
+    def in_parts(function: Callable[[Tensor, Context], Tensor], states: Tensor) -> Tensor:
+        parts = torch.arange(len(states)).split(chunk)
+        return torch.cat([function(states[part], model.select_context(context, part)) for part in parts])
+
     for k, step in enumerate(memoryless_steps(model, settings.steps)):
         t = x.new_tensor(times[k])
-        v = model.velocity(x, t, context)
+        v = in_parts(lambda part, own, t=t: model.velocity(part, t, own), x)
         if k and k % settings.every == 0:
             strength = float(_data_share(model, t, x))
-            potentials = strength / kl_weight * _settled(reward(_posterior_mean(model, x, v, t), context))
-            evaluations += 1
-            if (index := cloud.weighted(potentials)) is not None:
+            found = in_parts(reward, convert(v, x, t, model.path, "velocity", "endpoint"))
+            weightings += 1
+            if (index := cloud.weighted(strength / kl_weight * _settled(found))) is not None:
                 x, v = x[index], v[index]
         step = step.like(x)
         x = add_scaled(step.state * x, v, step.velocity)
         if step.noisy:
             x = add_scaled(x, model.noise_like(x, generator, context), step.noise)
-    rewards = reward(x, context)
+            cloud.apart()
+    rewards = in_parts(reward, x)
     cloud.weighted(_settled(rewards) / kl_weight, last=True)
-    index = cloud.kept(count, settings.particles)
+    index, kl = cloud.kept(settings.particles)
     return Kept(
         x[index],
         model.select_context(context, index),
         rewards[index],
         settings.particles,
         settings.particles * settings.steps * model.evaluations("sampling"),
-        settings.particles * (evaluations + 1),
+        settings.particles * weightings,
+        kl,
         cloud.least,
-        len(cloud.ancestors[index].unique()) / count,
+        len(np.unique(cloud.copies[index.numpy(force=True)])) / count,
         cloud.log_normalisers,
     )
-
-
-def _posterior_mean(model: FlowModel, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    return convert(v, x, t, model.path, "velocity", "endpoint")
 
 
 def _data_share(model: FlowModel, t: Tensor, x: Tensor) -> Tensor:
@@ -261,12 +294,12 @@ def _settled(rewards: Tensor) -> Tensor:
 
 
 class _Cloud:
-    """Weights of particles, group by group, and where they come from.
+    """Weights of particles, group by group, and which are copies of each other.
 
     Attributes:
         log_normalisers: as estimated so far, (groups,).
-        least: smallest effective share of any group so far.
-        ancestors: prior state of each particle, (N,).
+        least: smallest effective share of all particles so far.
+        copies: like numbers for particles in one place, (N,).
     """
 
     def __init__(self, groups: Groups, share: float, generator: torch.Generator) -> None:
@@ -275,7 +308,11 @@ class _Cloud:
         size = len(groups.labels)
         self.log_weights, self.potentials = np.zeros(size), np.zeros(size)
         self.log_normalisers, self.least = np.zeros(len(groups)), 1.0
-        self.ancestors = torch.arange(size)
+        self.copies = np.arange(size)
+
+    def apart(self) -> None:
+        """No particle is where another one is: noise has moved them."""
+        self.copies = np.arange(len(self.copies))
 
     def weighted(self, potentials: Tensor, last: bool = False) -> Tensor | None:
         """Weigh all particles by the rise of their potentials (N,), and resample groups that need it.
@@ -287,34 +324,38 @@ class _Cloud:
         new = potentials.numpy(force=True)
         self.log_weights += new - self.potentials
         self.potentials = new.copy()
-        index, moved = np.arange(len(new)), False
+        index, each = np.arange(len(new)), np.ones(len(self.members))
         for group, own in enumerate(self.members):
-            p, share = self._normalised(own)
-            self.least = min(self.least, share)
-            if last or share >= self.share:
+            p = self._normalised(own)
+            each[group] = 1 / (p @ p) / len(own)
+            if last or each[group] >= self.share:
                 continue
             self.log_normalisers[group] += _log_mean_exp(self.log_weights[own])
             index[own] = own[systematic(p, len(own), self._uniform())]
-            self.log_weights[own], moved = 0.0, True
-        if not moved:
+            self.log_weights[own] = 0.0
+        self.least = min(self.least, float(1 / (self.groups.shares / each).sum()))
+        if last or (each >= self.share).all():
             return None
-        self.potentials, chosen = self.potentials[index], torch.from_numpy(index)
-        self.ancestors = self.ancestors[chosen]
-        return chosen.to(potentials.device)
+        self.potentials, self.copies = self.potentials[index], self.copies[index]
+        return torch.from_numpy(index).to(potentials.device)
 
-    def kept(self, count: int, particles: int) -> Tensor:
-        """One particle in ``particles`` of each group, by its weight, (count,)."""
-        chosen = []
+    def kept(self, particles: int) -> tuple[Tensor, float]:
+        """One particle for each ``particles`` that follow each other, by the weights of their group: indices
+        (count,) whose contexts are in the order of the particles'; and the divergence of the weights."""
+        index, kl = np.empty(len(self.copies) // particles, dtype=np.int64), 0.0
         for group, own in enumerate(self.members):
-            p, _ = self._normalised(own)
+            p = self._normalised(own)
             self.log_normalisers[group] += _log_mean_exp(self.log_weights[own])
-            chosen.append(own[systematic(p, len(own) // particles, self._uniform())])
-        return torch.from_numpy(np.concatenate(chosen))
+            kl += self.groups.shares[group] * (p @ self.potentials[own] - self.log_normalisers[group])
+            chosen = own[systematic(p, len(own) // particles, self._uniform())]
+            order = torch.randperm(len(chosen), generator=self.generator).numpy(force=True)
+            index[own[::particles] // particles] = chosen[order]
+        return torch.from_numpy(index), float(kl)
 
-    def _normalised(self, own: np.ndarray) -> tuple[np.ndarray, float]:
+    def _normalised(self, own: np.ndarray) -> np.ndarray:
+        """Weights of the particles of a group, of sum 1."""
         w = np.exp(self.log_weights[own] - self.log_weights[own].max())
-        p = w / w.sum()
-        return p, float(1 / (p @ p) / len(own))
+        return w / w.sum()
 
     def _uniform(self) -> float:
         return float(torch.rand((), generator=self.generator, dtype=torch.float64))
