@@ -133,11 +133,12 @@ def test_a_resampled_bank_has_the_tilted_moments_within_each_context():
     contexts = np.repeat([0, 1, 2], [20_000, 10_000, 10_000])
     x = random.normal(np.array([-1.0, 0.0, 2.0])[contexts])
     groups = Groups.of(contexts, np.arange(len(x)))
-    index, kl, share, distinct = resample(x / 1.25, groups, 8000, generator(3))
+    found = resample(x / 1.25, groups, 8000, generator(3))
+    index = found.index
     assert len(index) == 8000
-    assert kl == pytest.approx(0.8**2 / 2, rel=0.05)
-    assert share == pytest.approx(math.exp(-(0.8**2)), rel=0.05)
-    assert distinct == len(np.unique(index)) / 8000 < 1
+    assert found.kl == pytest.approx(0.8**2 / 2, rel=0.05)
+    assert found.effective_share == pytest.approx(math.exp(-(0.8**2)), rel=0.05)
+    assert found.distinct_share == len(np.unique(index)) / 8000 < 1
     np.testing.assert_array_equal(np.bincount(contexts[index]), [4000, 2000, 2000])
     for context, mean in enumerate([-1.0, 0.0, 2.0]):
         own = x[index][contexts[index] == context]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
@@ -133,7 +133,8 @@ def _shared_out(shares: np.ndarray, count: int, offset: float) -> np.ndarray:
     return whole.astype(np.int64)
 
 
-class Resampled(NamedTuple):
+@dataclass(frozen=True)
+class Resampled:
     """A bank that was resampled.
 
     Attributes:
@@ -242,13 +243,13 @@ def steer(
     x, times = model.prior(len(of), generator, context), model.time_grid(settings.steps)
     weightings = 1
 
-    def in_parts(function: Callable[[Tensor, Context], Tensor], states: Tensor) -> Tensor:
+    def in_parts(function: Callable[..., Tensor], states: Tensor) -> Tensor:
         parts = torch.arange(len(states)).split(chunk)
-        return torch.cat([function(states[part], model.select_context(context, part)) for part in parts])
+        return torch.cat([function(states[p], context=model.select_context(context, p)) for p in parts])
 
     for k, step in enumerate(memoryless_steps(model, settings.steps)):
         t = x.new_tensor(times[k])
-        v = in_parts(lambda part, own, t=t: model.velocity(part, t, own), x)
+        v = in_parts(partial(model.velocity, t=t), x)
         if k and k % settings.every == 0:
             strength = float(_data_share(model, t, x))
             found = in_parts(reward, convert(v, x, t, model.path, "velocity", "endpoint"))

@@ -93,7 +93,7 @@ def test_the_offline_batch_stands_once_and_in_the_ratio_of_those_that_take_it(be
     at = panel.header.index("offline batch (s)")
     assert {line[0]: line[at] for line in panel.lines if line[at]} == {"fdc": "3.500"}
     takers = {method for (_, method), line in found.items() if not math.isnan(line.batch)}
-    assert takers == {"fdc", "tfft", "am_annealed", "tfft_annealed"}
+    assert takers == {"fdc", "tfft", "am_annealed", "tfft_annealed", "resampled", "resampled_tfft"}
 
 
 def test_updates_of_annealed_fitting_are_those_that_its_stages_took(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_what_was_not_measured_is_empty(benchmarks: Path, tmp_path: Path) -> Non
     table = pd.read_csv(prefix.with_suffix(".csv"))
     assert (table["part"] == "runs").all()
     assert table[["finetune", "relative", "memory", "assess", "solve"]].isna().all(axis=None)
-    assert "| am | 200 |  |  |  |  |  |  |  |  | 0 |" in prefix.with_suffix(".md").read_text()
+    assert "| am | 200 |  |  |  |  |  |  |  |  |  | 16.00 | 0 | 0 |" in prefix.with_suffix(".md").read_text()
 
 
 def test_experiments_that_were_not_run_again_are_kept(benchmarks: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from flowtilt.pipeline.configuration import ConfigError, Section
 from flowtilt.pipeline.resources import Needs
+from flowtilt.pipeline.sections import KEPT
 
 if TYPE_CHECKING:
     from flowtilt.pipeline.experiment import Experiment
@@ -81,10 +82,22 @@ class Run:
         """The threshold that a fine-tuning of kind tfft takes."""
         return {"threshold": self.file("threshold.json")} if self.kind == "tfft" else {}
 
+    def tilted_by(self) -> dict[str, str]:
+        """The threshold of the method of kind tfft whose tilt one that trains nothing takes."""
+        of = self.experiment.tilted_like(self.method)
+        found = self.experiment.methods[of].kind == "tfft"
+        return {"threshold": self.file_of(of, "threshold.json")} if found else {}
+
     def trained(self) -> dict[str, str]:
-        """What a fine-tuning leaves beside its weights: its history, and the threshold that it took."""
+        """What a fine-tuning leaves beside its weights: its history, and the threshold that it took; of a
+        method that trains nothing, what its samples cost."""
         tuned = self.experiment.methods[self.method].tuned
-        return ({"history": self.file("history.csv")} if tuned else {}) | self.taken()
+        kept = {"kept": self.file("kept.json")} if self.kind in KEPT else {}
+        return ({"history": self.file("history.csv")} if tuned else {}) | self.taken() | kept
+
+    def drawn(self, name: str) -> str:
+        """The samples that a run is measured by; of a method that trains nothing, those that it has kept."""
+        return self.file(f"kept_{name}" if self.kind in KEPT else name)
 
     def reference(self, name: str) -> dict[str, str]:
         """A file of the evaluated pretrained model, which a run's predicted tilt is taken from."""

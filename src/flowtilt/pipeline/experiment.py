@@ -94,8 +94,10 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _solvers_are_valid(self) -> Experiment:
         check_methods(self.methods, self.solutions)
-        for name in self.methods:
+        for name, method in self.methods.items():
             self.solver_of(name)
+            if method.kind == "resampled" and self.offline is None:
+                raise ValueError(f"offline: method {name!r} resamples an offline batch; add samples")
         return self
 
     def solver_of(self, method: str) -> SolverConfig:
@@ -124,6 +126,23 @@ class Experiment(Section):
     def reward_weight_of(self, method: str) -> float:
         """KL weight of a method of kind am, in units of the reward a nat."""
         raise ConfigError(f"experiment {self.name}: key methods.{method}: {self.domain} has no am")
+
+    def tilted_like(self, method: str) -> str:
+        """The method that one of kind resampled or steered takes the tilt of; itself for the reward's."""
+        return method_of(self, method).of or method
+
+    def goal_of(self, method: str) -> str:
+        """The kind of method whose objective a row is measured by: its own, and of one that trains nothing
+        that of its tilt."""
+        config = method_of(self, method)
+        if not config.keeps:
+            return config.kind
+        return "tfft" if self.methods[self.tilted_like(method)].kind == "tfft" else "am"
+
+    @property
+    def sample_passes(self) -> int:
+        """Network passes of a sample that a run is measured by: by the ODE, in ``evaluation.ode_steps``."""
+        return 4 * self.evaluation.ode_steps  # type: ignore[attr-defined]
 
     @property
     def offline_passes(self) -> int:

@@ -103,6 +103,12 @@ def read_schedule(path: Path) -> list[dict[str, float]]:
     return found
 
 
+def read_kept(path: Path) -> Metrics:
+    """What the samples that a method has kept cost, from the keep stage."""
+    with reading(path, "not a file of samples' costs", "keep"):
+        return {str(key): float(value) for key, value in read_json(path).items()}
+
+
 def read_threshold(path: Path) -> dict[str, float]:
     """Threshold and offline active share from the threshold stage."""
     with reading(path, "not a threshold file", "threshold"):

@@ -17,7 +17,7 @@ import numpy as np
 
 from flowtilt.metrics.tails import hinge
 from flowtilt.pipeline.domain import Job
-from flowtilt.pipeline.files import Metrics, read_arrays, read_columns, read_threshold
+from flowtilt.pipeline.files import Metrics, read_arrays, read_columns, read_kept, read_threshold
 from flowtilt.tilts import LEAST, Groups, tilted
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ LEAST_ESS = 10.0
 LEAST_REALISED = 0.5
 """Share of the predicted rise of the tilt's mean below which a run is flagged."""
 
+LEAST_DISTINCT = 0.5
+"""Share of distinct samples, of those that a method has kept, below which a run is flagged."""
+
 TOLD = 4.0
 """Standard errors that a predicted rise must have, to be told from the samples' noise."""
 
@@ -43,6 +46,23 @@ HEALTH = (
     *("effective_sample_size", "kl_paid", "clipped_share", "tilt_predicted", "tilt_realised"),
 )
 """The metrics of a fine-tuning that every domain has, in the order of their panel."""
+
+KEEPING = (
+    *("sample_passes", "plain_passes", "sample_rewards", "kl"),
+    *("effective_sample_size", "distinct_share"),
+)
+"""The metrics of a method that trains nothing, which every domain has, in the order of their panel."""
+
+KEEPING_NOTE = (
+    "Kept samples, of methods that train nothing: what each sample costs whenever one is wanted, where a "
+    "fine-tuned model draws at the price of a plain sample. The offline batch is shared out over the samples "
+    "that were kept of it. The KL divergence from the pretrained distribution is log n - (n - 1) / n for the "
+    "best of n, that of the bank's weights for resampling, and E[f] / alpha - log Z for steering by f. "
+    "Effective samples are of the bank, or the fewest of all particles. Flags: few, fewer than "
+    f"{LEAST_ESS:g} effective samples; copies, less than {100 * LEAST_DISTINCT:g} % of the samples are "
+    "distinct, and measures of diversity and tails are those of fewer samples."
+)
+"""What that panel and its flags are."""
 
 NOTE = (
     "Fine-tuning: active samples are those on which what is tilted by has a gradient; effective samples are "
@@ -73,6 +93,8 @@ def flags(metrics: Mapping[str, float | None]) -> dict[str, str]:
         found["scarce"] = f"{100 * inactive:.3g} % of its updates had no active sample"
     if samples < LEAST_ESS:
         found["few"] = f"its weights rest on {samples:.3g} effective samples"
+    if value("distinct_share") < LEAST_DISTINCT:
+        found["copies"] = f"{100 * value('distinct_share'):.3g} % of the samples that it keeps are distinct"
     if realised < LEAST_REALISED * predicted:
         found["short"] = f"the mean of its tilt rose by {realised:.4g}, where {predicted:.4g} was predicted"
     return found
@@ -115,12 +137,15 @@ def _last_fifth(updates: int) -> slice:
 
 
 def tuned_metrics(job: Job) -> Metrics:
-    """What the history and the threshold of a run say, those among a job's inputs."""
+    """What the history and the threshold of a run say, or what the samples that it has kept cost, those among
+    a job's inputs."""
     row: Metrics = {}
     if (history := job.read_if_any("history")) is not None:
         row |= training_metrics(read_columns(history, "active_share"))
     if (threshold := job.read_if_any("threshold")) is not None:
         row |= read_threshold(threshold)
+    if (kept := job.read_if_any("kept")) is not None:
+        row |= read_kept(kept)
     return row
 
 

@@ -208,7 +208,9 @@ class MethodConfig(Section):
 
     kind: str
     """What is done: ``pretrained`` is not fine-tuned; ``am`` is Adjoint Matching, ``fdc`` Flow Density
-    Control and ``tfft`` Tail-aware Flow Fine-Tuning."""
+    Control and ``tfft`` Tail-aware Flow Fine-Tuning. The others train nothing, and keep samples of the
+    pretrained model: ``best_of`` the best of every ``n``; ``resampled`` those of the offline batch by
+    importance resampling; ``steered`` particles of sequential Monte Carlo."""
 
     iterations: Count | None = None
     """Linearisations, each with a solve; for ``fdc``, which must have it."""
@@ -219,10 +221,49 @@ class MethodConfig(Section):
     solver: dict[str, Any] = Field(default_factory=dict)
     """Keys of ``solver`` that are changed for this method alone."""
 
+    n: Annotated[int, Field(ge=2)] | None = None
+    """Fresh samples of the pretrained model that each kept one has the largest reward of; for ``best_of``,
+    which must have it."""
+
+    of: str | None = None
+    """Name of the method of kind am or tfft whose tilt the samples are kept by: the reward over its KL
+    weight, or the hinge at the threshold of the offline batch over its own; by default the reward, as of an
+    am. For ``resampled`` and ``steered``."""
+
+    particles: Annotated[int, Field(ge=2)] | None = None
+    """Trajectories for each sample that is kept, by default 4; for ``steered``."""
+
+    every: Count | None = None
+    """Time steps from one weighting of the particles to the next, by default 1; for ``steered``."""
+
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Effective share of a context's particles below which they are resampled, by default 0.5; for
+    ``steered``."""
+
     @property
     def tuned(self) -> bool:
         """Whether the method has a fine-tuned model of its own."""
         return self.kind in TUNED
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the method trains nothing and keeps samples of the pretrained model."""
+        return self.kind in KEPT
+
+    @model_validator(mode="after")
+    def _keeps_by_its_own_keys(self) -> MethodConfig:
+        for key, kinds in _KEYS_OF_KEPT.items():
+            if getattr(self, key) is not None and self.kind not in kinds:
+                raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}; remove it")
+        if self.kind == "best_of" and self.n is None:
+            raise ValueError("a best_of method needs n, the samples that each kept one is the best of")
+        others = [key for key in ("iterations", "updates", "solver") if getattr(self, key)]
+        if self.keeps and others:
+            raise ValueError(
+                f"{' and '.join(others)} belong to methods that are fine-tuned, not to {self.kind}; "
+                "remove them"
+            )
+        return self
 
     def check_keys(self, belongs: Mapping[str, Sequence[str]]) -> None:
         """Refuse keys of other kinds of methods, and an fdc without its iterations and step.
@@ -260,6 +301,16 @@ class SearchedMethodConfig(MethodConfig):
 TUNED = ("am", "fdc", "tfft")
 """Kinds of methods that are fine-tuned."""
 
+KEPT = ("best_of", "resampled", "steered")
+"""Kinds of methods that train nothing, and keep samples of the pretrained model."""
+
+_KEYS_OF_KEPT = {
+    "n": ("best_of",),
+    "of": ("resampled", "steered"),
+    **dict.fromkeys(("particles", "every", "share"), ("steered",)),
+}
+"""The kinds that their keys are for."""
+
 
 def check_methods(methods: Mapping[str, MethodConfig], solutions: Sequence[str]) -> None:
     """Refuse methods whose names stand for something else in the results' files and rows. Raises ValueError,
@@ -277,6 +328,19 @@ def check_methods(methods: Mapping[str, MethodConfig], solutions: Sequence[str])
                 f"methods.{name}: the pretrained model goes by the name pretrained; write "
                 "pretrained: {kind: pretrained}, once"
             )
+        if method.of is not None:
+            _check_tilt(f"methods.{name}.of", method.of, methods)
         of, _, solution = name.rpartition("_")
         if of in methods and solution in solutions:
             raise ValueError(f"methods.{name}: the name is taken by a row of the method {of}; rename it")
+
+
+def _check_tilt(key: str, of: str, methods: Mapping[str, MethodConfig]) -> None:
+    """Refuse a method that has no fixed tilt to keep samples by."""
+    cure = "name a method of kind am or tfft, or remove the key, for the reward over alpha"
+    if of not in methods:
+        raise ValueError(f"{key}: there is no method {of!r} ({', '.join(methods)}); {cure}")
+    if methods[of].kind not in ("am", "tfft"):
+        raise ValueError(
+            f"{key}: the method {of!r} is of kind {methods[of].kind}, without a fixed tilt; {cure}"
+        )

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flowtilt.checkpoints import notes_of, save_weights
 from flowtilt.control import adjoint_matching
@@ -26,7 +27,7 @@ from flowtilt.devices import generator_of
 from flowtilt.fdc import Ascent, ExponentAscent, MirrorAscent, Solver, Trail, ascend, ascend_by_exponents
 from flowtilt.functionals.base import FirstVariation, Objective
 from flowtilt.functionals.utilities import Hinge, RewardVariation
-from flowtilt.model import FlowModel
+from flowtilt.model import Context, FlowModel
 from flowtilt.parallel import processes
 from flowtilt.pipeline.configuration import ConfigError
 from flowtilt.pipeline.domain import Job, domain_of, imported
@@ -51,7 +52,7 @@ from flowtilt.pipeline.solvers import (
 from flowtilt.pipeline.states import resumption_of
 from flowtilt.resuming import Resumption, Slot
 from flowtilt.rewards import Reward
-from flowtilt.sampling import sample_sde
+from flowtilt.sampling import OdeSettings, sample_ode, sample_sde
 from flowtilt.tfft import TailProblem
 
 
@@ -171,6 +172,22 @@ class Workbench(ABC):
         samples = experiment.offline.samples if solver.kind == "adjoint_matching" else solver.bank
         return ExponentAscent(samples, solver.steps, solver.share, solver.minimum_ess, step_weight)
 
+    def draw(self, flow: FlowModel, count: int, generator: torch.Generator, context: Context) -> Tensor:
+        """Samples as a run is measured by, by the experiment's ``sample_passes`` each."""
+        if self.sampler == "sde":
+            return sample_sde(flow, count, self.experiment.solver.steps, generator, context)[-1]
+        settings = OdeSettings(steps=self.experiment.evaluation.ode_steps)
+        return sample_ode(flow, count, generator, context, settings)
+
+    def contexts(self, generator: torch.Generator) -> tuple[int, Context]:
+        """How many samples a run is measured by, and their contexts."""
+        count = self.experiment.evaluation.samples
+        return count, self.flow.draw_context(count, generator)
+
+    def write(self, samples: Tensor, context: Context, output: Path) -> None:
+        """Write samples that were kept, as the stage that evaluates runs reads them: the array ``x``."""
+        write_arrays(output, x=samples.numpy(force=True))
+
     def watched(self, progress: Progress | None) -> Progress | None:
         """What is called with each update's row, and may add to it."""
         return progress
@@ -271,18 +288,25 @@ Tilt = FirstVariation | Callable[[float], FirstVariation]
 def tilt_of(bench: Workbench, threshold_file: Path | None) -> tuple[Tilt, float]:
     """What a method of a single solve tilts by, or its schedule, and the KL weight."""
     experiment, method = bench.experiment, bench.job.method
-    if experiment.methods[method].kind == "am":
-        return RewardVariation(bench.reward), experiment.reward_weight_of(method)
-    if threshold_file is None:
-        raise StageError(f"method {method!r} needs the file of the stage threshold; run that first")
-    problem = experiment.tail_of(method)
-    if not experiment.masses_of(method):
-        at = read_threshold(threshold_file)["threshold"]
-        return Hinge(bench.reward, at, problem.mass, problem.tail), problem.alpha
-    rungs = read_schedule(threshold_file)
+    if threshold_file is None or not experiment.masses_of(method):
+        return fixed_tilt_of(bench, method, threshold_file)
+    problem, rungs = experiment.tail_of(method), read_schedule(threshold_file)
 
     def narrowing(progress: float) -> FirstVariation:
         rung = rungs[min(len(rungs) - 1, int(progress * len(rungs)))]
         return Hinge(bench.reward, rung["threshold"], rung["mass"], problem.tail)
 
     return narrowing, problem.alpha
+
+
+def fixed_tilt_of(
+    bench: Workbench, method: str, threshold_file: Path | None
+) -> tuple[RewardVariation | Hinge, float]:
+    """The tilt of a method, and its KL weight: of a tfft the hinge at its threshold, else the reward."""
+    experiment = bench.experiment
+    if experiment.methods[method].kind != "tfft":
+        return RewardVariation(bench.reward), experiment.reward_weight_of(method)
+    if threshold_file is None:
+        raise StageError(f"method {method!r} needs the file of the stage threshold; run that first")
+    problem, at = experiment.tail_of(method), read_threshold(threshold_file)["threshold"]
+    return Hinge(bench.reward, at, problem.mass, problem.tail), problem.alpha

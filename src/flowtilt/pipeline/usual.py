@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.resources import Needs
-from flowtilt.pipeline.sections import TUNED
+from flowtilt.pipeline.sections import KEPT, TUNED
 
 if TYPE_CHECKING:
     from flowtilt.pipeline.experiment import Experiment
@@ -98,6 +98,31 @@ def finetune_stage(reads: Reads, sections: tuple[str, ...], needs: Needs) -> Sta
     )
 
 
+def keep_stage(
+    reads: Reads,
+    sections: tuple[str, ...],
+    needs: Needs,
+    offline: Callable[[Run], str] = lambda run: run.file_of("pretrained", "offline.npz"),
+    samples: str = "samples.npz",
+    **other: Any,
+) -> Stage:
+    """The samples that methods which train nothing keep, by :func:`flowtilt.pipeline.keeping.keep`.
+
+    Args:
+        reads: what the workbench needs.
+        offline: where the offline batch is.
+        samples: name of the file, or the folder, that the runs' samples are in.
+    """
+
+    def read(run: Run) -> Files:
+        bank = {"offline": offline(run)} if run.kind == "resampled" else {}
+        return {**reads(run), **bank, **run.tilted_by()}
+
+    writes = {"samples": f"{RUN}/kept_{samples}", "kept": f"{RUN}/kept.json"}
+    action = "flowtilt.pipeline.keeping:keep"
+    return Stage("keep", action, writes, read, sections, KEPT, needs=needs, priority=10, **other)
+
+
 def usual_stages(module: str, flow: tuple[str, ...], pretraining: tuple[str, ...]) -> tuple[Stage, ...]:
     """All stages of a domain with short runs, each seed with a pretrained model of its own.
 
@@ -105,7 +130,8 @@ def usual_stages(module: str, flow: tuple[str, ...], pretraining: tuple[str, ...
         module: with the functions ``pretrain``, ``sample`` and ``evaluate``, each called with a
             :class:`flowtilt.pipeline.domain.Job`. They read and write, by role: ``pretrain`` writes ``model``
             and ``history``; ``sample`` reads ``model`` and writes ``samples``; ``evaluate`` reads
-            ``samples``, and of a fine-tuned run ``history`` and ``threshold``, and writes ``metrics``.
+            ``samples``, of a fine-tuned run ``history`` and ``threshold``, and of one that trains nothing
+            ``kept``, and writes ``metrics``.
         flow: keys of the experiment that the model is built by.
         pretraining: keys that it is trained by.
     """
@@ -138,6 +164,11 @@ def usual_stages(module: str, flow: tuple[str, ...], pretraining: tuple[str, ...
             ("name", *flow, "reward", "objective", "offline", "solver"),
             training,
         ),
+        keep_stage(
+            pretrained,
+            ("name", *flow, "reward", "objective", "offline", "solver", "evaluation"),
+            training,
+        ),
         Stage(
             "sample",
             f"{module}:sample",
@@ -151,9 +182,9 @@ def usual_stages(module: str, flow: tuple[str, ...], pretraining: tuple[str, ...
             "evaluate",
             f"{module}:evaluate",
             writes={"metrics": f"{RUN}/metrics.json"},
-            reads=lambda run: {"samples": run.file("samples.npz")} | run.trained(),
+            reads=lambda run: {"samples": run.drawn("samples.npz")} | run.trained(),
             sections=("reward", "objective", "evaluation"),
-            kinds=("pretrained", *TUNED),
+            kinds=("pretrained", *TUNED, *KEPT),
             needs=brief,
         ),
     )

@@ -11,11 +11,12 @@ from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.places import located
 from flowtilt.pipeline.resources import Needs
-from flowtilt.pipeline.sections import TUNED
+from flowtilt.pipeline.sections import KEPT, TUNED
 from flowtilt.pipeline.usual import (
     RUN,
     BaseDomain,
     finetune_stage,
+    keep_stage,
     offline_stage,
     takes_bank,
     threshold_stage,
@@ -108,6 +109,13 @@ STAGES = (
         sections=("name", *_FLOW, "reward", "objective", "offline", "solver"),
         needs=Needs((2000, 48000), (60, 5760), gpu=True, shared=True),
     ),
+    keep_stage(
+        reads=_base,
+        sections=("name", *_FLOW, "reward", "objective", "offline", "solver", "evaluation"),
+        needs=Needs((2000, 48000), (240, 5760), gpu=True, shared=True),
+        samples="images",
+        folders=("samples",),
+    ),
     Stage(
         "sample",
         f"{_HERE}.sampling:sample",
@@ -124,10 +132,10 @@ STAGES = (
         f"{_HERE}.evaluation:evaluate",
         writes={"metrics": f"{RUN}/metrics.json", "scores": f"{RUN}/scores.npz"},
         reads=lambda run: (
-            _base(run) | {"images": run.file("images")} | run.trained() | run.reference("scores.npz")
+            _base(run) | {"images": run.drawn("images")} | run.trained() | run.reference("scores.npz")
         ),
         sections=("model", "prompts", "reward", "objective", "evaluation", "methods"),
-        kinds=("pretrained", *TUNED),
+        kinds=("pretrained", *TUNED, *KEPT),
         needs=Needs((2000, 16000), (30, 240), gpu=True),
     ),
 )

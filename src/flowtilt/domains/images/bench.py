@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flowtilt.devices import generator_of
 from flowtilt.domains.images.pipeline import TextToImage
-from flowtilt.domains.images.sampling import CHUNK, load_base, load_reward
+from flowtilt.domains.images.sampling import CHUNK, load_base, load_reward, write_images
 from flowtilt.domains.images.sections import LeftTailObjective
 from flowtilt.fdc import MirrorAscent
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import CVaR, Entropy
-from flowtilt.model import FlowModel
+from flowtilt.model import Context, FlowModel
 from flowtilt.pipeline.stages import Climb, Workbench
 from flowtilt.rewards import Reward
 
@@ -38,6 +40,16 @@ class ImagesBench(Workbench):
     @cached_property
     def reward(self) -> Reward:
         return load_reward(self.experiment, self.job.read("pretrained"), self.base.decode)
+
+    def contexts(self, generator: torch.Generator) -> tuple[int, Context]:
+        """As many images of every prompt as a run is measured by."""
+        prompts = torch.arange(len(self.base.prompts)).repeat(self.experiment.evaluation.drawn)
+        return len(prompts), self.base.flow.context_of(prompts)
+
+    def write(self, samples: Tensor, context: Context, output: Path) -> None:
+        """Write the images of latents."""
+        prompts = self.base.flow.context_labels(context)
+        write_images(self.job, self.base, prompts, lambda index: samples[index], output)
 
     def climb(self) -> Climb:
         """FDC on the left tail by exponents, or on the entropy by scores."""

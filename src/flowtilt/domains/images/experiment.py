@@ -79,6 +79,11 @@ class ImageExperiment(Experiment):
                 self._check_on_tail(name, method)
             else:
                 self._check_on_entropy(name, method)
+            if method.kind == "resampled" and self.offline and self.offline.samples < len(self.prompts):
+                raise ValueError(
+                    f"offline.samples: {self.offline.samples} are fewer than the {len(self.prompts)} "
+                    f"prompts, each of which {name!r} resamples images of; raise it"
+                )
             if self.solver_of(name).endpoint_gradient != "pathwise":
                 raise ValueError(
                     f"methods.{name}.solver.endpoint_gradient: must be pathwise; a reward of images has such "
@@ -135,9 +140,18 @@ class ImageExperiment(Experiment):
         return TailSpec("lower", self.mass_of(method), self.methods[method].alpha or self.objective.alpha)
 
     @property
+    def _guided(self) -> int:
+        """Passes of a guided state: two, with its prompt and with the empty one."""
+        return 1 if self.guidance.sampling == 1 else 2
+
+    @property
+    def sample_passes(self) -> int:
+        """Network passes of an image, by the memoryless process."""
+        return self.solver.steps * self._guided
+
+    @property
     def offline_passes(self) -> int:
-        # A guided state goes through the network twice, with its prompt and with the empty one.
-        return super().offline_passes * (1 if self.guidance.sampling == 1 else 2)
+        return super().offline_passes * self._guided
 
     def reward_weight_of(self, method: str) -> float:
         objective = self.objective

@@ -21,7 +21,14 @@ from flowtilt.domains.images.experiment import ImageExperiment, image_name, tail
 from flowtilt.metrics.tails import lower_tail_mean, quantile
 from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.claims import spread
-from flowtilt.pipeline.report.measurements import ResultsError, Runs, of_row, read_arrays, run_folder, runs_of
+from flowtilt.pipeline.report.measurements import (
+    ResultsError,
+    Runs,
+    models_of,
+    of_row,
+    read_arrays,
+    run_folder,
+)
 from flowtilt.pipeline.report.panels import describe
 from flowtilt.pipeline.report.style import COLOURS, SHADE, save_figure
 
@@ -96,7 +103,7 @@ class Strip:
 
 def exploration_strips(results: str | Path, experiment: ImageExperiment) -> list[Strip]:
     """Images of the first prompt by every method from the same noise, framed by their design."""
-    runs = runs_of(experiment)
+    runs = models_of(experiment)
     seed, count = runs.seeds[0], min(COLUMNS * LINES, experiment.evaluation.images)
     strips = []
     for method in runs.methods:
@@ -119,7 +126,7 @@ def tail_strips(results: str | Path, experiment: ImageExperiment) -> tuple[list[
         The images, and the reward below which the worst share of the pretrained model's are: rewards below
         it are red.
     """
-    runs = runs_of(experiment)
+    runs = models_of(experiment)
     seed = runs.seeds[0]
     prompts = range(min(COLUMNS, len(experiment.prompts)))
     base = next((m.name for m in runs.methods if m.kind == "pretrained"), runs.methods[0].name)
@@ -245,7 +252,7 @@ def tail_figure(experiment: ImageExperiment, rewards: Mapping[str, Sequence[np.n
     Args:
         rewards: by method, of each seed's images, (images,).
     """
-    runs = runs_of(experiment)
+    runs = models_of(experiment)
     pooled = {name: np.concatenate(own) for name, own in rewards.items()}
     every = np.concatenate(list(pooled.values()))
     edges = np.linspace(every.min(), every.max(), 51)
@@ -297,7 +304,7 @@ _SHOWN = ("vendi", "clip", "effective_designs", "combinations_covered")
 
 def exploration_figure(experiment: ImageExperiment, long: pd.DataFrame) -> Figure:
     """How diverse the images of every method are, and how many are of each design."""
-    runs = runs_of(experiment)
+    runs = models_of(experiment)
     colours = _shades([(m.name, m.kind) for m in runs.methods])
     shown = [metric for metric in _SHOWN if (long["metric"] == metric).any()]
     designs = experiment.evaluation.designs
@@ -361,7 +368,7 @@ def _shades(methods: Sequence[tuple[str, str]]) -> dict[str, str]:
 def draw(shown: Shown, prefix: str) -> None:
     """Draw ``{prefix}_images.png`` and ``{prefix}_scores.png`` of an experiment on images."""
     results, experiment = shown.results, shown.experiments[0]
-    runs = runs_of(experiment)
+    runs = models_of(experiment)
     if runs.has_tail:
         rewards = {
             m.name: [load_scores(results, runs, m.name, seed).reward for seed in runs.seeds]

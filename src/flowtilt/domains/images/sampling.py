@@ -6,6 +6,7 @@ Randomness follows from the names of experiment, method and seed alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,20 +73,39 @@ def sample(job: Job) -> None:
     generator = generator_of(experiment.name, "sample", job.seed)
     each = experiment.evaluation.drawn
     prompt = torch.arange(len(base.prompts)).repeat(each)
-    with atomic_folder(job.outputs["images"]) as folder:
+
+    def drawn(index: Tensor) -> Tensor:
+        context = base.flow.context_of(prompt[index])
+        return sample_sde(base.flow, len(index), experiment.solver.steps, generator, context)[-1]
+
+    write_images(job, base, prompt, drawn, job.outputs["images"])
+
+
+def write_images(
+    job: Job, base: TextToImage, prompt: Tensor, latents: Callable[[Tensor], Tensor], output: Path
+) -> None:
+    """Write images as PNG files, those of a prompt by their order; see :func:`image_name`.
+
+    Args:
+        prompt: positions of the images' prompts, (n,).
+        latents: from some images' positions to their latents.
+
+    Raises:
+        StageError: if an image is not finite.
+    """
+    written = [0] * len(base.prompts)
+    with atomic_folder(output) as folder:
         for index in torch.arange(len(prompt)).split(CHUNK):
-            context = base.flow.context_of(prompt[index])
-            latents = sample_sde(base.flow, len(index), experiment.solver.steps, generator, context)[-1]
-            images = decoded(base.decode, latents)
+            images = decoded(base.decode, latents(index))
             if not bool(images.isfinite().all()):
                 bad = int((~images.isfinite()).flatten(1).any(1).sum())
                 raise StageError(
                     f"method {job.method!r}, seed {job.seed}: {bad} of {len(images)} images are not "
                     "finite; lower solver.learning_rate, or leave compute.precision at float32"
                 )
-            for i, image in zip(index.tolist(), as_bytes(images), strict=True):
-                number, position = divmod(i, len(base.prompts))
-                Image.fromarray(image).save(folder / image_name(position, number))
+            for position, image in zip(prompt[index].tolist(), as_bytes(images), strict=True):
+                Image.fromarray(image).save(folder / image_name(position, written[position]))
+                written[position] += 1
 
 
 _NAME = re.compile(r"prompt(\d{3,})_(\d{4,})\.png")

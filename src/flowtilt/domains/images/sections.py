@@ -302,10 +302,12 @@ class EntropyObjective(Section):
 class ImageMethodConfig(SearchedMethodConfig):
     """One method of an experiment on images."""
 
-    kind: Literal["pretrained", "am", "fdc", "tfft"]
+    kind: Literal["pretrained", "am", "fdc", "tfft", "best_of", "resampled", "steered"]
     """``pretrained`` is not fine-tuned; ``am`` is Adjoint Matching on the mean reward; ``fdc`` is Flow
     Density Control on the entropy, or by exponents on the left tail; ``tfft`` is Tail-aware Flow Fine-Tuning
-    of the left tail."""
+    of the left tail. The others train nothing, and keep images of the pretrained model: ``best_of`` the best
+    of every ``n``, ``resampled`` those of the offline batch, ``steered`` particles of sequential Monte
+    Carlo."""
 
     mass: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the method's own tail, by default that of ``objective``; for ``tfft`` and for ``fdc`` on the

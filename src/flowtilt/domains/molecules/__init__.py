@@ -11,11 +11,12 @@ from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.places import located
 from flowtilt.pipeline.resources import Needs
-from flowtilt.pipeline.sections import TUNED
+from flowtilt.pipeline.sections import KEPT, TUNED
 from flowtilt.pipeline.usual import (
     RUN,
     BaseDomain,
     finetune_stage,
+    keep_stage,
     offline_stage,
     takes_bank,
     threshold_stage,
@@ -96,6 +97,12 @@ STAGES = (
         sections=("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
         needs=Needs((2000, 16000), (60, 1440), gpu=True, shared=True),
     ),
+    keep_stage(
+        reads=lambda run: {"pretrained": run.shared("model.safetensors")},
+        sections=("name", "model", *_SOLVED, "reward", "objective", "offline", "solver", "evaluation"),
+        needs=Needs((2000, 16000), (240, 1440), gpu=True, shared=True),
+        offline=lambda run: run.pretrained("offline.npz"),
+    ),
     Stage(
         "sample",
         f"{_HERE}.sampling:sample",
@@ -115,12 +122,12 @@ STAGES = (
             "energies": f"{RUN}/energies.npz",
         },
         reads=lambda run: (
-            {"samples": run.file("samples.npz"), "molecules": _data(run)}
+            {"samples": run.drawn("samples.npz"), "molecules": _data(run)}
             | run.trained()
             | run.reference("energies.npz")
         ),
         sections=("subset", "reward", "objective", "evaluation"),
-        kinds=("data", "pretrained", *TUNED),
+        kinds=("data", "pretrained", *TUNED, *KEPT),
         needs=Needs((2000, 8000), (30, 720)),
     ),
 )
@@ -154,7 +161,7 @@ class MoleculesDomain(BaseDomain):
         case: Any = run.experiment
         others = {"pretrained": ["metrics.json"], "am": ["metrics.json", "history.csv"]}
         others |= {method: ["metrics.json", "history.csv"] for method in case.also}
-        own = [run.file("metrics.json"), run.file("history.csv")]
+        own = [run.file("metrics.json"), *(file for role, file in run.trained().items() if role == "history")]
         return own + [run.file_of(m, file, case.starts_from) for m, files in others.items() for file in files]
 
     describe = staticmethod(describe)

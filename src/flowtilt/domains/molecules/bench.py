@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flowtilt.control.base import Progress
 from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.energies import XTBReward
-from flowtilt.domains.molecules.sampling import CHUNK, Base, load_base
+from flowtilt.domains.molecules.sampling import CHUNK, Base, load_base, write_molecules
 from flowtilt.domains.molecules.xtb import XTBSettings
 from flowtilt.fdc import ExponentAscent, MirrorAscent
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import SQ
-from flowtilt.model import FlowModel
+from flowtilt.model import Context, FlowModel
 from flowtilt.parallel import processes
 from flowtilt.pipeline.stages import Climb, Workbench
 
@@ -47,6 +49,20 @@ class MoleculesBench(Workbench):
         return XTBReward(
             self.base.decode, XTBSettings(**self.experiment.reward.calculation), workers, separated
         )
+
+    def contexts(self, generator: torch.Generator) -> tuple[int, Context]:
+        """Molecules of the sizes that all models of a seed are measured by."""
+        count = self.experiment.evaluation.samples
+        own = generator_of(self.experiment.starts_from, "sample", self.job.seed)
+        return count, self.flow.draw_context(count, own)
+
+    def write(self, samples: Tensor, context: Context, output: Path) -> None:
+        """Write the molecules that states stand for."""
+        parts = torch.arange(len(samples)).split(CHUNK)
+        chosen = [self.flow.select_context(context, part) for part in parts]
+        decoded = [self.base.decode(samples[p], own) for p, own in zip(parts, chosen, strict=True)]
+        coordinates, numbers = (torch.cat(each) for each in zip(*decoded, strict=True))
+        write_molecules(coordinates, numbers, output)
 
     def climb(self) -> Climb:
         """FDC on the mean of the best share, less the KL divergence."""

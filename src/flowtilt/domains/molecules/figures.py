@@ -17,7 +17,7 @@ from flowtilt.domains.molecules.tables import MassLine, masses
 from flowtilt.files import atomic_path
 from flowtilt.metrics.tails import quantile, upper_tail_mean
 from flowtilt.pipeline.report.base import Shown
-from flowtilt.pipeline.report.measurements import ResultsError, Runs, read_arrays, run_folder, runs_of
+from flowtilt.pipeline.report.measurements import ResultsError, Runs, models_of, read_arrays, run_folder
 from flowtilt.pipeline.report.panels import describe, pretty
 from flowtilt.pipeline.report.style import COLOURS, SHADE, reported_tails, save_figure
 
@@ -221,7 +221,7 @@ def draw(shown: Shown, prefix: str) -> None:
     if shown.study is not None:
         save_figure(masses_figure(masses(results, shown.experiments), shown.title), f"{prefix}.png")
         return
-    runs = runs_of(shown.experiments[0])
+    runs = models_of(shown.experiments[0])
     generated = {m.name: load_generated(results, runs, m.name) for m in runs.methods}
     figure = energies_figure(runs, generated, reported_tails(shown.reported, runs))
     save_figure(figure, f"{prefix}_energies.png")

@@ -56,8 +56,7 @@ def sample(job: Job) -> None:
     """Draw the molecules of a run by the probability-flow ODE, or from the training data.
 
     Models of one seed start from the same noise, so that differences between methods are not those of
-    their draws. Written are coordinates in ångström (molecules, atoms, 3) and atomic numbers (molecules,
-    atoms), zero where there is no atom.
+    their draws.
     """
     experiment = job.experiment
     count = experiment.evaluation.samples
@@ -69,8 +68,14 @@ def sample(job: Job) -> None:
         base = load_base(experiment, job.read("model"))
         settings = OdeSettings(steps=experiment.evaluation.ode_steps)
         coordinates, numbers = generated(base, count, settings, generator)
+    write_molecules(coordinates, numbers, job.outputs["samples"])
+
+
+def write_molecules(coordinates: Tensor, numbers: Tensor, output: Path) -> None:
+    """Write molecules: coordinates in ångström (molecules, atoms, 3) and atomic numbers (molecules, atoms),
+    zero where there is no atom."""
     write_arrays(
-        job.outputs["samples"],
+        output,
         coordinates=coordinates.numpy(force=True).astype(np.float32),
         numbers=numbers.numpy(force=True).astype(np.uint8),
     )

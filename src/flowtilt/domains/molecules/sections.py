@@ -224,10 +224,11 @@ class MoleculeMethodConfig(SearchedMethodConfig):
 
     renamed: ClassVar[Mapping[str, str]] = {"level": LEVEL, "rise": "narrowing"}
 
-    kind: Literal["data", "pretrained", "am", "fdc", "tfft"]
+    kind: Literal["data", "pretrained", "am", "fdc", "tfft", "best_of", "resampled", "steered"]
     """``data`` are draws of the training data, a row to compare with; ``pretrained`` is not fine-tuned;
     ``am`` is Adjoint Matching on the mean; ``fdc`` is Flow Density Control; ``tfft`` is Tail-aware Flow
-    Fine-Tuning."""
+    Fine-Tuning. The others train nothing, and keep molecules of the pretrained model: ``best_of`` the best of
+    every ``n``, ``resampled`` those of the offline batch, ``steered`` particles of sequential Monte Carlo."""
 
     mass: Mass | None = None
     """Mass of the method's own tail, by default that of ``objective``; for ``fdc`` and ``tfft``."""

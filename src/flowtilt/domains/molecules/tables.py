@@ -29,6 +29,7 @@ from flowtilt.pipeline.report.measurements import (
 )
 from flowtilt.pipeline.report.panels import Panel, describe, over_seeds, pretty
 from flowtilt.pipeline.report.tables import experiment_table
+from flowtilt.pipeline.sections import TUNED
 
 __all__ = ["draw", "reported", "table"]
 
@@ -86,7 +87,7 @@ def findings(long: pd.DataFrame, experiment: MoleculeExperiment, values: pd.Data
     mean, main = experiment.mean_metric, experiment.main_metric
     asked: list[tuple[str, str, str]] = []
     for method, kind in kinds.items():
-        if kind in ("data", "pretrained"):
+        if kind not in TUNED:
             continue
         own = main if kind == "fdc" else mean if kind == "am" else tail_metric(experiment.mass_of(method))
         am = _am_beside(experiment, method)
@@ -207,7 +208,7 @@ def _line(
         return float(found.mean()) if found.size else math.nan
 
     counted = {"seconds": math.nan, "network_passes": math.nan}  # as of the pretrained model
-    if method != "pretrained":
+    if any(one.name == method and one.kind in TUNED for one in runs.methods):
         files = (run_folder(results, runs, method, "network", seed) / "history.csv" for seed in runs.seeds)
         totals = [totals_of(read_history(file, [*counted]), *counted) for file in files]
         counted = {column: float(np.mean([float(total[column]) for total in totals])) for column in counted}

@@ -13,11 +13,13 @@ from flowtilt.domains.planar.words import describe
 from flowtilt.pipeline.domain import Chapter, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.resources import Needs
+from flowtilt.pipeline.sections import KEPT
 from flowtilt.pipeline.usual import (
     PRETRAINED,
     RUN,
     BaseDomain,
     finetune_stage,
+    keep_stage,
     offline_stage,
     threshold_stage,
 )
@@ -46,9 +48,11 @@ def _finetune_reads(run: Run) -> dict[str, str]:
 
 
 def _measure_reads(run: Run) -> dict[str, str]:
-    """A run's model and what it is measured against."""
+    """A run's model, or the samples that it has kept, and what it is measured against."""
     base = {"base": run.pretrained("model.safetensors"), "density": run.pretrained("density.npz")}
     own = {"model": run.file("model.safetensors")} if run.kind != "pretrained" else {}
+    if run.kind in KEPT:
+        own = {"samples": run.drawn("samples.npz")}
     return base | own | run.trained()
 
 
@@ -79,7 +83,7 @@ _MEASURE_TAILS = Stage(
     writes={"samples": f"{RUN}/samples.npz", "metrics": f"{RUN}/metrics.json"},
     reads=_measure_reads,
     sections=("name", "path", "network", "reward", "objective", "grid", "evaluation", "methods"),
-    kinds=("pretrained", "am", "fdc", "tfft"),
+    kinds=("pretrained", "am", "fdc", "tfft", *KEPT),
     of=_is_tail,
     needs=Needs((1500, 8000), (15, 120), group="measure", threaded=True),
     networks=True,
@@ -123,6 +127,12 @@ STAGES = (
         reads=_finetune_reads,
         sections=("name", "path", "network", "reward", "objective", "offline", "solver"),
         needs=Needs((1500, 8000), (10, 480), gpu=True, shared=True, group="finetune", threaded=True),
+    ),
+    keep_stage(
+        reads=lambda run: {"pretrained": run.pretrained("model.safetensors")},
+        sections=("name", "path", "network", "reward", "objective", "offline", "solver", "evaluation"),
+        needs=Needs((1500, 8000), (10, 60), gpu=True, shared=True, group="finetune", threaded=True),
+        of=_is_tail,
     ),
     _MEASURE_TAILS,
     replace(

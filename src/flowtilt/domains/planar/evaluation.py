@@ -11,19 +11,18 @@ from flowtilt.domains.planar.files import read_density
 from flowtilt.domains.planar.rows import reward_metrics, sample_divergence, zone_masses
 from flowtilt.metrics.tails import dominance_violation
 from flowtilt.pipeline.domain import Job, Run
-from flowtilt.pipeline.files import read_arrays, write_rows
+from flowtilt.pipeline.files import Metrics, read_arrays, read_kept, write_rows
 from flowtilt.pipeline.health import tilt_metrics, tuned_metrics
 
 
 def evaluate(job: Job) -> None:
-    """Metrics of one run from its samples; the KL divergence against the gridded pretrained density."""
-    experiment = tail_experiment(job.experiment)
-    x, rewards, bumps, log_density = read_arrays(
-        job.outputs["samples"], "x", "reward", "bumps", "log_density"
-    )
-    kind = job.run.kind
-    found = sample_divergence(log_density, read_density(job.read("density")), x[: len(log_density)])
-    row = reward_metrics(experiment, kind, rewards, None, 0.0 if kind == "pretrained" else found["kl"])
+    """Metrics of one run from its samples; the KL divergence against the gridded pretrained density, and of
+    samples that were kept as their method has it."""
+    experiment, kind = tail_experiment(job.experiment), job.run.kind
+    x, rewards, bumps = read_arrays(job.outputs["samples"], "x", "reward", "bumps")
+    found = _divergence(job, x)
+    goal, kl = experiment.goal_of(job.method), 0.0 if kind == "pretrained" else found["kl"]
+    row = reward_metrics(experiment, goal, rewards, None, kl)
     row["floored_mass"] = found["floored_mass"]
     row |= zone_masses(experiment, x[:, 0], bumps, np.full(len(x), 1 / len(x)))
     row |= tuned_metrics(job)
@@ -33,6 +32,15 @@ def evaluate(job: Job) -> None:
         if kind in ("am", "tfft"):
             row |= tilt_metrics(job, rewards, reference)
     write_rows({job.method: row}, job.outputs["metrics"])
+
+
+def _divergence(job: Job, x: np.ndarray) -> Metrics:
+    """The divergence from the pretrained density, and the mass where that is a floor."""
+    density = read_density(job.read("density"))
+    if (kept := job.read_if_any("kept")) is not None:
+        return {"kl": read_kept(kept)["kl"], "floored_mass": float(density.floored_at(x).mean())}
+    (log_density,) = read_arrays(job.outputs["samples"], "log_density")
+    return sample_divergence(log_density, density, x[: len(log_density)])
 
 
 def reference_of(run: Run) -> Path | None:

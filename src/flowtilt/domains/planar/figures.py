@@ -52,6 +52,7 @@ from flowtilt.pipeline.report.measurements import (
 )
 from flowtilt.pipeline.report.panels import describe, pretty
 from flowtilt.pipeline.report.style import COLOURS, SHADE, reported_tails, save_figure
+from flowtilt.pipeline.sections import TUNED
 
 Height = Callable[[np.ndarray], np.ndarray]
 
@@ -441,7 +442,8 @@ def _mark_resolution(
     """Mark the measured resolution, and shade where every series' network is near its exact row."""
     if resolution:
         axes.axvline(resolution, color="black", linewidth=1, linestyle=_FINE_DOTS)
-    series = [name for name in series_names(points, of) if name != "pretrained"]
+    tuned = {p.series for p in points if p.kind in TUNED}
+    series = [name for name in series_names(points, of) if name in tuned]
     starts = [resolves_from(misses(points, of, name, metric), tolerance) for name in series]
     resolved = [start for start in starts if start is not None]
     if resolved and len(resolved) == len(starts):

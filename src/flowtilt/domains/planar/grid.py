@@ -125,6 +125,24 @@ def tail_tilt(
     return hinge_tilt(log_p, rewards, at, alpha, mass, tail, blur), at
 
 
+def best_of_tilt(log_p: np.ndarray, rewards: np.ndarray, n: int) -> np.ndarray:
+    """Log cell probabilities of the sample of the largest reward among ``n``, of the shape of ``log_p``.
+
+    With ``F`` the distribution function of the reward and ``G`` that from below, cells of one reward have the
+    probability ``F^n - G^n`` in place of ``F - G``, shared out as before.
+    """
+    _, value = np.unique(rewards, return_inverse=True)
+    value = value.reshape(rewards.shape)
+    mass = np.bincount(value.ravel(), np.exp(log_p).ravel())
+    upto = np.cumsum(mass)
+    # F^n - G^n without cancellation; where the mass is lost in rounding, its limit n F^(n-1) (F - G).
+    share = np.clip(mass / np.maximum(upto, np.finfo(float).tiny), 0, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        part = np.log(-np.expm1(n * np.log1p(-share))) - np.log(share)
+    log_ratio = (n - 1) * np.log(np.maximum(upto, 1e-300)) + np.where(share > 0, part, np.log(n))
+    return normalise(log_p + log_ratio[value])
+
+
 def hinge_tilt(
     log_p: np.ndarray,
     rewards: np.ndarray,

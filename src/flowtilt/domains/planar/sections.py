@@ -249,9 +249,11 @@ class PlanarMethodConfig(SearchedMethodConfig):
 
     step_key: ClassVar[str]
 
-    kind: Literal["pretrained", "am", "fdc", "tfft"]
+    kind: Literal["pretrained", "am", "fdc", "tfft", "best_of", "resampled", "steered"]
     """``pretrained`` is not fine-tuned; ``am`` is Adjoint Matching on the expected reward; ``fdc`` is Flow
-    Density Control; ``tfft`` is Tail-aware Flow Fine-Tuning."""
+    Density Control; ``tfft`` is Tail-aware Flow Fine-Tuning. The others train nothing, and keep samples of
+    the pretrained model: ``best_of`` the best of every ``n``, ``resampled`` those of the offline batch,
+    ``steered`` particles of sequential Monte Carlo."""
 
     iterations: Count | None = None
     """Linearisations, each with a solve; for ``fdc``, which must have it."""
@@ -279,8 +281,8 @@ class PlanarMethodConfig(SearchedMethodConfig):
                 )
         elif given:
             raise ValueError(f"{', '.join(sorted(given))} belong to fdc, not to {self.kind}")
-        if self.kind == "pretrained" and self.solver:
-            raise ValueError("solver belongs to methods that are fine-tuned, not to pretrained; remove it")
+        if not self.tuned and self.solver:
+            raise ValueError(f"solver belongs to methods that are fine-tuned, not to {self.kind}; remove it")
         return self
 
     @property
@@ -309,6 +311,11 @@ class FunctionalMethodConfig(PlanarMethodConfig):
     """A method on a functional."""
 
     step_key = "step_weight"
+
+    kind: Literal["pretrained", "am", "fdc", "tfft"]
+    """``pretrained`` is not fine-tuned; ``am`` is Adjoint Matching on the expected reward; ``fdc`` is Flow
+    Density Control; ``tfft`` is Tail-aware Flow Fine-Tuning. Methods that train nothing belong to experiments
+    on a tail: here runs are measured by the density of their own network."""
 
     step_weight: Positive | None = None
     """KL weight of each step (the paper's eta), in units of the objective a nat; for ``fdc``, which must have

@@ -24,6 +24,7 @@ from flowtilt.pipeline.report.measurements import (
     with_gaps,
 )
 from flowtilt.pipeline.report.panels import Panel, describe, over_seeds, pretty
+from flowtilt.pipeline.sections import TUNED
 
 if TYPE_CHECKING:
     from flowtilt.pipeline.experiment import Experiment, Study
@@ -191,7 +192,7 @@ def findings(points: list[Point], study: StudyRuns) -> list[str]:
     said = []
     for of in parents(points):
         for series in series_names(points, of):
-            if series == "pretrained":
+            if next(p.kind for p in points if p.series == series) not in TUNED:
                 continue
             if study.tolerance is not None:
                 for metric in (tail_metric(study, of), "objective"):

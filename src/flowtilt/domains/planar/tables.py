@@ -19,7 +19,7 @@ from flowtilt.domains.planar.studies import (
     study_points,
     study_runs_of,
 )
-from flowtilt.pipeline.health import HEALTH
+from flowtilt.pipeline.health import HEALTH, KEEPING
 from flowtilt.pipeline.report.base import Shown, Table
 from flowtilt.pipeline.report.base import as_named as reported
 from flowtilt.pipeline.report.claims import share, spread
@@ -28,6 +28,7 @@ from flowtilt.pipeline.report.measurements import (
     Runs,
     collect_runs,
     entries,
+    models_of,
     of_row,
     row_name,
     runs_of,
@@ -36,6 +37,7 @@ from flowtilt.pipeline.report.measurements import (
 )
 from flowtilt.pipeline.report.panels import Panel, over_seeds
 from flowtilt.pipeline.report.tables import listed, panels_of, table_frame
+from flowtilt.pipeline.sections import TUNED
 
 __all__ = ["draw", "reported", "table"]
 
@@ -104,7 +106,7 @@ def draw(shown: Shown, prefix: str) -> None:
         figures.draw_functional(shown, prefix)
     else:
         height = figures.height_of(tail_experiment(first))
-        figures.draw_experiment(shown.results, runs_of(first), height, shown.reported, prefix)
+        figures.draw_experiment(shown.results, models_of(first), height, shown.reported, prefix)
 
 
 def experiment_panels(long: pd.DataFrame, runs: Runs, values: pd.DataFrame) -> list[Panel]:
@@ -115,7 +117,7 @@ def experiment_panels(long: pd.DataFrame, runs: Runs, values: pd.DataFrame) -> l
     first = [runs.tail_metric, "gap_closed", "sliced_w2", "sliced_w2_own", *beside, runs.mean_metric, "kl"]
     first += ["floored_mass", "objective", "gap"]
     first = [metric for metric in dict.fromkeys(first) if metric in known]
-    rest = [metric for metric in known if metric not in (*first, *HEALTH, "relative_gap")]
+    rest = [metric for metric in known if metric not in (*first, *HEALTH, *KEEPING, "relative_gap")]
     caption = f"{runs.title or runs.name}: {over_seeds(len(runs.seeds))}"
     return panels_of(summary, {caption: first, "Details": rest}, beside)
 
@@ -176,7 +178,7 @@ def own_gains(long: pd.DataFrame, runs: Runs) -> dict[str, np.ndarray]:
 
     if runs.has_tail and pretrained is None:
         return {}
-    return {m.name: gain(m.name, m.kind) for m in runs.methods if m.kind != "pretrained"}
+    return {m.name: gain(m.name, m.kind) for m in runs.methods if m.kind in TUNED}
 
 
 def own_objective(long: pd.DataFrame, runs: Runs) -> list[str]:

@@ -6,13 +6,14 @@ Randomness follows from the names of experiment, method and seed alone.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from flowtilt.checkpoints import load_weights, save_weights
 from flowtilt.devices import generator_of
 from flowtilt.domains.planar.build import build_data, build_model, build_reward, build_slope
-from flowtilt.domains.planar.experiment import FunctionalExperiment, tail_experiment
+from flowtilt.domains.planar.experiment import FunctionalExperiment, PlanarExperiment, tail_experiment
 from flowtilt.pipeline.domain import Job
-from flowtilt.pipeline.files import write_arrays, write_history
+from flowtilt.pipeline.files import read_arrays, write_arrays, write_history
 from flowtilt.pipeline.states import resumption_of
 from flowtilt.pretraining import PretrainingSettings, fit_flow
 from flowtilt.sampling import OdeSettings, sample_ode, sample_with_log_density
@@ -35,8 +36,15 @@ def pretrain(job: Job) -> None:
 
 
 def sample(job: Job) -> None:
-    """Sample a run's model by the probability-flow ODE, with modes, rewards and some log-densities."""
+    """Sample a run's model by the probability-flow ODE, with modes, rewards and some log-densities.
+
+    Samples that a method has kept are taken as they are, without log-densities.
+    """
     experiment = job.experiment
+    if (kept := job.read_if_any("samples")) is not None:
+        x = torch.as_tensor(read_arrays(kept, "x")[0])
+        _write(job, {"x": x} | _on_landscape(experiment, x))
+        return
     flow = load_weights(build_model(experiment), job.read_if_any("model") or job.read("base"))
     generator = generator_of(experiment.name, job.method, "sample", job.seed)
     config = experiment.evaluation
@@ -56,6 +64,15 @@ def sample(job: Job) -> None:
         if (slope := build_slope(experiment)) is not None:
             arrays["reward"] = slope(x)
     else:
-        landscape = build_reward(tail_experiment(experiment))
-        arrays |= {"reward": landscape(x), "bumps": landscape.bumps(x)}
+        arrays |= _on_landscape(experiment, x)
+    _write(job, arrays)
+
+
+def _on_landscape(experiment: PlanarExperiment, x: Tensor) -> dict[str, Tensor]:
+    """Rewards of samples, and the profile of the bumps there."""
+    landscape = build_reward(tail_experiment(experiment))
+    return {"reward": landscape(x), "bumps": landscape.bumps(x)}
+
+
+def _write(job: Job, arrays: dict[str, Tensor]) -> None:
     write_arrays(job.outputs["samples"], **{name: array.numpy(force=True) for name, array in arrays.items()})

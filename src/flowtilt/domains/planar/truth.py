@@ -15,6 +15,7 @@ from flowtilt.domains.planar.experiment import PlanarExperiment, TailExperiment
 from flowtilt.domains.planar.grid import (
     Blur,
     Grid,
+    best_of_tilt,
     expected_reward_tilt,
     gaussian_blur,
     hinge_tilt,
@@ -180,8 +181,10 @@ def _distributions(problem: TailGrid, blur: Blur) -> dict[str, _Solved]:
         return _Solved(log_p)
 
     def solve(name: str, method: TailMethodConfig) -> _Solved:
+        if method.n is not None:
+            return _Solved(best_of_tilt(log_p, rewards, method.n))
         if method.kind != "fdc":
-            return single(method.kind)
+            return single(experiment.goal_of(name))
         iterates = ascent(name)[: method.iterations]
         return _Solved(iterates[-1] if iterates else log_p, iterates)
 
@@ -204,6 +207,8 @@ class ExactRows:
 def exact_rows(problem: TailGrid, resolution: float | None = None) -> ExactRows:
     """Every method's steps, each solved exactly for the gridded pretrained density.
 
+    What trains nothing has the tilt of its kind, and no row at finite resolution.
+
     Args:
         problem: whose methods to solve.
         resolution: standard deviation of the Gaussian that blurs the tilts' exponents, for rows
@@ -217,7 +222,7 @@ def exact_rows(problem: TailGrid, resolution: float | None = None) -> ExactRows:
     @cache
     def measured(name: str) -> tuple[Metrics, np.ndarray]:
         """Metrics and cell probabilities of a method's row."""
-        solved, kind = methods[name], experiment.methods[name].kind
+        solved, kind = methods[name], experiment.goal_of(name)
         distribution = np.exp(solved.log_p)
         row = problem.measured(solved.log_p, kind)
         if kind == "fdc" and resolution is None:
@@ -232,8 +237,10 @@ def exact_rows(problem: TailGrid, resolution: float | None = None) -> ExactRows:
     first = {id(solved.log_p): name for name, solved in reversed(methods.items())}
     metrics, distributions = {}, {}
     for name, solved in methods.items():
+        if resolution is not None and experiment.methods[name].keeps:
+            continue  # no network has to follow its tilt
         same = first[id(solved.log_p)]
-        if experiment.methods[same].kind != experiment.methods[name].kind:
+        if experiment.goal_of(same) != experiment.goal_of(name):
             same = name
         found, distribution = measured(same)
         metrics[f"{name}_{suffix}"], distributions[f"{name}_{suffix}"] = dict(found), distribution

@@ -21,10 +21,11 @@ import pandas as pd
 from flowtilt.files import read_text
 from flowtilt.pipeline.domain import Run, domain_of
 from flowtilt.pipeline.experiment import Experiment, load_file, read_study
-from flowtilt.pipeline.report.measurements import ResultsError, mean_sd, read_history, totals_of
+from flowtilt.pipeline.report.measurements import ResultsError, mean_sd, read_history, read_metrics, totals_of
 from flowtilt.pipeline.report.panels import Panel, over_seeds, pretty
 from flowtilt.pipeline.report.tables import write_panels
 from flowtilt.pipeline.rules import benchmark_of
+from flowtilt.pipeline.sections import KEPT, TUNED
 
 TOTAL_COLUMNS = ["rule", "jobs", "wall_seconds", "peak_memory_mb"]
 
@@ -116,6 +117,11 @@ class Cost(NamedTuple):
     timed (see :mod:`flowtilt.control.base`); NaN in a domain that does not count them. ``assess`` is sampling
     and metrics together: for the run, or for all runs of its file where they are measured in one job; and
     ``solve`` the rows solved on the grid, on a tail, for all methods of the experiment.
+    ``keep`` is the drawing of the samples that a method has kept which trains nothing, and
+    ``sample_passes`` and ``sample_rewards`` are network passes and reward calls of each sample, in an
+    experiment with methods that train nothing: those that :mod:`flowtilt.pipeline.keeping` counts, and of
+    other rows a plain sample's. ``even`` is the number of samples whose passes, beyond those of plain ones,
+    are the passes of the first fine-tuned method; NaN where these are not counted.
     """
 
     experiment: str
@@ -136,6 +142,10 @@ class Cost(NamedTuple):
     assess_sd: float
     solve: float
     solve_sd: float
+    keep: float = math.nan
+    sample_passes: float = math.nan
+    sample_rewards: float = math.nan
+    even: float = math.nan
 
 
 def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
@@ -171,6 +181,8 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
             passes = _passes(results, run)
             if updates and not any(line.updates for line in lines):
                 unit, unit_passes = whole, passes
+            sample_passes, sample_rewards = _of_a_sample(results, run)
+            dearer = sample_passes - experiment.sample_passes if config.keeps else math.nan
             lines.append(
                 Cost(
                     experiment.name,
@@ -188,6 +200,10 @@ def costs_of(benchmarks: Path, experiments: Iterable[Experiment]) -> list[Cost]:
                     max((j.memory for j in jobs if j and math.isfinite(j.memory)), default=math.nan),
                     *mean_sd(assessed),
                     *mean_sd(solved),
+                    mean_sd(_of_stages(benchmarks, run, "keep"))[0] if config.keeps else math.nan,
+                    sample_passes,
+                    sample_rewards,
+                    unit_passes / dearer if dearer > 0 else math.nan,
                 )
             )
     return lines
@@ -203,8 +219,9 @@ def read_costs(path: str | Path) -> tuple[list[Cost], dict[str, dict[str, float]
             "seeds": int,
             "updates": int,
         }
-        # Tables from before the batch had a column of its own have it in the threshold's.
-        table = table.assign(**{name: math.nan for name in ("batch", "alone") if name not in table})
+        # Tables from before the batch had a column of its own have it in the threshold's; others came later.
+        later = ("batch", "alone", "keep", "sample_passes", "sample_rewards", "even")
+        table = table.assign(**{name: math.nan for name in later if name not in table})
         runs = table[table["part"] == "runs"][list(Cost._fields)].astype(numbers)
         rules = table[table["part"] == "rules"][TOTAL_COLUMNS].astype(
             {"jobs": int, "wall_seconds": float, "peak_memory_mb": float}
@@ -225,7 +242,8 @@ def _of_stages(benchmarks: Path, run: Run, *names: str) -> list[float]:
         jobs = [
             measured_job(benchmarks, benchmark_of(domain, stage, replace(run, seed=seed)))
             for stage in domain.stages
-            if stage.name in names and stage.of(run.experiment)
+            if stage.name in names
+            and (stage.has(run.experiment, run.method) if stage.kinds else stage.of(run.experiment))
         ]
         if jobs and None not in jobs:
             found.append(sum(job.seconds for job in jobs if job))
@@ -236,7 +254,7 @@ def takes_batch(run: Run) -> bool:
     """Whether a method needs the offline batch: for its threshold, or as a bank."""
     method = run.experiment.methods[run.method]
     if not method.tuned:
-        return False
+        return method.kind == "resampled"
     stages = domain_of(run.experiment).stages
     finetune = next(stage for stage in stages if stage.name == "finetune" and stage.of(run.experiment))
     return method.kind == "tfft" or "offline" in finetune.reads(run)
@@ -255,6 +273,20 @@ def _updates(results: Path, run: Run) -> int:
     if tuned and files and experiment.solver_of(run.method).kind == "annealed_fitting":
         return round(sum(len(read_history(file, ["active_share"])) for file in files) / len(files))
     return experiment.own_updates_of(run.method)
+
+
+def _of_a_sample(results: Path, run: Run) -> tuple[float, float]:
+    """Network passes and reward calls of a sample; see :class:`Cost`."""
+    experiment, kind = run.experiment, run.experiment.methods[run.method].kind
+    if not any(method.keeps for method in experiment.methods.values()):
+        return math.nan, math.nan
+    if kind not in KEPT:
+        return (float(experiment.sample_passes), 0.0) if kind in ("pretrained", *TUNED) else (math.nan,) * 2
+    runs = (replace(run, results=str(results), seed=seed) for seed in experiment.seeds)
+    files = [file for one in runs if (file := Path(one.file("metrics.json"))).is_file()]
+    rows = [read_metrics(file)[run.method] for file in files]
+    passes, rewards = ([row[name] for row in rows] for name in ("sample_passes", "sample_rewards"))
+    return mean_sd(passes)[0], mean_sd(rewards)[0]
 
 
 def _passes(results: Path, run: Run) -> float:
@@ -282,7 +314,10 @@ NOTE = (
     "functionals they are solved with the metrics. Network passes, where they are counted: states through "
     "the network, a backward pass to the input counted as one and to the parameters as two, and all twice "
     "where there is guidance, with the offline batch where a method takes it; they are "
-    "counted and not timed, and what the gradients of reward and entropy take is not in them. The last table "
+    "counted and not timed, and what the gradients of reward and entropy take is not in them. Passes and "
+    "reward calls a sample are there where some methods train nothing and keep samples of the pretrained "
+    "model; of all others they are those of a plain sample. Even: how many samples take the passes of the "
+    "first fine-tuning, beside those of plain ones; for fewer, tuning is the dearer way. The last table "
     "is of all jobs measured when this was written, tables and figures among them if they were made before."
 )
 
@@ -298,6 +333,9 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
     per_case = [line.experiment for line in lines]
     single = len(set(per_case)) == len(per_case)
     counted = any(math.isfinite(line.passes) for line in lines)
+    keeps, evens = (
+        any(math.isfinite(getattr(line, name)) for line in lines) for name in ("sample_passes", "even")
+    )
     cells: list[list[str]] = []
     shown: set[tuple[str, float]] = set()
     for before, line in zip([None, *lines], lines, strict=False):
@@ -316,6 +354,8 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
                 _cell(line.memory),
                 "" if before and before.assess == line.assess else _cell(line.assess, line.assess_sd),
                 "" if before and before.solve == line.solve else _cell(line.solve, line.solve_sd),
+                *([_cell(line.keep), _cell(line.sample_passes), _cell(line.sample_rewards)] if keeps else []),
+                *([_cell(line.even)] if evens else []),
                 str(line.seeds),
             ]
         )
@@ -324,6 +364,8 @@ def cost_panel(lines: Sequence[Cost], title: str) -> Panel:
     header += ["relative", "relative, without the batch"]
     header += ["thousand network passes", "relative, in passes"] if counted else []
     header += ["its memory (MB)", "samples and metrics (s)", "solved rows of all methods (s)"]
+    header += ["keeping samples (s)", "network passes a sample", "reward calls a sample"] if keeps else []
+    header += ["even at samples"] if evens else []
     seeds = over_seeds(max((line.seeds for line in lines), default=1))
     return Panel(f"{title}: {seeds}", [*header, "seeds measured"], cells)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +20,7 @@ from scipy.special import stdtrit
 if TYPE_CHECKING:
     from flowtilt.pipeline.experiment import Experiment
 from flowtilt.files import one_line, read_json, read_npz, read_text
+from flowtilt.pipeline.sections import KEPT, TUNED
 
 SOLUTIONS = ("network", "exact", "resolved")
 _WORDS = {"network": "", "exact": ", exact", "resolved": ", at finite resolution", "optimum": ", optimum"}
@@ -36,7 +37,7 @@ class Method:
     """A method of an experiment.
 
     Attributes:
-        kind: ``pretrained``, ``am``, ``fdc`` or ``tfft``.
+        kind: of it, as its configuration has it.
         value: where it stands on a study's axis, if the methods of one case differ in that.
     """
 
@@ -114,6 +115,12 @@ def runs_of(experiment: Experiment) -> Runs:
     )
 
 
+def models_of(experiment: Experiment) -> Runs:
+    """The same without methods that keep samples of the pretrained model: what figures show."""
+    runs = runs_of(experiment)
+    return replace(runs, methods=tuple(m for m in runs.methods if m.kind not in KEPT))
+
+
 # ------------------------------------------------------------------------------- reading
 
 
@@ -146,7 +153,7 @@ def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
     """All metrics of an experiment or case in long form.
 
     Args:
-        runs: of which every one must have been run; ``pretrained`` alone may have no solved row.
+        runs: of which every one must have been run; of those that are fine-tuned every row must be there.
 
     Returns:
         Columns :data:`LONG_COLUMNS`, ``method`` being the row's name; the rows of a method follow
@@ -156,7 +163,7 @@ def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
         ResultsError: if a file is missing or malformed; the message says how to make it.
     """
     records: list[tuple[str, str, str, int, float]] = []
-    for method in (m.name for m in runs.methods):
+    for method, kind in ((m.name, m.kind) for m in runs.methods):
         for solution in runs.solutions:
             row = row_name(method, solution)
             for seed in runs.seeds:
@@ -164,7 +171,7 @@ def collect(results: str | Path, runs: Runs) -> pd.DataFrame:
                 rows = read_metrics(path)
                 if row in rows:
                     records += [(runs.name, row, metric, seed, value) for metric, value in rows[row].items()]
-                elif method != "pretrained" or solution == "network":
+                elif kind in TUNED or solution == "network":
                     raise ResultsError(f"{path}: no row {row!r}, only {', '.join(rows)}; {again(path)}")
     return _long(records)
 

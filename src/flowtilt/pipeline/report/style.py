@@ -16,7 +16,16 @@ from flowtilt.pipeline.report.base import report_of, shown_file
 from flowtilt.pipeline.report.measurements import Runs
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = {"data": "#CC79A7", "pretrained": "#6b6b6b", "am": "#0072B2", "fdc": "#D55E00", "tfft": "#009E73"}
+COLOURS = {
+    "data": "#CC79A7",
+    "pretrained": "#6b6b6b",
+    "am": "#0072B2",
+    "fdc": "#D55E00",
+    "tfft": "#009E73",
+    "best_of": "#000000",
+    "resampled": "#56B4E9",
+    "steered": "#E69F00",
+}
 """Of the kinds of methods."""
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from flowtilt.files import atomic_path, write_text
 from flowtilt.pipeline.experiment import Experiment, load_file
+from flowtilt.pipeline.health import KEEPING_NOTE
 from flowtilt.pipeline.health import NOTE as HEALTH_NOTE
 from flowtilt.pipeline.report.base import Shown, Table, beside, report_of, shown_file
 from flowtilt.pipeline.report.comparison import (
@@ -42,7 +43,7 @@ from flowtilt.pipeline.report.measurements import (
     with_gaps,
 )
 from flowtilt.pipeline.report.panels import Panel, describe, latex, markdown, over_seeds, pretty
-from flowtilt.pipeline.report.trainings import training_panel
+from flowtilt.pipeline.report.trainings import keeping_panel, training_panel
 
 
 def panels_of(
@@ -124,6 +125,9 @@ def write_table(
     if (training := training_panel(shown.collected)) is not None:
         panels = [*panels, training]
         notes.append(HEALTH_NOTE)
+    if (keeping := keeping_panel(shown.collected)) is not None:
+        panels = [*panels, keeping]
+        notes.append(KEEPING_NOTE)
     write_panels(prefix, frame, panels, " ".join(filter(None, notes)))
 
 

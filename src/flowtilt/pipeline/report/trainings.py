@@ -1,12 +1,13 @@
-"""The panel that every table has: whether its fine-tunings have tested their methods."""
+"""The panels that every table has: whether its fine-tunings have tested their methods, and what samples cost
+that were kept without one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from flowtilt.pipeline.health import HEALTH, flags
+from flowtilt.pipeline.health import HEALTH, KEEPING, flags
 from flowtilt.pipeline.report.measurements import entries, summarise
 from flowtilt.pipeline.report.panels import Panel, describe, over_seeds, pretty
 
@@ -18,9 +19,19 @@ def training_panel(long: pd.DataFrame) -> Panel | None:
         long: of all experiments and cases of a table; see
             :func:`flowtilt.pipeline.report.measurements.collect_runs`.
     """
-    own = long[long["metric"].isin(HEALTH)]
-    tuned = own[(own["metric"] == "active_share") & own["value"].notna()]
-    runs = list(dict.fromkeys(zip(tuned["experiment"], tuned["method"], strict=True)))
+    return _panel(long, "Fine-tuning", HEALTH, "active_share")
+
+
+def keeping_panel(long: pd.DataFrame) -> Panel | None:
+    """The same of methods that train nothing and keep samples: what each costs."""
+    return _panel(long, "Kept samples", KEEPING, "sample_passes")
+
+
+def _panel(long: pd.DataFrame, caption: str, metrics: Sequence[str], told_by: str) -> Panel | None:
+    """Metrics of the runs that have one of them."""
+    own = long[long["metric"].isin(metrics)]
+    chosen = own[(own["metric"] == told_by) & own["value"].notna()]
+    runs = list(dict.fromkeys(zip(chosen["experiment"], chosen["method"], strict=True)))
     if not runs:
         return None
     cells = {(e.experiment, e.row, e.metric): pretty(e.value, e.sd) for e in entries(summarise(own))}
@@ -31,14 +42,14 @@ def training_panel(long: pd.DataFrame) -> Panel | None:
     lines = [
         [
             f"{experiment.split('/')[-1]}, {row}" if several else row,
-            *(cells.get((experiment, row, metric), "") for metric in HEALTH),
+            *(cells.get((experiment, row, metric), "") for metric in metrics),
             _flagged(seeds[experiment, row]),
         ]
         for experiment, row in runs
     ]
-    header = ["method", *(describe(metric).header for metric in HEALTH), "flag"]
-    count = max(map(len, seeds.values()))
-    return Panel(f"Fine-tuning: {over_seeds(count)}", header, lines).without_empty_columns()
+    header = ["method", *(describe(metric).header for metric in metrics), "flag"]
+    count = max(len(seeds[run]) for run in runs)
+    return Panel(f"{caption}: {over_seeds(count)}", header, lines).without_empty_columns()
 
 
 def _flagged(seeds: Mapping[int, Mapping[str, float]]) -> str:
