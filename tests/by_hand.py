@@ -97,16 +97,30 @@ class Folder:
             assert self.run("offline") == 0
         return self.run("finetune", method)
 
+    def keep(self, method: str) -> int:
+        """Keep samples, with the offline batch and the threshold before it if the method takes them."""
+        of, batch = self.experiment.tilted_like(method), self.file("pretrained", "offline.npz")
+        tail = self.experiment.methods[of].kind == "tfft" and not self.file(of, "threshold.json").exists()
+        if (tail or self.experiment.methods[method].kind == "resampled") and not batch.exists():
+            assert self.run("offline") == 0
+        if tail:
+            assert self.run("threshold", of) == 0
+        return self.run("keep", method)
+
     def rows(self) -> dict[str, dict[str, float]]:
         """The networks' rows and the solved ones of all methods, measured in one go.
 
-        A method that was not fine-tuned is measured as the pretrained model; its solved rows are its own.
+        A method that was not fine-tuned is measured as the pretrained model; its solved rows are its own. One
+        that trains nothing keeps its samples here.
         """
         for method, config in self.experiment.methods.items():
-            if config.kind != "pretrained" and not self.folder(method).exists():
+            if config.tuned and not self.folder(method).exists():
                 self.folder(method).mkdir(parents=True)
                 shutil.copy(self.model, self.folder(method))
                 self.file(method, "history.csv").write_text("update,active_share\n0,1.0\n")
+        for method, config in self.experiment.methods.items():
+            if config.keeps and not self.file(method, "kept.json").exists():
+                assert self.keep(method) == 0
         assert self.run("measure") == 0
         rows: dict[str, dict[str, float]] = {}
         for method in self.experiment.methods:

@@ -23,7 +23,7 @@ OWN = (
     *("provenance", "versions", "page", "overview", "config-reference"),
 )
 OF_DOMAINS = (
-    *("pretrain", "density", "offline", "threshold", "finetune", "measure", "resolution", "exact"),
+    *("pretrain", "density", "offline", "threshold", "finetune", "keep", "measure", "resolution", "exact"),
     *("data", "sample", "evaluate", "fetch", "model", "pretrain-pipeline", "pretrain-alignment"),
 )
 
@@ -52,7 +52,8 @@ def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) ->
 def test_all_stages_in_a_row(folder: Folder) -> None:
     for stage in ("density", "offline"):
         assert folder.run(stage) == 0
-    tuned = [method for method in folder.experiment.methods if method != "pretrained"]
+    tuned = [method for method, config in folder.experiment.methods.items() if config.tuned]
+    kept = [method for method, config in folder.experiment.methods.items() if config.keeps]
     assert tuned == ["am", "fdc", "tfft", "am_annealed", "tfft_annealed"]
     for method in ("tfft", "tfft_annealed"):
         assert folder.run("threshold", method) == 0
@@ -62,14 +63,16 @@ def test_all_stages_in_a_row(folder: Folder) -> None:
     rows = folder.rows()
     for method in tuned:
         assert {"worst_1pct_cost", "mean_cost", "kl", "objective", "active_share"} <= rows[method].keys()
+    for method in kept:
+        assert {"worst_1pct_cost", "mean_cost", "kl", "objective", "sample_passes"} <= rows[method].keys()
     assert folder.run("exact") == 1  # without a resolution
     assert folder.run("resolution") == 0
     assert folder.run("exact") == 0
     exact = solved(folder, "exact")
-    assert set(exact) == {"pretrained_exact", *(f"{method}_exact" for method in tuned)}
+    assert set(exact) == {"pretrained_exact", *(f"{method}_exact" for method in [*tuned, *kept])}
     assert exact["am_annealed_exact"] == exact["am_exact"]  # networks differ, and what they aim at does not
     resolved = solved(folder, "resolved")
-    assert set(resolved) == {row.replace("exact", "resolved") for row in exact}
+    assert set(resolved) == {"pretrained_resolved", *(f"{method}_resolved" for method in tuned)}
     width = folder.path / "resolution.json"
     found = json.loads(width.read_text())
     width.write_text(json.dumps({**found, "width": 2 * found["width"] + 0.2}))

@@ -52,7 +52,11 @@ def test_every_shipped_file_loads_and_survives_a_round_trip(file: Path, tmp_path
             "(whole file)",
             "network.prediction: a score gives no finite",
         ),
-        ({"methods": {"am": {"kind": "ppo"}}}, "methods.am.kind", "'pretrained', 'am', 'fdc' or 'tfft'"),
+        (
+            {"methods": {"am": {"kind": "ppo"}}},
+            "methods.am.kind",
+            "'pretrained', 'am', 'fdc', 'tfft', 'best_of', 'resampled' or 'steered'",
+        ),
         ({"methods": {"am": {"kind": "am", "step": 0.5}}}, "methods.am", "step belong to fdc, not to am"),
         ({"methods": {"fdc": {"by": None}}}, "methods.fdc", "needs step, or by: exponents, which searches"),
         ({"methods": {"fdc": {"by": "values"}}}, "methods.fdc.by", "'scores' or 'exponents'"),

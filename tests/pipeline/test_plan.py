@@ -223,7 +223,7 @@ def test_what_tables_are_made_from(whole: Plan) -> None:
     run = "results/runs/risk_averse_2d"
     assert {*whole.read_by_table("risk_averse_2d")} == {
         f"{run}/{rows}/seed{seed}/metrics.json"
-        for rows in ("pretrained", *OF_RISK, "exact", "resolved")
+        for rows in ("pretrained", *OF_RISK, *KEPT_OF_RISK, "exact", "resolved")
         for seed in range(5)
     }
     solvers = whole.read_by_table("solvers_2d")
@@ -242,6 +242,11 @@ RISK, QM9 = "results/runs/risk_averse_2d", "results/runs/molecules_qm9"
 IMAGE, MODEL = f"results/runs/{TAIL}", f"results/runs/{TAIL}/pretrained/model.json"
 OF_RISK = ("am", "fdc", "tfft", "am_annealed", "tfft_annealed")
 """Fine-tuned methods of the risk-averse experiment."""
+KEPT_OF_RISK = (
+    *("best_of_4", "best_of_16", "best_of_64"),
+    *("resampled", "resampled_tfft", "steered", "steered_tfft"),
+)
+"""Those that train nothing."""
 
 RISING = "results/runs/molecules_tail_sweep/rising/tfft_0.95/seed1"
 WEIGHTS, HISTORY = "model.safetensors", "history.csv"
@@ -284,6 +289,19 @@ JOBS: list[tuple[str, dict[str, str], dict[str, Any], dict[str, str]]] = [
         {"model": f"{RISK}/tfft/seed1/{WEIGHTS}", "history": f"{RISK}/tfft/seed1/{HISTORY}"},
     ),
     (
+        "planar_keep",
+        {"experiment": "risk_averse_2d", "method": "resampled_tfft", "seed": "1"},
+        {
+            "pretrained": f"{RISK}/pretrained/seed1/{WEIGHTS}",
+            "offline": f"{RISK}/pretrained/seed1/offline.npz",
+            "threshold": f"{RISK}/tfft/seed1/threshold.json",
+        },
+        {
+            "samples": f"{RISK}/resampled_tfft/seed1/kept_samples.npz",
+            "kept": f"{RISK}/resampled_tfft/seed1/kept.json",
+        },
+    ),
+    (
         "planar_exact",
         {"experiment": "risk_averse_2d", "seed": "1"},
         {"density": f"{RISK}/pretrained/seed1/density.npz", "resolution": "results/resolution.json"},
@@ -323,6 +341,15 @@ JOBS: list[tuple[str, dict[str, str], dict[str, Any], dict[str, str]]] = [
         {"model": f"{RISING}/{WEIGHTS}", "history": f"{RISING}/{HISTORY}"},
     ),
     (
+        "molecules_keep",
+        {"experiment": "molecules_qm9", "method": "steered_tfft_0.9", "seed": "1"},
+        {"pretrained": f"{QM9}/pretrained/{WEIGHTS}", "threshold": f"{QM9}/tfft_0.9/seed1/threshold.json"},
+        {
+            "samples": f"{QM9}/steered_tfft_0.9/seed1/kept_samples.npz",
+            "kept": f"{QM9}/steered_tfft_0.9/seed1/kept.json",
+        },
+    ),
+    (
         "molecules_sample",
         {"experiment": "molecules_tail_sweep/rising", "method": "tfft_0.95", "seed": "1"},
         {"model": f"{RISING}/{WEIGHTS}"},
@@ -353,6 +380,20 @@ JOBS: list[tuple[str, dict[str, str], dict[str, Any], dict[str, str]]] = [
             "metrics": f"{RISING}/metrics.json",
             "sdf": f"{RISING}/molecules.sdf",
             "energies": f"{RISING}/energies.npz",
+        },
+    ),
+    (
+        "molecules_evaluate",
+        {"experiment": "molecules_qm9", "method": "best_of_4", "seed": "1"},
+        {
+            "samples": f"{QM9}/best_of_4/seed1/kept_samples.npz",
+            "molecules": "results/data/qm9.npz",
+            "kept": f"{QM9}/best_of_4/seed1/kept.json",
+        },
+        {
+            "metrics": f"{QM9}/best_of_4/seed1/metrics.json",
+            "sdf": f"{QM9}/best_of_4/seed1/molecules.sdf",
+            "energies": f"{QM9}/best_of_4/seed1/energies.npz",
         },
     ),
     ("images_fetch", {"experiment": TAIL}, {}, {"fetched": f"{IMAGE}/pretrained/fetched.json"}),
@@ -391,6 +432,12 @@ JOBS: list[tuple[str, dict[str, str], dict[str, Any], dict[str, str]]] = [
         {"experiment": TAIL, "method": "tfft", "seed": "1"},
         {"pretrained": MODEL, "threshold": f"{IMAGE}/tfft/seed1/threshold.json"},
         {"model": f"{IMAGE}/tfft/seed1/{WEIGHTS}", "history": f"{IMAGE}/tfft/seed1/{HISTORY}"},
+    ),
+    (
+        "images_keep",
+        {"experiment": TAIL, "method": "resampled", "seed": "1"},
+        {"pretrained": MODEL, "offline": f"{IMAGE}/pretrained/seed1/offline.npz"},
+        {"samples": f"{IMAGE}/resampled/seed1/kept_images", "kept": f"{IMAGE}/resampled/seed1/kept.json"},
     ),
     (
         "images_sample",
@@ -463,9 +510,10 @@ def test_the_runs_of_a_file_are_measured_together(whole: Plan) -> None:
         for name in (WEIGHTS, HISTORY, *(["threshold.json"] if m.startswith("tfft") else []))
     ]
     base = [f"{RISK}/pretrained/seed3/{name}" for name in (WEIGHTS, "density.npz")]
-    assert rule.inputs(seed="3") == {"runs": [*base, *tuned]}
+    kept = [f"{RISK}/{m}/seed3/{name}" for m in KEPT_OF_RISK for name in ("kept_samples.npz", "kept.json")]
+    assert rule.inputs(seed="3") == {"runs": [*base, *tuned, *kept]}
     assert rule.outputs == {
-        role: [f"{RISK}/{m}/seed{{seed}}/{name}" for m in ("pretrained", *OF_RISK)]
+        role: [f"{RISK}/{m}/seed{{seed}}/{name}" for m in ("pretrained", *OF_RISK, *KEPT_OF_RISK)]
         for role, name in (("samples", "samples.npz"), ("metrics", "metrics.json"))
     }
     (config,) = rule._of({"seed": "3"})

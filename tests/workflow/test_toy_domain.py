@@ -14,7 +14,7 @@ import yaml
 from workflow_copy import ROOT, Project
 
 TOY = ROOT / "tests" / "toy_domain"
-METHODS = ["pretrained", "am", "fdc", "tfft"]
+METHODS = ["pretrained", "am", "fdc", "tfft", "best_of_4"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_methods_raise_what_they_are_for(run: Project) -> None:
     mean, tail = (values.xs(metric, level="metric") for metric in ("mean_reward", "top_20pct_reward"))
     assert list(mean.index) == METHODS
     assert mean["am"] > mean["pretrained"] + 0.1
-    assert min(mean["fdc"], mean["tfft"]) > mean["pretrained"]
+    assert min(mean["fdc"], mean["tfft"], mean["best_of_4"]) > mean["pretrained"]
     assert tail[["am", "fdc", "tfft"]].min() > tail["pretrained"]
 
 
@@ -74,6 +74,17 @@ def test_it_is_in_what_is_made_of_all_experiments(run: Project) -> None:
     assert "compass" in (results / "tables" / "costs.md").read_text()
     assert (results / "figures" / "compass.png").read_bytes().startswith(b"\x89PNG")
     assert "Every method of" in (run.folder / "report.html").read_text()
+
+
+def test_what_trains_nothing_says_what_its_samples_cost(run: Project) -> None:
+    tables = run.folder / "results" / "tables"
+    assert "| best_of_4 | 160.0 | 40.00 | 4.000 | 0.6363 |" in (tables / "compass.md").read_text()
+    costs = pd.read_csv(tables / "costs.csv").set_index("method")
+    assert costs.loc["best_of_4", ["sample_passes", "sample_rewards"]].tolist() == [160, 4]
+    assert costs.loc["am", ["sample_passes", "sample_rewards"]].tolist() == [40, 0]
+    # As many samples as take the passes of am, beyond those of plain ones.
+    assert costs.loc["best_of_4", "even"] == costs.loc["am", "passes"] / 120
+    assert costs.loc["best_of_4", "keep"] > 0
 
 
 def test_nothing_of_other_domains_is_run(run: Project) -> None:

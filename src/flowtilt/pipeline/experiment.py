@@ -35,7 +35,14 @@ from flowtilt.pipeline.configuration import (
 )
 from flowtilt.pipeline.domain import Domain, domain_named, domain_of, sources
 from flowtilt.pipeline.places import preferred
-from flowtilt.pipeline.sections import MethodConfig, OfflineConfig, SolverConfig, TailSpec, check_methods
+from flowtilt.pipeline.sections import (
+    MethodConfig,
+    OfflineConfig,
+    SolverConfig,
+    TailSpec,
+    check_methods,
+    check_tilt,
+)
 from flowtilt.yaml_files import dump_yaml
 
 
@@ -96,6 +103,8 @@ class Experiment(Section):
         check_methods(self.methods, self.solutions)
         for name, method in self.methods.items():
             self.solver_of(name)
+            if method.of is not None:
+                check_tilt(f"methods.{name}.of", method.of, self.methods)
             if method.kind == "resampled" and self.offline is None:
                 raise ValueError(f"offline: method {name!r} resamples an offline batch; add samples")
         return self

@@ -328,15 +328,14 @@ def check_methods(methods: Mapping[str, MethodConfig], solutions: Sequence[str])
                 f"methods.{name}: the pretrained model goes by the name pretrained; write "
                 "pretrained: {kind: pretrained}, once"
             )
-        if method.of is not None:
-            _check_tilt(f"methods.{name}.of", method.of, methods)
         of, _, solution = name.rpartition("_")
         if of in methods and solution in solutions:
             raise ValueError(f"methods.{name}: the name is taken by a row of the method {of}; rename it")
 
 
-def _check_tilt(key: str, of: str, methods: Mapping[str, MethodConfig]) -> None:
-    """Refuse a method that has no fixed tilt to keep samples by."""
+def check_tilt(key: str, of: str, methods: Mapping[str, MethodConfig]) -> None:
+    """Refuse a method that has no fixed tilt to keep samples by. Raises ValueError, naming the key and the
+    fix."""
     cure = "name a method of kind am or tfft, or remove the key, for the reward over alpha"
     if of not in methods:
         raise ValueError(f"{key}: there is no method {of!r} ({', '.join(methods)}); {cure}")

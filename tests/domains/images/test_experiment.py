@@ -16,6 +16,12 @@ from small import CONFIG
 
 LEFT_TAIL, ENTROPY = "text_to_image_left_tail", "text_to_image_entropy"
 FDC = {"kind": "fdc", "by": "exponents", "iterations": 1, "mass": None}
+OF_NO_BATCH: dict[str, Any] = {
+    "resampled": {"kind": "best_of", "n": 4},
+    "resampled_tfft": {"kind": "best_of", "n": 4, "of": None},
+    "steered_tfft": {"of": None},
+}
+"""Methods that train nothing without those that take the offline batch, or a threshold from it."""
 STAGES = [stage.name for stage in DOMAIN.stages]
 
 
@@ -69,11 +75,22 @@ def test_a_resolved_experiment_holds_its_model(name: str, tmp_path: Path) -> Non
         ),
         (
             LEFT_TAIL,
-            {"methods": {"tfft": FDC, "tfft_0.1": FDC, "tfft_0.5": FDC}, "offline": None},
+            {"methods": {"tfft": FDC, "tfft_0.1": FDC, "tfft_0.5": FDC} | OF_NO_BATCH, "offline": None},
             "offline: method 'tfft' finds its first step on an offline batch; add samples",
         ),
         (LEFT_TAIL, {"solver": {"endpoint_gradient": "likelihood_ratio"}}, "pathwise"),
-        (LEFT_TAIL, {"offline": None}, "offline: method 'tfft' finds its threshold from"),
+        (
+            LEFT_TAIL,
+            {"methods": OF_NO_BATCH, "offline": None},
+            "offline: method 'tfft' finds its threshold from",
+        ),
+        (LEFT_TAIL, {"offline": None}, "offline: method 'resampled' resamples an offline batch; add samples"),
+        (
+            LEFT_TAIL,
+            {"offline": {"samples": 19}},
+            "offline.samples: 19 are fewer than the 20 prompts, each of which 'resampled' resamples",
+        ),
+        (ENTROPY, {"methods": {"am": {"n": 4}}}, "n belongs to best_of, not to am; remove it"),
         (LEFT_TAIL, {"solver": {"passes": 0}}, "passes"),
         (LEFT_TAIL, {"objective": {"mass": 1.0}}, "mass"),
         (LEFT_TAIL, {"objective": {"utility": "mean"}}, "utility"),
@@ -141,10 +158,11 @@ def test_prompts_of_the_left_tail_are_the_drawn_sets_wishes() -> None:
 def test_a_stage_runs_again_for_what_it_reads_alone() -> None:
     before, after = load(LEFT_TAIL), load(LEFT_TAIL, evaluation={"images": 4})
     same = {s: stage_digest(before, s) == stage_digest(after, s) for s in STAGES}
-    assert {stage for stage, equal in same.items() if not equal} == {"sample", "evaluate"}
+    assert {stage for stage, equal in same.items() if not equal} == {"keep", "sample", "evaluate"}
     after = load(LEFT_TAIL, objective={"alpha": 1.0})
     same = {s: stage_digest(before, s) == stage_digest(after, s) for s in STAGES}
-    assert {stage for stage, equal in same.items() if not equal} == {"threshold", "finetune", "evaluate"}
+    changed = {stage for stage, equal in same.items() if not equal}
+    assert changed == {"threshold", "finetune", "keep", "evaluate"}
 
 
 def test_the_configuration_is_read_without_torch() -> None:

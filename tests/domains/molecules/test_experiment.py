@@ -43,7 +43,7 @@ def with_change(tmp_path: Path, change: dict[str, Any]) -> Path:
         (
             {"methods": {"am": {"kind": "ppo"}}},
             "methods.am.kind",
-            "'data', 'pretrained', 'am', 'fdc' or 'tfft'",
+            "'data', 'pretrained', 'am', 'fdc', 'tfft', 'best_of', 'resampled' or 'steered'",
         ),
         ({"methods": {"am": {"solver": {"pool": 1}}}}, "(whole file)", "methods.am.solver: key (whole file)"),
         ({"solver": {"kind": "weighted_fitting"}}, "(whole file)", "methods.fdc.solver.kind"),

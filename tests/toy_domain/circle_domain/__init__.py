@@ -67,7 +67,7 @@ class Evaluation(Section):
     samples: Count
     """Of each run."""
 
-    steps: Count
+    ode_steps: Count
     """Of the ODE solver that draws them."""
 
 

@@ -19,6 +19,7 @@ from flowtilt.metrics.tails import upper_tail_mean
 from flowtilt.model import Context, FlowModel
 from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import read_arrays, write_arrays, write_history, write_rows
+from flowtilt.pipeline.health import tuned_metrics
 from flowtilt.pipeline.stages import Climb, Workbench
 from flowtilt.pretraining import PretrainingSettings, fit_flow
 from flowtilt.rewards import Reward
@@ -117,12 +118,12 @@ def sample(job: Job) -> None:
     asked = job.experiment.evaluation
     flow = load_weights(new_flow(job.experiment), job.read("model"))
     random = generator_of(job.experiment.name, "sample", job.seed)  # models start from the same noise
-    x = sample_ode(flow, asked.samples, random, settings=OdeSettings(asked.steps))
+    x = sample_ode(flow, asked.samples, random, settings=OdeSettings(asked.ode_steps))
     write_arrays(job.outputs["samples"], x=x.numpy(force=True))
 
 
 def evaluate(job: Job) -> None:
-    """Metrics of a run's samples."""
+    """Metrics of a run's samples, and what was active in its training, or what its samples cost."""
     experiment, mass = job.experiment, job.experiment.objective.mass
     (x,) = read_arrays(job.read("samples"), "x")
     points = torch.as_tensor(x)
@@ -133,4 +134,4 @@ def evaluate(job: Job) -> None:
         f"top_{100 * mass:g}pct_reward": upper_tail_mean(rewards, mass),
         "resultant_length": float(mean.norm()),
     }
-    write_rows({job.method: metrics}, job.outputs["metrics"])
+    write_rows({job.method: metrics | tuned_metrics(job)}, job.outputs["metrics"])
