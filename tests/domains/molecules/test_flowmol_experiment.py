@@ -25,6 +25,7 @@ pytest.importorskip("rdkit", reason="the extra 'molecules' is not installed")
 NAME = "qm9_gaussian"
 METHODS = {
     "tfft": {"mass": 0.2},
+    "steered": {"every": 2},
     "fdc": {"iterations": 2, "mass": 0.5, "solver": {"pool": 8}},
     "am_fitted": {"kind": "am", "solver": {"kind": "weighted_fitting", "bank": 100, "bank_steps": 20}},
 }
@@ -101,6 +102,20 @@ def test_a_method_runs_from_fine_tuning_to_metrics(folder: Folder, method: str) 
     row = json.loads(folder.file(method, "metrics.json").read_text())["rows"][method]
     assert row["mean_negative_energy"] > 0
     assert row["training_energies"] > 0
+
+
+@pytest.mark.parametrize("method", ["best_of_4", "steered", "resampled"])
+def test_what_trains_nothing_keeps_molecules_of_it(folder: Folder, method: str) -> None:
+    """By the posterior mean of paths that differ by columns, where particles are steered."""
+    assert folder.run("keep", method) == 0
+    drawn = np.load(folder.file(method, "kept_samples.npz"))
+    assert drawn["coordinates"].shape == (30, 5, 3)
+    assert np.isfinite(drawn["coordinates"]).all()
+    assert set((drawn["numbers"] > 0).sum(1)) <= {2, 3, 5}
+    kept = json.loads(folder.file(method, "kept.json").read_text())
+    assert np.isfinite(kept["kl"])
+    if method == "steered":  # four particles; halfway, and at the end
+        assert kept["sample_rewards"] == 4 * 2
 
 
 # --- Bad input: one message, before anything is trained ---------------------------------------------

@@ -112,7 +112,7 @@ STAGES = (
     keep_stage(
         reads=_base,
         sections=("name", *_FLOW, "reward", "objective", "offline", "solver", "evaluation"),
-        needs=Needs((2000, 48000), (240, 5760), gpu=True, shared=True),
+        needs=Needs((2000, 48000), (240, 5760), gpu=True),
         samples="images",
         folders=("samples",),
     ),

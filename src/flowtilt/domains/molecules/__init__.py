@@ -100,7 +100,7 @@ STAGES = (
     keep_stage(
         reads=lambda run: {"pretrained": run.shared("model.safetensors")},
         sections=("name", "model", *_SOLVED, "reward", "objective", "offline", "solver", "evaluation"),
-        needs=Needs((2000, 16000), (240, 1440), gpu=True, shared=True),
+        needs=Needs((2000, 16000), (240, 1440), gpu=True),
         offline=lambda run: run.pretrained("offline.npz"),
     ),
     Stage(

@@ -131,7 +131,7 @@ STAGES = (
     keep_stage(
         reads=lambda run: {"pretrained": run.pretrained("model.safetensors")},
         sections=("name", "path", "network", "reward", "objective", "offline", "solver", "evaluation"),
-        needs=Needs((1500, 8000), (10, 60), gpu=True, shared=True, group="finetune", threaded=True),
+        needs=Needs((1500, 8000), (10, 60), gpu=True, group="finetune", threaded=True),
         of=_is_tail,
     ),
     _MEASURE_TAILS,
