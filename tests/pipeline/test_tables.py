@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowtilt.domains.planar.figures import draw_study
 from flowtilt.domains.planar.studies import (
     StudyRuns,
     findings,
@@ -39,6 +40,7 @@ from flowtilt.pipeline.report.measurements import (
     collect,
     entries,
     row_name,
+    run_folder,
     runs_of,
     split_row,
     summarise,
@@ -530,6 +532,42 @@ def test_iterations_stand_beside_the_line_of_reference(tmp_path: Path) -> None:
     assert set(frame.loc[frame["series"] == "fdc", "axis"]) == {1.0, 2.0, 10.0}
     text = (tmp_path / "tables/iterations.md").read_text(encoding="utf-8")
     assert f"- {said[0]}" in text
+
+
+def test_methods_that_train_nothing_stand_in_a_study_without_rows_at_finite_resolution(
+    tmp_path: Path,
+) -> None:
+    methods = (*METHODS, Method("best_of_4", "best_of"), Method("steered", "steered"))
+    cases = [
+        made_up_runs(f"widths/{width}", methods=methods, of="risk_averse_2d", value=width)
+        for width in (0.1, 0.2)
+    ]
+    tails = {row_name(m.name, solution): 90.0 for m in methods for solution in SOLUTIONS}
+    for runs in cases:
+        write_metrics(tmp_path, runs, plain_metrics(runs, tails))
+        for seed in runs.seeds:
+            file = run_folder(tmp_path, runs, "am", "resolved", seed) / "metrics.json"
+            rows = json.loads(file.read_text())["rows"]
+            del rows["best_of_4_resolved"], rows["steered_resolved"]
+            file.write_text(json.dumps({"rows": rows}))
+    study = StudyRuns("widths", "Widths", "half-width", tuple(cases), 0.05)
+    _, (panel,), note = study_table(tmp_path, study)
+    assert [line[1] for line in panel.lines if line[0] == "0.1"] == [m.name for m in methods]
+    (line,) = (line for line in panel.lines if line[:2] == ["0.1", "steered"])
+    shown = dict(zip(panel.header, line, strict=True))
+    assert shown["worst-1 % mean (cost), exact"] == "90.50 ± 0.71"
+    assert shown["worst-1 % mean (cost), finite resolution"] == ""
+    assert "am: the network's" in note
+    assert "steered" not in note  # what is said is of networks
+    draw_study(tmp_path, study, tmp_path / "widths")
+    assert (tmp_path / "widths.png").is_file()
+    # A row that is to be there and is not stops the table, as ever.
+    file = run_folder(tmp_path, cases[0], "am", "exact", 0) / "metrics.json"
+    rows = json.loads(file.read_text())["rows"]
+    del rows["am_exact"]
+    file.write_text(json.dumps({"rows": rows}))
+    with pytest.raises(ResultsError, match="no row 'am_exact'"):
+        collect(tmp_path, cases[0])
 
 
 # ----------------------------------------------------------------- the project's own files

@@ -1,9 +1,12 @@
+import itertools
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
 from flowtilt.domains.planar.grid import (
     Grid,
+    best_of_tilt,
     expected_reward_tilt,
     finite_distribution,
     gaussian_blur,
@@ -349,3 +352,29 @@ def test_a_density_given_the_mode_is_read_at_each_point_by_its_own():
     fine = np.linspace(-1.5, 1.5, 4)
     u, v = np.meshgrid(fine, fine, indexing="ij")
     np.testing.assert_allclose(density.on(fine), np.stack([u + v**2, 3 * u - v]), atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_the_best_of_n_by_brute_force(n):
+    """Over all draws of n cells, with rewards that tie: of those the first drawn is kept."""
+    log_p, rewards = small_distribution(3)
+    rewards[0, 1], rewards[1, 2] = rewards[0, 0], rewards[1, 1]
+    p, r = np.exp(log_p).ravel(), rewards.ravel()
+    expected = np.zeros(len(p))
+    for draw in itertools.product(range(len(p)), repeat=n):
+        chosen = max(draw, key=lambda cell: r[cell])  # the first of those that tie
+        expected[chosen] += np.prod(p[list(draw)])
+    found = np.exp(best_of_tilt(log_p, rewards, n))
+    assert found.shape == log_p.shape
+    np.testing.assert_allclose(found.ravel(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [4, 64, 4096])
+def test_the_best_of_n_on_a_grid_is_as_far_away_as_for_a_continuous_reward(n):
+    log_p, rewards = planar_distribution("upper")
+    level = Grid(extent=5.0, cells=160).points @ np.array([1.0, 0.37])  # hardly a tie
+    for values in (level, -level):
+        far = kl_divergence(best_of_tilt(log_p, values, n), log_p)
+        assert far == pytest.approx(np.log(n) - (n - 1) / n, rel=0.02)
+    assert np.isfinite(best_of_tilt(log_p, rewards, n)).all()
+    assert kl_divergence(best_of_tilt(log_p, rewards, n), log_p) <= np.log(n) - (n - 1) / n
