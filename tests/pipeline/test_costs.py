@@ -27,6 +27,7 @@ HEADER = "s\th:m:s\tmax_rss\tmax_vms\tmax_uss\tmax_pss\tio_in\tio_out\tmean_load
 RISK, HIERARCHY, ITERATIONS = (
     CONFIG / "experiments" / f"{name}.yaml" for name in ("risk_averse_2d", "hierarchy_2d", "iterations_2d")
 )
+MOLECULES = CONFIG / "experiments" / "molecules_qm9.yaml"
 FINETUNE = "planar_finetune"
 MEASURE, MEASURES = (f"planar_measure_{name}/{name}" for name in ("risk_averse_2d", "hierarchy_2d"))
 """Benchmarks of the rules that measure the runs of a file together."""
@@ -241,3 +242,32 @@ def test_totals_by_rule(benchmarks: Path) -> None:
     text = prefix.with_suffix(".md").read_text()
     assert f"| all | 10 | {163 + 9 + 15:.1f} | 800.0 |" in text
     assert "booktabs" in prefix.with_suffix(".tex").read_text()
+
+
+def test_what_trains_nothing_has_its_cost_a_sample_and_where_tuning_is_even(tmp_path: Path) -> None:
+    """On molecules, whose passes are counted: am takes 20,000, and a plain sample 4 times 5."""
+    (experiment,) = load_file(MOLECULES, {"molecules": {"seeds": 2}}).values()
+    runs = tmp_path / "runs" / "molecules_qm9"
+    for seed in (0, 1):
+        (runs / f"am/seed{seed}").mkdir(parents=True)
+        (runs / f"am/seed{seed}/history.csv").write_text("active_share,network_passes\n1,20000\n")
+        (runs / f"best_of_4/seed{seed}").mkdir(parents=True)
+        row = {"best_of_4": {"sample_passes": 80.0, "sample_rewards": 4.0 + 2 * seed}}
+        (runs / f"best_of_4/seed{seed}/metrics.json").write_text(json.dumps({"rows": row}))
+        write(tmp_path / "benchmarks", f"molecules_keep/molecules_qm9/best_of_4/seed{seed}", 30.0 + seed)
+        for stage, method in (("evaluate", "best_of_4"), ("sample", "am"), ("evaluate", "am")):
+            write(tmp_path / "benchmarks", f"molecules_{stage}/molecules_qm9/{method}/seed{seed}", 10.0)
+    lines = costs_of(tmp_path / "benchmarks", [experiment])
+    found = {line.method: line for line in lines}
+    best, am, data = found["best_of_4"], found["am"], found["data"]
+    assert (best.sample_passes, best.sample_rewards, best.keep) == (80, 5, 30.5)
+    assert (am.sample_passes, am.sample_rewards) == (20, 0)
+    assert best.even == 20000 / (80 - 20)
+    assert math.isnan(am.even)
+    assert math.isnan(data.sample_passes)
+    assert math.isnan(found["best_of_16"].sample_passes)  # not run
+    assert (best.assess, am.assess) == (10, 20)  # its samples are drawn as they are kept
+    panel = cost_panel(lines, "Molecules")
+    shown = dict(zip(panel.header, next(line for line in panel.lines if line[0] == "best_of_4"), strict=True))
+    assert shown["keeping samples (s)"] == "30.50"
+    assert (shown["network passes a sample"], shown["even at samples"]) == ("80.00", "333.3")

@@ -22,7 +22,7 @@ def test_all_files_of_a_run_are_there(finished: Project) -> None:
     }
     overrides = yaml.safe_load((finished.folder / "config" / "smoke.yaml").read_text())["overrides"]
     files = list(runs.rglob("metrics.json"))
-    assert len(files) == 3  # of the data, the pretrained model, and one method
+    assert len(files) == 4  # of the data, the pretrained model, a tuned one, and what is kept
     for metrics in files:
         (row,) = json.loads(metrics.read_text(), parse_constant=pytest.fail)["rows"].values()
         assert row["molecules"] == overrides["molecules"]["evaluation"]["samples"]

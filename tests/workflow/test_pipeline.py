@@ -155,7 +155,7 @@ def test_deleted_intermediate_reruns_only_what_depends_on_it(finished: Project) 
     assert after.keys() == before.keys()
     rerun = {str(path) for path in after if after[path] != before[path]}
     measured_together = [
-        f"runs/risk_averse_2d/{method}/seed0" for method in ("pretrained", "am", "fdc", "tfft")
+        f"runs/risk_averse_2d/{method}/seed0" for method in ("pretrained", "am", "fdc", "tfft", "best_of_4")
     ]
     assert rerun == {
         *(f"{run}/{file}" for run in measured_together for file in ("samples.npz", "metrics.json")),

@@ -284,9 +284,11 @@ def _of_a_sample(results: Path, run: Run) -> tuple[float, float]:
         return (float(experiment.sample_passes), 0.0) if kind in ("pretrained", *TUNED) else (math.nan,) * 2
     runs = (replace(run, results=str(results), seed=seed) for seed in experiment.seeds)
     files = [file for one in runs if (file := Path(one.file("metrics.json"))).is_file()]
-    rows = [read_metrics(file)[run.method] for file in files]
-    passes, rewards = ([row[name] for row in rows] for name in ("sample_passes", "sample_rewards"))
-    return mean_sd(passes)[0], mean_sd(rewards)[0]
+    rows = [read_metrics(file).get(run.method, {}) for file in files]
+    passes, rewards = (
+        mean_sd([row.get(name, math.nan) for row in rows])[0] for name in ("sample_passes", "sample_rewards")
+    )
+    return passes, rewards
 
 
 def _passes(results: Path, run: Run) -> float:
