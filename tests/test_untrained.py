@@ -235,6 +235,20 @@ def test_the_normaliser_is_without_bias_whatever_the_weightings():
         assert np.mean(found) == pytest.approx(1, abs=3 * np.std(found) / 10 + 0.02)
 
 
+def test_effective_samples_bound_what_the_normaliser_is_worth():
+    """The variance of ``log Z`` over repeats is ``1 / effective - 1 / N`` by one weighting, to its own error of
+    a fifth; by several it is more, since copies have their past in common."""
+    reward, flow = Quadratic([1.5, 0.5]), GaussianFlow(PATHS["linear"], GAUSSIAN)
+    ratios = {}
+    for every in (12, 4):
+        settings = SteeringSettings(4, 12, every)
+        found = [steer(flow, reward, 0.8, 200, settings, generator(seed)) for seed in range(60)]
+        noise = np.var([float(kept.log_normalisers[0]) for kept in found])
+        ratios[every] = noise / np.mean([(1 / kept.effective_share - 1) / 800 for kept in found])
+    assert ratios[12] == pytest.approx(1, abs=0.5)
+    assert ratios[4] > 0.7
+
+
 def test_one_particle_each_is_a_plain_draw_and_costs_what_it_says():
     kept = steer(
         GaussianFlow(PATHS["linear"], GAUSSIAN),

@@ -40,8 +40,9 @@ class Kept:
         reward_calls: of the reward, for each one that is kept.
         kl: from the pretrained distribution, in nats: see each function.
         effective_share: effective samples over those that were drawn, where they are weighted; else 1. Of
-            sequential Monte Carlo the smallest that a weighting had. Over contexts it is the harmonic mean,
-            as in :class:`flowtilt.tilts.Tilted`.
+            sequential Monte Carlo ``1 / (1 + sum_k (1 / s_k - 1))`` by the shares at all resamplings and at
+            the end: an upper bound, since copies have their past in common. Over contexts it is the harmonic
+            mean, as in :class:`flowtilt.tilts.Tilted`.
         distinct_share: distinct samples over those kept.
         log_normalisers: ``log E[exp(tilt) | group]`` as estimated, where one is, by group.
     """
@@ -272,7 +273,7 @@ def steer(
         settings.particles * settings.steps * model.evaluations("sampling"),
         settings.particles * weightings,
         kl,
-        cloud.least,
+        cloud.effective_share,
         len(np.unique(cloud.copies[index.numpy(force=True)])) / count,
         cloud.log_normalisers,
     )
@@ -299,7 +300,7 @@ class _Cloud:
 
     Attributes:
         log_normalisers: as estimated so far, (groups,).
-        least: smallest effective share of all particles so far.
+        noise: ``sum_k (1 / s_k - 1)`` by a group's shares at its resamplings and at the end, (groups,).
         copies: like numbers for particles in one place, (N,).
     """
 
@@ -308,7 +309,7 @@ class _Cloud:
         self.members = [np.flatnonzero(groups.labels == group) for group in range(len(groups))]
         size = len(groups.labels)
         self.log_weights, self.potentials = np.zeros(size), np.zeros(size)
-        self.log_normalisers, self.least = np.zeros(len(groups)), 1.0
+        self.log_normalisers, self.noise = np.zeros(len(groups)), np.zeros(len(groups))
         self.copies = np.arange(size)
 
     def apart(self) -> None:
@@ -325,17 +326,19 @@ class _Cloud:
         new = potentials.numpy(force=True)
         self.log_weights += new - self.potentials
         self.potentials = new.copy()
-        index, each = np.arange(len(new)), np.ones(len(self.members))
+        index, moved = np.arange(len(new)), False
         for group, own in enumerate(self.members):
             p = self._normalised(own)
-            each[group] = 1 / (p @ p) / len(own)
-            if last or each[group] >= self.share:
+            share = 1 / (p @ p) / len(own)
+            if last or share < self.share:
+                self.noise[group] += 1 / share - 1
+            if last or share >= self.share:
                 continue
+            moved = True
             self.log_normalisers[group] += _log_mean_exp(self.log_weights[own])
             index[own] = own[systematic(p, len(own), self._uniform())]
             self.log_weights[own] = 0.0
-        self.least = min(self.least, float(1 / (self.groups.shares / each).sum()))
-        if last or (each >= self.share).all():
+        if not moved:
             return None
         self.potentials, self.copies = self.potentials[index], self.copies[index]
         return torch.from_numpy(index).to(potentials.device)
@@ -352,6 +355,11 @@ class _Cloud:
             order = torch.randperm(len(chosen), generator=self.generator).numpy(force=True)
             index[own[::particles] // particles] = chosen[order]
         return torch.from_numpy(index), float(kl)
+
+    @property
+    def effective_share(self) -> float:
+        """See :class:`Kept`."""
+        return float(1 / (self.groups.shares @ (1 + self.noise)))
 
     def _normalised(self, own: np.ndarray) -> np.ndarray:
         """Weights of the particles of a group, of sum 1."""

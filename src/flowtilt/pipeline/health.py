@@ -58,7 +58,7 @@ KEEPING_NOTE = (
     "fine-tuned model draws at the price of a plain sample. The offline batch is shared out over the samples "
     "that were kept of it. The KL divergence from the pretrained distribution is log n - (n - 1) / n for the "
     "best of n, that of the bank's weights for resampling, and E[f] / alpha - log Z for steering by f. "
-    "Effective samples are of the bank, or the fewest of all particles. Flags: few, fewer than "
+    "Effective samples are of the bank, or of all particles and resamplings together. Flags: few, fewer than "
     f"{LEAST_ESS:g} effective samples; copies, less than {100 * LEAST_DISTINCT:g} % of the samples are "
     "distinct, and measures of diversity and tails are those of fewer samples."
 )
