@@ -236,8 +236,8 @@ def test_the_normaliser_is_without_bias_whatever_the_weightings():
 
 
 def test_effective_samples_bound_what_the_normaliser_is_worth():
-    """The variance of ``log Z`` over repeats is ``1 / effective - 1 / N`` by one weighting, with an error of a
-    fifth; by several it is more, since copies have their past in common."""
+    """By one weighting ``log Z`` has the variance ``1 / effective - 1 / N`` over repeats, within an error of a
+    fifth; by several it has more, since copies have their past in common."""
     reward, flow = Quadratic([1.5, 0.5]), GaussianFlow(PATHS["linear"], GAUSSIAN)
     ratios = {}
     for every in (12, 4):
