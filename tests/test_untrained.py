@@ -236,7 +236,7 @@ def test_the_normaliser_is_without_bias_whatever_the_weightings():
 
 
 def test_effective_samples_bound_what_the_normaliser_is_worth():
-    """By one weighting ``log Z`` has the variance ``1 / effective - 1 / N`` over repeats, within an error of a
+    """By one weighting ``log Z`` has the variance ``1 / effective - 1 / N`` over repeats, to within a
     fifth; by several it has more, since copies have their past in common."""
     reward, flow = Quadratic([1.5, 0.5]), GaussianFlow(PATHS["linear"], GAUSSIAN)
     ratios = {}
