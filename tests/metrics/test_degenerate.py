@@ -17,6 +17,7 @@ from flowtilt.metrics.diversity import (
 from flowtilt.metrics.entropy import histogram_entropy, likelihood_entropy
 from flowtilt.metrics.tails import (
     dominance_violation,
+    hinge,
     lower_tail_mean,
     quantile,
     tail_mean,
@@ -48,6 +49,8 @@ REFUSED = [
     *((tail_mean, ([], 0.5, tail), "at least one value") for tail in ("lower", "upper")),
     *((tail_mean, ([1, NAN], 0.5, tail), "finite values; 1 are not") for tail in ("left", "right")),
     *((tail_mean, ([1, 2], 0.5, tail), "a tail must be lower") for tail in ("both", "", None)),
+    *((hinge, (np.ones(2), 0.0, mass, "upper"), "must lie in") for mass in (0, -0.1, 1.1, NAN, INF)),
+    *((hinge, (np.ones(2), 0.0, 0.5, tail), "a tail must be lower") for tail in ("both", "", None)),
     (dominance_violation, ([], [1]), "at least one value"),
     (dominance_violation, ([1], []), "at least one value"),
     *((dominance_violation, pair, "finite values; 1 are not") for pair in (([NAN], [1]), ([1], [1, NAN]))),

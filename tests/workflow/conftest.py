@@ -35,7 +35,7 @@ def finished(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def whole(pytestconfig: pytest.Config) -> Project:
-    """A project in which the whole smoke configuration has been run on one core, each job in its environment.
+    """A project in which the whole smoke configuration has been run, each job in its environment.
 
     Tests change nothing in it. Beside it is the folder ``conda`` of the stand-in that made the environments.
     """
@@ -43,12 +43,10 @@ def whole(pytestconfig: pytest.Config) -> Project:
 
 
 def run_in_environments(project: Project) -> CompletedProcess[str]:
-    """Make the environments, and then run all jobs in them; on one core, since other tests have the other."""
+    """Make the environments, and then run all jobs in them."""
     conda = StandInConda.in_folder(project.folder / "conda")
     alone = project.deploy(conda, *SMOKE, "--conda-create-envs-only")
-    return (
-        alone if alone.returncode or project.smoke.exists() else project.deploy(conda, *SMOKE, "--cores", "1")
-    )
+    return alone if alone.returncode or project.smoke.exists() else project.deploy(conda, *SMOKE)
 
 
 def kept_run(config: pytest.Config, name: str, run: Callable[[Project], CompletedProcess[str]]) -> Path:

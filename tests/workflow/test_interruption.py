@@ -19,8 +19,8 @@ import pytest
 from flowtilt.resuming import SECONDS
 from workflow_copy import PROFILE, SHORT, Project
 
-# One experiment with everything that stands before its rows in the comparison.
-TARGETS = ("risk_averse_2d", "results/smoke/tables/comparison.csv")
+# The table of one experiment, and everything that stands before its rows in the comparison.
+TARGETS = tuple(f"results/smoke/tables/{name}.csv" for name in ("risk_averse_2d", "comparison"))
 ONE = ("--config", "experiments=[risk_averse_2d]", "--", *TARGETS)
 RUNS = "results/smoke/runs/risk_averse_2d"
 WAIT = 1200.0

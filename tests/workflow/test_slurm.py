@@ -185,9 +185,10 @@ def test_the_script_leaves_another_clusters_configuration_alone() -> None:
 
 
 def test_values_are_those_of_a_local_run(cluster: bool, project: Project, finished: Project) -> None:
-    # One experiment, with everything that stands before its rows in the comparison.
+    # The table of one experiment, and everything that stands before its rows in the comparison.
     one = ("--config", "experiments=[risk_averse_2d]")
-    target = (*SHORT, *one, "--", "risk_averse_2d", "results/smoke/tables/comparison.csv")
+    tables = [f"results/smoke/tables/{name}.csv" for name in ("risk_averse_2d", "comparison")]
+    target = (*SHORT, *one, "--", *tables)
     status, output, seen = submitted(project, *target)
     assert status == 0, output
     for rules in ("planar_pretrain", "planar_finetune", "planar_measure_risk_averse_2d", "planar_exact"):
@@ -211,7 +212,7 @@ def test_snakemake_alone_submits_jobs_in_environments_of_conda(
     cluster: bool, plain: Path, project: Project, finished: Project, conda: StandInConda
 ) -> None:
     """Made where Snakemake runs, once, on storage that nodes see."""
-    arguments = (*PROFILE, *QUICK, "--use-conda", *SMOKE, "--", THEORY, MODEL)
+    arguments = (*PROFILE, *QUICK, "--use-conda", *SHORT, "--", THEORY, MODEL)
     run = start(plain / "snakemake", project.folder, *arguments, conda=conda)
     assert run.returncode == 0, run.stdout
     assert run.stdout.count("has been submitted") == 2
@@ -256,7 +257,7 @@ def test_a_failing_job_ends_the_run_with_its_message(cluster: bool, project: Pro
 def test_slurms_own_refusal_is_shown(cluster: bool, project: Project) -> None:
     target = "results/smoke/theory/threshold.json"
     more = ("--set-resources", "theory:mem_mb=100000000", "--retries", "0")
-    status, output, _ = submitted(project, *SMOKE, *more, "--", target)
+    status, output, _ = submitted(project, *SHORT, *more, "--", target)
     assert status != 0
     assert "sbatch failed" in output
     assert "Memory specification can not be satisfied" in output or "is not available" in output
@@ -317,7 +318,7 @@ def test_a_cluster_without_a_default_partition_needs_a_name(cluster: bool, proje
         said = doctor(project).stdout
         for word in ("no default one", "name one of local", "SBATCH_PARTITION"):
             assert word in said
-        status, output, seen = submitted(project, *SMOKE, "--", target, SBATCH_PARTITION="local")
+        status, output, seen = submitted(project, *SHORT, "--", target, SBATCH_PARTITION="local")
         assert status == 0, output
         assert len(seen) == 1
     finally:
@@ -329,7 +330,7 @@ def test_gpus_are_asked_for_where_the_configuration_has_them(
 ) -> None:
     target = "results/smoke/runs/risk_averse_2d/tfft/seed0/threshold.json"
     given = ("--config", "gpu=1", "--retries", "0")
-    status, output, seen = submitted(project, *SMOKE, *given, "--", target)
+    status, output, seen = submitted(project, *SHORT, *given, "--", target)
     # Each job of a network has a submission of its own, and a GPU; the threshold has none.
     asked = {comment: {line.split("|")[-1] for line in lines} for comment, lines in seen.items()}
     assert any("pretrain" in comment for comment in asked)

@@ -21,7 +21,7 @@ import yaml
 
 from environments import StandInConda, make_environment
 from starting import HERE, MODEL, THEORY, assert_same, module, start
-from workflow_copy import ROOT, SMOKE, Project
+from workflow_copy import ROOT, SHORT, SMOKE, Project
 
 TABLE = "results/smoke/tables/entropy_2d.csv"
 
@@ -86,7 +86,7 @@ def test_each_clone_runs_its_own_code_in_environments_that_it_shares(
     broken, whole = (Project.copied_to(tmp_path / name) for name in ("broken", "whole"))
     stage = broken.folder / "src" / "flowtilt" / "pipeline" / "theory" / "stage.py"
     stage.write_text("raise RuntimeError('the code of the first clone')\n", encoding="utf-8")
-    shared = ("--use-conda", "--conda-prefix", str(tmp_path / "shared"), *SMOKE, "--", THEORY)
+    shared = ("--use-conda", "--conda-prefix", str(tmp_path / "shared"), *SHORT, "--", THEORY)
     run = start(plain / "snakemake", broken.folder, *shared, conda=conda)
     assert run.returncode != 0
     assert "the code of the first clone" in run.stdout
@@ -126,27 +126,28 @@ def test_your_own_environment_is_started_as_the_readme_says(project: Project, fi
     assert "'.[workflow,molecules,images]'\nsnakemake --cores all\n```" in (ROOT / "README.md").read_text(
         encoding="utf-8"
     )
-    run = start(HERE, project.folder, *SMOKE, "--", THEORY, MODEL)
+    run = start(HERE, project.folder, *SHORT, "--", THEORY, MODEL)
     assert run.returncode == 0, run.stdout
     assert_same(project.folder, finished, [THEORY, MODEL])
 
 
 def test_make_is_started_as_the_readme_says(project: Project, finished: Project) -> None:
+    """On one core, where the run that it is compared with had two."""
     words = line("make results")
     shutil.copy(ROOT / "Makefile", project.folder)
     environment = Path(sys.prefix)
     # With the environment that is there; pip's part takes gigabytes.
-    given = [f"VENV={environment}", "--assume-old", f"{environment}/.complete", "CORES=2"]
+    given = [f"VENV={environment}", "--assume-old", f"{environment}/.complete", "CORES=1"]
     shown = subprocess.run(
         [*words, *given, "--dry-run"], cwd=project.folder, capture_output=True, text=True, check=True
     )
     command = shown.stdout.splitlines()[-1]
     assert command.startswith(
-        f"{environment}/bin/snakemake --workflow-profile workflow/profiles/default --cores 2"
+        f"{environment}/bin/snakemake --workflow-profile workflow/profiles/default --cores 1"
     )
-    run = start(HERE, project.folder, *shlex.split(command)[1:], *SMOKE, "--", THEORY)
+    run = start(HERE, project.folder, *shlex.split(command)[1:], *SHORT, "--", THEORY, MODEL)
     assert run.returncode == 0, run.stdout
-    assert_same(project.folder, finished, [THEORY])
+    assert_same(project.folder, finished, [THEORY, MODEL])
 
 
 APPTAINER = """\
@@ -172,7 +173,7 @@ def test_a_container_is_started_as_the_readme_says(
     (engine.bin / "apptainer").chmod(0o755)
     (project.folder / "envs" / "flowtilt.sif").write_bytes(b"")
     run = start(
-        plain / "snakemake", project.folder, *line("--sdm apptainer")[3:], *SMOKE, "--", THEORY, conda=engine
+        plain / "snakemake", project.folder, *line("--sdm apptainer")[3:], *SHORT, "--", THEORY, conda=engine
     )
     assert run.returncode == 0, run.stdout
     assert_same(project.folder, finished, [THEORY])

@@ -63,7 +63,7 @@ def test_metrics_have_one_row_a_method_and_no_nan(whole: Project) -> None:
 
 
 def test_the_values_are_those_of_the_short_run(whole: Project, finished: Project) -> None:
-    """Beside other experiments, in other environments, in another folder, and on one core in place of two."""
+    """Beside other experiments, in other environments, and in another folder."""
     short = yaml.safe_load((finished.folder / "config" / "short.yaml").read_text(encoding="utf-8"))
     # A table without the methods that the short run leaves out is another one.
     alike = {*short["experiments"]} - {*short["overrides"]["skip"]}

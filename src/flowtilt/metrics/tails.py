@@ -21,7 +21,11 @@ def hinge(rewards: Any, at: float, mass: float, tail: Tail) -> Any:
 
     Args:
         rewards: an array or a tensor, of any shape; NaN stays NaN.
+
+    Raises:
+        ValueError: for a mass outside of (0, 1], or another tail.
     """
+    _check_mass(mass)
     excess = rewards - at
     return (excess.clip(max=0.0) if read_tail(tail) == "lower" else excess.clip(min=0.0)) / mass
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,12 @@ import torch
 
 from by_hand import pretrained
 from flowtilt import thresholds
-from flowtilt.domains.planar import distributions
 from flowtilt.domains.planar.build import build_data, build_model, build_slope
 from flowtilt.domains.planar.experiment import FunctionalExperiment
 from flowtilt.domains.planar.files import read_density
 from flowtilt.domains.planar.grid import Grid, finite_distribution
 from flowtilt.domains.planar.optimum import mirror_iterates
 from flowtilt.domains.planar.problems import build_objective
-from flowtilt.functionals.critic import CriticSettings
 from flowtilt.metrics.transport import sliced_wasserstein
 from flowtilt.pipeline.configuration import ConfigError, merge
 from flowtilt.pipeline.experiment import load_file
@@ -31,17 +28,16 @@ SMALL = {"grid": {"cells": 16}}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", ["adjoint_matching", "weighted_fitting"])
-def test_transport_in_a_row(tmp_path: Path, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transport_in_a_row(tmp_path: Path, solver: str) -> None:
     critic = {"updates": 20}
-    # However short its training, a critic is a lower estimate.
-    monkeypatch.setattr(distributions, "CriticSettings", partial(CriticSettings, updates=50))
     fdc = {"iterations": 2, "objective": {"divergence": {"kind": "wasserstein1", "critic": critic}}}
     experiment = tiny(
         "ot_2d",
         **SMALL,
         solver={"kind": solver, "bank": 1000},
         methods={"fdc_dA": fdc},
-        evaluation={"transport": {"samples": 100}},
+        # However short its training, a critic is a lower estimate.
+        evaluation={"transport": {"samples": 100, "critic_updates": 50}},
     )
     folder = pretrained(tmp_path, experiment)
     for method in ("am", "fdc_dA"):

@@ -269,6 +269,6 @@ def critic_metrics(experiment: FunctionalExperiment, cloud: Cloud, reference: Cl
     own, other = (torch.from_numpy(c.first(config.samples).points).float() for c in (cloud, reference))
     metrics: Metrics = {}
     for name, weights in config.metrics.items():
-        critic = train_critic(own, other, weights, CriticSettings(seed=seed))
+        critic = train_critic(own, other, weights, CriticSettings(config.critic_updates, seed=seed))
         metrics[f"w1_{name}_critic"] = float(critic.value(own).mean() - critic.value(other).mean())
     return metrics

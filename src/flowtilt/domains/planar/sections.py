@@ -345,7 +345,10 @@ class TransportConfig(Section):
     """Ground metrics by name: the weights w of the two axes in d(x, y)^2 = sum_i w_i (x_i - y_i)^2."""
 
     samples: Count
-    """Samples of either distribution in the exact optimal transport."""
+    """Samples of either distribution in the exact optimal transport, and of those that critics see."""
+
+    critic_updates: Count = 1000
+    """Updates of the critic that estimates W1 from below, one for each ground metric."""
 
 
 class EntropyConfig(Section):
