@@ -1,4 +1,4 @@
-"""A report for any domain: every metric in one table, and a figure of the metric that it leads with."""
+"""A report for any domain: its metrics in one table, and a figure of the metric that it leads with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["draw", "reported", "table"]
 
 
 def table(shown: Shown) -> Table:
-    """Every metric, in the order of the runs' ``metrics.json``."""
+    """Every metric but those of the panels, in the order of the runs' ``metrics.json``."""
     return experiment_table(shown)
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from flowtilt.files import atomic_path, write_text
 from flowtilt.pipeline.experiment import Experiment, load_file
-from flowtilt.pipeline.health import KEEPING_NOTE
+from flowtilt.pipeline.health import HEALTH, KEEPING, KEEPING_NOTE
 from flowtilt.pipeline.health import NOTE as HEALTH_NOTE
 from flowtilt.pipeline.report.base import Shown, Table, beside, report_of, shown_file
 from flowtilt.pipeline.report.comparison import (
@@ -95,14 +95,17 @@ def experiment_table(
     """The table of an ordinary experiment.
 
     Args:
-        groups: metrics of each part by its caption, from the table's own; by default all under that.
+        groups: metrics of each part by its caption, from the table's own; by default all under that, but for
+            those that are shown in a panel of every table.
         findings: sentences on what holds of what should, from all metrics; they are above the note.
 
     Raises:
         ResultsError: if a file of results is missing or malformed.
     """
     long, caption = shown.collected, f"{shown.title}: {over_seeds(len(shown.experiments[0].seeds))}"
-    parts = groups(caption) if groups else {caption: list(dict.fromkeys(long["metric"]))}
+    every = dict.fromkeys(long["metric"])
+    plain = [metric for metric in every if metric == "kl" or metric not in (*HEALTH, *KEEPING)]
+    parts = groups(caption) if groups else {caption: plain}
     compared = comparison(long, shown.reported)
     panels = panels_of(entries(summarise(long)), parts, reported_columns(compared))
     text = f"{listed(findings(long))}{' '.join(filter(None, [note, verdict_note(compared)]))}"
