@@ -112,11 +112,11 @@ def test_an_adjoint_that_is_solved_back_to_a_step_is_that_of_the_whole_way():
 
 def test_where_only_late_steps_are_trained_the_early_velocity_stays_the_bases_and_the_late_one_does_not():
     base = small_flow()
-    settings = replace(SMALL, adjoint_from=0.5, updates=20, learning_rate=0.05)
+    settings = replace(SMALL, adjoint_from=0.5, rest_share=1.0, updates=20, learning_rate=0.05)
     tuned = solve(base, RewardVariation(QUADRATIC), 1.0, settings, generator(1)).model
     x = torch.randn(4, 2, generator=generator(2), dtype=torch.float64)
     moved = [
-        float((tuned.velocity(x, tensor(t)) - base.velocity(x, tensor(t))).abs().max())
+        float((tuned.velocity(x, tensor(t)) - base.velocity(x, tensor(t))).abs().max().detach())
         for t in base.time_grid(5)[:-1]
     ]
     assert moved[:3] == [0.0, 0.0, 0.0]
@@ -221,7 +221,6 @@ def test_with_a_buffer_and_parts_a_gaussian_is_tilted_to_the_closed_form():
     tuned = solve(base, RewardVariation(QUADRATIC), weight, settings, generator(5)).model
     mean, covariance = chain_distribution(tuned, steps)
     discrete = matched_distribution(base, QUADRATIC, weight, steps)
-    print(relative_error(mean, discrete[0]), relative_error(covariance, discrete[1]))
     assert relative_error(mean, discrete[0]) < 0.02
     assert relative_error(covariance, discrete[1]) < 0.02
 
@@ -301,7 +300,7 @@ def test_parts_of_a_batch_have_the_gradients_of_the_whole():
     x = torch.randn(7, 2, generator=generator(0), dtype=torch.float64)
     for percentile in (None, 85.0):
         whole, parts = (perturbed(QUADRATIC, x, 4, 0.02, percentile, part) for part in (7, 3))
-        torch.testing.assert_close(whole, parts, rtol=0, atol=0)
+        torch.testing.assert_close(whole, parts, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("percentile", [1.0, 50.0, 85.0, 100.0])

@@ -242,9 +242,9 @@ class Draw:
 def stratified_draw(active: Tensor, batch: int, generator: torch.Generator, most: int | None = None) -> Draw:
     """Thin a pool to a batch without losing the few that carry a gradient.
 
-    Up to half of the batch, or another number, is drawn, without replacement, from the active part of the pool and
-    the rest from the inactive part; each stratum is weighted by its share of the pool over its
-    share of the batch, so weighted batch means are unbiased for pool means.
+    Up to half of the batch, or another number, is drawn, without replacement, from the active part
+    of the pool and the rest from the inactive part; each stratum is weighted by its share of the pool
+    over its share of the batch, so weighted batch means are unbiased for pool means.
 
     Args:
         active: bool, (pool,).
@@ -618,7 +618,7 @@ def _fill(
     sharing: Processes,
     start: int,
 ) -> _Buffer:
-    """Solve the adjoints of a batch at some steps, a few trajectories at a time, back to the step ``start``."""
+    """Solve the adjoints of some trajectories at some steps, a few at a time, back to the step ``start``."""
     trajectories = batch.trajectories
     adjoints = velocities = torch.zeros_like(trajectories[at])
     clipped = 0

@@ -1,4 +1,4 @@
-"""Which time steps of a trajectory are in the loss of Adjoint Matching: parts of the grid, and draws of them."""
+"""Which time steps of a trajectory are in the loss of Adjoint Matching: parts of the grid, and draws."""
 
 from __future__ import annotations
 

@@ -127,9 +127,9 @@ class SolverConfig(Section):
     by default. Adjoint Matching."""
 
     buffer: Count | None = None
-    """Trajectories that are kept with their adjoints, a multiple of ``batch`` and at most ``pool``: a pass takes
-    each once, in mini-batches of ``batch`` that are drawn anew for each pass. By default those of a batch.
-    Adjoint Matching."""
+    """Trajectories that are kept with their adjoints, a multiple of ``batch`` and at most ``pool``: a pass
+    takes each once, in mini-batches of ``batch`` that are drawn anew for each pass. By default those of a
+    batch. Adjoint Matching."""
 
     steps: Annotated[int, Field(ge=2)]
     """Time steps of the memoryless process, also of that which draws the offline batch."""
@@ -245,7 +245,7 @@ class SolverConfig(Section):
         return self
 
     def _check_matching(self) -> None:
-        """What :class:`flowtilt.control.adjoint_matching.AdjointMatchingSettings` would refuse, before a run."""
+        """Refuse what the settings of :mod:`flowtilt.control.adjoint_matching` would, before a run."""
         kept, name = (self.batch, "batch") if self.buffer is None else (self.buffer, "buffer")
         if self.pool < kept:
             raise ValueError(f"pool ({self.pool}) must be at least {name} ({kept})")
