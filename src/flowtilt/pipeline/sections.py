@@ -305,6 +305,8 @@ class MethodConfig(Section):
             if getattr(self, key) is not None and self.kind not in kinds:
                 raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}; remove it")
         missing = [key for key in ("iterations", "step") if getattr(self, key) is None]
+        if getattr(self, "step_weight", None) is not None:
+            missing = [key for key in missing if key != "step"]
         if self.kind == "fdc" and missing == ["step"] and "by" in belongs:
             if self.by != "exponents":  # type: ignore[attr-defined]
                 raise ValueError("an fdc method needs step, or by: exponents, which searches the steps")

@@ -45,7 +45,11 @@ class MoleculesBench(Workbench):
         if self.experiment.reward.type_gradient == "separated_atoms":
             separated = build.separated_atoms(self.base.types, workers)
         return XTBReward(
-            self.base.decode, XTBSettings(**self.experiment.reward.calculation), workers, separated
+            self.base.decode,
+            XTBSettings(**self.experiment.reward.calculation),
+            workers,
+            separated,
+            self.experiment.reward.failed,
         )
 
     def climb(self) -> Climb:
@@ -54,13 +58,17 @@ class MoleculesBench(Workbench):
         config, solver = experiment.methods[method], experiment.solver_of(method)
         problem = experiment.tail_of(method)
         # Scores are compared at the last time where the solver trains the velocity.
-        kl = KL(self.flow, score_time=self.flow.time_grid(solver.steps)[-2])
+        kl = KL(self.flow, score_time=config.score_time or self.flow.time_grid(solver.steps)[-2])
+        weights = config.step_weight
+        if isinstance(weights, list):
+            weights = tuple(weights)
+        elif weights is None and config.step is not None:
+            weights = problem.alpha / config.step
         settings: MirrorAscent | ExponentAscent
         if config.by == "exponents":
-            settings = self.exponents(problem.alpha / config.step if config.step else None)
+            settings = self.exponents(weights)
         else:
-            weight = problem.alpha / (config.step or 1.0)
-            settings = MirrorAscent(weight, experiment.offline.samples, solver.steps)
+            settings = MirrorAscent(weights, experiment.offline.samples, solver.steps)
         return Climb(
             Objective(SQ(self.reward, problem.mass), kl, problem.alpha),
             settings,

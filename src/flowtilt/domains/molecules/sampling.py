@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.checkpoints import load_weights
 from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
+from flowtilt.domains.molecules.adapters import load_adapted
 from flowtilt.domains.molecules.data import Molecules
 from flowtilt.domains.molecules.energies import Decoder, TypeShares
 from flowtilt.domains.molecules.experiment import MoleculeExperiment
@@ -46,8 +46,8 @@ def load_base(experiment: MoleculeExperiment, weights: Path) -> Base:
     if experiment.model.kind == "flowmol":
         from flowtilt.domains.molecules.flowmol_weights import load_flowmol
 
-        return Base(*load_flowmol(experiment.model.name, weights, experiment.time_power))
-    flow = load_weights(build.build_model(experiment.flow), weights)
+        return Base(*load_flowmol(experiment.model.name, weights, experiment.time_power, experiment.adapter))
+    flow = load_adapted(build.build_model(experiment.flow), weights, experiment.adapter)
     units = experiment.units
     return Base(flow, build.decoder(units), build.type_shares(units))
 
