@@ -1,4 +1,4 @@
-"""What TFFT's protocol for Stable Diffusion asks of the domain: prompts, their dropout, the schedule's end."""
+"""What TFFT's protocol for Stable Diffusion asks: prompts of files, their dropout, the schedule's end."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_file_that_has_no_prompts_is_refused_when_the_run_is_planned(
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "weights.json"
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="key prompts: .*cannot be read as prompts"):
+    with pytest.raises(ConfigError, match=r"key prompts: .*cannot be read as prompts"):
         load(prompts=str(file))
 
 

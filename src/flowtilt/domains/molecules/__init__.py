@@ -93,7 +93,7 @@ STAGES = (
             | run.taken()
             | ({"offline": run.pretrained("offline.npz")} if takes_bank(run) else {})
         ),
-        sections=("name", "model", *_SOLVED, "adapter", "reward", "objective", "offline", "solver"),
+        sections=("name", "model", *_SOLVED, "reward", "objective", "offline", "solver"),
         needs=Needs((2000, 16000), (60, 1440), gpu=True, shared=True),
     ),
     Stage(
@@ -101,7 +101,7 @@ STAGES = (
         f"{_HERE}.sampling:sample",
         writes={"samples": f"{RUN}/samples.npz"},
         reads=_sample_reads,
-        sections=("starts_from", "model", *_SOLVED, "adapter", "evaluation"),
+        sections=("starts_from", "model", *_SOLVED, "evaluation"),
         kinds=("data", "pretrained", *TUNED),
         needs=Needs((2000, 16000), (30, 120), gpu=True),
         priority=10,

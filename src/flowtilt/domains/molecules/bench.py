@@ -33,7 +33,7 @@ class MoleculesBench(Workbench):
     @cached_property
     def base(self) -> Base:
         """The pretrained model."""
-        return load_base(self.experiment, self.job.read("pretrained"))
+        return load_base(self.experiment, self.job.read("pretrained"), self.job.method)
 
     @cached_property
     def flow(self) -> FlowModel:

@@ -14,7 +14,6 @@ from pydantic import Field, model_validator
 from flowtilt.domains.molecules.sections import (
     CheckpointConfig,
     FlowSections,
-    MoleculeAdapterConfig,
     MoleculeConfig,
     MoleculeEvaluationConfig,
     MoleculeMethodConfig,
@@ -48,9 +47,6 @@ class MoleculeExperiment(FlowSections, Experiment):
 
     checkpoint: CheckpointConfig
     """The shipped weights."""
-
-    adapter: MoleculeAdapterConfig | None = None
-    """Adapters that are fine-tuned; without them, all weights of the network are."""
 
     reward: XTBConfig = XTBConfig()
     """How energies are computed, and which are believed."""

@@ -36,18 +36,19 @@ class Base:
     types: TypeShares
 
 
-def load_base(experiment: MoleculeExperiment, weights: Path) -> Base:
-    """The configured model with some weights.
+def load_base(experiment: MoleculeExperiment, weights: Path, method: str = "") -> Base:
+    """The configured model with some weights, and with the adapters of a method, if it has some.
 
     Raises:
         CheckpointError: if they are not there, or of another network.
         FlowMolError: if they are to be FlowMol's, and cannot be used.
     """
+    adapter = experiment.methods[method].adapter if method else None
     if experiment.model.kind == "flowmol":
         from flowtilt.domains.molecules.flowmol_weights import load_flowmol
 
-        return Base(*load_flowmol(experiment.model.name, weights, experiment.time_power, experiment.adapter))
-    flow = load_adapted(build.build_model(experiment.flow), weights, experiment.adapter)
+        return Base(*load_flowmol(experiment.model.name, weights, experiment.time_power, adapter))
+    flow = load_adapted(build.build_model(experiment.flow), weights, adapter)
     units = experiment.units
     return Base(flow, build.decoder(units), build.type_shares(units))
 
@@ -66,7 +67,7 @@ def sample(job: Job) -> None:
         data = build.subset_of(experiment.flow, job.read("molecules"))
         coordinates, numbers = _drawn(data, count, generator)
     else:
-        base = load_base(experiment, job.read("model"))
+        base = load_base(experiment, job.read("model"), job.method)
         settings = OdeSettings(steps=experiment.evaluation.ode_steps)
         coordinates, numbers = generated(base, count, settings, generator)
     write_arrays(

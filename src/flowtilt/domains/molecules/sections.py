@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Section, Share
-from flowtilt.pipeline.sections import LEVEL, FitConfig, SearchedMethodConfig
+from flowtilt.pipeline.sections import LEVEL, TUNED, FitConfig, SearchedMethodConfig
 
 Mass = Annotated[float, Field(gt=0, lt=1)]
 
@@ -261,6 +261,9 @@ class MoleculeMethodConfig(SearchedMethodConfig):
     """How the mass falls: by the same factor in each update, the default, or by the same difference, as the
     papers' level then rises."""
 
+    adapter: MoleculeAdapterConfig | None = None
+    """Adapters that are fine-tuned; without them, all weights of the network are."""
+
     threshold: float | None = None
     """Where the hinge of ``tfft`` bends, in hartree of minus the energy, instead of at the solution of its
     dual on the offline batch."""
@@ -279,8 +282,9 @@ class MoleculeMethodConfig(SearchedMethodConfig):
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MoleculeMethodConfig:
         of_fdc = dict.fromkeys(("iterations", "step", "step_weight", "score_time", "by"), ("fdc",))
+        of_tuned = dict.fromkeys(("alpha", "adapter"), TUNED)
         of_tfft = dict.fromkeys(("narrowing", "narrowing_from", "narrowing_by", "threshold"), ("tfft",))
-        self.check_keys({"mass": ("fdc", "tfft"), "alpha": ("am", "fdc", "tfft"), **of_tfft, **of_fdc})
+        self.check_keys({"mass": ("fdc", "tfft"), **of_tuned, **of_tfft, **of_fdc})
         if self.narrowing is None and (self.narrowing_from is not None or self.narrowing_by is not None):
             raise ValueError("narrowing_from and narrowing_by say how a tail narrows; add narrowing")
         if self.narrowing is not None and self.threshold is not None:
