@@ -33,6 +33,7 @@ from flowtilt.control.loss_steps import (
 )
 from flowtilt.functionals.utilities import Hinge, RewardVariation
 from flowtilt.interpolants import Linear, time_grid
+from flowtilt.resuming import Resumption
 from flowtilt.sampling import memoryless_steps, sample_sde
 
 GAUSSIAN = Mixture.gaussian([0.5, -0.3], [[1.0, 0.4], [0.4, 0.6]])
@@ -223,6 +224,27 @@ def test_with_a_buffer_and_parts_a_gaussian_is_tilted_to_the_closed_form():
     discrete = matched_distribution(base, QUADRATIC, weight, steps)
     assert relative_error(mean, discrete[0]) < 0.02
     assert relative_error(covariance, discrete[1]) < 0.02
+
+
+def test_a_solve_that_stopped_amid_a_buffer_goes_on_as_if_it_had_not(tmp_path):
+    settings = replace(
+        SMALL, updates=18, buffer=12, passes=3, endpoint_perturbations=2, endpoint_deviation=0.1
+    )
+    tilt = Hinge(QUADRATIC, 0.2, 0.3, "upper")
+    whole = solve(small_flow(), tilt, 1.0, settings, generator(7))
+
+    def stop(row):
+        if row["update"] == 13:
+            raise KeyboardInterrupt
+
+    slots = [Resumption(tmp_path, "work", seconds=0).slot("solve") for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        solve(small_flow(), tilt, 1.0, settings, generator(7), stop, slots[0])
+    again = solve(small_flow(), tilt, 1.0, settings, generator(7), slot=slots[1])
+    for one, other in zip(whole.history, again.history, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
