@@ -30,7 +30,7 @@ class Part(NamedTuple):
         return self.stop - self.start
 
     @property
-    def count(self) -> int:
+    def taken(self) -> int:
         """How many of an update are of this part."""
         return self.size if self.drawn is None else self.drawn
 
@@ -99,9 +99,9 @@ def path_kl(per_step: Tensor, parts: Parts, steps: int) -> float:
     """
     total, end = torch.zeros((), dtype=per_step.dtype), len(per_step)
     for part in reversed(parts):
-        own = per_step[end - part.count : end]
-        end -= part.count
-        if part.count:
+        own = per_step[end - part.taken : end]
+        end -= part.taken
+        if part.taken:
             total = total + (own.sum() if part.drawn is None else own.mean() * part.size)
     return float(0.5 * total / steps)
 
@@ -111,5 +111,5 @@ def shares_in_loss(parts: Parts, steps: int) -> list[float]:
     shares = [0.0] * steps
     for part in parts:
         for k in range(part.start, part.stop):
-            shares[k] = part.count / part.size
+            shares[k] = part.taken / part.size
     return shares

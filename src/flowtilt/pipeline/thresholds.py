@@ -35,8 +35,8 @@ def threshold(job: Job) -> None:
     groups = Groups.of(contexts, np.arange(len(every)), LEAST)
 
     def solve(mass: float) -> float:
-        if mass == 1:  # the mean: the hinge bends below all rewards
-            return float(rewards.min())
+        if mass == 1:  # the mean: the hinge bends beyond all rewards
+            return float(rewards.min() if problem.tail == "upper" else rewards.max())
         return thresholds.threshold(every, problem.alpha, mass, problem.tail, contexts=groups.labels)
 
     given = experiment.threshold_of(method)
