@@ -10,6 +10,7 @@ from flowtilt import thresholds
 from flowtilt.pipeline.domain import Job
 from flowtilt.pipeline.files import StageError, read_arrays, write_json
 from flowtilt.tilts import LEAST, Groups
+from flowtilt.words import read_tail
 
 
 def threshold(job: Job) -> None:
@@ -36,7 +37,7 @@ def threshold(job: Job) -> None:
 
     def solve(mass: float) -> float:
         if mass == 1:  # the mean: the hinge bends beyond all rewards
-            return float(rewards.min() if problem.tail == "upper" else rewards.max())
+            return float(rewards.min() if read_tail(problem.tail) == "upper" else rewards.max())
         return thresholds.threshold(every, problem.alpha, mass, problem.tail, contexts=groups.labels)
 
     given = experiment.threshold_of(method)
