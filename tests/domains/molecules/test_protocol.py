@@ -131,7 +131,7 @@ def climb_of(**fdc: Any) -> Any:
 def test_the_keys_of_fdc_reach_its_ascent() -> None:
     """On QM9: no divergence at all, steps of 0.01 hartree. On GEOM: three weights, scores at t = 0.98."""
     qm9 = climb_of(alpha=0.0, step=None, step_weight=0.01)
-    assert qm9.settings.step_weight == 0.01
+    assert qm9.settings.step_weight == (0.01,)
     assert qm9.objective.alpha == 0
     geom = climb_of(step=None, step_weight=[1.2, 3.1, 5.0], iterations=3, score_time=0.98, alpha=1.0)
     assert geom.settings.step_weight == (1.2, 3.1, 5.0)

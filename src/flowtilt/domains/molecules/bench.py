@@ -13,7 +13,7 @@ from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.energies import XTBReward
 from flowtilt.domains.molecules.sampling import CHUNK, Base, load_base
 from flowtilt.domains.molecules.xtb import XTBSettings
-from flowtilt.fdc import ExponentAscent, MirrorAscent
+from flowtilt.fdc import ExponentAscent, MirrorAscent, StepWeight
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import SQ
@@ -59,16 +59,15 @@ class MoleculesBench(Workbench):
         problem = experiment.tail_of(method)
         # Scores are compared at the last time where the solver trains the velocity.
         kl = KL(self.flow, score_time=config.score_time or self.flow.time_grid(solver.steps)[-2])
-        weights = config.step_weight
-        if isinstance(weights, list):
-            weights = tuple(weights)
-        elif weights is None and config.step is not None:
-            weights = problem.alpha / config.step
+        weight: StepWeight | None = problem.alpha / config.step if config.step else None
+        if config.step_weight is not None:
+            weight = tuple(config.step_weight)
         settings: MirrorAscent | ExponentAscent
         if config.by == "exponents":
-            settings = self.exponents(weights)
+            settings = self.exponents(weight)
         else:
-            settings = MirrorAscent(weights, experiment.offline.samples, solver.steps)
+            assert weight is not None  # or the configuration would have been refused
+            settings = MirrorAscent(weight, experiment.offline.samples, solver.steps)
         return Climb(
             Objective(SQ(self.reward, problem.mass), kl, problem.alpha),
             settings,

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Section, Share
 from flowtilt.pipeline.sections import LEVEL, TUNED, FitConfig, SearchedMethodConfig
 
 Mass = Annotated[float, Field(gt=0, lt=1)]
+
+
+StepWeights = Annotated[
+    list[Positive],
+    Field(min_length=1),
+    BeforeValidator(lambda value: [value] if type(value) in (int, float) else value),
+]
+"""Of all steps, or of each one; a number stands for the list of it."""
 
 
 class SubsetConfig(Section):
@@ -272,9 +280,9 @@ class MoleculeMethodConfig(SearchedMethodConfig):
     """KL weight of the objective over that of a step, 1 being the largest step in theory; for ``fdc``,
     which must have it, or ``step_weight``, where it goes by scores."""
 
-    step_weight: Positive | Annotated[list[Positive], Field(min_length=1)] | None = None
-    """KL weight of a step of ``fdc`` (the papers' eta), in hartree a nat, instead of ``step``: of all, or a
-    list with one for each iteration."""
+    step_weight: StepWeights | None = None
+    """KL weight of a step of ``fdc`` (the papers' eta), in hartree a nat, instead of ``step``: a number for
+    all, or a list with one for each iteration."""
 
     score_time: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Time at which ``fdc`` compares scores; by default the last one that the solver trains."""
@@ -291,10 +299,10 @@ class MoleculeMethodConfig(SearchedMethodConfig):
             raise ValueError("threshold is of one problem, and narrowing has one for every update; drop one")
         if self.step is not None and self.step_weight is not None:
             raise ValueError("step and step_weight both say how long steps are; give one of them")
-        if isinstance(self.step_weight, list) and len(self.step_weight) != self.iterations:
+        if self.step_weight is not None and len(self.step_weight) not in (1, self.iterations):
             raise ValueError(
-                f"step_weight must have one for each of the {self.iterations} iterations, got "
-                f"{len(self.step_weight)}"
+                f"step_weight must be a number, or have one for each of the {self.iterations} iterations, "
+                f"got {len(self.step_weight)}"
             )
         if self.alpha == 0 and (self.kind != "fdc" or self.step_weight is None):
             raise ValueError("alpha must be positive, but for an fdc method with a step_weight")
