@@ -37,12 +37,28 @@ class Rising(Reward):
         return torch.tanh(x[:, 0])
 
 
-SOLVES = ("reward", "hinge", "scarce", "ascent", "fitting")
+SOLVES = ("reward", "hinge", "scarce", "buffer", "ascent", "fitting")
 
 # A pool of odd size, shared unequally; most of the hinge's batch is often on one side of the pool.
 SETTINGS = AdjointMatchingSettings(updates=6, batch=7, pool=15, steps=6, learning_rate=0.01, control_clip=0.5)
 # A batch that leaves one of the processes without any trajectory in some updates.
 SCARCE = AdjointMatchingSettings(updates=12, batch=2, pool=3, steps=4, learning_rate=0.01)
+
+# Mini-batches of a buffer, with noise at the ends that all processes draw alike.
+BUFFER = AdjointMatchingSettings(
+    updates=8,
+    batch=2,
+    pool=15,
+    buffer=8,
+    active_batch=1,
+    passes=2,
+    steps=6,
+    learning_rate=0.01,
+    loss_steps=((0.6, 2), (1.0, 2)),
+    endpoint_perturbations=3,
+    endpoint_deviation=0.1,
+    endpoint_percentile=60.0,
+)
 
 
 def run(name: str, folder: Path) -> Solution | Ascent:
@@ -55,6 +71,8 @@ def run(name: str, folder: Path) -> Solution | Ascent:
         return solve(flow, hinge, 0.3, SETTINGS, generator(2), slot=slot)
     if name == "scarce":
         return solve(flow, hinge, 0.3, SCARCE, generator(3), slot=slot)
+    if name == "buffer":
+        return solve(flow, hinge, 0.3, BUFFER, generator(5), slot=slot)
     if name == "fitting":
         fitting = WeightedFittingSettings(bank=300, steps=4, updates=6, batch=8, warning_ess=0)
         return fit(flow, RewardVariation(reward), 0.5, fitting, generator(4))

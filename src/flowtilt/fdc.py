@@ -42,7 +42,7 @@ from flowtilt.mirror import (
 )
 from flowtilt.model import FlowModel
 from flowtilt.parallel import processes
-from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, between, check
+from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, between, check, check_value
 from flowtilt.resuming import Resumption, Slot, weights_of
 from flowtilt.sampling import positions_of, sample_sde
 from flowtilt.tilts import LEAST, Groups
@@ -78,23 +78,44 @@ class Solver(Protocol):
     ) -> Solution: ...
 
 
+StepWeight = float | tuple[float, ...]
+"""KL weight of all steps, or of each one."""
+
+
+def weight_of(step_weight: StepWeight, k: int) -> float:
+    """KL weight of the step with the number ``k``, from 0; beyond the last of several, that one."""
+    if isinstance(step_weight, tuple):
+        return step_weight[min(k, len(step_weight) - 1)]
+    return step_weight
+
+
+def _check_weights(step_weight: StepWeight) -> None:
+    """Raises ValueError if a weight is not positive, or there is none."""
+    weights = step_weight if isinstance(step_weight, tuple) else (step_weight,)
+    if not weights:
+        raise ValueError("step_weight must have a weight for each step, got none")
+    for weight in weights:
+        check_value("step_weight", weight, POSITIVE)
+
+
 @dataclass(frozen=True)
 class MirrorAscent:
     """How the iteration is run.
 
     Attributes:
-        step_weight: KL weight of each step (the paper's eta), in units of the objective a nat. With
-            a KL term of weight alpha in the objective it must be at least alpha.
+        step_weight: KL weight of each step (the paper's eta), in units of the objective a nat; or one for
+            each. With a KL term of weight alpha in the objective it must be at least alpha.
         distribution_samples: samples of the current distribution that the first variation is estimated from.
         distribution_steps: time steps of the memoryless process that draws them.
     """
 
-    step_weight: float
+    step_weight: StepWeight
     distribution_samples: int
     distribution_steps: int
 
     def __post_init__(self) -> None:
-        check(self, step_weight=POSITIVE, distribution_samples=COUNT, distribution_steps=COUNT)
+        _check_weights(self.step_weight)
+        check(self, distribution_samples=COUNT, distribution_steps=COUNT)
 
 
 @dataclass(frozen=True)
@@ -163,10 +184,11 @@ def ascend(
         level = _level(objective, distribution, variation)
         if k == iterations.start:
             first = level
-        _check_rise(first, level, k, iterations, settings.step_weight)
+        weight = weight_of(settings.step_weight, k)
+        _check_rise(first, level, k, iterations, weight)
         inner = resumption.slot(f"solve-{k + 1}") if resumption is not None else None
         try:
-            solution = solver(result.model, variation, settings.step_weight, random, inner)
+            solution = solver(result.model, variation, weight, random, inner)
         except TrainingDiverged as error:
             message = f"Flow Density Control, iteration {k + 1} of {iterations.stop}: {error}"
             raise TrainingDiverged(message) from None
@@ -182,7 +204,7 @@ def ascend(
             _level(objective, distribution, objective.linearise(distribution)),
             iterations.stop,
             iterations,
-            settings.step_weight,
+            weight_of(settings.step_weight, iterations.stop - 1),
         )
     return result
 
@@ -277,20 +299,23 @@ class ExponentAscent:
         distribution_steps: time steps of the memoryless process that draws them.
         share: effective share of these samples that a step keeps.
         minimum_ess: effective samples that what a step adds rests on.
-        step_weight: KL weight of all steps, in units of the objective a nat; by default each step's is
-        searched. group: samples of a context below which it is pooled, see :meth:`flowtilt.tilts.Groups.of`.
+        step_weight: KL weight of all steps, or of each, in units of the objective a nat; by default each
+        step's is searched.
+        group: samples of a context below which it is pooled, see :meth:`flowtilt.tilts.Groups.of`.
     """
 
     distribution_samples: int
     distribution_steps: int
     share: float = 0.3
     minimum_ess: float = 50.0
-    step_weight: float | None = None
+    step_weight: StepWeight | None = None
     group: int = LEAST
 
     def __post_init__(self) -> None:
         check(self, distribution_samples=COUNT, distribution_steps=COUNT, group=COUNT, share=between(0, 1))
-        check(self, step_weight=POSITIVE, minimum_ess=NOT_NEGATIVE)
+        check(self, minimum_ess=NOT_NEGATIVE)
+        if self.step_weight is not None:
+            _check_weights(self.step_weight)
 
 
 def ascend_by_exponents(
@@ -439,7 +464,8 @@ class _Accumulated:
         level = self._level(bank)
         self.first = level if k == 0 else self.first
         _check_rise(self.first, level, k, range(self.iterations))
-        share, eta = self.settings.share, self.settings.step_weight
+        share, weights = self.settings.share, self.settings.step_weight
+        eta = None if weights is None else weight_of(weights, k)
         if eta is None:
             gaining = self.settings.minimum_ess / len(h)
             found = find_step(self.utility, self.alpha, bank, h, share, groups, gaining=gaining)

@@ -141,6 +141,10 @@ class FlowModel(nn.Module, ABC):
         """Draw the contexts of ``count`` new samples; models without one return ``None``."""
         return None
 
+    def training_context(self, count: int, generator: torch.Generator) -> Context:
+        """The contexts of ``count`` trajectories of a fine-tuning; by default as those of any samples."""
+        return self.draw_context(count, generator)
+
     def select_context(self, context: Context, index: Tensor) -> Context:
         """The context of the samples at ``index`` (long, (n,)) of a batch."""
         return None

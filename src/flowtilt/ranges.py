@@ -51,6 +51,7 @@ POSITIVE = Range("positive and finite", lambda value: value > 0)
 NOT_NEGATIVE = Range("finite and not negative", lambda value: value >= 0)
 MASS = Range("a number in (0, 1]", lambda value: 0 < value <= 1)
 SHARE = Range("a number from 0 to 1", lambda value: 0 <= value <= 1)
+PERCENTILE = Range("a number above 0 and up to 100", lambda value: 0 < value <= 100)
 
 
 def check(settings: Any, owner: str = "", **ranges: Range) -> None:

@@ -19,7 +19,7 @@ def solved(folder: Path, rewards: np.ndarray, contexts: np.ndarray, tail: TailSp
     """What the stage writes of a batch."""
     folder.mkdir(exist_ok=True)
     np.savez(folder / "offline.npz", reward=rewards.astype(np.float32), context=contexts)
-    experiment = SimpleNamespace(tail_of=lambda _: tail, masses_of=lambda _: [])
+    experiment = SimpleNamespace(tail_of=lambda _: tail, masses_of=lambda _: [], threshold_of=lambda _: None)
     files = {"threshold": folder / "threshold.json"}
     read = {"offline": folder / "offline.npz"}
     threshold(SimpleNamespace(experiment=experiment, method="tfft", read=read.get, outputs=files))  # type: ignore[arg-type]

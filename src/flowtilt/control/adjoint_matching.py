@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -40,19 +40,29 @@ from flowtilt.control.base import (
     PULLBACK,
     TRAINING,
     WINDOW,
+    Annealing,
     NoValues,
     Progress,
     Solution,
     TrainingDiverged,
-    annealed_rate,
+    check_optimiser,
+    rate_of,
 )
-from flowtilt.control.endpoints import EndpointGradient, Ends, Terminal
+from flowtilt.control.endpoints import EndpointGradient, Ends, Pathwise, Terminal
+from flowtilt.control.loss_steps import (
+    Parts,
+    draw_steps,
+    first_step,
+    parts_by_counts,
+    parts_by_shares,
+    path_kl,
+)
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.interpolants import MemorylessStep
 from flowtilt.model import Context, FlowModel, evaluating
 from flowtilt.optimiser import Adam
 from flowtilt.parallel import Processes, processes
-from flowtilt.ranges import COUNT, POSITIVE, SHARE, at_least, check, check_value
+from flowtilt.ranges import COUNT, NOT_NEGATIVE, PERCENTILE, POSITIVE, SHARE, at_least, check, check_value
 from flowtilt.resuming import Slot, TrainingState
 from flowtilt.sampling import memoryless_steps, positions_of, sample_sde
 
@@ -71,9 +81,17 @@ class AdjointMatchingSettings:
             thinned to the batch by drawing active and inactive endpoints separately and
             reweighting, which keeps the estimator unbiased when few endpoints carry a gradient.
             A tilt that is active everywhere needs no pool beyond its batch.
+        active_batch: most trajectories of a batch that are drawn of the active ones, if there are enough
+            others; None for half of the batch.
+        buffer: trajectories that are kept with their adjoints and trained on together, a multiple of
+            ``batch``: a pass over them takes each once, in mini-batches of ``batch`` that are drawn anew for
+            each pass. None for ``batch``. Where it is larger, the pool is thinned to it instead.
         steps: time steps of the memoryless process, at least 2: the last has no noise to regress with.
         learning_rate: of Adam, warmed up over ``warmup`` of the updates and annealed to zero by a cosine.
         warmup: share of the updates.
+        annealing: ``cosine``, or ``none`` for the largest rate from the warm-up to the end.
+        moments: decay rates of Adam's means of gradients and of their squares.
+        weight_decay: of AdamW.
         ramp: share of the updates over which the tilt grows linearly to its full strength, so that
             the sampled distribution follows the tilted one instead of overshooting it; the last update
             solves the problem itself.
@@ -85,6 +103,14 @@ class AdjointMatchingSettings:
         endpoint_gradient: how the tilt's gradient at the end of a trajectory is estimated: ``pathwise``,
             by the tilt's own gradient, or by ``likelihood_ratio``, from its values alone. The latter
             has far less noise where the tilt has edges (see :mod:`flowtilt.control.endpoints`).
+        endpoint_perturbations: at how many perturbed ends a pathwise gradient is taken, of which the mean
+            counts: the gradient of the tilt smoothed by a Gaussian. 0 for the end itself.
+        endpoint_deviation: standard deviation of these perturbations, in units of the state.
+        endpoint_percentile: of the sizes of the entries of one sample's pathwise gradient: larger entries
+            are cut to it, with their sign. None for no bound. As any clipping it biases the tilt.
+        adjoint_from: time from which on there is a regression: the steps in the loss are among those that
+            start there or later, and the adjoint is solved back to them. Before, the model is trained
+            by nothing but what its weights share.
         adjoint: how the gradient at the end is carried to earlier times: ``lean``, along the trajectory, or
             by ``posterior_mean`` (see :func:`posterior_mean_adjoint`), which takes a pathwise gradient.
         target: what the velocity at a state is regressed on: ``state``, the adjoint of that state and time,
@@ -92,26 +118,38 @@ class AdjointMatchingSettings:
             move of the discrete step, whose adjoint is that of the state after it. They agree to first order.
         last_share: share of the time steps, nearest to the data, that are always in the loss.
         rest_share: share of the remaining steps drawn at random for each update.
-        passes: updates that are taken on the same trajectories, each with steps of its own: trajectories
-            and adjoints of a large model cost more than the regression on them.
-        micro_batch: most trajectories whose regression is in memory at once; their gradients are added up.
-            None for all.
+        loss_steps: parts of the time steps, instead of the two shares: where each ends, as a share of the
+            steps from ``adjoint_from`` on, and how many steps of it are drawn for each update.
+        passes: how often each of the trajectories is trained on, each time with steps of its own:
+            trajectories and adjoints of a large model cost more than the regression on them.
+        micro_batch: most trajectories whose regression is in memory at once, and whose adjoints are solved
+            together; their gradients are added up. None for those of a batch.
     """
 
     updates: int = 400
     batch: int = 256
     pool: int = 256
+    active_batch: int | None = None
+    buffer: int | None = None
     steps: int = 40
     learning_rate: float = 1e-3
     warmup: float = 0.05
+    annealing: Annealing = "cosine"
+    moments: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
     ramp: float = 0.5
     gradient_clip: float = 1.0
     control_clip: float | None = None
     endpoint_gradient: EndpointGradient = "pathwise"
+    endpoint_perturbations: int = 0
+    endpoint_deviation: float = 0.0
+    endpoint_percentile: float | None = None
+    adjoint_from: float = 0.0
     adjoint: AdjointEstimate = "lean"
     target: Target = "state"
     last_share: float = 0.25
     rest_share: float = 0.25
+    loss_steps: Sequence[tuple[float, int]] | None = None
     passes: int = 1
     micro_batch: int | None = None
 
@@ -119,8 +157,50 @@ class AdjointMatchingSettings:
         check(self, updates=COUNT, batch=at_least(2), pool=COUNT, steps=at_least(2), passes=COUNT)
         check(self, learning_rate=POSITIVE, gradient_clip=POSITIVE, control_clip=POSITIVE, micro_batch=COUNT)
         check(self, warmup=SHARE, ramp=SHARE, last_share=SHARE, rest_share=SHARE)
-        if self.pool < self.batch:
-            raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
+        check(self, active_batch=COUNT, buffer=COUNT, endpoint_percentile=PERCENTILE, adjoint_from=SHARE)
+        check(self, endpoint_perturbations=at_least(0), endpoint_deviation=NOT_NEGATIVE)
+        check_optimiser(self)
+        self._check_sizes()
+        self._check_estimates()
+        if self.loss_steps is not None and not self.adjoint_from:
+            parts_by_counts(0, self.steps, self.loss_steps)
+
+    @property
+    def kept(self) -> int:
+        """Trajectories whose adjoints are kept together."""
+        return self.buffer or self.batch
+
+    @property
+    def updates_of_a_buffer(self) -> int:
+        """Updates that all passes over these trajectories take."""
+        return self.passes * (self.kept // self.batch)
+
+    def parts(self, times: Sequence[float]) -> Parts:
+        """The parts of a time grid, its end included, that the steps of the loss are drawn from.
+
+        Raises:
+            ValueError: if no step starts at ``adjoint_from`` or later, or a part has too few.
+        """
+        steps = len(times) - 1
+        first = first_step(times, self.adjoint_from)
+        if first == steps:
+            raise ValueError(
+                f"no time step starts at adjoint_from ({self.adjoint_from:g}) or later; lower it"
+            )
+        if self.loss_steps is None:
+            return parts_by_shares(first, steps, self.last_share, self.rest_share)
+        return parts_by_counts(first, steps, self.loss_steps)
+
+    def _check_sizes(self) -> None:
+        if self.kept % self.batch:
+            raise ValueError(f"buffer ({self.buffer}) must be a multiple of batch ({self.batch})")
+        if self.pool < self.kept:
+            least = f"batch ({self.batch})" if self.buffer is None else f"buffer ({self.buffer})"
+            raise ValueError(f"pool ({self.pool}) must be at least {least}")
+        if self.active_batch is not None and self.active_batch >= self.batch:
+            raise ValueError(f"active_batch ({self.active_batch}) must be below batch ({self.batch})")
+
+    def _check_estimates(self) -> None:
         if self.endpoint_gradient not in get_args(EndpointGradient):
             known = " or ".join(get_args(EndpointGradient))
             raise ValueError(f"endpoint_gradient must be {known}, got {self.endpoint_gradient!r}")
@@ -133,6 +213,16 @@ class AdjointMatchingSettings:
             raise ValueError(
                 "adjoint posterior_mean takes the gradient at the end of a trajectory; endpoint_gradient "
                 f"must be pathwise, got {self.endpoint_gradient!r}"
+            )
+        if (self.endpoint_perturbations > 0) != (self.endpoint_deviation > 0):
+            raise ValueError(
+                "endpoint_perturbations and endpoint_deviation belong together; give both or none"
+            )
+        changed = self.endpoint_perturbations or self.endpoint_percentile is not None
+        if changed and self.endpoint_gradient != "pathwise":
+            raise ValueError(
+                "endpoint_perturbations and endpoint_percentile are of gradients; endpoint_gradient must be "
+                f"pathwise, got {self.endpoint_gradient!r}"
             )
 
 
@@ -149,22 +239,24 @@ class Draw:
     weights: Tensor
 
 
-def stratified_draw(active: Tensor, batch: int, generator: torch.Generator) -> Draw:
+def stratified_draw(active: Tensor, batch: int, generator: torch.Generator, most: int | None = None) -> Draw:
     """Thin a pool to a batch without losing the few that carry a gradient.
 
-    Up to half of the batch is drawn, without replacement, from the active part of the pool and
-    the rest from the inactive part; each stratum is weighted by its share of the pool over its
-    share of the batch, so weighted batch means are unbiased for pool means.
+    Up to half of the batch, or another number, is drawn, without replacement, from the active part
+    of the pool and the rest from the inactive part; each stratum is weighted by its share of the pool
+    over its share of the batch, so weighted batch means are unbiased for pool means.
 
     Args:
         active: bool, (pool,).
         batch: number to keep, from 2 to the size of the pool.
         generator: source of randomness.
+        most: active ones in the batch, if there are enough of the others; half of it by default.
     """
     pool = len(active)
+    most = batch // 2 if most is None else most
     order = torch.randperm(pool, generator=generator)
     on, off = order[active[order]], order[~active[order]]
-    n_on = min(len(on), max(batch // 2, batch - len(off)))
+    n_on = min(len(on), max(most, batch - len(off)))
     n_off = min(len(off), batch - n_on)
     index = torch.cat([on[:n_on], off[:n_off]])
     kept = n_on + n_off
@@ -183,6 +275,7 @@ def lean_adjoint(
     terminal: Terminal,
     steps: list[MemorylessStep],
     context: Context = None,
+    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Lean adjoint and base velocities along trajectories.
 
@@ -194,17 +287,18 @@ def lean_adjoint(
         terminal: adjoint at the endpoint, and what is added to it one state before.
         steps: coefficients of the process.
         context: the trajectories' context.
+        start: number of the step that it is solved back to.
 
     Returns:
-        ``a_{k+1}`` and the base velocity at ``x_k`` for k = 0..steps-1, each (steps, batch, ...).
+        ``a_{k+1}`` and the base velocity at ``x_k`` for k = start..steps-1, each (steps - start, batch, ...).
     """
     times = torch.tensor(base.time_grid(len(steps)), dtype=torch.float64).to(trajectories)
     linearised = base.linearised(trajectories[:-1], times, context)
     adjoints, velocities = [terminal.end], []
-    for k in range(len(steps) - 1, -1, -1):
+    for k in range(len(steps) - 1, start - 1, -1):
         v, pull = linearised(k)
         velocities.append(v)
-        if k == 0:
+        if k == start:
             break
         a, step = adjoints[-1], steps[k].like(trajectories)
         adjoints.append(step.state * a + step.velocity * pull(a))
@@ -268,28 +362,30 @@ def _targets(
     context: Context,
     estimate: AdjointEstimate = "lean",
     target: Target = "state",
+    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Adjoints of a target and base velocities at the chosen steps, each (chosen, batch, ...).
 
     Adjoints are linear in their terminal value: where that is zero, as on the flat side of a
-    hinge, they stay zero, and only the velocity is needed.
+    hinge, they stay zero, and only the velocity is needed. Lean ones are solved back to the step ``start``.
     """
     moving = terminal.moving
     at = _adjoint_of(chosen, target)
     of_adjoint = base.context_for("adjoint", context)
     of_control = base.context_for("control", of_adjoint)
     if bool(moving.all()) and estimate == "lean":
-        adjoints, velocities = lean_adjoint(base, trajectories, terminal, steps, of_adjoint)
+        adjoints, velocities = lean_adjoint(base, trajectories, terminal, steps, of_adjoint, start)
         if of_control is of_adjoint:
-            return adjoints[at], velocities[chosen]
-        adjoints = adjoints[at]
+            return adjoints[at - start], velocities[chosen - start]
+        adjoints = adjoints[at - start]
     else:
         index = moving.nonzero().squeeze(1)
         adjoints = torch.zeros_like(trajectories[chosen])
         if len(index):
             some, own = base.select_context(of_adjoint, index), terminal.select(index)
             if estimate == "lean":
-                of_some = lean_adjoint(base, trajectories[:, index], own, steps, some)[0][at]
+                lean, _ = lean_adjoint(base, trajectories[:, index], own, steps, some, start)
+                of_some = lean[at - start]
             else:
                 of_some = posterior_mean_adjoint(base, trajectories[:, index], own.end, len(steps), at, some)
             adjoints[:, index] = of_some
@@ -350,14 +446,6 @@ def loss_scale(base: FlowModel, steps: list[MemorylessStep], target: Target = "s
     return LossScale(torch.stack(mean).to(device), torch.stack(noise).to(device))
 
 
-def _chosen_steps(settings: AdjointMatchingSettings, generator: torch.Generator) -> Tensor:
-    """All of the last share of the steps and a random share of the rest."""
-    last = max(1, round(settings.last_share * settings.steps))
-    rest = settings.steps - last
-    drawn = torch.randperm(rest, generator=generator)[: round(settings.rest_share * rest)]
-    return torch.cat([drawn, torch.arange(rest, settings.steps)])
-
-
 def _residuals(
     model: FlowModel,
     states: Tensor,
@@ -385,25 +473,13 @@ def _clipped(adjoints: Tensor, scale: LossScale, bound: float | None) -> tuple[T
     return factors * adjoints, int((controls > bound).sum())
 
 
-def _path_kl(per_step: Tensor, settings: AdjointMatchingSettings) -> float:
-    """Path-space KL divergence ``E 1/2 int |u|^2 dt`` from mean squared controls at the chosen steps.
-
-    The last share of the steps is there whole; the drawn rest stands for all of the rest.
-    """
-    last = max(1, round(settings.last_share * settings.steps))
-    drawn = len(per_step) - last
-    total = per_step[drawn:].sum()
-    if drawn:
-        total = total + per_step[:drawn].mean() * (settings.steps - last)
-    return float(0.5 * total / settings.steps)
-
-
 @dataclass(frozen=True)
 class _Batch:
-    """The trajectories of an update that this process trains on.
+    """The trajectories of some updates that this process trains on.
 
     Attributes:
         trajectories: (steps + 1, own, ...).
+        positions: theirs among those of all processes, long (own,).
         context: theirs.
         terminal: of their adjoints.
         weights: how much each counts, (own,).
@@ -414,6 +490,7 @@ class _Batch:
     """
 
     trajectories: Tensor
+    positions: Tensor
     context: Context
     terminal: Terminal
     weights: Tensor
@@ -432,7 +509,7 @@ def _draw_batch(
     generator: torch.Generator,
     sharing: Processes,
 ) -> _Batch:
-    """Sample a pool and thin it to a batch.
+    """Sample a pool and thin it to the trajectories that are trained on.
 
     Args:
         model: in training.
@@ -447,29 +524,44 @@ def _draw_batch(
         TrainingDiverged: if trajectories are no longer finite.
         NoValues: if the tilt has no value on any of them.
     """
-    size = settings.pool if tilt.sparse else settings.batch
-    context = model.draw_context(size, generator)
-    pool = sample_sde(model, size, settings.steps, generator, context, sharing)
+    size = settings.pool if tilt.sparse else settings.kept
+    contexts = model.training_context(size, generator)
+    pool = sample_sde(model, size, settings.steps, generator, contexts, sharing)
     if bool(sharing.total((~torch.isfinite(pool[-1])).any().double()) > 0):
         raise TrainingDiverged("trajectories are no longer finite")
     positions = positions_of(size, sharing)
-    context = model.select_context(context, positions)
+    context = model.select_context(contexts, positions)
     active = tilt.active(pool[-1], context)
     ends = Ends.of(model, tilt, pool, active, steps, context, settings.endpoint_gradient)
     failed = float(sharing.total(ends.failed.double().sum()))
     if failed == size:
         raise NoValues(f"the tilt has no value on any of the {size} trajectories")
-    draw = stratified_draw(sharing.gather(ends.active, positions, size), settings.batch, generator)
+    kept, most = settings.kept, settings.active_batch
+    most = most if most is None else most * (kept // settings.batch)
+    draw = stratified_draw(sharing.gather(ends.active, positions, size), kept, generator, most)
     place = torch.full((size,), -1)
     place[positions] = torch.arange(len(positions))
     here = place[draw.index] >= 0
     index = place[draw.index][here]
     context = model.select_context(context, index)
     trajectories = pool[:, index]
-    terminal = ends.terminal(trajectories[-1], index, context, weight)
+    like = pool.new_empty(kept, *pool.shape[2:])
+    noise = [
+        model.noise_like(like, generator, model.select_context(contexts, draw.index))[here]
+        for _ in range(settings.endpoint_perturbations)
+    ]
+    pathwise = Pathwise(
+        model,
+        noise,
+        settings.endpoint_deviation,
+        settings.endpoint_percentile,
+        settings.micro_batch or settings.batch,
+    )
+    terminal = ends.terminal(trajectories[-1], index, context, weight, pathwise)
     carrying = active & ends.active
     return _Batch(
         trajectories,
+        here.nonzero().squeeze(1),
         context,
         terminal,
         draw.weights[here].to(trajectories),
@@ -524,19 +616,29 @@ def _fill(
     steps: list[MemorylessStep],
     settings: AdjointMatchingSettings,
     sharing: Processes,
+    start: int,
 ) -> _Buffer:
-    """Solve the adjoints of a batch at some steps."""
+    """Solve the adjoints of some trajectories at some steps, a few at a time, back to the step ``start``."""
     trajectories = batch.trajectories
     adjoints = velocities = torch.zeros_like(trajectories[at])
     clipped = 0
     if len(batch.weights):
-        adjoints, velocities = _targets(
-            base, trajectories, batch.terminal, steps, at, batch.context, settings.adjoint, settings.target
+        solved = []
+        for part in torch.arange(len(batch.weights)).split(settings.micro_batch or settings.batch):
+            whole = len(part) == len(batch.weights)
+            own = trajectories if whole else trajectories[:, part]
+            terminal = batch.terminal if whole else batch.terminal.select(part)
+            context = batch.context if whole else base.select_context(batch.context, part)
+            solved.append(
+                _targets(base, own, terminal, steps, at, context, settings.adjoint, settings.target, start)
+            )
+        adjoints, velocities = (
+            found[0] if len(found) == 1 else torch.cat(found, dim=1) for found in zip(*solved, strict=True)
         )
         adjoints, clipped = _clipped(adjoints, _scale_at(scale, at, trajectories), settings.control_clip)
     counts = torch.tensor([clipped, int(batch.terminal.moving.sum())], dtype=torch.float64)
     clipped, moving = sharing.total(counts).tolist()
-    return _Buffer(batch, at, adjoints, velocities, clipped / (len(at) * settings.batch), int(moving))
+    return _Buffer(batch, at, adjoints, velocities, clipped / (len(at) * settings.kept), int(moving))
 
 
 def _scale_at(scale: LossScale, at: Tensor, like: Tensor) -> LossScale:
@@ -544,16 +646,25 @@ def _scale_at(scale: LossScale, at: Tensor, like: Tensor) -> LossScale:
 
 
 def _accumulate(
-    model: FlowModel, buffer: _Buffer, chosen: Tensor, scale: LossScale, settings: AdjointMatchingSettings
+    model: FlowModel,
+    buffer: _Buffer,
+    members: Tensor,
+    chosen: Tensor,
+    scale: LossScale,
+    settings: AdjointMatchingSettings,
 ) -> tuple[Tensor, Tensor]:
     """Add this process's part of the loss's gradient to the model's parameters.
+
+    Args:
+        members: positions of the update's trajectories among those of all processes, long.
 
     Returns:
         Its part of the loss, (), and of the squared controls at the chosen steps, (chosen,), float64.
     """
     batch = buffer.batch
     loss, energies = torch.zeros((), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.float64)
-    if not len(batch.weights):
+    mine = torch.isin(batch.positions, members).nonzero().squeeze(1)
+    if not len(mine):
         return loss, energies
     known = torch.zeros(settings.steps, dtype=torch.long).index_copy(
         0, buffer.at, torch.arange(len(buffer.at))
@@ -562,7 +673,7 @@ def _accumulate(
     times = torch.tensor(model.time_grid(settings.steps), dtype=torch.float64)[chosen]
     trajectories = batch.trajectories
     of_control = model.context_for("control", batch.context)
-    for part in torch.arange(len(batch.weights)).split(settings.micro_batch or len(batch.weights)):
+    for part in mine.split(settings.micro_batch or len(mine)):
         squares, controls = _residuals(
             model,
             trajectories[chosen][:, part],
@@ -580,7 +691,7 @@ def _accumulate(
 
 
 def _network_passes(
-    base: FlowModel, settings: AdjointMatchingSettings, buffer: _Buffer, chosen: int, fresh: bool
+    base: FlowModel, settings: AdjointMatchingSettings, buffer: _Buffer, chosen: int, fresh: bool, start: int
 ) -> int:
     """Network passes of one update, by :data:`flowtilt.control.base.FORWARD` and its like.
 
@@ -590,6 +701,7 @@ def _network_passes(
         buffer: of the update.
         chosen: time steps in the loss.
         fresh: whether the buffer was filled for this update.
+        start: number of the step that adjoints were solved back to.
     """
     batch = buffer.batch
     control = base.evaluations("control")
@@ -600,11 +712,11 @@ def _network_passes(
     lean = settings.adjoint == "lean"
     # Along a trajectory there is nothing left to pull back at the first step, and else at the last.
     inner = int((_adjoint_of(buffer.at, settings.target) < settings.steps - 1).sum())
-    pulled = (settings.steps - 1) * PULLBACK + FORWARD if lean else inner * PULLBACK
+    pulled = (settings.steps - 1 - start) * PULLBACK + FORWARD if lean else inner * PULLBACK
     adjoints = buffer.moving * pulled * base.evaluations("adjoint")
     # The lean adjoint's forward passes give the base's velocities if they are there for the whole batch.
-    shared = lean and buffer.moving == settings.batch and control == base.evaluations("adjoint")
-    velocities = 0 if shared else len(buffer.at) * settings.batch * FORWARD * control
+    shared = lean and buffer.moving == settings.kept and control == base.evaluations("adjoint")
+    velocities = 0 if shared else len(buffer.at) * settings.kept * FORWARD * control
     return rollout + adjoints + velocities + training
 
 
@@ -613,6 +725,13 @@ def _diverged(what: str, update: int, settings: AdjointMatchingSettings) -> str:
         f"Adjoint Matching: {what} at update {update} of {settings.updates}; "
         "lower learning_rate, set control_clip, or raise the KL weight (of fdc, that of a step)"
     )
+
+
+def _order(settings: AdjointMatchingSettings, generator: torch.Generator) -> Tensor:
+    """The order in which a pass takes the kept trajectories; of a single batch there is but one."""
+    if settings.kept == settings.batch:
+        return torch.arange(settings.batch)
+    return torch.randperm(settings.kept, generator=generator)
 
 
 Schedule = Callable[[float], FirstVariation]
@@ -666,7 +785,7 @@ def solve(
     model = copy.deepcopy(base)
     for parameter in model.tunable():
         parameter.requires_grad_(True)
-    optimiser = Adam(model.tunable())
+    optimiser = Adam(model.tunable(), settings.moments, settings.weight_decay)
     state = TrainingState(model, optimiser, generator, (settings, kl_weight), slot)
     with evaluating(base, model):
         _train(base, model, state, tilt, kl_weight, settings, progress)
@@ -687,10 +806,14 @@ def _train(
     optimiser, generator = state.optimiser, state.generator
     steps = memoryless_steps(base, settings.steps)
     scale = loss_scale(base, steps, settings.target)
+    parts = settings.parts(base.time_grid(settings.steps))
+    # The adjoint of the state that the first of these steps starts from belongs to the step before it.
+    start = max(0, parts[0].start - 1) if settings.target == "state" else parts[0].start
+    several = settings.updates_of_a_buffer
     sharing = processes()
     passes = int(state.history[-1]["network_passes"]) if state.history else 0
     for update in range(len(state.history), settings.updates):
-        fresh = update % settings.passes == 0  # also of the first after an interruption
+        fresh = update % several == 0  # also of the first after an interruption
         if fresh:
             own = tilt if isinstance(tilt, FirstVariation) else tilt(update / settings.updates)
             strength = min(1.0, (update + 1) / max(1.0, settings.ramp * settings.updates))
@@ -703,25 +826,29 @@ def _train(
                     f"Adjoint Matching: {error} of update {update} of {settings.updates}; look at the model "
                     "that draws them, or raise batch and pool"
                 ) from None
-        chosen = _chosen_steps(settings, generator)
+        chosen = draw_steps(parts, generator)
         if fresh:
-            at = chosen if settings.passes == 1 else torch.arange(settings.steps)
-            buffer = _fill(base, batch, at, scale, steps, settings, sharing)
+            at = chosen if several == 1 else torch.arange(parts[0].start, settings.steps)
+            buffer = _fill(base, batch, at, scale, steps, settings, sharing, start)
+        number = update % (settings.kept // settings.batch)
+        if number == 0:
+            order = _order(settings, generator)
+        members = order[number * settings.batch : (number + 1) * settings.batch]
         optimiser.clear_gradients()
-        own_loss, energies = _accumulate(model, buffer, chosen, scale, settings)
+        own_loss, energies = _accumulate(model, buffer, members, chosen, scale, settings)
         loss = float(sharing.total(own_loss))
         if not math.isfinite(loss):
             raise TrainingDiverged(_diverged(f"the loss is {loss}", update, settings))
         sharing.sum_gradients(optimiser.parameters)
         norm = torch.nn.utils.clip_grad_norm_(optimiser.parameters, settings.gradient_clip)
-        optimiser.step(annealed_rate(update, settings.updates, settings.learning_rate, settings.warmup))
-        passes += _network_passes(base, settings, buffer, len(chosen), fresh)
+        optimiser.step(rate_of(update, settings))
+        passes += _network_passes(base, settings, buffer, len(chosen), fresh, start)
         row: dict[str, Any] = {
             "update": update,
             "loss": loss,
             "active_share": buffer.batch.active_share,
             "failed_share": buffer.batch.failed_share,
-            "path_kl": _path_kl(sharing.total(energies) / settings.batch, settings),
+            "path_kl": path_kl(sharing.total(energies) / settings.batch, parts, settings.steps),
             "gradient_norm": float(norm),
             "clipped_share": buffer.clipped,
             "network_passes": passes,
@@ -732,4 +859,4 @@ def _train(
         if not spent <= MOST_NATS:
             found = f"the model has moved {spent:.4g} nats from its base, more than {MOST_NATS:g},"
             raise TrainingDiverged(_diverged(found, update, settings))
-        state.add(row, progress, whole=(update + 1) % settings.passes == 0)
+        state.add(row, progress, whole=(update + 1) % several == 0)

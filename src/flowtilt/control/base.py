@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from flowtilt.model import FlowModel
+from flowtilt.ranges import NOT_NEGATIVE, below, check_value
+from flowtilt.words import check_word
 
 Progress = Callable[[dict[str, float]], None]
 """Called with each update's row of the history."""
@@ -50,16 +53,58 @@ class Solution:
     diagnostics: dict[str, float] = field(default_factory=dict)
 
 
-def annealed_rate(update: int, updates: int, learning_rate: float, warmup: float) -> float:
-    """Learning rate of an update: a linear warm-up, then a cosine to zero.
+Annealing = Literal["cosine", "none"]
+
+
+def annealed_rate(
+    update: int, updates: int, learning_rate: float, warmup: float, annealing: Annealing = "cosine"
+) -> float:
+    """Learning rate of an update: a linear warm-up, then a cosine to zero, or the largest rate to the end.
 
     Args:
         update: number of the update, from 0.
         learning_rate: the largest.
         warmup: share of the updates over which it is reached, at least one update.
+        annealing: what comes then.
     """
     warm = max(1, round(warmup * updates))
     if update < warm:
         return learning_rate * (update + 1) / warm
+    if annealing == "none":
+        return learning_rate
     progress = (update - warm) / max(1, updates - warm)
     return learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Optimised(Protocol):
+    """Settings of an optimiser, which those of all solvers have."""
+
+    @property
+    def updates(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup(self) -> float: ...
+    @property
+    def annealing(self) -> Annealing: ...
+    @property
+    def moments(self) -> tuple[float, float]: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def check_optimiser(settings: Optimised) -> None:
+    """Hold the settings of Adam to their ranges. Raises ValueError, naming the key."""
+    check_word(settings.annealing, Annealing, "annealing")
+    check_value("weight_decay", settings.weight_decay, NOT_NEGATIVE)
+    if len(settings.moments) != 2:
+        raise ValueError(f"moments must be two numbers, got {settings.moments!r}")
+    for moment in settings.moments:
+        check_value("moments", moment, below(1))
+
+
+def rate_of(update: int, settings: Optimised) -> float:
+    """Learning rate of an update by some settings."""
+    return annealed_rate(
+        update, settings.updates, settings.learning_rate, settings.warmup, settings.annealing
+    )

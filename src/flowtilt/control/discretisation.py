@@ -20,6 +20,7 @@ import torch
 from scipy.optimize import root
 
 from flowtilt.control.adjoint_matching import AdjointEstimate, AdjointMatchingSettings, Target, loss_scale
+from flowtilt.control.loss_steps import Parts, shares_in_loss
 from flowtilt.interpolants import Columnwise, Interpolant
 from flowtilt.model import Context, FlowModel
 from flowtilt.sampling import memoryless_steps
@@ -191,15 +192,15 @@ def discretisation_bias(
         path: the interpolant; of paths by columns the first one's.
         times: of the memoryless steps, from noise to data, as :meth:`flowtilt.model.FlowModel.time_grid`'s.
         data_variance: of the memoryless steps, see :func:`flowtilt.interpolants.memoryless_step`.
-        settings: ``adjoint``, ``target`` and the shares of the steps in the loss are taken from it. Either
+        settings: ``adjoint``, ``target`` and what says which steps are in the loss are taken from it. Either
             ``endpoint_gradient`` has the same conditional means; clipped controls have not, and are left out.
 
     Raises:
         ValueError: if the regression stands still nowhere near the tilt.
     """
     of_coordinates = path.parts[0][0] if isinstance(path, Columnwise) else path
-    last, rest = settings.last_share, settings.rest_share
-    return _reached(of_coordinates, times, data_variance, settings.adjoint, settings.target, last, rest)
+    parts = settings.parts(times)
+    return _reached(of_coordinates, times, data_variance, settings.adjoint, settings.target, parts)
 
 
 @lru_cache(maxsize=256)
@@ -209,13 +210,9 @@ def _reached(
     data_variance: float,
     estimate: AdjointEstimate,
     target: Target,
-    last_share: float,
-    rest_share: float,
+    parts: Parts,
 ) -> Weight:
-    steps = len(times) - 1
-    last = max(1, round(last_share * steps))
-    drawn = round(rest_share * (steps - last)) / max(1, steps - last)
-    shares = np.where(np.arange(steps) < steps - last, drawn, 1.0)
+    shares = np.array(shares_in_loss(parts, len(times) - 1))
     regression = _Regression(path, times, data_variance, estimate, target, shares)
     log_odds = SLOPE * (MEANS[1] - MEANS[0])
     exact = np.array([log_odds, MEANS[0] + SLOPE * VARIANCE, MEANS[1] + SLOPE * VARIANCE])

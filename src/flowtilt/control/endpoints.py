@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,6 +81,63 @@ def likelihood_ratio_gradient(
 
 
 @dataclass(frozen=True)
+class Pathwise:
+    """How the own gradient of a tilt is taken.
+
+    The mean over ``n`` ends perturbed by Gaussian noise of deviation ``s`` is an unbiased estimate of the
+    gradient of the tilt smoothed by that Gaussian: of a quadratic one, of its gradient at the end itself.
+
+    Attributes:
+        model: whose states they are.
+        noise: a standard normal draw for each perturbation, each (batch, ...); empty for none.
+        deviation: ``s``, in units of the state.
+        percentile: bound on the entries of a sample's gradient, see :func:`cut`; None for none.
+        part: most samples whose gradient is taken at once.
+    """
+
+    model: FlowModel
+    noise: Sequence[Tensor]
+    deviation: float
+    percentile: float | None
+    part: int
+
+    def gradient(self, tilt: FirstVariation, x: Tensor, context: Context) -> Tensor:
+        """Gradients at the ends ``x``, of the shape of it."""
+        if len(x) <= self.part:
+            return self._gradient(tilt, x, context, self.noise)
+        found = []
+        for index in torch.arange(len(x)).split(self.part):
+            noise = [one[index] for one in self.noise]
+            found.append(self._gradient(tilt, x[index], self.model.select_context(context, index), noise))
+        return torch.cat(found)
+
+    def _gradient(self, tilt: FirstVariation, x: Tensor, context: Context, noise: Sequence[Tensor]) -> Tensor:
+        if noise:
+            gradient = torch.zeros_like(x)
+            for one in noise:
+                gradient = gradient + tilt.gradient(x + self.deviation * one, context) / len(noise)
+        else:
+            gradient = tilt.gradient(x, context)
+        return gradient if self.percentile is None else cut(gradient, self.percentile)
+
+
+def cut(gradient: Tensor, percentile: float) -> Tensor:
+    """Gradients whose entries are no larger than a percentile of the sizes of the entries of their sample.
+
+    Between two entries the percentile is linear, as numpy's.
+
+    Args:
+        gradient: (batch, ...).
+        percentile: in (0, 100].
+    """
+    if not len(gradient):
+        return gradient
+    bound = torch.quantile(gradient.flatten(1).abs(), percentile / 100, dim=1)
+    bound = bound.view(-1, *(1,) * (gradient.ndim - 1))
+    return torch.minimum(torch.maximum(gradient, -bound), bound)
+
+
+@dataclass(frozen=True)
 class Ends:
     """What is known of the tilt's gradient at the ends of a pool of trajectories.
 
@@ -118,7 +176,9 @@ class Ends:
         ratio, lacking = likelihood_ratio_gradient(model, by_value, pool, steps, context)
         return cls(ratio.flatten(1).any(1), ratio, rest, failed | lacking)
 
-    def terminal(self, end: Tensor, index: Tensor, context: Context, weight: float) -> Terminal:
+    def terminal(
+        self, end: Tensor, index: Tensor, context: Context, weight: float, pathwise: Pathwise | None = None
+    ) -> Terminal:
         """Terminal values of those at ``index`` in the pool, ``weight`` times the gradients.
 
         Args:
@@ -126,7 +186,13 @@ class Ends:
             index: their positions in the pool, (batch,).
             context: theirs.
             weight: minus the strength of the tilt over its KL weight.
+            pathwise: how own gradients are taken; by default at the ends themselves.
         """
-        gradient = torch.zeros_like(end) if self.rest is None else self.rest.gradient(end, context)
+        if self.rest is None:
+            gradient = torch.zeros_like(end)
+        elif pathwise is None:
+            gradient = self.rest.gradient(end, context)
+        else:
+            gradient = pathwise.gradient(self.rest, end, context)
         before = None if self.ratio is None else weight * self.ratio[index]
         return Terminal(weight * gradient, before)

@@ -34,7 +34,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.control.base import FORWARD, TRAINING, Progress, Solution, TrainingDiverged, annealed_rate
+from flowtilt.control.base import (
+    FORWARD,
+    TRAINING,
+    Annealing,
+    Progress,
+    Solution,
+    TrainingDiverged,
+    check_optimiser,
+    rate_of,
+)
 from flowtilt.control.penalties import BankWeights, penalty_named, solve_weights_within
 from flowtilt.functionals.base import FiniteDistribution, FirstVariation
 from flowtilt.model import Context, FlowModel, evaluating
@@ -75,6 +84,9 @@ class WeightedFittingSettings:
         batch: samples an update.
         learning_rate: of Adam, warmed up over ``warmup`` of the updates and annealed to zero by a cosine.
         warmup: share of the updates.
+        annealing: ``cosine``, or ``none`` for the largest rate from the warm-up to the end.
+        moments: decay rates of Adam's means of gradients and of their squares.
+        weight_decay: of AdamW.
         gradient_clip: bound on the norm of the parameters' gradient.
         margin: distance kept from both ends of time, where a target may be singular.
     """
@@ -90,6 +102,9 @@ class WeightedFittingSettings:
     batch: int = 512
     learning_rate: float = 1e-3
     warmup: float = 0.05
+    annealing: Annealing = "cosine"
+    moments: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
     gradient_clip: float = 1.0
     margin: float = 1e-3
 
@@ -100,6 +115,7 @@ class WeightedFittingSettings:
         check(self, bank=COUNT, steps=COUNT, group=COUNT, updates=COUNT, batch=COUNT)
         check(self, minimum_ess=NOT_NEGATIVE, warning_ess=NOT_NEGATIVE)
         check(self, learning_rate=POSITIVE, gradient_clip=POSITIVE, warmup=SHARE, margin=between(0, 0.5))
+        check_optimiser(self)
         if not self.minimum_ess <= self.bank:
             raise ValueError(
                 f"a bank of {self.bank} cannot reach the minimum_ess of {self.minimum_ess:g}; "
@@ -536,7 +552,7 @@ def fit(
     plan = plan_draws(bank.solution.probabilities, bank.groups.probabilities, price)
     passes_of_update = choice.batch * (TRAINING + (price if plan.coefficient else 0))
     passes_of_update *= base.evaluations("sampling")
-    optimiser = Adam(model.tunable())
+    optimiser = Adam(model.tunable(), choice.moments, choice.weight_decay)
     state = TrainingState(model, optimiser, generator, settings, slot, started=started)
     passes = bank.passes + len(state.history) * passes_of_update
     with evaluating(base, model):
@@ -583,7 +599,7 @@ def _fit(
         if plan.coefficient and not base.quadratic_loss:
             _subtract_gradient_at_base(model, base, batch, plan)
         norm = torch.nn.utils.clip_grad_norm_(model.tunable(), settings.gradient_clip)
-        optimiser.step(annealed_rate(update, settings.updates, settings.learning_rate, settings.warmup))
+        optimiser.step(rate_of(update, settings))
         passes += passes_of_update
         row = {
             "update": update,

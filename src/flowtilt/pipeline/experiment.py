@@ -132,6 +132,10 @@ class Experiment(Section):
         """The mass of the tail at every update, of a method whose tail narrows; empty for others."""
         return []
 
+    def threshold_of(self, method: str) -> float | None:
+        """The threshold that a method of kind tfft is given; None where it is the dual's."""
+        return getattr(method_of(self, method), "threshold", None)
+
     def reward_weight_of(self, method: str) -> float:
         """KL weight of a method of kind am, in units of the reward a nat."""
         raise ConfigError(f"experiment {self.name}: key methods.{method}: {self.domain} has no am")

@@ -95,6 +95,10 @@ class FitConfig(Section):
     """Bound on the norm of the parameters' gradient."""
 
 
+Moment = Annotated[float, Field(ge=0, lt=1)]
+PartEnd = Annotated[float, Field(gt=0, le=1)]
+
+
 class SolverConfig(Section):
     """The control solver of all methods, of which a method may change keys for itself.
 
@@ -118,14 +122,32 @@ class SolverConfig(Section):
     """Trajectories drawn for each update of a tilt that is zero for most of them, at least ``batch``; the
     pool is thinned to the batch by strata. Adjoint Matching."""
 
+    active_batch: Count | None = None
+    """Most trajectories of a batch on which the tilt is not zero, where there are enough others; half of it
+    by default. Adjoint Matching."""
+
+    buffer: Count | None = None
+    """Trajectories that are kept with their adjoints, a multiple of ``batch`` and at most ``pool``: a pass
+    takes each once, in mini-batches of ``batch`` that are drawn anew for each pass. By default those of a
+    batch. Adjoint Matching."""
+
     steps: Annotated[int, Field(ge=2)]
     """Time steps of the memoryless process, also of that which draws the offline batch."""
 
     learning_rate: Positive
-    """Largest learning rate of Adam; a cosine takes it to zero."""
+    """Largest learning rate of Adam."""
 
     warmup: Share
     """Share of the updates over which the learning rate rises linearly."""
+
+    annealing: Literal["cosine", "none"] = "cosine"
+    """What takes the learning rate to zero after the warm-up; ``none`` leaves it as it is."""
+
+    moments: tuple[Moment, Moment] = (0.9, 0.999)
+    """Decay rates of Adam's means of gradients and of their squares."""
+
+    weight_decay: NotNegative = 0.0
+    """Share of the weights that an update takes off them, times the learning rate: AdamW's."""
 
     ramp: Share
     """Share of the updates over which the tilt grows linearly to its full strength. Adjoint Matching."""
@@ -141,6 +163,20 @@ class SolverConfig(Section):
     """How the tilt's gradient at the end of a trajectory is estimated: ``pathwise``, by its own gradient,
     or by ``likelihood_ratio``, from its values, which has less noise where the tilt has edges. Adjoint
     Matching."""
+
+    endpoint_perturbations: Annotated[int, Field(ge=0)] = 0
+    """At how many perturbed ends a pathwise gradient is taken, of which the mean counts: the gradient of the
+    tilt smoothed by a Gaussian. 0 is the end itself. Adjoint Matching."""
+
+    endpoint_deviation: NotNegative = 0.0
+    """Standard deviation of these perturbations, in units of the state. Adjoint Matching."""
+
+    endpoint_percentile: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Percentile of the sizes of the entries of one sample's pathwise gradient that larger entries are cut
+    to; without it none are. Adjoint Matching."""
+
+    adjoint_from: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Time, of 0 to 1, from which on steps are in the loss and adjoints are solved. Adjoint Matching."""
 
     adjoint: Literal["lean", "posterior_mean"] = "lean"
     """How that gradient is carried to earlier times: ``lean``, along the trajectory, or by
@@ -159,12 +195,18 @@ class SolverConfig(Section):
     rest_share: Share
     """Share of the other time steps that is drawn at random for each update. Adjoint Matching."""
 
+    loss_steps: tuple[tuple[PartEnd, Annotated[int, Field(ge=0)]], ...] | None = None
+    """Parts of the time steps, instead of the two shares: where each ends, as a share of the steps from
+    ``adjoint_from`` on, and how many steps of it are drawn for each update. ``[[0.6, 2], [1, 2]]`` draws two
+    of the first 60 % and two of the others. Adjoint Matching."""
+
     passes: Count = 1
-    """Updates on the same trajectories, each with time steps of its own. Adjoint Matching."""
+    """How often each of the trajectories is trained on, each time with time steps of its own. Adjoint
+    Matching."""
 
     micro_batch: Count | None = None
-    """Most trajectories whose regression is in memory at once, all others waiting; without it all are.
-    Adjoint Matching."""
+    """Most trajectories whose regression is in memory at once, all others waiting, and whose adjoints are
+    solved together; without it those of a batch. Adjoint Matching."""
 
     bank: Count = 20000
     """Samples of the base model that are weighted. Weighted fitting."""
@@ -188,8 +230,8 @@ class SolverConfig(Section):
 
     @model_validator(mode="after")
     def _keys_fit(self) -> SolverConfig:
-        if self.kind == "adjoint_matching" and self.pool < self.batch:
-            raise ValueError(f"pool ({self.pool}) must be at least batch ({self.batch})")
+        if self.kind == "adjoint_matching":
+            self._check_matching()
         if self.kind == "annealed_fitting" and self.penalty != "kl":
             raise ValueError(
                 f"penalty must be kl where kind is annealed_fitting, got {self.penalty}: only exponential "
@@ -201,6 +243,32 @@ class SolverConfig(Section):
                 "gradient at the end of a trajectory"
             )
         return self
+
+    def _check_matching(self) -> None:
+        """Refuse what the settings of :mod:`flowtilt.control.adjoint_matching` would, before a run."""
+        kept, name = (self.batch, "batch") if self.buffer is None else (self.buffer, "buffer")
+        if self.pool < kept:
+            raise ValueError(f"pool ({self.pool}) must be at least {name} ({kept})")
+        if kept % self.batch:
+            raise ValueError(f"buffer ({kept}) must be a multiple of batch ({self.batch})")
+        if self.active_batch is not None and self.active_batch >= self.batch:
+            raise ValueError(f"active_batch ({self.active_batch}) must be below batch ({self.batch})")
+        if (self.endpoint_perturbations > 0) != (self.endpoint_deviation > 0):
+            raise ValueError(
+                "endpoint_perturbations and endpoint_deviation belong together; give both or none"
+            )
+        changed = self.endpoint_perturbations > 0 or self.endpoint_percentile is not None
+        if changed and self.endpoint_gradient != "pathwise":
+            raise ValueError(
+                "endpoint_gradient must be pathwise where endpoint_perturbations or endpoint_percentile is "
+                "given, which are of gradients"
+            )
+        if self.loss_steps is not None:
+            ends = [end for end, _ in self.loss_steps]
+            if not ends or ends != sorted(set(ends)) or ends[-1] != 1:
+                raise ValueError(f"the ends in loss_steps must grow to 1, got {ends}")
+            if not any(count for _, count in self.loss_steps):
+                raise ValueError("loss_steps draws no step at all; raise one of its numbers")
 
 
 class MethodConfig(Section):
@@ -278,6 +346,8 @@ class MethodConfig(Section):
             if getattr(self, key) is not None and self.kind not in kinds:
                 raise ValueError(f"{key} belongs to {' and '.join(kinds)}, not to {self.kind}; remove it")
         missing = [key for key in ("iterations", "step") if getattr(self, key) is None]
+        if getattr(self, "step_weight", None) is not None:
+            missing = [key for key in missing if key != "step"]
         if self.kind == "fdc" and missing == ["step"] and "by" in belongs:
             if self.by != "exponents":  # type: ignore[attr-defined]
                 raise ValueError("an fdc method needs step, or by: exponents, which searches the steps")

@@ -102,6 +102,9 @@ def fitting_settings(
         batch=config.batch,
         learning_rate=config.learning_rate,
         warmup=config.warmup,
+        annealing=config.annealing,
+        moments=config.moments,
+        weight_decay=config.weight_decay,
         gradient_clip=config.gradient_clip,
     )
 

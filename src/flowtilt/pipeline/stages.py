@@ -24,7 +24,16 @@ from flowtilt.control.annealed_fitting import solve_tail
 from flowtilt.control.base import Progress, Solution
 from flowtilt.control.weighted_fitting import Samples
 from flowtilt.devices import generator_of
-from flowtilt.fdc import Ascent, ExponentAscent, MirrorAscent, Solver, Trail, ascend, ascend_by_exponents
+from flowtilt.fdc import (
+    Ascent,
+    ExponentAscent,
+    MirrorAscent,
+    Solver,
+    StepWeight,
+    Trail,
+    ascend,
+    ascend_by_exponents,
+)
 from flowtilt.functionals.base import FirstVariation, Objective
 from flowtilt.functionals.utilities import Hinge, RewardVariation
 from flowtilt.model import Context, FlowModel
@@ -165,8 +174,8 @@ class Workbench(ABC):
         """The pretrained flow with these samples, for solvers that need a bank of it."""
         return None if self.offline is None else Given(self.flow, self.offline)
 
-    def exponents(self, step_weight: float | None) -> ExponentAscent:
-        """The settings of an ascent by exponents; without the KL weight of a step each is searched."""
+    def exponents(self, step_weight: StepWeight | None) -> ExponentAscent:
+        """The settings of an ascent by exponents; without the KL weight of its steps each is searched."""
         experiment, solver = self.experiment, self.experiment.solver_of(self.job.method)
         # Those of the solve's bank, which then is the one that a step is searched on.
         samples = experiment.offline.samples if solver.kind == "adjoint_matching" else solver.bank
@@ -271,7 +280,8 @@ def _solve_once(
     if not isinstance(tilt, FirstVariation):
         settings = adjoint_matching_settings(config, updates)
         return adjoint_matching.solve(flow, tilt, kl_weight, settings, random, watched, slot)
-    if config.kind == "annealed_fitting" and experiment.methods[method].kind == "tfft":
+    given = experiment.threshold_of(method)
+    if config.kind == "annealed_fitting" and experiment.methods[method].kind == "tfft" and given is None:
         # Its threshold is found anew in each stage, from all banks of the chain.
         problem, stages = (
             TailProblem(*experiment.tail_of(method)),
@@ -294,6 +304,8 @@ def tilt_of(bench: Workbench, threshold_file: Path | None) -> tuple[Tilt, float]
 
     def narrowing(progress: float) -> FirstVariation:
         rung = rungs[min(len(rungs) - 1, int(progress * len(rungs)))]
+        if rung["mass"] == 1:
+            return RewardVariation(bench.reward)
         return Hinge(bench.reward, rung["threshold"], rung["mass"], problem.tail)
 
     return narrowing, problem.alpha

@@ -400,3 +400,49 @@ def test_messages_come_once_and_the_advice_last(tmp_path: Path, models: tuple[Pa
     assert sum(advice in line for line in lines) == 1
     assert sum("the text encoder sees 28 of them" in line for line in lines) == 1
     assert sum("the model sees 28 of them" in line for line in lines) == 1
+
+
+def test_the_papers_keys_go_through_the_stages(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    """A buffer, drawn steps, smoothed gradients, dropped prompts, a given threshold, other prompts."""
+    wishes = tmp_path / "refl_data.json"
+    wishes.write_text(json.dumps([{"text": f"a bridge number {k}"} for k in range(7)]))
+    solver = {
+        "updates": 8,
+        "pool": 6,
+        "buffer": 6,
+        "passes": 2,
+        "micro_batch": 2,
+        "loss_steps": [[0.6, 1], [1.0, 1]],
+        "endpoint_perturbations": 2,
+        "endpoint_deviation": 0.02,
+        "endpoint_percentile": 85.0,
+        "moments": [0.9, 0.95],
+        "weight_decay": 0.01,
+        "annealing": "none",
+    }
+    folder = Folder(
+        tmp_path / "results",
+        LEFT_TAIL,
+        models,
+        training_prompts=str(wishes),
+        guidance={"dropout": 0.3},
+        schedule={"betas": [0.002, 0.009], "end": 0.5},
+        compute={"chunk": 4},
+        solver=solver,
+        methods={"tfft": {"threshold": 0.9}},
+    )
+    for stage, method in (("model", ""), ("offline", ""), ("threshold", "tfft"), ("finetune", "tfft")):
+        assert folder.run(stage, method) == 0
+    with np.load(folder.shared("seed0/offline.npz")) as arrays:
+        assert set(arrays["context"]) == set(range(7))
+    found = json.loads(folder.file("tfft", "threshold.json").read_text())
+    assert found["threshold"] == 0.9 != found["dual_threshold"]
+    history = pd.read_csv(folder.file("tfft", "history.csv"))
+    assert len(history) == 8
+    assert history["loss"].gt(0).all()
+    # Two buffers of six trajectories in four updates each: only the first of these samples and solves.
+    passes = history["network_passes"].diff().fillna(history["network_passes"][0])
+    assert (passes[[0, 4]] > 3 * passes[1]).all()
+    assert passes[[1, 2, 3, 5, 6, 7]].nunique() == 1
+    assert folder.assess("tfft") == folder.assess("pretrained") == 0
+    assert len(list(folder.images("tfft").glob("*.png"))) == 4 * 3

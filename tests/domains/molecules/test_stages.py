@@ -352,3 +352,38 @@ def test_a_damaged_file_of_molecules(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_stage_of_the_plane_refuses_molecules(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, folder.run("density"), "molecules has no stage density; it has data, pretrain, ")
+
+
+def test_the_papers_keys_go_through_the_stages(tmp_path: Path) -> None:
+    """Adapters, failures that count, a tail that narrows from the mean, and steps without a divergence."""
+    linear = {"mass": 0.2, "narrowing": 0.7, "narrowing_from": 1.0, "narrowing_by": "linear"}
+    adapter = {"adapter": {"rank": 2, "alpha": 2.0}}
+    methods = {
+        "am": adapter | {"alpha": 20.0},
+        "tfft": linear,
+        "fdc": {"iterations": 2, "mass": 0.5, "alpha": 0.0, "step": None, "step_weight": [20.0, 30.0]},
+    }
+    late = {"adjoint": "lean", "adjoint_from": 0.4, "loss_steps": [[1.0, 1]], "annealing": "none"}
+    changes = {"reward": {"failed": -500.0}, "solver": late | {"active_batch": 1}, "methods": methods}
+    folder = Folder(tmp_path, **changes, **REACHABLE)
+    assert folder.run("pretrain") == folder.run("offline") == 0
+    rewards = np.load(folder.path / "runs/molecules_qm9/pretrained/seed0/offline.npz")["reward"]
+    assert np.isfinite(rewards).all()
+    assert (rewards == -500).any()
+    assert (rewards > 0).any()
+    assert folder.run("threshold", "tfft") == 0
+    schedule = json.loads(folder.file("tfft", "threshold.json").read_text())["schedule"]
+    assert schedule[0] == {"mass": 1.0, "threshold": -500.0}
+    for method in methods:
+        assert folder.run("finetune", method) == 0
+        history = pd.read_csv(folder.file(method, "history.csv"))
+        assert (history["failed_share"] == 0).all()
+    # The mean is raised by all that were drawn, of a batch and not of a pool.
+    evaluated = pd.read_csv(folder.file("tfft", "history.csv"))["evaluated"]
+    assert evaluated.tolist() == [4, 8, 8]
+    before, after = map(load_tensors, (folder.pretrained, folder.file("am", "model.safetensors")))
+    base = {name.replace(".linear.", "."): tensor for name, tensor in after.items()}
+    assert all(tensor.equal(base[name]) for name, tensor in before.items())
+    assert any(bool(tensor.any()) for name, tensor in after.items() if name.endswith(".up"))
+    assert folder.evaluate("am") == 0
+    assert not np.isin(np.load(folder.file("am", "energies.npz"))["reward"], [-500.0]).any()

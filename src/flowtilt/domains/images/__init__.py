@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowtilt.domains.images.experiment import ImageExperiment, check_models, describe, with_model
+from flowtilt.domains.images.prompts import with_prompts
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
 from flowtilt.pipeline.experiment import Experiment
 from flowtilt.pipeline.places import located
@@ -92,7 +93,7 @@ STAGES = (
     ),
     offline_stage(
         reads=_base,
-        sections=("name", *_FLOW, "reward", "offline", "solver"),
+        sections=("name", *_FLOW, "training_prompts", "reward", "offline", "solver"),
         needs=Needs((2000, 16000), (20, 240), gpu=True, group="images"),
     ),
     threshold_stage(
@@ -106,7 +107,7 @@ STAGES = (
             | run.taken()
             | ({"offline": run.file_of("pretrained", "offline.npz")} if takes_bank(run) else {})
         ),
-        sections=("name", *_FLOW, "reward", "objective", "offline", "solver"),
+        sections=("name", *_FLOW, "training_prompts", "reward", "objective", "offline", "solver"),
         needs=Needs((2000, 48000), (60, 5760), gpu=True, shared=True),
     ),
     keep_stage(
@@ -158,8 +159,8 @@ class Images(BaseDomain):
         return ImageExperiment
 
     def completed(self, data: Mapping[str, Any], file: Path) -> dict[str, Any]:
-        """With the named model's file in the place of its name."""
-        return with_model(data, file)
+        """With the named model's file in the place of its name, and prompts in the place of theirs."""
+        return with_prompts(with_model(data, file), file)
 
     def check(self, files: Mapping[str, Mapping[str, Experiment]]) -> None:
         """Refuse experiments of one model that would have it trained in two ways."""

@@ -30,8 +30,9 @@ class ImagesBench(Workbench):
 
     @cached_property
     def base(self) -> TextToImage:
-        """The pretrained model."""
-        return load_base(self.experiment, self.job.read("pretrained"))
+        """The pretrained model, on the prompts of fine-tunings."""
+        prompts = self.experiment.trained_prompts
+        return load_base(self.experiment, self.job.read("pretrained"), prompts=prompts)
 
     @cached_property
     def flow(self) -> FlowModel:

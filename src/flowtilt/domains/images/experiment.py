@@ -57,7 +57,12 @@ class ImageExperiment(Experiment):
     """Precision and memory."""
 
     prompts: Annotated[list[str], Field(min_length=1), NoRepeats]
-    """What images are asked for; every prompt as often."""
+    """What images are asked for; every prompt as often. Instead of the list, the path of a file with it: a
+    JSON list of prompts or of objects with a ``prompt`` or ``text``, or one of either on each line."""
+
+    training_prompts: Annotated[list[str], Field(min_length=1), NoRepeats] | None = None
+    """What fine-tunings and offline batches ask for, as ``prompts``, which runs are then measured on alone;
+    by default the same."""
 
     reward: ImageRewardConfig = ImageRewardConfig()
     """What am and tfft raise."""
@@ -89,6 +94,11 @@ class ImageExperiment(Experiment):
                     f"methods.{name}.solver.endpoint_gradient: must be pathwise; a reward of images has such "
                     "gradients"
                 )
+            if self.guidance.dropout and method.tuned and self.solver_of(name).kind != "adjoint_matching":
+                raise ValueError(
+                    f"guidance.dropout: method {name!r} is not solved by Adjoint Matching, whose "
+                    "trajectories it is of; set it to 0"
+                )
         if self.retrain and self.model.embedded is None:
             raise ValueError(
                 f"retrain: the model {self.model.name} has no section embedded to be trained by; "
@@ -118,6 +128,11 @@ class ImageExperiment(Experiment):
                 f"methods.{name}.solver.kind: the entropy of latents has scores and no values, which fits "
                 "take; set it to adjoint_matching"
             )
+
+    @property
+    def trained_prompts(self) -> list[str]:
+        """What fine-tunings and offline batches ask for."""
+        return self.training_prompts or self.prompts
 
     @property
     def mass(self) -> float:

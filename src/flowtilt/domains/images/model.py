@@ -36,21 +36,25 @@ class Prompted:
         prompt: positions in the table, long (batch,).
         table: embeddings of the prompts, (prompts, tokens, width).
         empty: embedding of the empty prompt, (tokens, width).
+        dropped: samples whose embedding is that of the empty prompt, bool (batch,); None for none.
     """
 
     prompt: Tensor
     table: Tensor
     empty: Tensor
     guidance: float = 1.0
+    dropped: Tensor | None = None
 
     @property
     def embeddings(self) -> Tensor:
         """Of the samples' prompts, (batch, tokens, width)."""
-        return self.table[self.prompt]
+        found = self.table[self.prompt]
+        return found if self.dropped is None else torch.where(self.dropped[:, None, None], self.empty, found)
 
     def select(self, index: Tensor) -> Prompted:
         """That of the samples at ``index``."""
-        return replace(self, prompt=self.prompt[index])
+        dropped = None if self.dropped is None else self.dropped[index]
+        return replace(self, prompt=self.prompt[index], dropped=dropped)
 
 
 class LatentFlow(FlowModel):
@@ -157,6 +161,13 @@ class LatentFlow(FlowModel):
         rounds = -(-count // number)
         order = torch.cat([torch.randperm(number, generator=generator) for _ in range(rounds)])
         return self.context_of(order[:count])
+
+    def training_context(self, count: int, generator: torch.Generator) -> Prompted:
+        """Prompts as of any samples, of which each is dropped with the probability ``guidance.dropout``."""
+        context = self.draw_context(count, generator)
+        if not self.guidance.dropout:
+            return context
+        return replace(context, dropped=torch.rand(count, generator=generator) < self.guidance.dropout)
 
     def context_of(self, labels: Tensor) -> Prompted:
         """The context of samples with given prompts, long (batch,), for sampling."""

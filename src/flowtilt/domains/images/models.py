@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +150,11 @@ def write_model(job: Job) -> None:
     write_json({"model": model.name, **found}, job.outputs["model"])
 
 
-def text_to_image_of(experiment: ImageExperiment, folder: Path) -> TextToImage:
-    """A folder of a pipeline as the experiment's flow, before any fine-tuning.
+def text_to_image_of(
+    experiment: ImageExperiment, folder: Path, prompts: Sequence[str] | None = None
+) -> TextToImage:
+    """A folder of a pipeline as the experiment's flow, before any fine-tuning, on the prompts that runs are
+    measured on, or on others.
 
     Raises:
         CheckpointError, ConfigError: see :func:`flowtilt.domains.images.pipeline.load_text_to_image`.
@@ -159,7 +162,7 @@ def text_to_image_of(experiment: ImageExperiment, folder: Path) -> TextToImage:
     from flowtilt.domains.images.pipeline import load_text_to_image
 
     sections = (experiment.guidance, experiment.schedule, experiment.compute, experiment.adapter)
-    return load_text_to_image(folder, experiment.prompts, *sections)
+    return load_text_to_image(folder, prompts or experiment.prompts, *sections)
 
 
 def read_model(file: Path) -> tuple[Path, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +19,7 @@ from flowtilt.checkpoints import CheckpointError, check_loaded
 from flowtilt.domains.images.alignment import warn_of_long
 from flowtilt.domains.images.model import LatentFlow, Target
 from flowtilt.domains.images.rewards import Decode
-from flowtilt.domains.images.schedule import DiscreteSchedule
+from flowtilt.domains.images.schedule import DiscreteSchedule, end_level
 from flowtilt.domains.images.sections import AdapterConfig, ComputeConfig, GuidanceConfig, ScheduleConfig
 from flowtilt.files import read_json
 from flowtilt.pipeline.configuration import ConfigError
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 DISCRETE = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler")
 """Schedulers whose noise levels are those of DDIM, whose eta = 1 is memoryless."""
+
+TEXTS = 1000
+"""Prompts that go through the text encoder together: of a training list there may be ten thousand."""
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -98,10 +101,15 @@ def load_text_to_image(
     except ValueError as error:
         raise ConfigError(f"{folder}: {error} (key schedule.zero_terminal_snr)") from None
     flow.use_prompts(table, empty)
-    return TextToImage(flow.requires_grad_(False), partial(_decoded, autoencoder), tuple(prompts))
+    return TextToImage(
+        flow.requires_grad_(False), partial(_decoded, autoencoder, compute.chunk), tuple(prompts)
+    )
 
 
-def _decoded(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
+def _decoded(autoencoder: AutoencoderKL, chunk: int | None, latents: Tensor) -> Tensor:
+    """Images of latents; where no gradient is kept, a ``chunk`` at a time."""
+    if chunk is not None and len(latents) > chunk and not torch.is_grad_enabled():
+        return torch.cat([_decoded(autoencoder, None, part) for part in latents.split(chunk)])
     images: Tensor = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
     return images.clamp(-1, 1)
 
@@ -219,11 +227,12 @@ def build_schedule(folder: Path, changes: ScheduleConfig = _SCHEDULE) -> Discret
         known |= {"beta_start": changes.betas[0], "beta_end": changes.betas[1], "trained_betas": None}
     try:
         with torch.device("cpu"):
-            return schedule_of(DDIMScheduler.from_config(known))
+            path = schedule_of(DDIMScheduler.from_config(known))
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(
             f"{file}: no schedule follows from it and the key schedule.betas ({error})"
         ) from None
+    return path if changes.end is None else replace(path, end=end_level(path.levels[0], changes.end))
 
 
 def schedule_of(scheduler: DDIMScheduler) -> DiscreteSchedule:
@@ -250,7 +259,8 @@ def embeddings(folder: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     tokens = tokenizer(
         [*prompts, ""], padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
     ).input_ids
-    found = encoder(tokens.to(torch.get_default_device())).last_hidden_state
+    device = torch.get_default_device()
+    found = torch.cat([encoder(some.to(device)).last_hidden_state for some in tokens.split(TEXTS)])
     return found[:-1], found[-1]
 
 

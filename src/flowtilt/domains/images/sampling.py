@@ -6,7 +6,7 @@ Randomness follows from the names of experiment, method and seed alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,10 +35,15 @@ CHUNK = 50
 """Images that are drawn together."""
 
 
-def load_base(experiment: ImageExperiment, model: Path, weights: Path | None = None) -> TextToImage:
-    """The experiment's model, or a fine-tuned one. Raises CheckpointError if something is not there, or of
-    another network."""
-    found = text_to_image_of(experiment, read_model(model)[0])
+def load_base(
+    experiment: ImageExperiment,
+    model: Path,
+    weights: Path | None = None,
+    prompts: Sequence[str] | None = None,
+) -> TextToImage:
+    """The experiment's model, or a fine-tuned one, see :func:`text_to_image_of`. Raises CheckpointError if
+    something is not there, or of another network."""
+    found = text_to_image_of(experiment, read_model(model)[0], prompts)
     if weights is not None:
         load_weights(found.flow, weights)
     return found
@@ -50,13 +55,13 @@ def load_scorer(experiment: ImageExperiment, model: Path) -> AlignmentModel:
 
 
 def load_reward(experiment: ImageExperiment, model: Path, decode: Decode) -> Reward:
-    """The reward that am and tfft raise, of latents."""
+    """The reward that am and tfft raise, of latents with the prompts of fine-tunings."""
     from flowtilt.domains.images.rewards import ClipReward, ImageReward
 
     weights = experiment.reward.weights
     if weights is not None:
-        return ImageReward(decode, experiment.prompts, located(weights.path))
-    return ClipReward(decode, load_scorer(experiment, model), experiment.prompts)
+        return ImageReward(decode, experiment.trained_prompts, located(weights.path))
+    return ClipReward(decode, load_scorer(experiment, model), experiment.trained_prompts)
 
 
 def sample(job: Job) -> None:

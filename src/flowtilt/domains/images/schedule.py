@@ -143,26 +143,33 @@ BETAS = (0.00085, 0.012)
 """First and last noise variance of Stable Diffusion's thousand steps, whose roots are equally spaced."""
 
 
+def end_level(cleanest: float, share: float) -> float:
+    """The signal level that the last step leads to, moved by a share of the way from that of the cleanest
+    timestep to 1."""
+    return cleanest + share * (1 - cleanest)
+
+
 def stable_diffusion(
-    betas: tuple[float, float] | None = None, zero_terminal_snr: bool = False
+    betas: tuple[float, float] | None = None, zero_terminal_snr: bool = False, end: float | None = None
 ) -> DiscreteSchedule:
-    """Stable Diffusion's path, whose last step leads to data without noise.
+    """Stable Diffusion's path, whose last step leads to data without noise unless ``end`` says otherwise.
 
     Args:
         betas: first and last noise variance instead of its own.
         zero_terminal_snr: whether it ends in pure noise: the roots of the levels are moved and scaled so that
             the last is zero and the first stays (Lin et al. 2024, algorithm 1).
+        end: see :func:`end_level`.
     """
     first, last = betas or BETAS
     levels = levels_of(torch.linspace(first**0.5, last**0.5, 1000, dtype=torch.float64).square().tolist())
     if zero_terminal_snr:
         roots = torch.tensor(levels, dtype=torch.float64).sqrt()
         levels = tuple(((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square().tolist())
-    return DiscreteSchedule(levels)
+    return DiscreteSchedule(levels, 1.0 if end is None else end_level(levels[0], end))
 
 
 def process(experiment: ImageExperiment, steps: int) -> tuple[Interpolant, tuple[float, ...], float]:
     """What solvers follow: Stable Diffusion's schedule, which embedded models have too, with its changes."""
     asked = experiment.schedule
-    path = stable_diffusion(asked.betas, asked.zero_terminal_snr)
+    path = stable_diffusion(asked.betas, asked.zero_terminal_snr, asked.end)
     return path, tuple(path.grid(steps, asked.spacing, offset=1)), 0.0

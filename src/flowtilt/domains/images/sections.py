@@ -208,6 +208,10 @@ class GuidanceConfig(Section):
     control: Annotated[float, Field(ge=1)] = 1.0
     """Scale in the two velocities whose difference is the control, and in the scores of functionals."""
 
+    dropout: Share = 0.0
+    """Probability that a trajectory of a fine-tuning by Adjoint Matching has the empty prompt instead of its
+    own, from its sampling to its loss; its reward is still that of its own."""
+
 
 class ScheduleConfig(Section):
     """What is changed in the pipeline's noise schedule."""
@@ -217,6 +221,10 @@ class ScheduleConfig(Section):
 
     betas: tuple[Positive, Positive] | None = None
     """First and last noise variance, instead of the pipeline's own."""
+
+    end: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Signal level (cumulative alpha) that the last step leads to: how far it is moved from that of the
+    cleanest timestep, 0, to that of data without noise, 1; by default the pipeline's own, one of the two."""
 
     zero_terminal_snr: bool = False
     """Whether the schedule is rescaled to end in pure noise (Lin et al. 2024, algorithm 1), which needs a
@@ -243,7 +251,7 @@ class ComputeConfig(Section):
     """Of matrix products, by autocast; weights and sums stay in 32 bits."""
 
     chunk: Count | None = None
-    """Most latents that go through the denoiser together where no gradient is kept."""
+    """Most latents that go through the denoiser, or the decoder, together where no gradient is kept."""
 
     gradient_checkpointing: bool = False
     """Whether activations are computed again in backward passes instead of kept."""
@@ -316,6 +324,10 @@ class ImageMethodConfig(SearchedMethodConfig):
     alpha: Positive | None = None
     """The method's own KL weight, by default that of ``objective``; for ``fdc``."""
 
+    threshold: float | None = None
+    """Where the hinge of ``tfft`` bends, in units of the reward, instead of at the solution of its dual on
+    the offline batch."""
+
     step: Annotated[float, Field(gt=0, le=1)] | None = None
     """Size of a step, 1 being the largest in theory: for ``fdc``, which must have it where it goes by scores.
     Over the step's KL weight it is 1 + alpha on the entropy, by which the objective is smooth relative to the
@@ -324,7 +336,7 @@ class ImageMethodConfig(SearchedMethodConfig):
     @model_validator(mode="after")
     def _fields_of_kind(self) -> ImageMethodConfig:
         of_fdc = dict.fromkeys(("alpha", "iterations", "step", "by"), ("fdc",))
-        self.check_keys({"mass": ("fdc", "tfft"), **of_fdc})
+        self.check_keys({"mass": ("fdc", "tfft"), "threshold": ("tfft",), **of_fdc})
         return self
 
 

@@ -15,7 +15,7 @@ from flowtilt.domains.molecules import build
 from flowtilt.domains.molecules.energies import XTBReward
 from flowtilt.domains.molecules.sampling import CHUNK, Base, load_base, write_molecules
 from flowtilt.domains.molecules.xtb import XTBSettings
-from flowtilt.fdc import ExponentAscent, MirrorAscent
+from flowtilt.fdc import ExponentAscent, MirrorAscent, StepWeight
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import SQ
@@ -35,7 +35,7 @@ class MoleculesBench(Workbench):
     @cached_property
     def base(self) -> Base:
         """The pretrained model."""
-        return load_base(self.experiment, self.job.read("pretrained"))
+        return load_base(self.experiment, self.job.read("pretrained"), self.job.method)
 
     @cached_property
     def flow(self) -> FlowModel:
@@ -47,7 +47,11 @@ class MoleculesBench(Workbench):
         if self.experiment.reward.type_gradient == "separated_atoms":
             separated = build.separated_atoms(self.base.types, workers)
         return XTBReward(
-            self.base.decode, XTBSettings(**self.experiment.reward.calculation), workers, separated
+            self.base.decode,
+            XTBSettings(**self.experiment.reward.calculation),
+            workers,
+            separated,
+            self.experiment.reward.failed,
         )
 
     def contexts(self, generator: torch.Generator) -> tuple[int, Context]:
@@ -70,12 +74,15 @@ class MoleculesBench(Workbench):
         config, solver = experiment.methods[method], experiment.solver_of(method)
         problem = experiment.tail_of(method)
         # Scores are compared at the last time where the solver trains the velocity.
-        kl = KL(self.flow, score_time=self.flow.time_grid(solver.steps)[-2])
+        kl = KL(self.flow, score_time=config.score_time or self.flow.time_grid(solver.steps)[-2])
+        weight: StepWeight | None = problem.alpha / config.step if config.step else None
+        if config.step_weight is not None:
+            weight = tuple(config.step_weight)
         settings: MirrorAscent | ExponentAscent
         if config.by == "exponents":
-            settings = self.exponents(problem.alpha / config.step if config.step else None)
+            settings = self.exponents(weight)
         else:
-            weight = problem.alpha / (config.step or 1.0)
+            assert weight is not None  # or the configuration would have been refused
             settings = MirrorAscent(weight, experiment.offline.samples, solver.steps)
         return Climb(
             Objective(SQ(self.reward, problem.mass), kl, problem.alpha),

@@ -169,12 +169,12 @@ class XTBReward(Reward):
         workers: processes to use; by default one for each processor.
         separated: the energy of a state's separated atoms, whose gradient on the types is added; without it
             there is no gradient on them.
+        failed_value: what a molecule without an energy has for a reward, in hartree, with the gradient zero;
+            without it the evaluation has failed.
 
     Attributes:
         failures: how many of them failed, by reason.
     """
-
-    may_fail = True
 
     def __init__(
         self,
@@ -182,8 +182,10 @@ class XTBReward(Reward):
         settings: XTBSettings | None = None,
         workers: int | None = None,
         separated: StateEnergy | None = None,
+        failed_value: float | None = None,
     ) -> None:
         self.decode = decode
+        self.failed_value, self.may_fail = failed_value, failed_value is None
         self.separated = separated
         self.settings = settings or XTBSettings()
         self.evaluated = 0
@@ -197,6 +199,8 @@ class XTBReward(Reward):
         if self.separated is not None:
             atoms = self.separated(x, context)
             energies = energies + (atoms - atoms.detach())
+        if self.failed_value is not None:
+            return (-energies).masked_fill(energies.isnan(), self.failed_value)
         return -energies
 
     def _computed(self, coordinates: Tensor, numbers: Tensor) -> Energies:

@@ -80,6 +80,11 @@ class MoleculeExperiment(FlowSections, Experiment):
                     "has no values of its divergence on molecules, and narrowing a problem for every "
                     "update; use adjoint_matching, or by: exponents for fdc"
                 )
+            if solver.endpoint_percentile is not None:
+                raise ValueError(
+                    f"methods.{name}.solver.endpoint_percentile: is of images, whose states have no padding "
+                    "and no centre of mass; remove it, and set control_clip"
+                )
             if solver.endpoint_gradient != "pathwise" and method.tuned:
                 raise ValueError(
                     f"methods.{name}.solver.endpoint_gradient: must be pathwise; likelihood_ratio takes "
@@ -120,14 +125,22 @@ class MoleculeExperiment(FlowSections, Experiment):
 
     def tail_of(self, method: str) -> TailSpec:
         """Tail, mass and KL weight of a method's tail problem."""
-        return TailSpec("upper", self.mass_of(method), self.objective.alpha)
+        return TailSpec("upper", self.mass_of(method), self.alpha_of(method))
+
+    def alpha_of(self, method: str) -> float:
+        """KL weight of a method's objective, in hartree a nat."""
+        own = self.methods[method].alpha
+        return self.objective.alpha if own is None else own
 
     def masses_of(self, method: str) -> list[float]:
-        share = self.methods[method].narrowing
-        return [] if share is None else narrowing(self.mass_of(method), share, self.updates_of(method))
+        config = self.methods[method]
+        if config.narrowing is None:
+            return []
+        start, linear = config.narrowing_from or WIDEST, config.narrowing_by == "linear"
+        return narrowing(self.mass_of(method), config.narrowing, self.updates_of(method), start, linear)
 
     def reward_weight_of(self, method: str) -> float:
-        return self.objective.alpha
+        return self.alpha_of(method)
 
     @property
     def unit(self) -> str:
@@ -149,16 +162,22 @@ def tail_metric(mass: float) -> str:
     return f"top_{100 * mass:.6g}pct_{UNIT}"
 
 
-def narrowing(mass: float, share: float, updates: int) -> list[float]:
-    """The mass of the tail at every update: from one half geometrically to ``mass``, and then that.
+def narrowing(
+    mass: float, share: float, updates: int, start: float = WIDEST, linear: bool = False
+) -> list[float]:
+    """The mass of the tail at every update: from ``start`` to ``mass``, and then that.
 
     Args:
         mass: at the end.
         share: of the updates before it is reached.
         updates: how many there are.
+        start: at the first one.
+        linear: whether it falls by the same difference in each update, and not by the same factor.
     """
-    start = max(WIDEST, mass)
+    start = max(start, mass)
     passed = (min(1.0, update / (share * updates)) if share > 0 else 1.0 for update in range(updates))
+    if linear:
+        return [start + (mass - start) * part for part in passed]
     return [start * (mass / start) ** part for part in passed]
 
 

@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowtilt.domains.molecules.adapters import AdaptedFlow
 from flowtilt.domains.molecules.energies import Decoder, TypeShares
 from flowtilt.domains.molecules.model import mask_of
 from flowtilt.domains.molecules.states import ATOMIC_NUMBERS, ELEMENTS, centred
 from flowtilt.files import one_line
 from flowtilt.interpolants import Columnwise, Cosine, Interpolant, Linear, broadcast_time
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context
 
 GAUSSIAN_KINDS = "one of the Gaussian kind, as qm9_gaussian"
 
@@ -169,7 +170,7 @@ class Layout:
         return [mask, mask, mask, mask[:, first] & mask[:, second]]
 
 
-class FlowMolFlow(FlowModel):
+class FlowMolFlow(AdaptedFlow):
     """A model of FlowMol's Gaussian kind, in the states of :class:`Layout`, coordinates in ångström.
 
     On each path ``alpha + beta = 1``, so that a predicted endpoint y is the velocity

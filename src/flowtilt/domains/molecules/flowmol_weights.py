@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from flowtilt.checkpoints import CheckpointError, load_weights, save_weights, sha256_of
+from flowtilt.checkpoints import CheckpointError, save_weights, sha256_of
+from flowtilt.domains.molecules.adapters import load_adapted
 from flowtilt.domains.molecules.energies import Decoder, TypeShares
 from flowtilt.domains.molecules.flowmol import (
     Description,
@@ -28,16 +29,20 @@ from flowtilt.domains.molecules.flowmol import (
     imported,
     type_shares,
 )
+from flowtilt.domains.molecules.sections import MoleculeAdapterConfig
 from flowtilt.files import write_text
 from flowtilt.model import FlowModel
 
 
-def load_flowmol(name: str, weights: Path, time_power: float = 1.0) -> tuple[FlowModel, Decoder, TypeShares]:
+def load_flowmol(
+    name: str, weights: Path, time_power: float = 1.0, adapter: MoleculeAdapterConfig | None = None
+) -> tuple[FlowModel, Decoder, TypeShares]:
     """A model of FlowMol's Gaussian kind, frozen, and the decoder and the types of its states.
 
     Args:
         weights: converted, or fine-tuned from those.
         time_power: see :class:`flowtilt.model.FlowModel`.
+        adapter: that it gets, or has.
 
     Raises:
         FlowMolError: if the package is missing, or the model is of another name or kind.
@@ -60,7 +65,7 @@ def load_flowmol(name: str, weights: Path, time_power: float = 1.0) -> tuple[Flo
     description.check()
     flow = FlowMolFlow(description, _network(description), sizes, time_power)
     parts = decoder(description, flow.layout), type_shares(description, flow.layout)
-    return load_weights(flow, weights), *parts
+    return load_adapted(flow, weights, adapter), *parts
 
 
 def _described(weights: Path) -> tuple[Tensor, Tensor]:

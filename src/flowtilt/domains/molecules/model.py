@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowtilt.domains.molecules.adapters import AdaptedFlow
 from flowtilt.domains.molecules.experiment import MoleculeExperiment
 from flowtilt.domains.molecules.network import EquivariantNetwork
 from flowtilt.domains.molecules.sections import MoleculeNetworkConfig, UnitsConfig
 from flowtilt.domains.molecules.states import ELEMENTS, WIDTH, centred, pack, unpack
 from flowtilt.interpolants import Interpolant, Linear, broadcast_time, convert, time_grid
-from flowtilt.model import Context, FlowModel
+from flowtilt.model import Context
 
 
-class MoleculeFlow(FlowModel):
+class MoleculeFlow(AdaptedFlow):
     """An equivariant flow on coordinates and atom types, in the states of :mod:`.states`.
 
     The network predicts the endpoint: the mean of the coordinates given the noisy state, and the

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowtilt.checkpoints import load_weights
 from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
+from flowtilt.domains.molecules.adapters import load_adapted
 from flowtilt.domains.molecules.data import Molecules
 from flowtilt.domains.molecules.energies import Decoder, TypeShares
 from flowtilt.domains.molecules.experiment import MoleculeExperiment
@@ -36,18 +36,19 @@ class Base:
     types: TypeShares
 
 
-def load_base(experiment: MoleculeExperiment, weights: Path) -> Base:
-    """The configured model with some weights.
+def load_base(experiment: MoleculeExperiment, weights: Path, method: str = "") -> Base:
+    """The configured model with some weights, and with the adapters of a method, if it has some.
 
     Raises:
         CheckpointError: if they are not there, or of another network.
         FlowMolError: if they are to be FlowMol's, and cannot be used.
     """
+    adapter = experiment.methods[method].adapter if method else None
     if experiment.model.kind == "flowmol":
         from flowtilt.domains.molecules.flowmol_weights import load_flowmol
 
-        return Base(*load_flowmol(experiment.model.name, weights, experiment.time_power))
-    flow = load_weights(build.build_model(experiment.flow), weights)
+        return Base(*load_flowmol(experiment.model.name, weights, experiment.time_power, adapter))
+    flow = load_adapted(build.build_model(experiment.flow), weights, adapter)
     units = experiment.units
     return Base(flow, build.decoder(units), build.type_shares(units))
 
@@ -65,7 +66,7 @@ def sample(job: Job) -> None:
         data = build.subset_of(experiment.flow, job.read("molecules"))
         coordinates, numbers = _drawn(data, count, generator)
     else:
-        base = load_base(experiment, job.read("model"))
+        base = load_base(experiment, job.read("model"), job.method)
         settings = OdeSettings(steps=experiment.evaluation.ode_steps)
         coordinates, numbers = generated(base, count, settings, generator)
     write_molecules(coordinates, numbers, job.outputs["samples"])

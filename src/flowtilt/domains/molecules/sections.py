@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from flowtilt.pipeline.configuration import Count, Name, NotNegative, Positive, Section, Share
-from flowtilt.pipeline.sections import LEVEL, FitConfig, SearchedMethodConfig
+from flowtilt.pipeline.sections import LEVEL, TUNED, FitConfig, SearchedMethodConfig
 
 Mass = Annotated[float, Field(gt=0, lt=1)]
+
+
+StepWeights = Annotated[
+    list[Positive],
+    Field(min_length=1),
+    BeforeValidator(lambda value: [value] if type(value) in (int, float) else value),
+]
+"""Of all steps, or of each one; a number stands for the list of it."""
 
 
 class SubsetConfig(Section):
@@ -27,6 +35,16 @@ class SubsetConfig(Section):
         if self.smallest > self.largest:
             raise ValueError(f"smallest ({self.smallest}) must not be above largest ({self.largest})")
         return self
+
+
+class MoleculeAdapterConfig(Section):
+    """Low-rank adapters of the network's linear layers (LoRA), fine-tuned instead of its weights."""
+
+    rank: Count
+    """Rank of an adapter."""
+
+    alpha: Positive
+    """Scale of an adapter, over its rank."""
 
 
 class UnitsConfig(Section):
@@ -191,6 +209,10 @@ class XTBConfig(Section):
     """The reward's gradient on atom types: ``none``, or that of the energy of the ``separated_atoms``, the
     part that is linear in the types; see :class:`flowtilt.domains.molecules.energies.XTBReward`."""
 
+    failed: float | None = None
+    """What minus the energy of a molecule without an energy counts as in training, in hartree; by default
+    such molecules are left out. Measurements leave them out either way."""
+
     @model_validator(mode="after")
     def _in_order(self) -> XTBConfig:
         if self.binding[0] >= self.binding[1]:
@@ -200,7 +222,7 @@ class XTBConfig(Section):
     @property
     def calculation(self) -> dict[str, Any]:
         """The keys of the calculation: arguments of :class:`flowtilt.domains.molecules.xtb.XTBSettings`."""
-        return self.model_dump(exclude={"type_gradient"})
+        return self.model_dump(exclude={"type_gradient", "failed"})
 
 
 class MoleculeObjective(Section):
@@ -233,18 +255,58 @@ class MoleculeMethodConfig(SearchedMethodConfig):
     mass: Mass | None = None
     """Mass of the method's own tail, by default that of ``objective``; for ``fdc`` and ``tfft``."""
 
+    alpha: NotNegative | None = None
+    """The method's own KL weight, by default that of ``objective``; not 0 but for ``fdc`` by scores, which
+    then has a ``step_weight``."""
+
     narrowing: Share | None = None
-    """Share of the updates over which the tail narrows: its mass falls geometrically from one half to
-    ``mass``; for ``tfft``."""
+    """Share of the updates over which the tail narrows: its mass falls from ``narrowing_from`` to ``mass``;
+    for ``tfft``."""
+
+    narrowing_from: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Mass that a tail narrows from, one half by default; at 1 the reward's mean is raised."""
+
+    narrowing_by: Literal["geometric", "linear"] | None = None
+    """How the mass falls: by the same factor in each update, the default, or by the same difference, as the
+    papers' level then rises."""
+
+    adapter: MoleculeAdapterConfig | None = None
+    """Adapters that are fine-tuned; without them, all weights of the network are."""
+
+    threshold: float | None = None
+    """Where the hinge of ``tfft`` bends, in hartree of minus the energy, instead of at the solution of its
+    dual on the offline batch."""
 
     step: Annotated[float, Field(gt=0, le=1)] | None = None
     """KL weight of the objective over that of a step, 1 being the largest step in theory; for ``fdc``,
-    which must have it where it goes by scores."""
+    which must have it, or ``step_weight``, where it goes by scores."""
+
+    step_weight: StepWeights | None = None
+    """KL weight of a step of ``fdc`` (the papers' eta), in hartree a nat, instead of ``step``: a number for
+    all, or a list with one for each iteration."""
+
+    score_time: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Time at which ``fdc`` compares scores; by default the last one that the solver trains."""
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MoleculeMethodConfig:
-        of_fdc = dict.fromkeys(("iterations", "step", "by"), ("fdc",))
-        self.check_keys({"mass": ("fdc", "tfft"), "narrowing": ("tfft",), **of_fdc})
+        of_fdc = dict.fromkeys(("iterations", "step", "step_weight", "score_time", "by"), ("fdc",))
+        of_tuned = dict.fromkeys(("alpha", "adapter"), TUNED)
+        of_tfft = dict.fromkeys(("narrowing", "narrowing_from", "narrowing_by", "threshold"), ("tfft",))
+        self.check_keys({"mass": ("fdc", "tfft"), **of_tuned, **of_tfft, **of_fdc})
+        if self.narrowing is None and (self.narrowing_from is not None or self.narrowing_by is not None):
+            raise ValueError("narrowing_from and narrowing_by say how a tail narrows; add narrowing")
+        if self.narrowing is not None and self.threshold is not None:
+            raise ValueError("threshold is of one problem, and narrowing has one for every update; drop one")
+        if self.step is not None and self.step_weight is not None:
+            raise ValueError("step and step_weight both say how long steps are; give one of them")
+        if self.step_weight is not None and len(self.step_weight) not in (1, self.iterations):
+            raise ValueError(
+                f"step_weight must be a number, or have one for each of the {self.iterations} iterations, "
+                f"got {len(self.step_weight)}"
+            )
+        if self.alpha == 0 and (self.kind != "fdc" or self.step_weight is None):
+            raise ValueError("alpha must be positive, but for an fdc method with a step_weight")
         return self
 
 
