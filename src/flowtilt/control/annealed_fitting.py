@@ -142,8 +142,8 @@ def check_budget(kl: float | None, stage_kl: float | None) -> None:
     """
     if stage_kl is not None and (kl is None or not 0 < stage_kl <= kl):
         raise ValueError(
-            f"stage_kl must be positive and at most kl, the divergence of all stages, got stage_kl={stage_kl} "
-            f"and kl={kl}"
+            f"stage_kl must be positive and at most kl, the divergence of all stages, got {stage_kl=} "
+            f"and {kl=}"
         )
     if kl is not None and not 0 < kl < math.inf:
         raise ValueError(f"kl must be positive and finite, got {kl}")
@@ -182,8 +182,8 @@ class AnnealedSolution(Solution):
 
 
 Exponents = Callable[[Any, np.ndarray], np.ndarray]
-"""Exponents of a target with a parameter, at values (n,), in nats. With a budget the parameter is a pair: that
-of the target, and the KL weight."""
+"""Exponents of a target with a parameter, at values (n,), in nats. With a budget the parameter is a pair:
+that of the target, and the KL weight."""
 
 Optimum = Callable[[float, np.ndarray, np.ndarray, Groups], float]
 """The parameter of the optimum under a KL weight, from values of samples, their weights under the base (n,),
@@ -653,7 +653,8 @@ class _Annealing:
         goal itself, to which the stage goes a part of the way.
         """
         chain, settings = self.chain, self.settings
-        assert self.optimum is not None and settings.kl is not None
+        assert self.optimum is not None
+        assert settings.kl is not None
         goal = goals(settings.kl, settings.stage_kl)[int(chain.fixed[0])]
         values, weights, groups = chain.as_base(number + 1, settings.fitting.group)
         with np.errstate(divide="ignore"):

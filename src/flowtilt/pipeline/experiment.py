@@ -94,8 +94,20 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _solvers_are_valid(self) -> Experiment:
         check_methods(self.methods, self.solutions)
-        for name in self.methods:
-            self.solver_of(name)
+        for name, method in self.methods.items():
+            solver = self.solver_of(name)
+            by_exponents = method.kind == "fdc" and getattr(method, "by", None) == "exponents"
+            if solver.kl is None or not method.tuned:
+                continue
+            if (method.kind == "fdc" and not by_exponents) or (method.kind != "fdc" and not _anneals(solver)):
+                raise ValueError(
+                    f"methods.{name}.solver.kl: is a budget of annealed fitting, and of fdc by exponents; "
+                    "set kind to annealed_fitting (for fdc by: exponents), or remove it"
+                )
+            if by_exponents and getattr(method, "step", None) is not None:
+                raise ValueError(
+                    f"methods.{name}.step: with the budget solver.kl each step follows from it; remove one"
+                )
         return self
 
     def solver_of(self, method: str) -> SolverConfig:
@@ -149,6 +161,10 @@ class Experiment(Section):
     def mean_metric(self) -> str:
         """Name of the plain mean."""
         return f"mean_{self.unit}"
+
+
+def _anneals(solver: SolverConfig) -> bool:
+    return solver.kind == "annealed_fitting"
 
 
 def method_of(experiment: Experiment, name: str) -> MethodConfig:

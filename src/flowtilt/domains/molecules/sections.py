@@ -219,6 +219,17 @@ class MoleculeObjective(Section):
     """KL weight of every method's objective, in hartree a nat."""
 
 
+class BarrierConfig(Section):
+    """A log barrier: ``strength`` times the log of what is left of ``bound`` by the share of molecules that
+    are not valid, as :mod:`flowtilt.domains.molecules.chemistry` has it."""
+
+    bound: Annotated[float, Field(gt=0, le=1)]
+    """What that share must stay below; the pretrained model's own must be below too."""
+
+    strength: Positive
+    """Weight of the barrier, in hartree."""
+
+
 class MoleculeMethodConfig(SearchedMethodConfig):
     """One method of an experiment on molecules."""
 
@@ -240,8 +251,14 @@ class MoleculeMethodConfig(SearchedMethodConfig):
     """KL weight of the objective over that of a step, 1 being the largest step in theory; for ``fdc``,
     which must have it where it goes by scores."""
 
+    barrier: BarrierConfig | None = None
+    """Constraint on the share of molecules that are not valid, for ``fdc`` by ``exponents``; its values are
+    enough."""
+
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MoleculeMethodConfig:
+        if self.barrier is not None and self.by != "exponents":
+            raise ValueError("barrier: validity has values and no gradient; set by: exponents, or drop it")
         of_fdc = dict.fromkeys(("iterations", "step", "by"), ("fdc",))
         self.check_keys({"mass": ("fdc", "tfft"), "narrowing": ("tfft",), **of_fdc})
         return self
