@@ -528,7 +528,9 @@ class _Accumulated:
     def _within_budget(self, bank: FiniteDistribution, h: np.ndarray, groups: Groups) -> MirrorStep | None:
         """The step along the first variation to the next divergence that the ascent aims at, or as far as the
         samples carry; None where all is spent."""
-        settings, paid = self.settings, float(self.history[-1]["kl"]) if self.history else 0.0
+        settings = self.settings
+        # After a trail that is known from its exponents on the samples; of the start it is 0.
+        paid = self.history[-1]["kl"] if self.history else float(groups.probabilities @ h) - self.log_z
         left = [goal for goal in goals(settings.kl or 0.0, settings.stage_kl) if goal > paid + SPENT]
         if not left:
             return None
