@@ -35,12 +35,23 @@ def metric(by_seed: pd.DataFrame, experiment: str, method: str, name: str) -> pd
     return chosen.set_index("seed")["value"]
 
 
+AWAITED = {
+    "molecules_qm9": ("am_annealed", "tfft_0.9_annealed", "fdc_annealed", "fdc_barrier"),
+    "text_to_image_left_tail": ("am_weighted", "tfft_weighted", "am_annealed", "tfft_annealed"),
+}
+"""Rows that are configured since the committed reference run (docs/results.md): the next one has them."""
+
+
 def test_every_configured_run_is_there(by_seed: pd.DataFrame) -> None:
+    there = {*zip(by_seed["experiment"], by_seed["method"], strict=True)}
+    assert not there & {(name, method) for name, methods in AWAITED.items() for method in methods}
     configured = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["experiments"]
     started_from = set()
     for file in configured:
         for name, experiment in load_file(ROOT / "config" / "experiments" / f"{file}.yaml").items():
             for method in experiment.methods:
+                if method in AWAITED.get(name, ()):
+                    continue
                 seeds = metric(by_seed, name, method, experiment.main_metric).index
                 assert sorted(seeds) == experiment.seeds
             started_from.add(experiment.starts_from)

@@ -348,7 +348,8 @@ def ascend_by_exponents(
     Returns:
         The model, its trail, and a history with a row an update: of its step ``iteration``, ``step_weight``,
         ``gain`` (of the objective, as the samples promise), ``effective_share``, ``step_kl`` and ``kl`` (what
-        it pays, and the divergence of the exponents from the pretrained model, in nats), ``utility`` before
+        it pays, and the divergence of the exponents from the pretrained model, in nats, which a solver's own
+        ``kl`` may stand before: with a budget or a measure it is also ``divergence``), ``utility`` before
         it and ``utility_promised``, ``failed_share``, and the solver's own columns.
 
     Raises:
@@ -510,6 +511,8 @@ class _Accumulated:
             "utility_promised": self.utility.finite_value(found.distribution),
             "failed_share": 1 - len(h) / len(samples.points),
         }
+        if self.settings.kl is not None or self.measure is not None:
+            row["divergence"] = row["kl"]  # solvers have a kl of their own solve
         row |= {f"{BANK}{name}": value for name, value in self._worth(samples).items()}
         return _Step(found, samples, log_z, row)
 
@@ -522,7 +525,7 @@ class _Accumulated:
 
     def frontier(self, random: torch.Generator) -> list[dict[str, float]]:
         """Points of the frontier, that of the last model on samples of its own."""
-        steps = {row["iteration"]: row for row in self.history}
+        steps = {row["iteration"]: {**row, "kl": row["divergence"]} for row in self.history}
         return frontier_of(list(steps.values()), self._worth(self._check_last(random)))
 
     def _within_budget(self, bank: FiniteDistribution, h: np.ndarray, groups: Groups) -> MirrorStep | None:
@@ -530,7 +533,9 @@ class _Accumulated:
         samples carry; None where all is spent."""
         settings = self.settings
         # After a trail that is known from its exponents on the samples; of the start it is 0.
-        paid = self.history[-1]["kl"] if self.history else float(groups.probabilities @ h) - self.log_z
+        paid = (
+            self.history[-1]["divergence"] if self.history else float(groups.probabilities @ h) - self.log_z
+        )
         left = [goal for goal in goals(settings.kl or 0.0, settings.stage_kl) if goal > paid + SPENT]
         if not left:
             return None

@@ -163,6 +163,11 @@ class Experiment(Section):
         return f"mean_{self.unit}"
 
 
+def has_budget(experiment: Experiment) -> bool:
+    """Whether a method ends at a divergence that its solver has, so that there is a frontier to show."""
+    return any(m.tuned and experiment.solver_of(name).kl for name, m in experiment.methods.items())
+
+
 def _anneals(solver: SolverConfig) -> bool:
     return solver.kind == "annealed_fitting"
 
