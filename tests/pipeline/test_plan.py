@@ -191,7 +191,8 @@ def test_files_of_other_kinds_of_experiments(whole: Plan) -> None:
     )
     assert [file for file in files if file.startswith(f"{case}/")] == [f"{case}/{name}" for name in made]
     assert whole.figures_of("molecules_tail_sweep") == ["results/figures/molecules_tail_sweep.png"]
-    assert whole.captions("molecules_qm9") == {"_energies": "energies", "_molecules": "molecules"}
+    kinds = {"_frontier": "frontier", "_energies": "energies", "_molecules": "molecules"}
+    assert whole.captions("molecules_qm9") == kinds
 
     run = f"results/runs/{TAIL}"
     files = whole.run_files(TAIL)
