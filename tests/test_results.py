@@ -269,6 +269,8 @@ def test_molecules_do_what_they_should(by_seed: pd.DataFrame) -> None:
 def test_molecules_are_enough_for_their_smallest_tail(by_seed: pd.DataFrame) -> None:
     """Eight of the best 0.2 %."""
     for method in load_file(ROOT / "config" / "experiments" / "molecules_qm9.yaml")["molecules_qm9"].methods:
+        if method in AWAITED["molecules_qm9"]:
+            continue
         counted = metric(by_seed, "molecules_qm9", method, "with_energy")
         assert (0.002 * counted > 7.9).all(), method
 

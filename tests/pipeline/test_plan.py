@@ -201,7 +201,8 @@ def test_files_of_other_kinds_of_experiments(whole: Plan) -> None:
     assert {file for file in files if file.startswith(f"{run}/tfft/seed0/")} == {
         f"{run}/tfft/seed0/{name}" for name in made
     }
-    assert whole.figures_of(TAIL) == [f"results/figures/{TAIL}_{kind}.png" for kind in ("images", "scores")]
+    shown = ("frontier", "images", "scores")
+    assert whole.figures_of(TAIL) == [f"results/figures/{TAIL}_{kind}.png" for kind in shown]
 
 
 def test_targets_hold_what_is_made_of_every_experiment(whole: Plan) -> None:
