@@ -18,7 +18,8 @@ from flowtilt.domains.images.experiment import ImageExperiment, image_name, tail
 from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.pipeline.configuration import merge, read_yaml
 from flowtilt.pipeline.experiment import load_file
-from flowtilt.pipeline.files import Metrics, write_arrays, write_history, write_rows
+from flowtilt.pipeline.files import Metrics, write_arrays, write_frontier, write_history, write_rows
+from flowtilt.pipeline.report.frontier import with_frontier
 from small import CONFIG
 
 ENTROPY, LEFT_TAIL = "text_to_image_entropy", "text_to_image_left_tail"
@@ -117,6 +118,13 @@ def _write_run(
 ) -> None:
     folder = folder_of(results, experiment.name, method, seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    if method in with_frontier(experiment):
+        points = [
+            {"stage": float(k), "kl": 0.4 * k, "mean_reward": 0.3 + 0.01 * k + 0.001 * seed}
+            | {tail_metric(mass): 0.2 + 0.02 * k for mass in (0.2, 0.1)}
+            for k in range(3)
+        ]
+        write_frontier(points, folder / "frontier.csv")
     prompts, designs, rewards = [], [], []
     for prompt in range(len(experiment.prompts)):
         for number in range(experiment.evaluation.images):

@@ -18,7 +18,16 @@ from flowtilt.control.weighted_fitting import WeightedFittingSettings
 from flowtilt.fdc import ExponentAscent, NoStep, Trail, ascend_by_exponents
 from flowtilt.functionals.base import FiniteDistribution, NoValues, WeightedSum
 from flowtilt.functionals.design import OptimalDesign
-from flowtilt.functionals.utilities import SQ, CVaR, Entropy, ExpectedReward, LogBarrier, MeanVariance
+from flowtilt.functionals.utilities import (
+    SQ,
+    Barrier,
+    CVaR,
+    Entropy,
+    ExpectedReward,
+    InfeasibleBarrier,
+    LogBarrier,
+    MeanVariance,
+)
 from flowtilt.metrics.tails import upper_tail_mean
 from flowtilt.mirror import Exponents, numbers_of, with_numbers
 from flowtilt.resuming import Resumption
@@ -267,3 +276,150 @@ def test_an_ascent_goes_on_from_the_trail_of_another():
     assert len(after.history) < 6
     assert more.history == []
     assert more.trail == after.trail
+
+
+# --- Budgets --------------------------------------------------------------------------------------
+
+
+def test_steps_of_a_budget_end_at_the_divergences_that_are_asked_for():
+    """Of an expected reward each is the Gaussian moved by the root of twice its nats, in units of its own
+    spread along the reward."""
+    start, found = MixtureFlow(PATH, START), []
+    spread = math.sqrt(float(REWARD.linear @ START.covariance @ REWARD.linear))
+    before = float(START.mean @ REWARD.linear)
+
+    def measure(x, context, values):
+        found.append(float(values.mean()))
+        return {"mean": found[-1]}
+
+    choice = settings(kl=1.2, stage_kl=0.4, distribution_samples=20_000)
+    result = ascend_by_exponents(
+        start, ExpectedReward(REWARD), 7.0, 9, choice, exact_solver, generator, measure=measure
+    )
+    rows = result.history
+    assert [row["kl"] for row in rows] == pytest.approx([0.4, 0.8, 1.2], abs=1e-6)
+    mean = before + spread * math.sqrt(2.4)
+    assert float(result.model.distribution.mean @ REWARD.linear) == pytest.approx(mean, rel=0.03)
+    assert [row["kl"] for row in result.frontier] == pytest.approx([0, 0.4, 0.8, 1.2], abs=1e-6)
+    expected = [before + spread * math.sqrt(2 * nats) for nats in (0, 0.4, 0.8, 1.2)]
+    assert [row["mean"] for row in result.frontier] == found == pytest.approx(expected, abs=0.04)
+    assert [row["bank_mean"] for row in rows] == found[:-1]
+    # From the trail of the first two steps there is one to go.
+    half = ascend_by_exponents(start, ExpectedReward(REWARD), 7.0, 2, choice, exact_solver, generator)
+    rest = ascend_by_exponents(
+        half.model, ExpectedReward(REWARD), 7.0, 9, choice, exact_solver, generator, trail=half.trail
+    )
+    assert len(rest.history) == 1
+    assert rest.history[0]["kl"] == pytest.approx(1.2, abs=1e-6)
+
+
+class Beyond(Reward):
+    """1 where the second coordinate is above a bound."""
+
+    differentiable = False
+
+    def value(self, x, context=None):
+        return (x[:, 1] > 0.0).to(x)
+
+
+def grid_solver(base, tilt, kl_weight, random, slot=None, given=None):
+    """The tilt itself, as its own samples by rejection: no network."""
+    return Solution(Tilted(base, tilt, kl_weight), [{"update": 0}])
+
+
+class Tilted(MixtureFlow):
+    """A Gaussian flow whose samples are those of the pretrained one, resampled by a sum of tilts."""
+
+    def __init__(self, base, tilt, weight):
+        super().__init__(base.path, base.distribution)
+        self.tilts = [*getattr(base, "tilts", []), (tilt, weight)]
+
+    def data_of(self, x, context=None):
+        return x
+
+
+def drawn(model, count, random):
+    x = (
+        START.mean
+        + torch.randn(count, 2, generator=random, dtype=torch.float64)
+        @ torch.linalg.cholesky(START.covariance).mT
+    )
+    logits = sum((tilt.value(x) / weight for tilt, weight in getattr(model, "tilts", [])), torch.zeros(count))
+    index = torch.multinomial(torch.softmax(logits, 0), count // 8, True, generator=random)
+    return x[index]
+
+
+@pytest.fixture
+def by_resampling(monkeypatch):
+    """Samples of an ascent's models by resampling, instead of by their velocity."""
+
+    def distribution(model, settings, random):
+        return FiniteDistributionOf(drawn(model, 8 * settings.distribution_samples, random))
+
+    monkeypatch.setattr("flowtilt.fdc._distribution", distribution)
+
+
+class FiniteDistributionOf:
+    def __init__(self, samples):
+        self.samples, self.context = samples, None
+
+
+def test_a_barrier_keeps_the_share_below_its_bound_where_the_reward_would_pass_it(by_resampling):
+    """The reward rises with the second coordinate, which the constraint wants low."""
+    start = MixtureFlow(PATH, START)
+    reward = Quadratic([0.3, 1.0])
+    share = 1 - norm.cdf(0.3 / math.sqrt(0.6))  # at the start
+    choice = settings(kl=0.6, stage_kl=0.2, distribution_samples=4000)
+
+    def reached(utility):
+        banks = []
+
+        def measure(x, context, values):
+            banks.append((float((x[:, 1] > 0).double().mean()), upper_tail_mean(values.numpy(), 0.1)))
+            return {"share": banks[-1][0]}
+
+        def plain(x, context, values):
+            return measure(x, context, torch.as_tensor(values))
+
+        result = ascend_by_exponents(start, utility, 0.0, 4, choice, grid_solver, generator, measure=plain)
+        assert result.history[-1]["kl"] == pytest.approx(0.6, abs=1e-3)
+        return banks[-1]
+
+    sq = SQ(reward, 0.1)
+    free, tail = reached(sq)
+    kept, tail_kept = reached(WeightedSum(((1.0, sq), (2.0, Barrier(Beyond(), 0.45)))))
+    assert share == pytest.approx(0.35, abs=0.01)
+    assert free > 0.45
+    assert kept < 0.45
+    assert tail_kept > upper_tail_mean(reward(drawn(start, 40_000, generator(3))).numpy(), 0.1)
+    assert tail > tail_kept
+
+
+def test_a_barrier_that_the_start_already_violates_is_one_error_before_any_training():
+    utility = WeightedSum(((1.0, SQ(REWARD, 0.1)), (1.0, Barrier(Beyond(), 0.2))))
+
+    def untrained(*args, **more):
+        raise AssertionError("trained")
+
+    with pytest.raises(InfeasibleBarrier, match="raise the bound"):
+        ascend_by_exponents(MixtureFlow(PATH, START), utility, 0.0, 4, settings(kl=0.6), untrained, generator)
+
+
+def test_the_first_variation_of_a_barrier_is_its_derivative():
+    """By a finite difference of the functional along a mixture of two distributions."""
+    x = torch.randn(50, 2, generator=generator(0), dtype=torch.float64)
+    p, q = (w / w.sum() for w in np.random.default_rng(1).random((2, 50)))
+    barrier = Barrier(Beyond(), 0.9)
+
+    def at(weights):
+        return FiniteDistribution(x, np.log(weights), np.log(p))
+
+    step = 1e-6
+    change = barrier.finite_value(at((1 - step) * p + step * q)) - barrier.finite_value(at(p))
+    assert change / step == pytest.approx(barrier.variation_at(at(p)).on(at(p)) @ (q - p), rel=1e-4)
+
+
+@pytest.mark.parametrize("more", [{"step_weight": 1.0, "kl": 1.0}, {"stage_kl": 0.5}])
+def test_a_budget_of_steps_is_refused_beside_what_it_replaces(more):
+    with pytest.raises(ValueError, match="kl"):
+        settings(**more)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtilt.control.annealed_fitting import BANK, Measure, check_budget, frontier_of, goals
 from flowtilt.control.base import Solution, TrainingDiverged
 from flowtilt.control.weighted_fitting import Samples
 from flowtilt.functionals.base import (
@@ -31,10 +32,12 @@ from flowtilt.functionals.base import (
     Objective,
     WeightedVariation,
 )
+from flowtilt.functionals.utilities import InfeasibleBarrier
 from flowtilt.mirror import (
     TRIALS,
     Exponents,
     MirrorStep,
+    bounded_step,
     find_step,
     fixed_step,
     numbers_of,
@@ -55,6 +58,10 @@ ERRORS = 4.0
 
 FEWEST = 30
 """Samples below which a spread is not known well enough for that."""
+
+
+SPENT = 1e-3
+"""Nats below which what is left of a budget is left."""
 
 
 class NoStep(ArithmeticError):
@@ -141,11 +148,14 @@ class Ascent:
 
     Attributes:
         trail: of an ascent by exponents; None of one by scores.
+        frontier: of an ascent whose samples were measured; as that of
+            :class:`flowtilt.control.annealed_fitting.AnnealedSolution`.
     """
 
     model: FlowModel
     history: list[dict[str, float]] = field(default_factory=list)
     trail: Trail | None = None
+    frontier: list[dict[str, float]] = field(default_factory=list)
 
 
 def ascend(
@@ -300,8 +310,11 @@ class ExponentAscent:
         share: effective share of these samples that a step keeps.
         minimum_ess: effective samples that what a step adds rests on.
         step_weight: KL weight of all steps, or of each, in units of the objective a nat; by default each
-        step's is searched.
+            step's is searched.
         group: samples of a context below which it is pooled, see :meth:`flowtilt.tilts.Groups.of`.
+        kl: divergence from the pretrained model at which the ascent ends, in nats. Then steps go along the
+            utility's own first variation at the current model, as far as this and the samples allow.
+        stage_kl: what each step adds to it, in nats; by default all of it.
     """
 
     distribution_samples: int
@@ -310,8 +323,13 @@ class ExponentAscent:
     minimum_ess: float = 50.0
     step_weight: StepWeight | None = None
     group: int = LEAST
+    kl: float | None = None
+    stage_kl: float | None = None
 
     def __post_init__(self) -> None:
+        check_budget(self.kl, self.stage_kl)
+        if self.kl is not None and self.step_weight is not None:
+            raise ValueError("kl and step_weight both say how far a step goes; give one of them")
         check(self, distribution_samples=COUNT, distribution_steps=COUNT, group=COUNT, share=between(0, 1))
         check(self, minimum_ess=NOT_NEGATIVE)
         if self.step_weight is not None:
@@ -329,6 +347,7 @@ def ascend_by_exponents(
     resumption: Resumption | None = None,
     trail: Trail | None = None,
     first: Samples | None = None,
+    measure: Measure | None = None,
 ) -> Ascent:
     """Raise ``utility - alpha KL`` from the pretrained model ``start``, step by step.
 
@@ -347,11 +366,14 @@ def ascend_by_exponents(
         resumption: where the ascent and its solves keep their states.
         trail: of the earlier ascent whose model is ``start``; the two together are the same as one.
         first: samples of ``start`` that the first step is searched on; else they are drawn.
+        measure: of the samples of each step and of the last model, by the first reward; what it finds is in
+            the history, as ``bank_...``, and in the frontier.
 
     Returns:
         The model, its trail, and a history with a row an update: of its step ``iteration``, ``step_weight``,
         ``gain`` (of the objective, as the samples promise), ``effective_share``, ``step_kl`` and ``kl`` (what
-        it pays, and the divergence of the exponents from the pretrained model, in nats), ``utility`` before
+        it pays, and the divergence of the exponents from the pretrained model, in nats, which a solver's own
+        ``kl`` may stand before: with a budget or a measure it is also ``divergence``), ``utility`` before
         it and ``utility_promised``, ``failed_share``, and the solver's own columns.
 
     Raises:
@@ -361,8 +383,10 @@ def ascend_by_exponents(
         CheckpointError: if a state to go on from belongs to another ascent.
     """
     check_values(utility)
+    if settings.kl is not None:
+        alpha = 0.0  # the budget takes its place
     slot = resumption.slot("ascent") if resumption is not None else None
-    state = _Accumulated(start, utility, alpha, iterations, settings, first)
+    state = _Accumulated(start, utility, alpha, iterations, settings, first, measure)
     state.follow(trail, generator)
     state.take_up(slot, generator)
     for k in range(state.done, iterations):
@@ -381,7 +405,8 @@ def ascend_by_exponents(
         if slot is not None and inner is not None and (slot.resumption.due() or inner.path.is_file()):
             slot.save(state.tensors(), state.history, (settings, alpha))
             inner.discard()
-    return Ascent(state.model, state.history, state.trail())
+    frontier = [] if measure is None else state.frontier(generator(iterations))
+    return Ascent(state.model, state.history, state.trail(), frontier)
 
 
 def check_values(utility: Functional) -> None:
@@ -415,6 +440,7 @@ class _Accumulated:
     iterations: int
     settings: ExponentAscent
     drawn: Samples | None = None
+    measure: Measure | None = None
     exponents: Exponents = field(default_factory=lambda: Exponents(()))
     log_z: float = 0.0
     first: Level | None = None
@@ -461,12 +487,22 @@ class _Accumulated:
         """The next step on fresh samples; None if none gains."""
         bank, groups, samples = self.bank(random)
         h = self.exponents.on(bank)
-        level = self._level(bank)
+        try:
+            level = self._level(bank)
+        except InfeasibleBarrier as error:
+            if k == 0:
+                raise
+            logger.warning("Flow Density Control: ends after %d of %d: %s", k, self.iterations, error)
+            return None
         self.first = level if k == 0 else self.first
         _check_rise(self.first, level, k, range(self.iterations))
         share, weights = self.settings.share, self.settings.step_weight
         eta = None if weights is None else weight_of(weights, k)
-        if eta is None:
+        if self.settings.kl is not None:
+            found = self._within_budget(bank, h, groups)
+            if found is None:
+                return None
+        elif eta is None:
             gaining = self.settings.minimum_ess / len(h)
             found = find_step(self.utility, self.alpha, bank, h, share, groups, gaining=gaining)
         else:
@@ -500,7 +536,38 @@ class _Accumulated:
             "utility_promised": self.utility.finite_value(found.distribution),
             "failed_share": 1 - len(h) / len(samples.points),
         }
+        if self.settings.kl is not None or self.measure is not None:
+            row["divergence"] = row["kl"]  # solvers have a kl of their own solve
+        row |= {f"{BANK}{name}": value for name, value in self._worth(samples).items()}
         return _Step(found, samples, log_z, row)
+
+    def _worth(self, samples: Samples) -> dict[str, float]:
+        """What samples are worth by the first reward."""
+        if self.measure is None:
+            return {}
+        values = samples.at(samples.points).values_of(self.utility.rewards[0])
+        return self.measure(samples.points, samples.context, values)
+
+    def frontier(self, random: torch.Generator) -> list[dict[str, float]]:
+        """Points of the frontier, that of the last model on samples of its own."""
+        steps = {row["iteration"]: {**row, "kl": row["divergence"]} for row in self.history}
+        return frontier_of(list(steps.values()), self._worth(self._check_last(random)))
+
+    def _within_budget(self, bank: FiniteDistribution, h: np.ndarray, groups: Groups) -> MirrorStep | None:
+        """The step along the first variation to the next divergence that the ascent aims at, or as far as the
+        samples carry; None where all is spent."""
+        settings = self.settings
+        # After a trail that is known from its exponents on the samples; of the start it is 0.
+        paid = (
+            self.history[-1]["divergence"] if self.history else float(groups.probabilities @ h) - self.log_z
+        )
+        left = [goal for goal in goals(settings.kl or 0.0, settings.stage_kl) if goal > paid + SPENT]
+        if not left:
+            return None
+        gaining = settings.minimum_ess / len(h)
+        return bounded_step(
+            self.utility, bank, h, (left[0], self.log_z), settings.share, groups, gaining=gaining
+        )
 
     def _level(self, bank: FiniteDistribution) -> Level:
         """The utility on samples; the first variation is the influence of a sample."""
@@ -514,8 +581,17 @@ class _Accumulated:
         self.exponents = self.exponents.after(step.found, self.alpha)
         self.log_z += step.log_z
         self.history += [{**step.row, **row} for row in solution.history]
-        if done == self.iterations:
-            _check_rise(self.first, self._level(self.bank(random)[0]), done, range(self.iterations))
+        if done == self.iterations and self.measure is None:
+            self._check_last(random)
+
+    def _check_last(self, random: torch.Generator) -> Samples:
+        """Look at where the last step has led. Returns samples of the model."""
+        bank, _, samples = self.bank(random)
+        try:
+            _check_rise(self.first, self._level(bank), self.iterations, range(self.iterations))
+        except InfeasibleBarrier as error:
+            logger.warning("Flow Density Control: after the last step %s", error)
+        return samples
 
     def trail(self) -> Trail:
         """What another ascent goes on from."""

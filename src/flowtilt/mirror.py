@@ -277,7 +277,7 @@ class _Search:
 
     def along(self, direction: np.ndarray) -> tuple[MirrorStep | None, FiniteDistribution, float]:
         """The best step along a direction, if one rises; what is just beyond it; the largest strength."""
-        largest = self._largest(direction)
+        largest = self.largest(direction)
         evaluate = _Kept(lambda strength: self.candidate(direction, strength))
         tried, top = largest, largest
         while tried >= largest * FINEST:
@@ -295,7 +295,7 @@ class _Search:
         )
         return step, evaluate(beyond)[2], largest
 
-    def _largest(self, direction: np.ndarray) -> float:
+    def largest(self, direction: np.ndarray) -> float:
         """The largest strength that is allowed."""
         span = float(np.ptp(direction))
         most = 1 / self.alpha if self.alpha > 0 else 1e6 / span if span > 0 else 1.0
@@ -366,6 +366,56 @@ def _golden(
         else:
             low, high = (other, high) if left else (low, other)
     return low, middle, high
+
+
+def bounded_step(
+    utility: Functional,
+    distribution: FiniteDistribution,
+    exponents: np.ndarray,
+    budget: tuple[float, float],
+    share: float,
+    groups: Groups,
+    gaining: float = 0.0,
+) -> MirrorStep:
+    """The step along the first variation whose end has a given divergence from the base, if the points carry
+    it and the utility rises so far; else the largest half of that, or of a half, that does. No step if none.
+
+    Args:
+        utility: U; there is no divergence in the objective.
+        distribution: the current distribution.
+        exponents: ``h`` at its points, in nats, (n,).
+        budget: the divergence from the base after the step, and the logarithm of the normaliser of
+            ``exp(h)``, mean over groups, in nats.
+        share: effective share of the points that the step keeps.
+        groups: points with a normaliser in common.
+        gaining: effective share that what it adds must rest on.
+    """
+    search = _Search(utility, 0.0, distribution, exponents, share, groups, gaining)
+    plane = plane_at(utility, distribution)
+    direction = search.direction([plane], np.ones(1))
+    goal, log_z = budget
+
+    def paid(strength: float) -> float:
+        added = strength * direction
+        under = tilted(added, groups, log_p=distribution.log_p)
+        normaliser = float(distribution.p @ (added - under.log_weights))
+        return under.mean(exponents + added) - log_z - normaliser
+
+    most = search.largest(direction)
+    if paid(most) > goal:
+        low, high = 0.0, most
+        while high - low > 1e-9 * high:
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if paid(middle) <= goal else (low, middle)
+        most = low
+    strength = most
+    while strength >= most * FINEST and most > 0:
+        gain, under, after = search.candidate(direction, strength)
+        if gain > 0:
+            added = strength * direction
+            return MirrorStep(after, 1 / strength, gain, added, (plane,), np.ones(1), under)
+        strength /= 2
+    return search.none(plane)
 
 
 def ascend_exactly(

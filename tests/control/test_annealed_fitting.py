@@ -404,3 +404,169 @@ def test_contexts_with_one_sample_are_pooled_and_counted():
     )
     assert (solution.diagnostics["contexts"], solution.diagnostics["groups"]) == (2, 1)
     assert solution.diagnostics["pooled"] == 200
+
+
+# --- Budgets: a frontier of divergences -----------------------------------------------------------
+
+
+def within(kl, stage_kl=None, share=0.3, stages=20, **changes):
+    return AnnealedFittingSettings(fitting(**changes), share, stages, kl=kl, stage_kl=stage_kl)
+
+
+UNIT, PLANE = Mixture.gaussian([0.0], [[1.0]]), Mixture.gaussian([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])
+
+
+def test_a_budget_moves_a_gaussian_by_the_root_of_twice_its_nats():
+    """Under a linear reward of slope 1 a stage's model is N(sqrt(2 KL), 1), and the KL weight one over it."""
+    choice = within(1.2, 0.4, bank=40_000, updates=150, batch=1024, learning_rate=0.03)
+    reward, found = Quadratic([1.0, 0.0]), []
+
+    def measure(x, context, values):
+        found.append(float(x[:, 0].mean()))
+        return {"mean": float(values.mean()), "best": float(np.sort(values)[-400:].mean())}
+
+    solution = solve(GaussianFlow(PATH, PLANE), Values(reward), 77.0, choice, generator(0), measure=measure)
+    assert [row["kl"] for row in solution.stages] == pytest.approx([0.4, 0.8, 1.2], abs=1e-6)
+    for row, nats in zip(solution.stages, (0.4, 0.8, 1.2), strict=True):
+        mean = math.sqrt(2 * nats)
+        assert row["step"] == 1
+        assert row["kl_weight"] == row["parameter"] == pytest.approx(1 / mean, rel=0.02)
+        assert row["mean_promised"] == pytest.approx(mean, abs=0.03)
+    assert float(solution.model.mean.detach()[0]) == pytest.approx(math.sqrt(2.4), abs=0.03)
+    # A row for the base and each stage, on banks that are there anyway.
+    assert [row["stage"] for row in solution.frontier] == [0, 1, 2, 3]
+    assert [row["kl"] for row in solution.frontier] == pytest.approx([0, 0.4, 0.8, 1.2], abs=1e-6)
+    assert [row["mean"] for row in solution.frontier] == pytest.approx(found, abs=1e-12)
+    assert found == pytest.approx([0, *(math.sqrt(2 * n) for n in (0.4, 0.8, 1.2))], abs=0.03)
+    tail = norm.pdf(norm.isf(0.01)) / 0.01
+    assert solution.frontier[0]["best"] == pytest.approx(tail, abs=0.1)
+    assert found[-1] == pytest.approx(solution.stages[-1]["mean_reached"], abs=1e-12)
+
+
+def test_a_budget_of_a_mixture_is_its_divergence():
+    """The KL weight is the one at which the exact tilt, by quadrature, has as many nats."""
+    values = np.linspace(-9, 9, 20_001)
+    base = 0.7 * norm.pdf(values, -1, 0.6) + 0.3 * norm.pdf(values, 2, 0.5)
+    weight = brentq(lambda w: nats_of(base, values / w) - 0.5, 0.1, 50)
+    own = Mixture.of([0.7, 0.3], [[-1.0], [2.0]], [[[0.36]], [[0.25]]])
+    flow = MixtureFlow(PATH, own, trainable=True)
+    choice = within(0.5, 0.25, bank=40_000, updates=150, learning_rate=0.05)
+    solution = solve(flow, Values(Quadratic([1.0])), 1.0, choice, generator(0))
+    assert [row["kl"] for row in solution.stages] == pytest.approx([0.25, 0.5], abs=1e-6)
+    assert solution.stages[-1]["kl_weight"] == pytest.approx(weight, rel=0.03)
+    exact = own.tilted(Quadratic([1.0]), weight)
+    torch.testing.assert_close(
+        torch.softmax(solution.model.logits.detach(), 0), exact.weights, rtol=0, atol=0.02
+    )
+
+
+def nats_of(base, exponents):
+    """``KL(tilt || base)`` of densities on a grid."""
+    p = base / base.sum()
+    q = p * np.exp(exponents - exponents.max())
+    q /= q.sum()
+    held = q > 0
+    return float(q[held] @ np.log(q[held] / p[held]))
+
+
+def test_a_budget_is_paid_within_contexts():
+    """Three modes, each a Gaussian of variance 1 along the reward: each is moved by the root of its nats, and
+    none becomes more likely."""
+    choice = within(0.6, 0.3, bank=40_000, updates=150, batch=1024, learning_rate=0.03)
+    solution = solve(mode_flow(), Values(Quadratic([1.0, 0.0])), 1.0, choice, generator(0))
+    assert [row["kl"] for row in solution.stages] == pytest.approx([0.3, 0.6], abs=1e-6)
+    assert solution.stages[-1]["kl_weight"] == pytest.approx(1 / math.sqrt(1.2), rel=0.02)
+    assert solution.stages[-1]["mean_promised"] == pytest.approx(0.5 / 3 + math.sqrt(1.2), abs=0.03)
+
+
+def optimum_on_grid(tail, mass, nats):
+    """KL weight and threshold at which the tail optimum of a unit Gaussian has so many nats."""
+    values = np.linspace(-8, 8, 16_001)
+    p = norm.pdf(values)
+    p /= p.sum()
+
+    def at(weight):
+        return TailProblem(tail, mass, weight).threshold(values, p)
+
+    def hinge(weight):
+        cut = at(weight) - values if tail == "lower" else values - at(weight)
+        return (-1 if tail == "lower" else 1) * np.maximum(cut, 0) / (mass * weight)
+
+    weight = brentq(lambda w: nats_of(p, hinge(w)) - nats, 0.05, 100, xtol=1e-6)
+    return weight, at(weight)
+
+
+@pytest.mark.parametrize(
+    ("tail", "mass", "kl"), [("upper", 0.3, 0.2), ("lower", 0.2, 0.2), ("lower", 0.5, 0.6)]
+)
+def test_every_stage_of_a_budget_is_the_optimum_of_its_own_tail_problem(tail, mass, kl):
+    choice = within(kl, kl / 2, share=0.2, bank=40_000, updates=150, batch=1024, learning_rate=0.03)
+    problem = TailProblem(tail, mass, 123.0)  # whose weight does not count
+    flow = MixtureFlow(PATH, UNIT, trainable=True)
+    solution = solve_tail(flow, Quadratic([1.0]), problem, choice, generator(0))
+    assert [row["kl"] for row in solution.stages] == pytest.approx([kl / 2, kl], abs=1e-3)
+    row = solution.stages[0]
+    weight, threshold = optimum_on_grid(tail, mass, kl / 2)
+    assert row["kl_weight"] == pytest.approx(weight, rel=0.05)
+    assert row["parameter"] == pytest.approx(threshold, abs=0.03)
+
+
+def test_what_a_bank_does_not_carry_takes_more_stages_each_an_optimum(caplog):
+    """A tenth of the mass rests on few of 2,000 samples: all optima pay less than the stage that is asked."""
+    choice = within(0.3, bank=2_000, stages=4, updates=60, batch=256, learning_rate=0.03, minimum_ess=50)
+    flow = MixtureFlow(PATH, UNIT, trainable=True)
+    problem = TailProblem("upper", 0.1, 1.0)
+    with caplog.at_level(logging.WARNING):
+        solution = solve_tail(flow, Quadratic([1.0]), problem, choice, generator(0))
+    paid = [row["kl"] for row in solution.stages]
+    assert len(paid) > 1
+    assert paid == sorted(paid)
+    assert paid[0] < 0.2
+    assert all(row["step"] == 1 for row in solution.stages)
+    row = solution.stages[0]
+    weight, threshold = optimum_on_grid("upper", 0.1, row["kl"])
+    assert row["kl_weight"] == pytest.approx(weight, rel=0.2)
+    assert row["parameter"] == pytest.approx(threshold, abs=0.15)
+
+
+def test_a_chain_with_a_budget_says_where_it_ends_before_it_is_spent(caplog):
+    choice = within(3.0, 1.0, bank=500, stages=1, updates=5, batch=64)
+    with caplog.at_level(logging.WARNING):
+        solution = solve(GaussianFlow(PATH, PLANE), Values(Quadratic([1.0, 0.0])), 1.0, choice, generator(0))
+    assert len(solution.stages) == 1
+    assert "of the 3 divergences that the chain aims at" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kl", "stage_kl"), [(0.0, None), (-1.0, None), (math.inf, None), (None, 0.4), (0.4, 0.5), (0.4, 0.0)]
+)
+def test_a_budget_is_positive_and_a_stage_is_within_it(kl, stage_kl):
+    with pytest.raises(ValueError, match="kl"):
+        within(kl, stage_kl)
+
+
+def test_a_chain_with_a_budget_goes_on_as_if_it_had_not_been_stopped(tmp_path):
+    choice = within(0.8, 0.4, bank=2_000, updates=20, batch=128)
+    problem = (GaussianFlow(PATH, PLANE), Values(Quadratic([1.0, 0.0])), 1.0, choice)
+
+    def measure(x, context, values):
+        return {"mean": float(values.mean())}
+
+    whole = solve(*problem, generator(0), measure=measure)
+    resumption = Resumption(tmp_path, "state", 0.0)
+    stopped = 0
+
+    class Stop(Exception):
+        pass
+
+    def stop(row):
+        nonlocal stopped
+        stopped += 1
+        if stopped == 30:  # in the second stage
+            raise Stop
+
+    with pytest.raises(Stop):
+        solve(*problem, generator(0), stop, resumption.slot("solve"), measure=measure)
+    again = solve(*problem, generator(0), slot=resumption.slot("solve"), measure=measure)
+    assert again.frontier == whole.frontier
+    torch.testing.assert_close(again.model.mean, whole.model.mean, rtol=0, atol=0)

@@ -191,7 +191,8 @@ def test_files_of_other_kinds_of_experiments(whole: Plan) -> None:
     )
     assert [file for file in files if file.startswith(f"{case}/")] == [f"{case}/{name}" for name in made]
     assert whole.figures_of("molecules_tail_sweep") == ["results/figures/molecules_tail_sweep.png"]
-    assert whole.captions("molecules_qm9") == {"_energies": "energies", "_molecules": "molecules"}
+    kinds = {"_frontier": "frontier", "_energies": "energies", "_molecules": "molecules"}
+    assert whole.captions("molecules_qm9") == kinds
 
     run = f"results/runs/{TAIL}"
     files = whole.run_files(TAIL)
@@ -200,7 +201,8 @@ def test_files_of_other_kinds_of_experiments(whole: Plan) -> None:
     assert {file for file in files if file.startswith(f"{run}/tfft/seed0/")} == {
         f"{run}/tfft/seed0/{name}" for name in made
     }
-    assert whole.figures_of(TAIL) == [f"results/figures/{TAIL}_{kind}.png" for kind in ("images", "scores")]
+    shown = ("frontier", "images", "scores")
+    assert whole.figures_of(TAIL) == [f"results/figures/{TAIL}_{kind}.png" for kind in shown]
 
 
 def test_targets_hold_what_is_made_of_every_experiment(whole: Plan) -> None:

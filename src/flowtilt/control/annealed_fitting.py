@@ -22,6 +22,16 @@ weights over each bank would have none at all. So the threshold is found anew in
 are nearer to the tail the further the chain has come, and the chain ends when a whole step changes nothing
 any more.
 
+A chain may aim at divergences instead of at a KL weight. Then stage by stage its model is the optimum of its
+*own* problem, whose KL weight is the least at which the optimum
+
+    pays no more than the next multiple of ``stage_kl``, in nats from the base, and
+    keeps the effective samples of the bank, and rests on enough of them,
+
+the first on all banks of the chain, the second on the last one: a multiple that one bank does not carry takes
+more stages, each with an optimum that pays less. So every stage is a point of the frontier of what is raised
+against what is paid. What a nat buys is measured on the next bank, which no draw is wasted on.
+
 A stage's weights promise a mean of the tilt, and the next bank has the one that was reached: the difference
 is the error of the fit, in the history of each solve.
 """
@@ -30,8 +40,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -54,7 +65,7 @@ from flowtilt.devices import seeded
 from flowtilt.functionals.base import FirstVariation
 from flowtilt.functionals.utilities import RewardVariation
 from flowtilt.metrics.tails import quantile
-from flowtilt.model import FlowModel
+from flowtilt.model import Context, FlowModel
 from flowtilt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, between, check, check_value
 from flowtilt.resuming import Slot, weights_of
 from flowtilt.rewards import Reward
@@ -67,6 +78,12 @@ Row = dict[str, float]
 
 LEAST_STEP = 1e-4
 """Share of the way at which the first stage is given up: it would take ten thousand like it."""
+
+FINE = 1.25
+"""Factor between the KL weights that a budget's search tries first."""
+
+BANK = "bank_"
+"""What the columns begin with that say what a stage's bank is worth."""
 
 REACHED = 100
 """Effective samples, of those that a tail's optimum adds mass to, from which its threshold stays: they know
@@ -89,15 +106,20 @@ class AnnealedFittingSettings:
         share: effective samples that a stage's weights keep, as a share of the bank.
         stages: most stages.
         settled: nats below which what is left to do is left.
+        kl: divergence from the base at which the chain ends, in nats; the KL weight then follows from it.
+        stage_kl: what each stage adds to the divergence, in nats, up to the last one; by default all of it.
     """
 
     fitting: WeightedFittingSettings = field(default_factory=WeightedFittingSettings)
     share: float = 0.3
     stages: int = 20
     settled: float = 1e-3
+    kl: float | None = None
+    stage_kl: float | None = None
 
     def __post_init__(self) -> None:
         check(self, share=between(0, 1), stages=COUNT, settled=NOT_NEGATIVE)
+        check_budget(self.kl, self.stage_kl)
         if self.fitting.penalty != "kl":
             raise ValueError(
                 f"penalty must be kl for annealed fitting, got {self.fitting.penalty!r}: only exponential "
@@ -112,6 +134,33 @@ class AnnealedFittingSettings:
             )
 
 
+def check_budget(kl: float | None, stage_kl: float | None) -> None:
+    """Refuse a divergence that is not positive, and that of a stage without or beyond the whole.
+
+    Raises:
+        ValueError: if they are.
+    """
+    if stage_kl is not None and (kl is None or not 0 < stage_kl <= kl):
+        raise ValueError(
+            f"stage_kl must be positive and at most kl, the divergence of all stages, got {stage_kl=} "
+            f"and {kl=}"
+        )
+    if kl is not None and not 0 < kl < math.inf:
+        raise ValueError(f"kl must be positive and finite, got {kl}")
+
+
+def goals(kl: float, stage_kl: float | None) -> list[float]:
+    """The divergences that a chain with a budget aims at, one after the other, in nats."""
+    each = kl if stage_kl is None else stage_kl
+    count = math.ceil(kl / each - 1e-9)
+    return [min(kl, each * k) for k in range(1, count)] + [kl]
+
+
+Measure = Callable[[Tensor, Context, np.ndarray], Row]
+"""What a set of samples is worth, from samples, their contexts, and what they are tilted by, NaN where that
+has no value."""
+
+
 @dataclass
 class AnnealedSolution(Solution):
     """A solution with what each stage was worth.
@@ -123,14 +172,22 @@ class AnnealedSolution(Solution):
             ``least_effective_share`` of a group; ``stage_kl``, what the stage pays, and ``kl``, the tilt's
             divergence from the base, in nats;
             ``mean_before`` and ``mean_promised`` of the tilt's value on the bank, and ``mean_reached`` on the
-            next.
+            next. With a budget also ``kl_weight``, of the problem that the stage's target is the optimum of.
+        frontier: a row for the base and each stage, if they were measured: ``stage``, from 0, ``kl``, and
+            what the bank of the stage's model was found to be worth.
     """
 
     stages: list[Row] = field(default_factory=list)
+    frontier: list[Row] = field(default_factory=list)
 
 
-Exponents = Callable[[float, np.ndarray], np.ndarray]
-"""Exponents of a target with a parameter, at values (n,), in nats."""
+Exponents = Callable[[Any, np.ndarray], np.ndarray]
+"""Exponents of a target with a parameter, at values (n,), in nats. With a budget the parameter is a pair:
+that of the target, and the KL weight."""
+
+Optimum = Callable[[float, np.ndarray, np.ndarray, Groups], float]
+"""The parameter of the optimum under a KL weight, from values of samples, their weights under the base (n,),
+and their groups."""
 
 
 @dataclass
@@ -147,9 +204,10 @@ class _Chain:
         counts: samples of each bank, whole numbers, (stages + 1,).
         drawn: the same with those that failed: their contexts are no rarer for it, (stages + 1,).
         steps: d of each stage, (stages,).
-        parameters: of each stage's target, (stages,).
+        parameters: of each stage's target, (stages,); with a budget pairs, (stages, 2).
         log_z: mean over contexts of the logarithm of the last model's normaliser, (1,).
         fixed: 1 once the target's parameter is known well enough to stay, and that parameter; else 0, (2,).
+            With a budget, how many of its goals are reached, and 0.
     """
 
     exponents: Exponents
@@ -163,14 +221,17 @@ class _Chain:
     fixed: Tensor
 
     @classmethod
-    def empty(cls, exponents: Exponents, stages: int, size: int) -> _Chain:
+    def empty(cls, exponents: Exponents, settings: AnnealedFittingSettings, size: int) -> _Chain:
+        stages = settings.stages
+
         def zeros(*shape: int, of: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(*shape, dtype=of, device="cpu")
 
         banks, whole = stages + 1, torch.int64
         counts, drawn = zeros(banks, of=whole), zeros(banks, of=whole)
         values, labels = zeros(banks, size), zeros(banks, size, of=whole)
-        more = zeros(stages), zeros(stages), zeros(1), zeros(2)
+        parameters = zeros(stages) if settings.kl is None else zeros(stages, 2)
+        more = zeros(stages), parameters, zeros(1), zeros(2)
         return cls(exponents, values, labels, counts, drawn, *more)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -190,7 +251,10 @@ class _Chain:
 
     def went(self, stage: int, what: _Stage) -> None:
         """Take in what a stage has done."""
-        self.steps[stage], self.parameters[stage] = what.step, what.parameter
+        self.steps[stage] = what.step
+        self.parameters[stage] = torch.as_tensor(what.parameter, dtype=torch.float64)
+        if what.reaches:
+            self.fixed[0] += 1
         self.log_z += what.log_z
 
     @property
@@ -287,18 +351,22 @@ def solve(
     progress: Progress | None = None,
     slot: Slot | None = None,
     given: Samples | None = None,
+    measure: Measure | None = None,
 ) -> AnnealedSolution:
     """Fit a copy of ``base`` to the distribution that maximises ``E[tilt] - kl_weight KL``, in stages.
 
     Args:
         base: the model to tilt; left unchanged.
         tilt: what to tilt by; its gradient is never asked for.
-        kl_weight: weight of the divergence, positive, in units of the tilt a nat.
+        kl_weight: weight of the divergence, positive, in units of the tilt a nat. Where the settings have a
+            budget, that takes its place.
         settings: of the stages.
         generator: source of all randomness.
         progress: called with each update's row.
         slot: where the chain keeps its state, and goes on from if it was stopped.
         given: samples of ``base`` that are the bank of the first stage; else one is drawn.
+        measure: of each bank and of the last model's; what it finds is in the history, as ``bank_...``, and
+            in the frontier.
 
     Returns:
         The model of the last stage, the stages' rows, and a history: that of weighted fitting over all
@@ -314,9 +382,21 @@ def solve(
     """
     check_value("the KL weight of a solve", kl_weight, POSITIVE)
     size = _largest(settings, given)
-    chain = _Chain.empty(lambda _, values: values / kl_weight, settings.stages, size)
-    anneal = _Annealing(base, tilt, chain, lambda stage: kl_weight, settings, (settings, kl_weight), given)
+    identity: Any = (settings, kl_weight)
+    if settings.kl is not None:
+        chain = _Chain.empty(lambda at, values: values / at[1], settings, size)
+        anneal = _Annealing(
+            base, tilt, chain, lambda stage: kl_weight, settings, identity, given, None, measure, _itself
+        )
+        return anneal.run(generator, progress, slot)
+    chain = _Chain.empty(lambda _, values: values / kl_weight, settings, size)
+    anneal = _Annealing(base, tilt, chain, lambda stage: kl_weight, settings, identity, given, None, measure)
     return anneal.run(generator, progress, slot)
+
+
+def _itself(weight: float, values: np.ndarray, weights: np.ndarray, groups: Groups) -> float:
+    """The KL weight is all that the optimum of an expected reward takes."""
+    return weight
 
 
 def _largest(settings: AnnealedFittingSettings, given: Samples | None) -> int:
@@ -333,6 +413,7 @@ def solve_tail(
     progress: Progress | None = None,
     slot: Slot | None = None,
     given: Samples | None = None,
+    measure: Measure | None = None,
 ) -> AnnealedSolution:
     """Fit a copy of ``base`` to the optimum of a tail mean under KL, whose threshold the chain finds.
 
@@ -340,13 +421,31 @@ def solve_tail(
 
     Args:
         reward: whose tail is raised.
-        problem: the tail, its mass and the KL weight.
+        problem: the tail, its mass and the KL weight, whose place a budget takes.
     """
 
     def hinge(at: float, values: np.ndarray) -> np.ndarray:
         return problem.pseudo_reward(reward, at).of_rewards(values) / problem.alpha
 
-    chain = _Chain.empty(hinge, settings.stages, _largest(settings, given))
+    def active(at: float, values: np.ndarray) -> np.ndarray:
+        return values < at if problem.tail == "lower" else values > at
+
+    tilt, identity = RewardVariation(reward), (settings, problem)
+    if settings.kl is not None:
+
+        def optimum(weight: float, values: np.ndarray, weights: np.ndarray, groups: Groups) -> float:
+            return replace(problem, alpha=weight).threshold(values, weights, groups.labels)
+
+        def hinge_under(at: Any, values: np.ndarray) -> np.ndarray:
+            return problem.pseudo_reward(reward, at[0]).of_rewards(values) / at[1]
+
+        chain = _Chain.empty(hinge_under, settings, _largest(settings, given))
+        anneal = _Annealing(
+            *(base, tilt, chain, lambda stage: 0.0, settings, identity, given),
+            *(lambda at, values: active(at[0], values), measure, optimum),
+        )
+        return anneal.run(generator, progress, slot)
+    chain = _Chain.empty(hinge, settings, _largest(settings, given))
 
     def threshold(stage: int) -> float:
         known, at = chain.fixed.tolist()
@@ -364,11 +463,7 @@ def solve_tail(
         own = chain.values[stage, : int(chain.counts[stage])].numpy()
         return min(at, quantile(own, 1 - problem.mass / 2))
 
-    def active(at: float, values: np.ndarray) -> np.ndarray:
-        return values < at if problem.tail == "lower" else values > at
-
-    tilt, identity = RewardVariation(reward), (settings, problem)
-    anneal = _Annealing(base, tilt, chain, threshold, settings, identity, given, active)
+    anneal = _Annealing(base, tilt, chain, threshold, settings, identity, given, active, measure)
     return anneal.run(generator, progress, slot)
 
 
@@ -389,13 +484,15 @@ class _Stage:
         parameter: of the target.
         log_z: what the stage adds to the mean over contexts of ``log Z``.
         row: its columns in the history.
+        reaches: whether it reaches the next goal of a budget.
     """
 
     bank: Bank
     step: float
-    parameter: float
+    parameter: Any
     log_z: float
     row: Row
+    reaches: bool = False
 
 
 @dataclass(frozen=True)
@@ -412,6 +509,8 @@ class _Annealing:
         given: bank of the first stage; None to draw it.
         active: samples that carry a gradient of a target with a parameter, from values (n,); None for the
             tilt's own.
+        measure: of each bank.
+        optimum: that of a KL weight, where the settings have a budget.
     """
 
     base: FlowModel
@@ -421,7 +520,9 @@ class _Annealing:
     settings: AnnealedFittingSettings
     identity: Any
     given: Samples | None = None
-    active: Callable[[float, np.ndarray], np.ndarray] | None = None
+    active: Callable[[Any, np.ndarray], np.ndarray] | None = None
+    measure: Measure | None = None
+    optimum: Optimum | None = None
 
     def run(
         self, generator: torch.Generator, progress: Progress | None, slot: Slot | None
@@ -436,10 +537,12 @@ class _Annealing:
             first = self.given if number == 0 else None
             draw = draw_samples(model, self.tilt, self.settings.fitting, random, first)
             stage = self._plan(number, draw, model)
+            worth = self._measured(draw)
             if stage is None:
                 break
             inner = None if slot is None else slot.resumption.slot(f"{slot.name}-stage-{number + 1}")
-            rows = _Rows(stage.row, history[-1] if history else {}, progress)
+            columns = stage.row | {f"{BANK}{key}": value for key, value in worth.items()}
+            rows = _Rows(columns, history[-1] if history else {}, progress)
             settings = (self.settings.fitting, stage.step)
             fitted = fit(model, stage.bank, settings, random, rows.report, inner, started)
             model = fitted.model
@@ -448,7 +551,13 @@ class _Annealing:
             if slot is not None and inner is not None and (slot.resumption.due() or inner.path.is_file()):
                 slot.save(weights_of(model) | self.chain.tensors(), history, self.identity)
                 inner.discard()
-        return self._solution(model, history, float(draw.groups.probabilities @ draw.values))
+        return self._solution(model, history, float(draw.groups.probabilities @ draw.values), worth)
+
+    def _measured(self, draw: Draw) -> Row:
+        """What a bank is worth, in the order of its draws but for those that failed, which come last."""
+        if self.measure is None:
+            return {}
+        return self.measure(draw.samples, self.base.select_context(draw.context, draw.order), draw.values)
 
     def _taken_up(self, slot: Slot | None) -> tuple[FlowModel, list[Row]]:
         """The model and history of the last state, or the beginning."""
@@ -465,7 +574,13 @@ class _Annealing:
         """
         chain, settings, values = self.chain, self.settings, draw.values
         chain.add(number, draw, model.context_labels(draw.context))
-        parameter, h = self.parameter(number), chain.of(number, values)
+        h, parameter, reaches = chain.of(number, values), None, False
+        if self.optimum is None:
+            parameter = self.parameter(number)
+        elif number < settings.stages and chain.fixed[0] < len(goals(settings.kl, settings.stage_kl)):
+            parameter, reaches = self._within(number, draw, h)
+        if parameter is None:
+            return self._ends(number)
         left = chain.exponents(parameter, values) - h
         gaining = settings.fitting.minimum_ess / len(values)
         step = strongest(left, draw.groups, settings.share, gaining=gaining)
@@ -477,7 +592,7 @@ class _Annealing:
                 "there; raise the KL weight, draw a larger bank, or rescale the values"
             )
         if number > 0 and tilted(left, draw.groups).kl <= settings.settled:
-            return None
+            return None if self.optimum is None else self._ends(number)
         if number == settings.stages or step < LEAST_STEP:
             logger.warning(
                 "annealed fitting: after %d stages the tilt has come %.3g of the way, which the model is "
@@ -503,16 +618,76 @@ class _Annealing:
             "mean_before": float(draw.groups.probabilities @ values),
             "mean_promised": under.mean(values),
         }
-        return _Stage(bank, step, parameter, log_z, row)
+        if self.optimum is not None:
+            at, weight = parameter
+            paid = self._paid(number, parameter, step)
+            row |= {"strength": paid / settings.kl, "parameter": at, "kl": paid, "kl_weight": weight}
+        return _Stage(bank, step, parameter, log_z, row, reaches and step == 1)
 
-    def _solution(self, model: FlowModel, history: list[Row], reached: float) -> AnnealedSolution:
+    def _ends(self, number: int) -> None:
+        """Say in the log where a chain with a budget ends before it is spent."""
+        every = goals(self.settings.kl, self.settings.stage_kl)
+        if (reached := int(self.chain.fixed[0])) < len(every):
+            logger.warning(
+                "annealed fitting: after %d stages %d of the %d divergences that the chain aims at are "
+                "reached, and the next one, of %.3g nats, is not; raise stages, draw larger banks, or lower "
+                "share or minimum_ess",
+                *(number, reached, len(every), every[reached]),
+            )
+
+    def _paid(self, number: int, parameter: Any, step: float = 1.0) -> float:
+        """Divergence from the base of what a step towards a target leads to, on all banks, in nats."""
+        values, weights, groups = self.chain.as_base(number + 1, self.settings.fitting.group)
+        h = self.chain.of(number, values)
+        with np.errstate(divide="ignore"):
+            log_p = np.log(weights)
+        return tilted(h + step * (self.chain.exponents(parameter, values) - h), groups, log_p).kl
+
+    def _within(self, number: int, draw: Draw, h: np.ndarray) -> tuple[Any, bool]:
+        """The parameter of the strongest optimum within the next goal that the bank carries, and whether it
+        reaches the goal.
+
+        From the weight of the stage before, at which there is nothing to carry, in small steps to where
+        either ends, and there by bisection: a threshold moves with the weight, and no share need fall
+        steadily. Where already that weight, at the threshold as it is known now, is not carried, it is the
+        goal itself, to which the stage goes a part of the way.
+        """
+        chain, settings = self.chain, self.settings
+        assert self.optimum is not None
+        assert settings.kl is not None
+        goal = goals(settings.kl, settings.stage_kl)[int(chain.fixed[0])]
+        values, weights, groups = chain.as_base(number + 1, settings.fitting.group)
+        with np.errstate(divide="ignore"):
+            log_p = np.log(weights)
+        optimum, least = self.optimum, settings.fitting.minimum_ess / len(draw.values)
+
+        def target(weight: float) -> tuple[float, float]:
+            return optimum(weight, values, weights, groups), weight
+
+        def paid(weight: float) -> float:
+            return tilted(chain.exponents(target(weight), values), groups, log_p).kl
+
+        def carried(weight: float) -> bool:
+            under = tilted(chain.exponents(target(weight), draw.values) - h, draw.groups)
+            rests = under.kl <= settings.settled or under.gaining_share >= least
+            return under.effective_share >= settings.share and rests
+
+        high = float(chain.parameters[number - 1, 1]) if number else float(np.ptp(values)) or 1.0
+        while paid(high) > goal * (1 if number else 0.01):
+            high *= FINE
+        if not carried(high):
+            return target(_last(lambda weight: paid(weight) <= goal, high)), True
+        low = _last(lambda weight: paid(weight) <= goal and carried(weight), high)
+        return target(low), paid(low * (1 - 1e-6)) > goal
+
+    def _solution(self, model: FlowModel, history: list[Row], reached: float, worth: Row) -> AnnealedSolution:
         stages: list[Row] = []
         for row in history:
             if stages and stages[-1]["stage"] == row["stage"]:
                 stages.pop()
             elif stages:
                 stages[-1]["mean_reached"] = row["mean_before"]
-            stages.append({key: row[key] for key in STAGE_COLUMNS})
+            stages.append({key: value for key, value in row.items() if _of_stage(key)})
         last = stages[-1]
         last["mean_reached"] = reached
         diagnostics = {key: last[key] for key in ("strength", "kl", "parameter", "mean_reached")}
@@ -521,7 +696,38 @@ class _Annealing:
         diagnostics["network_passes"] = history[-1]["network_passes"] + (
             self.settings.fitting.passes * self.base.evaluations("sampling")
         )
-        return AnnealedSolution(model, history, diagnostics, stages)
+        frontier = frontier_of(stages, worth) if worth else []
+        return AnnealedSolution(model, history, diagnostics, stages, frontier)
+
+
+def _of_stage(column: str) -> bool:
+    return column in (*STAGE_COLUMNS, "kl_weight") or column.startswith(BANK)
+
+
+def frontier_of(stages: Sequence[Row], worth: Row) -> list[Row]:
+    """Points of the frontier: what the base's bank is worth, and that of the model of each stage.
+
+    Args:
+        stages: rows with ``kl``, of the model after the stage, and with columns ``bank_...``, of the bank
+            before it.
+        worth: of the last model's bank.
+    """
+    banks = [{k.removeprefix(BANK): v for k, v in row.items() if k.startswith(BANK)} for row in stages]
+    paid = [0.0, *(row["kl"] for row in stages)]
+    pairs = zip(paid, [*banks, worth], strict=True)
+    return [{"stage": float(k), "kl": kl, **bank} for k, (kl, bank) in enumerate(pairs)]
+
+
+def _last(holds: Callable[[float], bool], start: float) -> float:
+    """The least weight down to which a condition holds from ``start``, to nine digits; at most a millionth
+    of a millionth of it."""
+    high, low = start, start / FINE
+    while holds(low) and low > 1e-12 * start:
+        high, low = low, low / FINE
+    while high - low > 1e-9 * high:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
 
 
 @dataclass(frozen=True)

@@ -404,6 +404,21 @@ class BarrierVariation(_OfRewards):
         return torch.where(per_sample(self.failed(x, context), x) > 0, 0.0, gradient)
 
 
+def slack(bound: float, expected_cost: float) -> float:
+    """``bound - E c``, what a barrier is the logarithm of.
+
+    Raises:
+        InfeasibleBarrier: if it is not positive.
+    """
+    if not expected_cost < bound:
+        raise InfeasibleBarrier(
+            f"the log barrier is infeasible: the expected cost is {expected_cost:.6g} and must be "
+            f"below the bound {bound:.6g}; raise the bound, or start from a distribution of "
+            "lower cost"
+        )
+    return bound - expected_cost
+
+
 @dataclass(frozen=True)
 class LogBarrier(_FunctionalOfRewards):
     """``E r + strength log(bound - E c)``: the expected reward with the expected cost kept below a bound.
@@ -428,37 +443,67 @@ class LogBarrier(_FunctionalOfRewards):
                 f"the strength of a log barrier must be positive and finite, got {self.strength}"
             )
 
-    def _slack(self, expected_cost: float) -> float:
-        """``bound - E c``.
-
-        Raises:
-            InfeasibleBarrier: if it is not positive.
-        """
-        if not expected_cost < self.bound:
-            raise InfeasibleBarrier(
-                f"the log barrier is infeasible: the expected cost is {expected_cost:.6g} and must be "
-                f"below the bound {self.bound:.6g}; raise the bound, or start from a distribution of "
-                "lower cost"
-            )
-        return self.bound - expected_cost
-
     def value(self, distribution: Distribution) -> float:
         reward, cost = (float(values.mean()) for values in _values_of([self.reward, self.cost], distribution))
-        return reward + self.strength * math.log(self._slack(cost))
+        return reward + self.strength * math.log(slack(self.bound, cost))
 
     def linearise(self, distribution: Distribution) -> BarrierVariation:
-        slack = self._slack(float(_values_of([self.reward, self.cost], distribution)[1].mean()))
-        return BarrierVariation(self.reward, self.cost, self.strength / slack)
+        cost = float(_values_of([self.reward, self.cost], distribution)[1].mean())
+        return BarrierVariation(self.reward, self.cost, self.strength / slack(self.bound, cost))
 
     def finite_value(self, distribution: FiniteDistribution) -> float:
-        slack = self._slack(float(distribution.p @ _finite_values(self.cost, distribution)))
-        return float(distribution.p @ _finite_values(self.reward, distribution)) + self.strength * math.log(
-            slack
-        )
+        left = slack(self.bound, float(distribution.p @ _finite_values(self.cost, distribution)))
+        reward = float(distribution.p @ _finite_values(self.reward, distribution))
+        return reward + self.strength * math.log(left)
 
     def variation_at(self, distribution: FiniteDistribution) -> BarrierVariation:
-        slack = self._slack(float(distribution.p @ _finite_values(self.cost, distribution)))
-        return BarrierVariation(self.reward, self.cost, self.strength / slack)
+        left = slack(self.bound, float(distribution.p @ _finite_values(self.cost, distribution)))
+        return BarrierVariation(self.reward, self.cost, self.strength / left)
+
+
+@dataclass(frozen=True)
+class CostVariation(_OfRewards):
+    """``-slope c``: a cost that weighs the more the nearer its bound is."""
+
+    cost: Reward
+    slope: float
+
+    def of(self, *values: Any) -> Any:
+        return -self.slope * values[0]
+
+    def gradient(self, x: Tensor, context: Context = None) -> Tensor:
+        return -self.slope * self.cost.gradient(x, context)
+
+
+@dataclass(frozen=True)
+class Barrier(_FunctionalOfRewards):
+    """``log(bound - E c)``: what keeps an expected cost below a bound, to be added to any utility.
+
+    Attributes:
+        bound: what the expected cost must stay below, in units of the cost.
+    """
+
+    tier = "convex"
+
+    cost: Reward
+    bound: float
+
+    def __post_init__(self) -> None:
+        check(self, "a barrier's ", bound=FINITE)
+
+    def value(self, distribution: Distribution) -> float:
+        return math.log(slack(self.bound, float(_values(self.cost, distribution).mean())))
+
+    def linearise(self, distribution: Distribution) -> CostVariation:
+        expected = float(_values(self.cost, distribution).mean())
+        return CostVariation(self.cost, 1 / slack(self.bound, expected))
+
+    def finite_value(self, distribution: FiniteDistribution) -> float:
+        return math.log(slack(self.bound, float(distribution.p @ _finite_values(self.cost, distribution))))
+
+    def variation_at(self, distribution: FiniteDistribution) -> CostVariation:
+        expected = float(distribution.p @ _finite_values(self.cost, distribution))
+        return CostVariation(self.cost, 1 / slack(self.bound, expected))
 
 
 @dataclass(frozen=True)

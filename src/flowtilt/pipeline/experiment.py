@@ -102,11 +102,24 @@ class Experiment(Section):
     def _solvers_are_valid(self) -> Experiment:
         check_methods(self.methods, self.solutions)
         for name, method in self.methods.items():
-            self.solver_of(name)
             if method.of is not None:
                 check_tilt(f"methods.{name}.of", method.of, self.methods)
             if method.kind == "resampled" and self.offline is None:
                 raise ValueError(f"offline: method {name!r} resamples an offline batch; add samples")
+            solver = self.solver_of(name)
+            by_exponents = method.kind == "fdc" and getattr(method, "by", None) == "exponents"
+            if solver.kl is None or not method.tuned:
+                continue
+            if (method.kind == "fdc" and not by_exponents) or (method.kind != "fdc" and not _anneals(solver)):
+                raise ValueError(
+                    f"methods.{name}.solver.kl: is a budget of annealed fitting, and of fdc by exponents; "
+                    "set kind to annealed_fitting (for fdc by: exponents), or remove it"
+                )
+            for key in ("step", "step_weight"):
+                if by_exponents and getattr(method, key, None) is not None:
+                    raise ValueError(
+                        f"methods.{name}.{key}: with the budget solver.kl each step follows from it; remove one"
+                    )
         return self
 
     def solver_of(self, method: str) -> SolverConfig:
@@ -181,6 +194,15 @@ class Experiment(Section):
     def mean_metric(self) -> str:
         """Name of the plain mean."""
         return f"mean_{self.unit}"
+
+
+def has_budget(experiment: Experiment) -> bool:
+    """Whether a method ends at a divergence that its solver has, so that there is a frontier to show."""
+    return any(m.tuned and experiment.solver_of(name).kl for name, m in experiment.methods.items())
+
+
+def _anneals(solver: SolverConfig) -> bool:
+    return solver.kind == "annealed_fitting"
 
 
 def method_of(experiment: Experiment, name: str) -> MethodConfig:

@@ -57,6 +57,14 @@ def write_history(rows: list[dict[str, float]], path: Path) -> None:
         table.writerows(rows)
 
 
+def write_frontier(points: list[dict[str, float]], path: Path) -> None:
+    """Write points of a frontier, or see to it that none of an earlier run are left."""
+    if points:
+        write_history(points, path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
     """Named arrays of numbers from a file of :func:`write_arrays`. Raises StageError if the file is missing,
     not whole, or lacks an array."""

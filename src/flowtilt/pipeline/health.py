@@ -188,8 +188,20 @@ def tilt_metrics(job: Job, rewards: np.ndarray, reference: Path | None, contexts
 def _tilt_of(job: Job, rewards: np.ndarray) -> tuple[np.ndarray, float]:
     """What the job's method tilts by, as a function of rewards, and its KL weight."""
     experiment, method, r = job.experiment, job.method, rewards.astype(np.float64)
+    own = _within_budget(job)
     if job.run.kind == "am":
-        return r, experiment.reward_weight_of(method)
+        return r, own["kl_weight"] if own else experiment.reward_weight_of(method)
     problem = experiment.tail_of(method)
+    if own:
+        at, weight = own["parameter"], own["kl_weight"]
+        return hinge(r, at, problem.mass, problem.tail), weight
     at = read_threshold(job.read("threshold"))["threshold"]
     return hinge(r, at, problem.mass, problem.tail), problem.alpha
+
+
+def _within_budget(job: Job) -> dict[str, float]:
+    """The problem that a chain with a budget has ended at; empty for a run without one."""
+    if job.experiment.solver_of(job.method).kl is None:
+        return {}
+    history = read_columns(job.read("history"), "kl_weight", "parameter")
+    return {name: float(history[name][-1]) for name in ("kl_weight", "parameter")}

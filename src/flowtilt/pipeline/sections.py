@@ -228,8 +228,21 @@ class SolverConfig(Section):
     stages: Count = 20
     """Most stages, each with as many updates as a solve. Annealed fitting."""
 
+    kl: Positive | None = None
+    """Divergence from the pretrained model at which a method ends, in nats; KL weights then follow from it,
+    and what a method has of its own does not count. Without it there is no budget. Annealed fitting, and FDC
+    by exponents."""
+
+    stage_kl: Positive | None = None
+    """What each stage or step adds to that divergence, in nats, at most ``kl``; without it one stage is to
+    reach all of it. Where a bank does not carry that, it takes more of them."""
+
     @model_validator(mode="after")
     def _keys_fit(self) -> SolverConfig:
+        if self.stage_kl is not None and (self.kl is None or self.stage_kl > self.kl):
+            raise ValueError(
+                f"stage_kl ({self.stage_kl:g}) must be at most kl ({self.kl}), the divergence of all stages"
+            )
         if self.kind == "adjoint_matching":
             self._check_matching()
         if self.kind == "annealed_fitting" and self.penalty != "kl":

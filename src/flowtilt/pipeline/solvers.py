@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from flowtilt.control import adjoint_matching, annealed_fitting, weighted_fitting
+from flowtilt.control.annealed_fitting import Measure
 from flowtilt.control.base import Progress, Solution
 from flowtilt.control.weighted_fitting import Samples
 from flowtilt.fdc import Solver
@@ -35,6 +36,7 @@ def build_solver(
     progress: Progress | None = None,
     drawn: Given | None = None,
     sampler: Sampler = "ode",
+    measure: Measure | None = None,
 ) -> Solver:
     """A solver with its settings.
 
@@ -44,13 +46,14 @@ def build_solver(
         progress: called with each update's row.
         drawn: a model, and samples of it that are the bank of a solve from there.
         sampler: of other banks, see :func:`fitting_settings`.
+        measure: of the banks of annealed fitting.
     """
     solver: Callable[..., Solution]
     if config.kind == "weighted_fitting":
         solver = partial(_weighted_fitting, settings=fitting_settings(config, updates, sampler))
     elif config.kind == "annealed_fitting":
         settings = annealed_fitting_settings(config, updates, sampler)
-        solver = partial(annealed_fitting.solve, settings=settings)
+        solver = partial(annealed_fitting.solve, settings=settings, measure=measure)
     else:
         solver = partial(adjoint_matching.solve, settings=adjoint_matching_settings(config, updates))
 
@@ -80,7 +83,9 @@ def annealed_fitting_settings(
 ) -> annealed_fitting.AnnealedFittingSettings:
     """The settings of annealed fitting that a configuration has, with a number of updates a stage."""
     fitting = fitting_settings(config, updates, sampler)
-    return annealed_fitting.AnnealedFittingSettings(fitting, config.share, config.stages)
+    return annealed_fitting.AnnealedFittingSettings(
+        fitting, config.share, config.stages, kl=config.kl, stage_kl=config.stage_kl
+    )
 
 
 def fitting_settings(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flowtilt.checkpoints import notes_of, save_weights
 from flowtilt.control import adjoint_matching
-from flowtilt.control.annealed_fitting import solve_tail
+from flowtilt.control.annealed_fitting import AnnealedSolution, Measure, solve_tail
 from flowtilt.control.base import Progress, Solution
 from flowtilt.control.weighted_fitting import Samples
 from flowtilt.devices import generator_of
@@ -47,6 +47,7 @@ from flowtilt.pipeline.files import (
     read_threshold,
     reading,
     write_arrays,
+    write_frontier,
     write_history,
 )
 from flowtilt.pipeline.health import training_metrics, warn
@@ -77,6 +78,7 @@ class Climb:
         generator: source of randomness of each iteration, by its number.
         trail: of an earlier ascent by exponents that this one goes on from.
         first: samples of ``start``, for an ascent by exponents; else they are drawn.
+        measure: of the samples of each step, for an ascent by exponents.
     """
 
     objective: Objective
@@ -86,6 +88,7 @@ class Climb:
     done: int = 0
     trail: Trail | None = None
     first: Samples | None = None
+    measure: Measure | None = None
 
     def run(self, iterations: int, solver: Solver, resumption: Resumption) -> Ascent:
         """All iterations up to a number that are still to be done."""
@@ -103,12 +106,17 @@ class Climb:
             resumption,
             self.trail,
             self.first,
+            self.measure,
         )
 
 
 TRAIL = "trail"
 """Note in a model's file with the :class:`flowtilt.fdc.Trail` that has led to it, as JSON."""
 
+
+FRONTIER = "frontier.csv"
+"""File beside a history with what the model of each stage is worth, a row each, by its divergence from the
+pretrained model; of methods in stages, in domains that measure banks."""
 
 NOTHING_DONE = {"active_share": 0.0, "network_passes": 0, "seconds": 0.0}
 """History of a training that goes on from an ascent which had come to its end."""
@@ -174,12 +182,28 @@ class Workbench(ABC):
         """The pretrained flow with these samples, for solvers that need a bank of it."""
         return None if self.offline is None else Given(self.flow, self.offline)
 
+    @property
+    def measures(self) -> Measure | None:
+        """The measure, if the domain has one."""
+        return None if type(self).measure is Workbench.measure else self.measure
+
     def exponents(self, step_weight: StepWeight | None) -> ExponentAscent:
         """The settings of an ascent by exponents; without the KL weight of its steps each is searched."""
         experiment, solver = self.experiment, self.experiment.solver_of(self.job.method)
         # Those of the solve's bank, which then is the one that a step is searched on.
         samples = experiment.offline.samples if solver.kind == "adjoint_matching" else solver.bank
-        return ExponentAscent(samples, solver.steps, solver.share, solver.minimum_ess, step_weight)
+        budget = {"kl": solver.kl, "stage_kl": solver.stage_kl}
+        return ExponentAscent(samples, solver.steps, solver.share, solver.minimum_ess, step_weight, **budget)
+
+    def measure(self, samples: Tensor, context: Context, values: np.ndarray) -> dict[str, float]:
+        """What a bank of a stage's model is worth, for the frontier of its method; nothing by default.
+
+        Args:
+            samples: of the bank, those without a value perhaps left out.
+            context: of the samples.
+            values: of the reward, NaN where it failed, (n,).
+        """
+        return {}
 
     def draw(self, flow: FlowModel, count: int, generator: torch.Generator, context: Context) -> Tensor:
         """Samples as a run is measured by, by the experiment's ``sample_passes`` each."""
@@ -248,24 +272,30 @@ def finetune(job: Job) -> None:
     bench = workbench_of(job)
     watched = bench.watched(job.bar(experiment.own_updates_of(method), f"{experiment.name} {method}"))
     config, updates = experiment.solver_of(method), experiment.updates_of(method)
+    frontier: list[dict[str, float]] = []
     read = [job.read(role) for role in sorted(job.inputs)]
     output = job.outputs["model"]
     resumption = resumption_of(experiment, "finetune", job.seed, output, read, method, bench.taken_up)
     notes: dict[str, str] = {}
     if experiment.methods[method].kind == "fdc":
-        solver = build_solver(config, updates, watched, bench.given, bench.sampler)
+        # The budget is that of all steps, each of which is a problem with a KL weight.
+        of_step = config.model_copy(update={"kl": None, "stage_kl": None})
+        solver = build_solver(of_step, updates, watched, bench.given, bench.sampler)
         result = bench.climb().run(experiment.methods[method].iterations, solver, resumption)
-        model, rows = result.model, result.history
+        model, rows, frontier = result.model, result.history, result.frontier
         if result.trail is not None:
             notes[TRAIL] = json.dumps(asdict(result.trail))
     else:
         solution = _solve_once(bench, config, updates, watched, resumption.slot("solve"))
         model, rows = solution.model, solution.history
+        if isinstance(solution, AnnealedSolution):
+            frontier = solution.frontier
     bench.close()
     if processes().leads:
         if rows:
             warn(method, training_metrics({name: np.array([row[name] for row in rows]) for name in rows[0]}))
         write_history(rows or [NOTHING_DONE], job.outputs["history"])
+        write_frontier(frontier, job.outputs["history"].with_name(FRONTIER))
         save_weights(model, output, notes)
         resumption.remove()
 
@@ -287,8 +317,9 @@ def _solve_once(
             TailProblem(*experiment.tail_of(method)),
             annealed_fitting_settings(config, updates, bench.sampler),
         )
-        return solve_tail(flow, bench.reward, problem, stages, random, watched, slot, bench.offline)
-    solver = build_solver(config, updates, watched, bench.given, bench.sampler)
+        more = (random, watched, slot, bench.offline, bench.measures)
+        return solve_tail(flow, bench.reward, problem, stages, *more)
+    solver = build_solver(config, updates, watched, bench.given, bench.sampler, bench.measures)
     return solver(flow, tilt, kl_weight, random, slot)
 
 

@@ -26,10 +26,11 @@ FDC = {"kind": "fdc", "by": "exponents", "iterations": 2, "mass": MASS}
 METHODS: dict[str, Any] = {
     "fdc": {**FDC, "solver": {"minimum_ess": 2, "share": 0.2}},
     "fdc_weighted": {**FDC, "solver": {**FIT, "kind": "weighted_fitting", "share": 0.2}},
-    "fdc_annealed": {**FDC, "solver": ANNEALED},
-    "am_weighted": {"kind": "am", "solver": {**FIT, "kind": "weighted_fitting"}},
-    "am_annealed": {"kind": "am", "solver": ANNEALED},
-    "tfft_annealed": {"kind": "tfft", "mass": MASS, "solver": ANNEALED},
+    "fdc_staged": {**FDC, "solver": ANNEALED},
+    "am_fit": {"kind": "am", "solver": {**FIT, "kind": "weighted_fitting"}},
+    "am_staged": {"kind": "am", "solver": ANNEALED},
+    "tfft_staged": {"kind": "tfft", "mass": MASS, "solver": ANNEALED},
+    "tfft_budget": {"kind": "tfft", "mass": MASS, "solver": {**ANNEALED, "kl": 0.1, "stage_kl": 0.05}},
 }
 
 
@@ -114,17 +115,17 @@ def test_every_solver_starts_from_the_batch(bank: Bank, method: str) -> None:
 def test_fits_promise_what_the_weights_of_the_batch_say(bank: Bank) -> None:
     p, exponents = np.full(DRAWN, 1 / DRAWN), bank.rewards / bank.alpha
     q = bank.tilted(exponents)
-    one = bank.history("am_weighted").iloc[0]
+    one = bank.history("am_fit").iloc[0]
     assert one["kl"] == pytest.approx(float(q @ np.log(q / p)), rel=1e-4)
     assert one["effective_sample_size"] == pytest.approx(1 / float((q * q).sum()), rel=1e-4)
-    first = bank.history("am_annealed").iloc[0]
+    first = bank.history("am_staged").iloc[0]
     q = bank.tilted(first["step"] * exponents)
     assert first["mean_before"] == pytest.approx(bank.rewards.mean(), rel=1e-5)
     assert first["mean_promised"] == pytest.approx(float(q @ bank.rewards), rel=1e-5)
     assert first["stage_kl"] == pytest.approx(float(q @ np.log(q / p)), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["am_annealed", "tfft_annealed"])
+@pytest.mark.parametrize("method", ["am_staged", "tfft_staged"])
 def test_annealed_fitting_says_what_each_stage_asked_and_reached(bank: Bank, method: str) -> None:
     history = bank.history(method)
     stages = history.groupby("stage").first()
@@ -134,7 +135,7 @@ def test_annealed_fitting_says_what_each_stage_asked_and_reached(bank: Bank, met
     assert (stages["stage_kl"] > 0).all()
     assert stages["kl"].iloc[0] == pytest.approx(stages["stage_kl"].iloc[0], rel=1e-9)
     assert (stages["mean_promised"] > stages["mean_before"]).all()
-    if method == "tfft_annealed":
+    if method == "tfft_staged":
         own = thresholds.threshold(bank.rewards, bank.alpha, MASS, "lower", contexts=bank.prompts)
         assert stages["parameter"].iloc[0] == pytest.approx(own, rel=1e-5)
 
@@ -144,8 +145,8 @@ def test_banks_of_images_are_drawn_as_images_are(bank: Bank) -> None:
     from flowtilt.pipeline.solvers import fitting_settings
     from flowtilt.pipeline.stages import workbench_of
 
-    bench = workbench_of(bank.job("finetune", "am_weighted"))
-    settings = fitting_settings(bank.experiment.solver_of("am_weighted"), 2, bench.sampler)
+    bench = workbench_of(bank.job("finetune", "am_fit"))
+    settings = fitting_settings(bank.experiment.solver_of("am_fit"), 2, bench.sampler)
     assert (settings.sampler, settings.steps) == ("sde", bank.experiment.solver.steps)
     assert bench.offline is not None
     assert bench.offline.context.guidance == bank.experiment.guidance.sampling == 3.0
@@ -156,7 +157,19 @@ def test_a_fit_of_adapters_leaves_the_denoiser_as_it_is(bank: Bank, tmp_path: Pa
     adapter = {"rank": 2, "alpha": 2.0}
     name = "text_to_image_left_tail"
     own = Driven(tmp_path, tiny(name, retrain=False, model=bank.model, adapter=adapter, **changes))
-    assert own.run("model") == own.run("offline") == own.run("finetune", "am_weighted") == 0
-    tensors = load_tensors(own.file("am_weighted", "model.safetensors"))
+    assert own.run("model") == own.run("offline") == own.run("finetune", "am_fit") == 0
+    tensors = load_tensors(own.file("am_fit", "model.safetensors"))
     assert all("lora_" in name for name in tensors)
     assert any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_a_budget_has_a_point_of_the_frontier_for_each_stage(bank: Bank) -> None:
+    """The first is what the batch itself is worth; a lower tail is thinned within each prompt."""
+    stages = bank.history("tfft_budget").groupby("stage").first()
+    frontier = pd.read_csv(bank.file("tfft_budget", "frontier.csv"))
+    assert frontier["kl"].tolist() == [0, *stages["kl"]]
+    assert stages["kl"].iloc[0] == pytest.approx(0.05, abs=0.005)
+    assert frontier["mean_reward"].iloc[0] == pytest.approx(bank.rewards.mean(), rel=1e-6)
+    for mass in (0.2, 0.1):
+        worst = lower_tail_mean(bank.rewards, mass)
+        assert frontier[f"left_cvar_{mass:g}"].iloc[0] == pytest.approx(worst, rel=1e-6)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from flowtilt.domains.images.experiment import ImageExperiment
+from flowtilt.domains.images.experiment import ImageExperiment, tail_metric
 from flowtilt.domains.images.figures import (
     Cell,
     Strip,
@@ -27,6 +28,7 @@ from flowtilt.domains.images.figures import (
 )
 from flowtilt.metrics.tails import lower_tail_mean, quantile
 from flowtilt.pipeline.files import write_arrays
+from flowtilt.pipeline.report.frontier import frontier_figure, load_frontiers, with_frontier
 from flowtilt.pipeline.report.measurements import ResultsError, collect, of_row, run_folder, runs_of
 from flowtilt.pipeline.report.style import figure_style, save_figure, write_figures
 from made_up_images import DESIGNS, ENTROPY, LEFT_TAIL, loaded, write_config, write_images
@@ -79,6 +81,39 @@ def test_the_same_runs_give_the_same_figures(results: Path, tmp_path: Path) -> N
     for what in ("images", "scores"):
         first = results / "figures" / f"{LEFT_TAIL}_{what}.png"
         assert (tmp_path / f"again_{what}.png").read_bytes() == first.read_bytes()
+
+
+BUDGET = {"kind": "annealed_fitting", "kl": 0.8, "stage_kl": 0.4, "bank": 400}
+
+
+def test_the_frontier_has_a_line_for_each_seed_of_a_method_with_a_budget(tmp_path: Path) -> None:
+    annealed = {f"{kind}_annealed": {"kind": kind, "solver": BUDGET} for kind in ("am", "tfft")}
+    changes = {"seeds": SEEDS, **SMALL[LEFT_TAIL], "methods": annealed}
+    experiment = loaded(LEFT_TAIL, **changes)
+    write_images(tmp_path, experiment, lambda method: 0.5, size=16)
+    methods = with_frontier(experiment)
+    assert methods == ["am_annealed", "tfft_annealed"]
+    frontiers = {method: load_frontiers(tmp_path, experiment, method) for method in methods}
+    long = collect(tmp_path, runs_of(experiment))
+    paid = long[(long["metric"] == "clip") & (long["method"] == "am")].assign(metric="kl_paid", value=0.7)
+    shown = ["mean_reward", tail_metric(0.2), "vendi"]
+    with figure_style():
+        figure = frontier_figure(experiment, frontiers, pd.concat([long, paid]), shown)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == ["mean", "worst-20 % mean"]  # banks have no Vendi score
+    lines = panels[0].get_lines()
+    assert len(lines) == len(methods) * SEEDS + 1
+    for line, frame in zip(lines, [f for frames in frontiers.values() for f in frames], strict=False):
+        np.testing.assert_allclose(line.get_xdata(), [0, 0.4, 0.8])
+        np.testing.assert_array_equal(line.get_ydata(), frame["mean_reward"])
+    np.testing.assert_array_equal(lines[-1].get_xdata(), [0.7] * SEEDS)
+    np.testing.assert_array_equal(lines[-1].get_ydata(), of_row(long, "am", "mean_reward"))
+    file = write_config(tmp_path / "config", LEFT_TAIL, **changes)
+    write_figures(file, {}, tmp_path, REPORTED, tmp_path / LEFT_TAIL)
+    assert (tmp_path / f"{LEFT_TAIL}_frontier.png").stat().st_size > 10_000
+    (run_folder(tmp_path, runs_of(experiment), "am_annealed", "network", 0) / "frontier.csv").unlink()
+    with pytest.raises(ResultsError, match="run the finetune stage of am_annealed first"):
+        load_frontiers(tmp_path, experiment, "am_annealed")
 
 
 # ---------------------------------------------------------------------------------- images

@@ -28,14 +28,23 @@ pytest.importorskip("rdkit", reason="the extra 'molecules' is not installed")
 DRAWN, ALPHA, MASS = 240, 4.0, 0.5
 FIT = {"bank": DRAWN, "bank_steps": 2, "minimum_ess": 5, "share": 0.4, "learning_rate": 0.003}
 ANNEALED = {**FIT, "kind": "annealed_fitting", "stages": 3, "share": 0.8}
+BUDGET = {"kl": 0.04, "stage_kl": 0.02, "share": 0.5}
 FDC = {"kind": "fdc", "by": "exponents", "step": None, "iterations": 2, "mass": MASS, "updates": 2}
 METHODS: dict[str, Any] = {
     "fdc": {**FDC, "solver": {"pool": 8, "minimum_ess": 5, "share": 0.1}},
     "fdc_weighted": {**FDC, "solver": {**FIT, "kind": "weighted_fitting", "share": 0.1}},
-    "fdc_annealed": {**FDC, "solver": ANNEALED},
+    "fdc_staged": {**FDC, "solver": ANNEALED},
     "am_weighted": {"kind": "am", "solver": {**FIT, "kind": "weighted_fitting"}},
-    "am_annealed": {"kind": "am", "solver": ANNEALED},
+    "am_staged": {"kind": "am", "solver": ANNEALED},
     "tfft_annealed": {"kind": "tfft", "mass": MASS, "solver": ANNEALED},
+    "am_budget": {"kind": "am", "solver": {**ANNEALED, **BUDGET}},
+    "tfft_budget": {"kind": "tfft", "mass": MASS, "solver": {**ANNEALED, **BUDGET}},
+    "fdc_budget": {**FDC, "solver": {**FIT, **BUDGET, "kind": "weighted_fitting"}},
+    "fdc_bounded": {
+        **FDC,
+        "barrier": {"bound": 1.0, "strength": 2.0},
+        "solver": {**FIT, **BUDGET, "kind": "weighted_fitting"},
+    },
 }
 
 
@@ -128,7 +137,7 @@ def test_a_step_of_one_trial_is_no_better_than_what_was_found(bank: Bank) -> Non
     assert max(gains) <= found * (1 + 1e-3)
 
 
-@pytest.mark.parametrize("method", ["fdc", "fdc_weighted", "fdc_annealed"])
+@pytest.mark.parametrize("method", ["fdc", "fdc_weighted", "fdc_staged"])
 def test_fdc_goes_its_steps_by_every_solver(bank: Bank, method: str) -> None:
     history = bank.history(method)
     steps = history.groupby("iteration").first()
@@ -143,7 +152,7 @@ MODEL = "model.safetensors"
 
 
 @pytest.mark.parametrize(
-    "method", ["fdc_weighted", "fdc_annealed", "am_weighted", "am_annealed", "tfft_annealed"]
+    "method", ["fdc_weighted", "fdc_staged", "am_weighted", "am_staged", "tfft_annealed"]
 )
 def test_no_energy_of_the_batch_is_computed_again(bank: Bank, method: str) -> None:
     """Nor is the batch drawn: what goes through the network are the updates' own samples."""
@@ -159,7 +168,7 @@ def test_fits_promise_what_the_weights_of_the_batch_say(bank: Bank) -> None:
     p, q = bank.untilted, bank.tilted(exponents)
     assert one["kl"] == pytest.approx(float(q @ np.log(q / p)), rel=1e-5)
     assert one["effective_sample_size"] == pytest.approx(1 / float(q @ q), rel=1e-5)
-    first = bank.history("am_annealed").iloc[0]
+    first = bank.history("am_staged").iloc[0]
     q = bank.tilted(first["step"] * exponents)
     assert first["mean_before"] == pytest.approx(float(p @ bank.rewards), rel=1e-6)
     assert first["mean_promised"] == pytest.approx(float(q @ bank.rewards), rel=1e-6)
@@ -170,7 +179,7 @@ def test_fits_promise_what_the_weights_of_the_batch_say(bank: Bank) -> None:
     assert first["least_effective_share"] == pytest.approx(min(scaled), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["am_annealed", "tfft_annealed"])
+@pytest.mark.parametrize("method", ["am_staged", "tfft_annealed"])
 def test_annealed_fitting_says_what_each_stage_asked_and_reached(bank: Bank, method: str) -> None:
     history = bank.history(method)
     stages = history.groupby("stage").first()
@@ -201,7 +210,7 @@ def test_only_a_batch_that_is_large_enough_is_the_bank(bank: Bank, tmp_path: Pat
         jobs = {m: job_of("finetune", [experiment], m, 0, tmp_path)[1] for m in ("am", *METHODS)}
         read[experiment.offline.samples] = {m for m, job in jobs.items() if "offline" in job.inputs}
         costs = {m for m in jobs if takes_batch(Run("", experiment, m))}  # where its cost is counted
-        assert costs == read[experiment.offline.samples] | {"tfft_annealed"}
+        assert costs == read[experiment.offline.samples] | {"tfft_annealed", "tfft_budget"}
     assert read == {DRAWN: set(METHODS), DRAWN - 1: {"fdc"}}
 
 
@@ -217,3 +226,51 @@ def test_only_a_batch_that_is_large_enough_is_the_bank(bank: Bank, tmp_path: Pat
 def test_what_has_no_values_is_refused(method: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         tiny(None, methods={"fdc": method})
+
+
+@pytest.mark.parametrize("method", ["am_budget", "tfft_budget", "fdc_budget", "fdc_bounded"])
+def test_a_budget_has_a_point_of_the_frontier_for_each_stage(bank: Bank, method: str) -> None:
+    """The first is what the batch itself is worth, and the last of a bank of the model that is kept."""
+    history = bank.history(method)
+    frontier = pd.read_csv(bank.file(method, "frontier.csv"))
+    stages = history.groupby("iteration" if method.startswith("fdc") else "stage").first()
+    assert frontier["stage"].tolist() == list(range(len(stages) + 1))
+    paid = stages["divergence" if method.startswith("fdc") else "kl"]
+    assert frontier["kl"].tolist() == [0, *paid]
+    first = frontier.iloc[0]
+    assert first["mean_negative_energy"] == pytest.approx(bank.rewards.mean(), rel=1e-6)
+    best = np.sort(bank.rewards)
+    for mass, name in ((0.1, "top_10pct"), (0.01, "top_1pct"), (0.002, "top_0.2pct")):
+        assert first[f"{name}_negative_energy"] == pytest.approx(upper_tail_mean(best, mass), rel=1e-6)
+    assert 0 <= first["validity_pct"] <= 100
+    if method != "fdc_bounded":
+        assert paid.tolist() == pytest.approx([0.02, 0.04][: len(stages)], abs=1e-3)
+
+
+def test_the_weight_of_a_budget_is_the_one_of_so_many_nats_within_each_size(bank: Bank) -> None:
+    row = bank.history("am_budget").iloc[0]
+    q, p = bank.tilted(bank.rewards / row["kl_weight"]), bank.untilted
+    assert float(q @ np.log(q / p)) == pytest.approx(0.02, abs=1e-6)
+    assert row["mean_promised"] == pytest.approx(float(q @ bank.rewards), rel=1e-6)
+
+
+def test_the_step_of_a_barrier_goes_along_its_first_variation(bank: Bank, tmp_path: Path) -> None:
+    """Of the hinge less what an invalid molecule costs; without a barrier of the hinge alone."""
+    plain, kept = (bank.history(m).iloc[0] for m in ("fdc_budget", "fdc_bounded"))
+    p, order = bank.untilted, np.argsort(bank.rewards)
+    at = quantile(bank.rewards[order], 1 - MASS, p[order])
+    q = bank.tilted(np.maximum(bank.rewards - at, 0) / MASS / plain["step_weight"])
+    assert plain["utility_promised"] == pytest.approx(upper_tail_mean(bank.rewards, MASS, q), rel=1e-6)
+    assert float(q @ np.log(q / p)) == pytest.approx(plain["divergence"], rel=1e-5)
+    assert kept["divergence"] <= 0.02 + 1e-9
+
+
+def test_a_barrier_without_a_valid_molecule_is_refused_before_any_training(tmp_path: Path) -> None:
+    """The made-up model has hardly one in two hundred: none is below a share of a tenth."""
+    barrier = {**METHODS["fdc_bounded"], "barrier": {"bound": 0.1, "strength": 1.0}}
+    checkpoint = write_checkpoint(tmp_path / "resources" / "tiny.safetensors")
+    changes = {"objective": {"alpha": ALPHA}, "offline": {"samples": DRAWN}}
+    run = Driven(tmp_path, tiny(checkpoint, methods={"fdc_bounded": barrier}, **changes), workers=1)
+    assert run.run("pretrain") == run.run("offline") == 0
+    assert run.run("finetune", "fdc_bounded") == 1
+    assert not run.file("fdc_bounded", MODEL).exists()

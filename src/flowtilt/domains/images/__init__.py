@@ -9,7 +9,7 @@ from typing import Any
 from flowtilt.domains.images.experiment import ImageExperiment, check_models, describe, with_model
 from flowtilt.domains.images.prompts import with_prompts
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
-from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.experiment import Experiment, has_budget
 from flowtilt.pipeline.places import located
 from flowtilt.pipeline.resources import Needs
 from flowtilt.pipeline.sections import KEPT, TUNED
@@ -167,7 +167,8 @@ class Images(BaseDomain):
         check_models(files)
 
     def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
-        return {"_images": "images", "_scores": "scores"}
+        frontier = {"_frontier": "frontier"} if has_budget(experiments[0]) else {}
+        return {**frontier, "_images": "images", "_scores": "scores"}
 
     describe = staticmethod(describe)
     chapters = (

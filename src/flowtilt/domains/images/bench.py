@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowtilt.devices import generator_of
+from flowtilt.domains.images.experiment import tail_metric
 from flowtilt.domains.images.pipeline import TextToImage
 from flowtilt.domains.images.sampling import CHUNK, load_base, load_reward, write_images
 from flowtilt.domains.images.sections import LeftTailObjective
@@ -16,9 +18,13 @@ from flowtilt.fdc import MirrorAscent
 from flowtilt.functionals.base import Objective
 from flowtilt.functionals.divergences import KL
 from flowtilt.functionals.utilities import CVaR, Entropy
+from flowtilt.metrics.tails import lower_tail_mean
 from flowtilt.model import Context, FlowModel
 from flowtilt.pipeline.stages import Climb, Workbench
 from flowtilt.rewards import Reward
+
+FRONTIER = (0.2, 0.1)
+"""Masses of the tails that a bank's worth is told by."""
 
 
 class ImagesBench(Workbench):
@@ -68,7 +74,13 @@ class ImagesBench(Workbench):
             self.flow,
             lambda k: generator_of(experiment.name, method, self.job.seed, k),
             first=self.offline,
+            measure=self.measure,
         )
+
+    def measure(self, samples: Tensor, context: Context, values: np.ndarray) -> dict[str, float]:
+        """Mean and worst shares of the reward."""
+        worst = {tail_metric(mass): lower_tail_mean(values, mass) for mass in FRONTIER}
+        return {self.experiment.mean_metric: float(values.mean()), **worst}
 
     def _climb_entropy(self) -> Climb:
         """FDC on the entropy of the latents, less the KL divergence, both by scores.

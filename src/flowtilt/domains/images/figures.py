@@ -21,6 +21,7 @@ from flowtilt.domains.images.experiment import ImageExperiment, image_name, tail
 from flowtilt.metrics.tails import lower_tail_mean, quantile
 from flowtilt.pipeline.report.base import Shown
 from flowtilt.pipeline.report.claims import spread
+from flowtilt.pipeline.report.frontier import draw_frontier
 from flowtilt.pipeline.report.measurements import (
     ResultsError,
     Runs,
@@ -366,8 +367,10 @@ def _shades(methods: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def draw(shown: Shown, prefix: str) -> None:
-    """Draw ``{prefix}_images.png`` and ``{prefix}_scores.png`` of an experiment on images."""
+    """Draw ``{prefix}_images.png`` and ``{prefix}_scores.png`` of an experiment on images, and
+    ``{prefix}_frontier.png`` if a method has a budget."""
     results, experiment = shown.results, shown.experiments[0]
+    draw_frontier(shown, prefix, [experiment.mean_metric, *map(tail_metric, (0.2, 0.1))])
     runs = models_of(experiment)
     if runs.has_tail:
         rewards = {

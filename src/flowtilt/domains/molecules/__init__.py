@@ -8,7 +8,7 @@ from typing import Any
 
 from flowtilt.domains.molecules.experiment import MoleculeExperiment, check_shared, describe
 from flowtilt.pipeline.domain import Chapter, Files, Run, Stage
-from flowtilt.pipeline.experiment import Experiment
+from flowtilt.pipeline.experiment import Experiment, has_budget
 from flowtilt.pipeline.places import located
 from flowtilt.pipeline.resources import Needs
 from flowtilt.pipeline.sections import KEPT, TUNED
@@ -152,7 +152,10 @@ class MoleculesDomain(BaseDomain):
     check = staticmethod(check_shared)
 
     def figures(self, experiments: Sequence[Experiment], table: str | None) -> Mapping[str, str]:
-        return {"": "masses"} if table is not None else {"_energies": "energies", "_molecules": "molecules"}
+        if table is not None:
+            return {"": "masses"}
+        frontier = {"_frontier": "frontier"} if has_budget(experiments[0]) else {}
+        return {**frontier, "_energies": "energies", "_molecules": "molecules"}
 
     def read_by_table(self, run: Run, table: str | None) -> list[str]:
         """A run's metrics; for a study of masses also its costs, and what its cases are compared with."""

@@ -6,22 +6,28 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowtilt.control.base import Progress
 from flowtilt.devices import generator_of
 from flowtilt.domains.molecules import build
-from flowtilt.domains.molecules.energies import XTBReward
+from flowtilt.domains.molecules.energies import Invalidity, XTBReward
+from flowtilt.domains.molecules.experiment import UNIT, tail_metric
 from flowtilt.domains.molecules.sampling import CHUNK, Base, load_base, write_molecules
 from flowtilt.domains.molecules.xtb import XTBSettings
 from flowtilt.fdc import ExponentAscent, MirrorAscent, StepWeight
-from flowtilt.functionals.base import Objective
+from flowtilt.functionals.base import Functional, Objective, WeightedSum
 from flowtilt.functionals.divergences import KL
-from flowtilt.functionals.utilities import SQ
+from flowtilt.functionals.utilities import SQ, Barrier
+from flowtilt.metrics.tails import upper_tail_mean
 from flowtilt.model import Context, FlowModel
 from flowtilt.parallel import processes
 from flowtilt.pipeline.stages import Climb, Workbench
+
+FRONTIER = (0.1, 0.01, 0.002)
+"""Masses of the tails that a bank's worth is told by."""
 
 log = logging.getLogger(__name__)
 
@@ -84,13 +90,30 @@ class MoleculesBench(Workbench):
         else:
             assert weight is not None  # or the configuration would have been refused
             settings = MirrorAscent(weight, experiment.offline.samples, solver.steps)
+        utility: Functional = SQ(self.reward, problem.mass)
+        if (barrier := config.barrier) is not None:
+            kept = Barrier(self.invalidity, barrier.bound)
+            utility = WeightedSum(((1.0, utility), (barrier.strength, kept)))
         return Climb(
-            Objective(SQ(self.reward, problem.mass), kl, problem.alpha),
+            Objective(utility, kl, problem.alpha),
             settings,
             self.flow,
             lambda k: generator_of(experiment.name, method, self.job.seed, k),
             first=self.offline,
+            measure=self.measure,
         )
+
+    @cached_property
+    def invalidity(self) -> Invalidity:
+        """Whether a state is no valid molecule."""
+        return Invalidity(self.base.decode, self.job.workers)
+
+    def measure(self, samples: Tensor, context: Context, values: np.ndarray) -> dict[str, float]:
+        """Mean and best shares of minus the energy, in hartree, and the valid molecules in per cent."""
+        kept = values[~np.isnan(values)]
+        tails = {tail_metric(mass): upper_tail_mean(kept, mass) for mass in FRONTIER}
+        valid = 100 * (1 - float(self.invalidity(samples, context).double().mean()))
+        return {f"mean_{UNIT}": float(kept.mean()), **tails, "validity_pct": valid}
 
     def watched(self, progress: Progress | None) -> Progress:
         self.taken_up()

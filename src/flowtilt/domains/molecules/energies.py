@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from flowtilt.domains.molecules.chemistry import perceive
 from flowtilt.domains.molecules.workers import Lost, WorkerPool, shared_pool
 from flowtilt.domains.molecules.xtb import (
     HEAVIEST,
@@ -154,6 +155,30 @@ TypeShares = Callable[[Tensor, Context], Tensor]
 
 StateEnergy = Callable[[Tensor, Context], Tensor]
 """An energy in hartree of states and their context, (batch,), differentiable in the states."""
+
+
+class Invalidity(Reward):
+    """1 for states that decode to no valid molecule, and 0 for others, in shares of molecules.
+
+    Args:
+        workers: processes to use; by default one for each processor.
+    """
+
+    differentiable = False
+
+    def __init__(self, decode: Decoder, workers: int | None = None) -> None:
+        self.decode = decode
+        self._workers = workers
+        self._latest: tuple[Tensor, Tensor] | None = None
+
+    def value(self, x: Tensor, context: Context = None) -> Tensor:
+        """Those of the latest states are kept: a bank is asked for them more than once."""
+        if self._latest is None or not (self._latest[0].shape == x.shape and self._latest[0].equal(x)):
+            coordinates, numbers = (array.numpy(force=True) for array in self.decode(x, context))
+            found = perceive(molecules_of(coordinates, numbers), pool=shared_pool(self._workers))
+            invalid = [structure.invalid is not None for structure in found]
+            self._latest = x.clone(), torch.tensor(invalid, dtype=x.dtype, device=x.device)
+        return self._latest[1].clone()
 
 
 class XTBReward(Reward):

@@ -17,6 +17,7 @@ from flowtilt.domains.molecules.tables import MassLine, masses
 from flowtilt.files import atomic_path
 from flowtilt.metrics.tails import quantile, upper_tail_mean
 from flowtilt.pipeline.report.base import Shown
+from flowtilt.pipeline.report.frontier import draw_frontier
 from flowtilt.pipeline.report.measurements import ResultsError, Runs, models_of, read_arrays, run_folder
 from flowtilt.pipeline.report.panels import describe, pretty
 from flowtilt.pipeline.report.style import COLOURS, SHADE, reported_tails, save_figure
@@ -176,6 +177,12 @@ def _flat(record: Any, smiles: str | None) -> Mol:
     return rdMolDraw2D.PrepareMolForDrawing(molecule)
 
 
+FRONTIER = (
+    *("mean_negative_energy", "top_10pct_negative_energy", "top_1pct_negative_energy"),
+    *("top_0.2pct_negative_energy", "validity_pct"),
+)
+"""Metrics of the figure of frontiers."""
+
 _PANELS = (
     ("gain", "tail mean over pretrained (hartree)"),
     ("validity", "valid (%)"),
@@ -215,12 +222,14 @@ def masses_figure(lines: Sequence[MassLine], title: str) -> Figure:
 
 
 def draw(shown: Shown, prefix: str) -> None:
-    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment. Of a study
+    """Draw ``{prefix}_energies.png`` and ``{prefix}_molecules.png`` of an experiment, and
+    ``{prefix}_frontier.png`` if a method has a budget. Of a study
     ``{prefix}.png``: what each level of the tail reaches."""
     results = shown.results
     if shown.study is not None:
         save_figure(masses_figure(masses(results, shown.experiments), shown.title), f"{prefix}.png")
         return
+    draw_frontier(shown, prefix, FRONTIER)
     runs = models_of(shown.experiments[0])
     generated = {m.name: load_generated(results, runs, m.name) for m in runs.methods}
     figure = energies_figure(runs, generated, reported_tails(shown.reported, runs))

@@ -241,6 +241,17 @@ class MoleculeObjective(Section):
     """KL weight of every method's objective, in hartree a nat."""
 
 
+class BarrierConfig(Section):
+    """A log barrier: ``strength`` times the log of what is left of ``bound`` by the share of molecules that
+    are not valid, as :mod:`flowtilt.domains.molecules.chemistry` has it."""
+
+    bound: Annotated[float, Field(gt=0, le=1)]
+    """What that share must stay below; the pretrained model's own must be below too."""
+
+    strength: Positive
+    """Weight of the barrier, in hartree."""
+
+
 class MoleculeMethodConfig(SearchedMethodConfig):
     """One method of an experiment on molecules."""
 
@@ -288,8 +299,14 @@ class MoleculeMethodConfig(SearchedMethodConfig):
     score_time: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Time at which ``fdc`` compares scores; by default the last one that the solver trains."""
 
+    barrier: BarrierConfig | None = None
+    """Constraint on the share of molecules that are not valid, for ``fdc`` by ``exponents``; its values are
+    enough."""
+
     @model_validator(mode="after")
     def _fields_of_kind(self) -> MoleculeMethodConfig:
+        if self.barrier is not None and self.by != "exponents":
+            raise ValueError("barrier: validity has values and no gradient; set by: exponents, or drop it")
         of_fdc = dict.fromkeys(("iterations", "step", "step_weight", "score_time", "by"), ("fdc",))
         of_tuned = dict.fromkeys(("alpha", "adapter"), TUNED)
         of_tfft = dict.fromkeys(("narrowing", "narrowing_from", "narrowing_by", "threshold"), ("tfft",))
