@@ -118,7 +118,7 @@ class Experiment(Section):
             for key in ("step", "step_weight"):
                 if by_exponents and getattr(method, key, None) is not None:
                     raise ValueError(
-                        f"methods.{name}.{key}: with the budget solver.kl each step follows from it; remove one"
+                        f"methods.{name}.{key}: with the budget solver.kl steps follow from it; remove one"
                     )
         return self
 

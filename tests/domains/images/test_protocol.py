@@ -233,10 +233,10 @@ def test_a_solve_takes_the_training_context() -> None:
 
 
 def test_dropout_belongs_to_adjoint_matching() -> None:
-    with pytest.raises(
-        ConfigError, match=r"guidance\.dropout: method 'am' is not solved by Adjoint Matching"
-    ):
-        load(guidance={"dropout": 0.2}, methods={"am": {"solver": {"kind": "weighted_fitting"}}})
+    fitted = {"solver": {"kind": "weighted_fitting"}}
+    assert load(guidance={"dropout": 0.2}, methods={"am": fitted}).guidance.dropout == 0.2
+    with pytest.raises(ConfigError, match=r"guidance\.dropout: no method is solved by Adjoint Matching"):
+        load(guidance={"dropout": 0.2}, solver=fitted["solver"])
 
 
 # --- A given threshold --------------------------------------------------------------------------

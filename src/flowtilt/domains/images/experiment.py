@@ -94,11 +94,12 @@ class ImageExperiment(Experiment):
                     f"methods.{name}.solver.endpoint_gradient: must be pathwise; a reward of images has such "
                     "gradients"
                 )
-            if self.guidance.dropout and method.tuned and self.solver_of(name).kind != "adjoint_matching":
-                raise ValueError(
-                    f"guidance.dropout: method {name!r} is not solved by Adjoint Matching, whose "
-                    "trajectories it is of; set it to 0"
-                )
+        kinds = {self.solver_of(name).kind for name, method in self.methods.items() if method.tuned}
+        if self.guidance.dropout and "adjoint_matching" not in kinds:
+            raise ValueError(
+                "guidance.dropout: no method is solved by Adjoint Matching, whose trajectories it is of; set "
+                "it to 0"
+            )
         if self.retrain and self.model.embedded is None:
             raise ValueError(
                 f"retrain: the model {self.model.name} has no section embedded to be trained by; "
