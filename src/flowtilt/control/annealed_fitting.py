@@ -133,6 +133,11 @@ class AnnealedFittingSettings:
                 "or raise the share"
             )
 
+    @property
+    def goals(self) -> list[float]:
+        """The divergences that a chain aims at, in nats; none without a budget."""
+        return [] if self.kl is None else goals(self.kl, self.stage_kl)
+
 
 def check_budget(kl: float | None, stage_kl: float | None) -> None:
     """Refuse a divergence that is not positive, and that of a stage without or beyond the whole.
@@ -574,25 +579,30 @@ class _Annealing:
         """
         chain, settings, values = self.chain, self.settings, draw.values
         chain.add(number, draw, model.context_labels(draw.context))
-        h, parameter, reaches = chain.of(number, values), None, False
+        parameter: Any = None
+        h, reaches = chain.of(number, values), False
         if self.optimum is None:
             parameter = self.parameter(number)
-        elif number < settings.stages and chain.fixed[0] < len(goals(settings.kl, settings.stage_kl)):
+        elif number < settings.stages and chain.fixed[0] < len(settings.goals):
             parameter, reaches = self._within(number, draw, h)
         if parameter is None:
-            return self._ends(number)
+            self._say_what_is_left(number)
+            return None
         left = chain.exponents(parameter, values) - h
         gaining = settings.fitting.minimum_ess / len(values)
         step = strongest(left, draw.groups, settings.share, gaining=gaining)
-        if number == 0 and step < LEAST_STEP:
+        little = tilted(left, draw.groups).kl <= settings.settled
+        if number == 0 and (step < LEAST_STEP or (little and self.optimum is not None and not reaches)):
             raise UnusableBank(
                 f"a bank of {len(values)} samples keeps an effective share of {settings.share:g}, and "
                 f"{settings.fitting.minimum_ess:g} effective samples for what it adds, for {step:.2g} of the "
                 f"tilt alone, whose exponents are {np.ptp(left):.3g} nats apart: no number of stages gets "
                 "there; raise the KL weight, draw a larger bank, or rescale the values"
             )
-        if number > 0 and tilted(left, draw.groups).kl <= settings.settled:
-            return None if self.optimum is None else self._ends(number)
+        if number > 0 and little:
+            if self.optimum is not None:
+                self._say_what_is_left(number)
+            return None
         if number == settings.stages or step < LEAST_STEP:
             logger.warning(
                 "annealed fitting: after %d stages the tilt has come %.3g of the way, which the model is "
@@ -605,7 +615,7 @@ class _Annealing:
         bank = weigh(draw, step * left, 1.0, settings.fitting)
         under = tilted(step * left, draw.groups)
         log_z = float(draw.groups.probabilities @ (step * left - under.log_weights))
-        row = {
+        row: Row = {
             "stage": number + 1,
             "step": step,
             "strength": 1 - (1 - chain.strength) * (1 - step),
@@ -618,15 +628,15 @@ class _Annealing:
             "mean_before": float(draw.groups.probabilities @ values),
             "mean_promised": under.mean(values),
         }
-        if self.optimum is not None:
+        if settings.kl is not None and isinstance(parameter, tuple):
             at, weight = parameter
             paid = self._paid(number, parameter, step)
             row |= {"strength": paid / settings.kl, "parameter": at, "kl": paid, "kl_weight": weight}
         return _Stage(bank, step, parameter, log_z, row, reaches and step == 1)
 
-    def _ends(self, number: int) -> None:
-        """Say in the log where a chain with a budget ends before it is spent."""
-        every = goals(self.settings.kl, self.settings.stage_kl)
+    def _say_what_is_left(self, number: int) -> None:
+        """In the log, where a chain with a budget ends before it is spent."""
+        every = self.settings.goals
         if (reached := int(self.chain.fixed[0])) < len(every):
             logger.warning(
                 "annealed fitting: after %d stages %d of the %d divergences that the chain aims at are "
@@ -654,8 +664,7 @@ class _Annealing:
         """
         chain, settings = self.chain, self.settings
         assert self.optimum is not None
-        assert settings.kl is not None
-        goal = goals(settings.kl, settings.stage_kl)[int(chain.fixed[0])]
+        goal = settings.goals[int(chain.fixed[0])]
         values, weights, groups = chain.as_base(number + 1, settings.fitting.group)
         with np.errstate(divide="ignore"):
             log_p = np.log(weights)

@@ -216,3 +216,22 @@ def test_the_resolved_file_reads_back(tmp_path: Path) -> None:
     file = tmp_path / "resolved.yaml"
     file.write_text(dump(tiny()))
     assert load_resolved(file) == tiny()
+
+
+BY_VALUES = {"kind": "fdc", "by": "exponents", "iterations": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"kind": "am", "solver": {"kl": 1.0}}, "methods.own.solver.kl: is a budget of annealed fitting"),
+        ({**BY_VALUES, "step": 0.5, "solver": {"kl": 1.0}}, "methods.own.step: with the budget solver.kl"),
+        ({"kind": "am", "solver": {"kind": "annealed_fitting", "kl": 0.4, "stage_kl": 0.5}}, "stage_kl"),
+        ({"kind": "am", "solver": {"kind": "annealed_fitting", "stage_kl": 0.5}}, "stage_kl"),
+        ({"kind": "am", "barrier": {"bound": 0.4, "strength": 1.0}}, "barrier: validity has values"),
+        ({**BY_VALUES, "barrier": {"bound": 1.5, "strength": 1.0}}, "barrier.bound"),
+    ],
+)
+def test_budgets_and_barriers_that_no_method_has_are_refused(method: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        tiny(None, methods={"own": method})
