@@ -386,16 +386,17 @@ def solve(
         CheckpointError: if the state to go on from belongs to another solve.
     """
     check_value("the KL weight of a solve", kl_weight, POSITIVE)
-    size = _largest(settings, given)
-    identity: Any = (settings, kl_weight)
-    if settings.kl is not None:
-        chain = _Chain.empty(lambda at, values: values / at[1], settings, size)
-        anneal = _Annealing(
-            base, tilt, chain, lambda stage: kl_weight, settings, identity, given, None, measure, _itself
-        )
-        return anneal.run(generator, progress, slot)
-    chain = _Chain.empty(lambda _, values: values / kl_weight, settings, size)
-    anneal = _Annealing(base, tilt, chain, lambda stage: kl_weight, settings, identity, given, None, measure)
+    budget = settings.kl is not None
+
+    def exponents(at: Any, values: np.ndarray) -> np.ndarray:
+        return values / (at[1] if budget else kl_weight)
+
+    chain = _Chain.empty(exponents, settings, _largest(settings, given))
+    optimum = _itself if budget else None
+    anneal = _Annealing(
+        *(base, tilt, chain, lambda stage: kl_weight, settings, (settings, kl_weight), given),
+        *(None, measure, optimum),
+    )
     return anneal.run(generator, progress, slot)
 
 
@@ -579,36 +580,15 @@ class _Annealing:
         """
         chain, settings, values = self.chain, self.settings, draw.values
         chain.add(number, draw, model.context_labels(draw.context))
-        parameter: Any = None
-        h, reaches = chain.of(number, values), False
-        if self.optimum is None:
-            parameter = self.parameter(number)
-        elif number < settings.stages and chain.fixed[0] < len(settings.goals):
-            parameter, reaches = self._within(number, draw, h)
+        h = chain.of(number, values)
+        parameter, reaches = self._aim(number, draw, h)
         if parameter is None:
             self._say_what_is_left(number)
             return None
         left = chain.exponents(parameter, values) - h
         gaining = settings.fitting.minimum_ess / len(values)
         step = strongest(left, draw.groups, settings.share, gaining=gaining)
-        little = tilted(left, draw.groups).kl <= settings.settled
-        if number == 0 and (step < LEAST_STEP or (little and self.optimum is not None and not reaches)):
-            raise UnusableBank(
-                f"a bank of {len(values)} samples keeps an effective share of {settings.share:g}, and "
-                f"{settings.fitting.minimum_ess:g} effective samples for what it adds, for {step:.2g} of the "
-                f"tilt alone, whose exponents are {np.ptp(left):.3g} nats apart: no number of stages gets "
-                "there; raise the KL weight, draw a larger bank, or rescale the values"
-            )
-        if number > 0 and little:
-            if self.optimum is not None:
-                self._say_what_is_left(number)
-            return None
-        if number == settings.stages or step < LEAST_STEP:
-            logger.warning(
-                "annealed fitting: after %d stages the tilt has come %.3g of the way, which the model is "
-                "fitted to; raise stages, draw larger banks, or lower share",
-                *(number, chain.strength),
-            )
+        if self._ends(number, draw, left, step, reaches):
             return None
         if self.active is not None:
             draw = replace(draw, active=torch.as_tensor(self.active(parameter, values)))
@@ -628,16 +608,52 @@ class _Annealing:
             "mean_before": float(draw.groups.probabilities @ values),
             "mean_promised": under.mean(values),
         }
-        if settings.kl is not None and isinstance(parameter, tuple):
+        if settings.kl is not None:
             at, weight = parameter
             paid = self._paid(number, parameter, step)
             row |= {"strength": paid / settings.kl, "parameter": at, "kl": paid, "kl_weight": weight}
         return _Stage(bank, step, parameter, log_z, row, reaches and step == 1)
 
+    def _aim(self, number: int, draw: Draw, h: np.ndarray) -> tuple[Any, bool]:
+        """The parameter of a stage's target, None if nothing is left of a budget, and whether that is its
+        next goal."""
+        if self.optimum is None:
+            return self.parameter(number), False
+        if number == self.settings.stages or self.chain.fixed[0] == len(self.settings.goals):
+            return None, False
+        return self._within(number, draw, h)
+
+    def _ends(self, number: int, draw: Draw, left: np.ndarray, step: float, reaches: bool) -> bool:
+        """Whether the chain ends before this stage; says in the log why, if it has not arrived.
+
+        Raises:
+            UnusableBank: if it is the first.
+        """
+        settings, size = self.settings, len(draw.values)
+        little = tilted(left, draw.groups).kl <= settings.settled
+        if number == 0 and (step < LEAST_STEP or (little and self.optimum is not None and not reaches)):
+            raise UnusableBank(
+                f"a bank of {size} samples keeps an effective share of {settings.share:g}, and "
+                f"{settings.fitting.minimum_ess:g} effective samples for what it adds, for {step:.2g} of the "
+                f"tilt alone, whose exponents are {np.ptp(left):.3g} nats apart: no number of stages gets "
+                "there; raise the KL weight, draw a larger bank, or rescale the values"
+            )
+        if number > 0 and little:
+            self._say_what_is_left(number)
+            return True
+        if number == settings.stages or step < LEAST_STEP:
+            logger.warning(
+                "annealed fitting: after %d stages the tilt has come %.3g of the way, which the model is "
+                "fitted to; raise stages, draw larger banks, or lower share",
+                *(number, self.chain.strength),
+            )
+            return True
+        return False
+
     def _say_what_is_left(self, number: int) -> None:
         """In the log, where a chain with a budget ends before it is spent."""
         every = self.settings.goals
-        if (reached := int(self.chain.fixed[0])) < len(every):
+        if self.optimum is not None and (reached := int(self.chain.fixed[0])) < len(every):
             logger.warning(
                 "annealed fitting: after %d stages %d of the %d divergences that the chain aims at are "
                 "reached, and the next one, of %.3g nats, is not; raise stages, draw larger banks, or lower "
