@@ -194,10 +194,12 @@ def pretrain(
         project: whose configuration is taken.
         output: where the weights go.
         batch: of the training, of four updates.
-        largest_file: in bytes; a write beyond fails half-way, as on a full disk.
+        largest_file: in bytes; a write of the stage beyond fails half-way, as on a full disk.
     """
 
-    def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    def command(
+        *arguments: str | Path, largest: int = resource.RLIM_INFINITY
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*COMMAND, *map(str, arguments)],
             cwd=project.folder,
@@ -206,7 +208,7 @@ def pretrain(
             text=True,
             check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
         )
 
     config, override = (
@@ -215,7 +217,8 @@ def pretrain(
     )
     file = "config/experiments/risk_averse_2d.yaml"
     assert command("resolve", file, "--override", override, "--output", config).returncode == 0
-    run = command("pretrain", config, "--seed", "0", "--results", project.folder / "out")
+    stage = ("pretrain", config, "--seed", "0", "--results", project.folder / "out")
+    run = command(*stage, largest=largest_file)
     assert "Traceback" not in run.stdout
     return run.returncode, run.stdout
 

@@ -384,10 +384,10 @@ def test_a_dry_run_at_the_papers_scale_prints_what_each_job_asks_for(
     assert {*jobs_planned(run.stdout), "all"} == asked.keys()
     for rule, resources in asked.items():
         needs_gpu = rule in {
-            *("planar_pretrain", "planar_offline", "planar_finetune"),
+            *("planar_pretrain", "planar_offline", "planar_finetune", "planar_keep"),
             *("molecules_pretrain", "molecules_offline", "molecules_finetune", "molecules_sample"),
             *("images_pretrain_pipeline", "images_pretrain_alignment", "images_offline"),
-            *("images_finetune", "images_sample", "images_evaluate"),
+            *("images_finetune", "images_sample", "images_evaluate", "molecules_keep", "images_keep"),
         }
         if rule != "all":
             assert resources["gpu"] == str(int(needs_gpu)), rule
